@@ -1,0 +1,40 @@
+# make demo: the main job. make test: what CI runs. Both set up .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow check docs clean
+
+demo: $(VENV)/.demo
+	$(BIN)/laconic demo $(ARGS)
+
+# The shape checks of jaxtyping and beartype are on, except where torch.compile would stumble over them.
+test: check
+	LACONIC_CHECK_SHAPES=1 $(BIN)/python -m pytest -q -m "not compile and not slow"
+	$(BIN)/python -m pytest -q -m "compile and not slow"
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m slow
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests
+	$(BIN)/mypy
+
+docs: $(VENV)/.demo
+	$(BIN)/python -m laconic.jobs.tables docs/macs.md
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The extra is installed against the pinned versions, and again only when they change.
+$(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $(VENV)/.demo $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist

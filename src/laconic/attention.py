@@ -1,0 +1,134 @@
+"""The seam with the host's attention: read q, k, v; add a bias. The host's own code, fused attention included, runs on.
+
+A `torch.overrides.TorchFunctionMode` sees the one `scaled_dot_product_attention` call a block makes, with q and k exactly
+as the host computed them (after q/k norm and rotary embedding). Nothing of the host's attention is rewritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from laconic.shapes import Float, Int
+from laconic.tokens import Tokens, take
+
+SOFT_FLOOR = 1e-6  # DynamicViT's eps: shared by all N columns, it is what a softly removed token still weighs
+_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+
+
+class Watch(TorchFunctionMode):
+    """While active, notes every `scaled_dot_product_attention` call in ``calls`` and adds ``bias`` to its logits."""
+
+    def __init__(self, calls: list[dict[str, Any]], bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.calls, self.bias = calls, bias
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        call = {**dict(zip(_ARGUMENTS, args, strict=False)), **(kwargs or {})}
+        if self.bias is not None:
+            call["attn_mask"] = add_bias(call.get("attn_mask"), self.bias.to(call["query"].dtype))
+        self.calls.append(call)
+        return func(**call)
+
+
+def add_bias(mask: Tensor | None, bias: Tensor) -> Tensor:
+    """An attention mask (boolean or additive) with ``bias`` on top."""
+    if mask is None:
+        return bias
+    return torch.where(mask, bias, float("-inf")) if mask.dtype == torch.bool else mask + bias
+
+
+def bias_of(tokens: Tokens) -> Tensor | None:
+    """What the gates of the tokens add to attention logits: [B, 1, 1, N], or [B, 1, N, N] with soft decisions, or None.
+
+    Proportional attention adds log(size) for the key (ToMe). A softly removed token is hidden from all but itself:
+    M_ij = alive_j + (1 - alive_j) [i = j] multiplies exp(logit) (DynamicViT, eq. 11), that is log M_ij is added.
+    """
+    bias = None
+    if tokens.gate is not None:
+        bias = F.pad(tokens.gate.log(), (tokens.prefix, 0)).unsqueeze(1).unsqueeze(1)
+    if tokens.alive is not None:
+        alive = F.pad(tokens.alive, (tokens.prefix, 0), value=1.0)
+        itself = torch.eye(alive.shape[1], dtype=torch.bool, device=alive.device)
+        floor = SOFT_FLOOR / alive.shape[1]  # keeps the logarithm and its gradient finite
+        visible = torch.where(itself, 1.0, (alive * (1 - floor) + floor).unsqueeze(1))
+        soft = visible.log().unsqueeze(1)
+        bias = soft if bias is None else bias + soft
+    return bias
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One attention call as a method may look at it. Every view is computed when it is asked for, in float32."""
+
+    q: Float[Tensor, "B H N D"]
+    k: Float[Tensor, "B G N D"]  # G key heads: as many as H, or a divisor of it (grouped queries)
+    v: Float[Tensor, "B G N E"]
+    mask: Tensor | None
+    scale: float
+    prefix: int
+    has_cls: bool
+
+    @classmethod
+    def of(cls, call: dict[str, Any], tokens: Tokens) -> Seen:
+        """The view of a recorded call made on ``tokens``."""
+        scale = call.get("scale")
+        scale = call["query"].shape[-1] ** -0.5 if scale is None else scale
+        mask = call.get("attn_mask")
+        return cls(call["query"], call["key"], call["value"], mask, scale, tokens.prefix, tokens.has_cls)
+
+    @property
+    def cls(self) -> Float[Tensor, "B L"]:
+        """Attention of the class token to each patch token, mean over heads, softmax over all tokens. O(N C), never N x N.
+
+        Raises:
+            LookupError: the host has no class token.
+        """
+        if not self.has_cls:
+            raise LookupError(
+                "this backbone has no class token, so there is no class attention to score with; pass "
+                "score='mean-query' (the attention of the mean patch query), or take a method with a score of its own "
+                "(dtps, dynamicvit, tome)"
+            )
+        return self._row(self.q[:, :, 0])
+
+    @property
+    def mean_query(self) -> Float[Tensor, "B L"]:
+        """Attention of the mean patch query, mean over heads: a stand-in where there is no class token."""
+        return self._row(self.q[:, :, self.prefix :].float().mean(2))
+
+    @property
+    def keys(self) -> Float[Tensor, "B L D"]:
+        """Key of each patch token, mean over heads."""
+        return self.k[:, :, self.prefix :].float().mean(1)
+
+    def rows(self, index: Int[Tensor, "B M"]) -> Float[Tensor, "B M L"]:
+        """Attention of the patch queries ``index`` to all patch tokens, mean over heads: M rows of the full matrix."""
+        q = take(self.q.transpose(1, 2), index + self.prefix).transpose(1, 2).float()
+        logits = q @ self._keys_per_query().float().transpose(-2, -1) * self.scale
+        if self.mask is not None:
+            mask = self.mask.expand(q.shape[0], -1, -1, -1)
+            rows = take(mask.transpose(1, 2), index + self.prefix).transpose(1, 2) if mask.shape[2] > 1 else mask
+            logits = add_bias(rows, logits)
+        return logits.softmax(-1).mean(1)[..., self.prefix :]
+
+    def _keys_per_query(self) -> Tensor:
+        groups = self.q.shape[1] // self.k.shape[1]
+        return self.k if groups == 1 else self.k.repeat_interleave(groups, 1)
+
+    def _row(self, q: Tensor) -> Tensor:
+        # multiply and sum reads the strided keys once; a matmul would copy them first
+        logits = (self._keys_per_query().float() * (q.float() * self.scale).unsqueeze(2)).sum(-1)
+        if self.mask is not None:
+            logits = add_bias(self.mask[:, :, 0], logits)
+        return logits.softmax(-1).mean(1)[:, self.prefix :]

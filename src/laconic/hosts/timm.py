@@ -1,0 +1,106 @@
+"""timm's vision transformers: VisionTransformer (DeiT, DeiT-III, DINOv2, AugReg, CLIP, SigLIP …) and Eva (EVA-02, DINOv3, PE)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laconic.hosts import Halves, Host, register_block, register_host
+
+
+def _gamma(gamma: Tensor | None, x: Tensor) -> Tensor:
+    return x if gamma is None else gamma * x
+
+
+def _block_attention(b: Any, x: Tensor, **kw: Any) -> Tensor:
+    return b.drop_path1(b.ls1(b.attn(b.norm1(x), **kw)))
+
+
+def _block_mlp(b: Any, x: Tensor) -> Tensor:
+    return b.drop_path2(b.ls2(b.mlp(b.norm2(x))))
+
+
+def _post_attention(b: Any, x: Tensor, **kw: Any) -> Tensor:
+    return b.drop_path1(b.norm1(b.attn(x, **kw)))
+
+
+def _post_mlp(b: Any, x: Tensor) -> Tensor:
+    return b.drop_path2(b.norm2(b.mlp(x)))
+
+
+def _eva_attention(b: Any, x: Tensor, **kw: Any) -> Tensor:
+    return b.drop_path1(_gamma(b.gamma_1, b.attn(b.norm1(x), **kw)))
+
+
+def _eva_mlp(b: Any, x: Tensor) -> Tensor:
+    return b.drop_path2(_gamma(b.gamma_2, b.mlp(b.norm2(x))))
+
+
+register_block("timm.models.vision_transformer.Block", Halves(_block_attention, _block_mlp))
+register_block("timm.models.vision_transformer.ResPostBlock", Halves(_post_attention, _post_mlp))
+register_block("timm.models.vision_transformer.ParallelScalingBlock", Halves())  # attention and MLP side by side
+register_block("timm.models.eva.EvaBlock", Halves(_eva_attention, _eva_mlp, rope="rope"))
+register_block("timm.models.eva.EvaBlockPostNorm", Halves(_post_attention, _post_mlp, rope="rope"))
+
+
+def _prefix(m: Any) -> tuple[int, bool]:
+    return m.num_prefix_tokens, getattr(m, "cls_token", None) is not None
+
+
+def _grid(m: Any) -> tuple[int, int]:
+    size = getattr(m.patch_embed, "grid_size", None)
+    if size is None:  # flexible input: the grid of the example
+        height, width = m.patch_embed.feat_ratio(as_scalar=False)
+        _, _, h, w = _example(m).shape
+        return h // height, w // width
+    return tuple(size)
+
+
+def _positions(m: Any) -> Tensor | None:
+    table = getattr(m, "pos_embed", None)
+    patches = _grid(m)[0] * _grid(m)[1]
+    return None if table is None or table.shape[1] < patches else table[0, -patches:]
+
+
+def _example(m: Any) -> Tensor:
+    reference = next(m.parameters())
+    cfg = getattr(m, "pretrained_cfg", None) or {}
+    channels = next((c.in_channels for c in m.patch_embed.modules() if isinstance(c, nn.Conv2d)), 3)
+    size = getattr(m.patch_embed, "img_size", None) or tuple(cfg.get("input_size", (3, 224, 224)))[1:]
+    noise = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0))
+    return noise.to(reference.device, reference.dtype)
+
+
+def _pooling(m: Any) -> tuple[str, bool]:
+    pool = getattr(m, "attn_pool", None)
+    if pool is None:
+        return m.global_pool or "none", getattr(m, "pool_include_prefix", False)
+    kind = "map" if type(pool).__name__ == "AttentionPoolLatent" else type(pool).__name__
+    return kind, getattr(m, "pool_include_prefix", True)  # Eva hands all its tokens to the attention pool
+
+
+def _obstacle(m: Any) -> str | None:
+    if not isinstance(getattr(m, "patch_drop", None), nn.Identity | None):
+        return "its patch dropout already removes patches in training; create it with patch_drop_rate=0"
+    if getattr(getattr(m, "attn_pool", None), "pos_embed", None) is not None:
+        return "its attention pool adds a position embedding for the full number of tokens"
+    return None
+
+
+for _path in ("timm.models.vision_transformer.VisionTransformer", "timm.models.eva.Eva"):
+    register_host(
+        Host(
+            path=_path,
+            blocks=lambda m: list(m.blocks),
+            prefix=_prefix,
+            positions=_positions,
+            grid=_grid,
+            dim=lambda m: m.embed_dim,
+            heads=lambda m: m.blocks[0].attn.num_heads if hasattr(m.blocks[0], "attn") else m.blocks[0].num_heads,
+            example=_example,
+            pooling=_pooling,
+            obstacle=_obstacle,
+        )
+    )

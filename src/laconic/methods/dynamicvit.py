@@ -1,0 +1,88 @@
+"""DynamicViT: Efficient Vision Transformers with Dynamic Token Sparsification (Rao et al., NeurIPS 2021, arXiv:2106.02034).
+
+Before a block, a small predictor gives every token the log-probabilities of being kept and dropped (eqs. 1-4).
+
+* Inference: keep the int(N0 * rate^stage) tokens most likely to be kept, by falling probability (eq. 6).
+* Training: a hard Gumbel-softmax decision per token, times the decision before (eqs. 7-8); no token leaves, but attention
+  is masked so that dropped tokens are seen by none but themselves (eqs. 10-11), and the predictor's global features
+  average over the kept ones. Loss "ratio": the mean over images of (share kept - rate^stage)^2 (eq. 16).
+
+Departures: the published softmax adds eps/N to every attention weight, here a dropped token keeps 1e-6 of its weight
+(the same order, and fused attention goes on); denominators are clamped where it divides by zero when all is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from laconic.parts import Predictor, gumbel_keep, split
+from laconic.reducer import Method, Reducer, Site, method
+from laconic.schedule import of_the_initial
+from laconic.tokens import Tokens, iota
+
+Rest = Callable[[Tokens, Tensor, int], Tokens]  # (tokens, score, n): reduce, at inference
+SoftRest = Callable[[Tokens, Tensor, Tensor], Tokens]  # (tokens, keep, gone): the same with soft decisions, in training
+
+
+class LearnedPrune(Reducer):
+    """A learned score before the block, and what becomes of the rest: at inference and, softly, in training."""
+
+    def __init__(self, dim: int, rest: Rest, soft_rest: SoftRest) -> None:
+        super().__init__()
+        self.predictor = Predictor(dim)
+        self.rest, self.soft_rest = rest, soft_rest
+
+    def before(self, tokens: Tokens, n: int) -> Tokens:
+        log_probs = self.predictor(tokens.patches, tokens.alive)
+        if not self.training:
+            return self.rest(tokens, log_probs[..., 0], n)
+        alive = torch.ones_like(tokens.size) if tokens.alive is None else tokens.alive
+        keep = gumbel_keep(log_probs) * alive
+        return self.soft_rest(tokens, keep, (1 - keep) * alive)
+
+    def losses(self, tokens: Tokens, rate: float) -> dict[str, Tensor]:
+        return {} if tokens.alive is None else {"ratio": (tokens.alive.mean(1) - rate).square().mean()}
+
+
+def drop(tokens: Tokens, score: Tensor, n: int) -> Tokens:
+    """Keep the n highest scores, by falling score."""
+    return tokens.keep(split(score, n)[0])
+
+
+def soft_drop(tokens: Tokens, keep: Tensor, gone: Tensor) -> Tokens:
+    """Hide the dropped tokens."""
+    return tokens.fade(keep, torch.where(keep > 0, iota(keep), -1))
+
+
+def predictor_macs(before: int, dim: int) -> dict[str, int]:
+    """Multiply-adds of one predictor on ``before`` tokens, and the elements of its LayerNorm."""
+    linear = dim * dim + dim * (dim // 2) + (dim // 2) * (dim // 4) + (dim // 4) * 2
+    return {"matmul": before * linear, "layernorm": before * dim}
+
+
+@method(
+    "dynamicvit",
+    title="DynamicViT: prune by a learned score",
+    paper="2106.02034",
+    moment="before",
+    score="learned predictor",
+    rest="dropped",
+    trained=True,
+    learns=True,
+)
+@dataclass(frozen=True)
+class DynamicViT(Method):
+    """``dynamicvit`` has no options."""
+
+    def build(self, site: Site) -> Reducer:
+        return LearnedPrune(site.dim, drop, soft_drop)
+
+    def leaves(self, rates: Sequence[float], n: int, patches: int) -> int:
+        return of_the_initial(rates, n, patches)
+
+    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+        return predictor_macs(before, site.dim)

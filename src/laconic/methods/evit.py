@@ -1,0 +1,61 @@
+"""EViT: Expediting Vision Transformers via Token Reorganizations (Liang et al., ICLR 2022, arXiv:2202.07800).
+
+Between attention and MLP, keep the K = ceil(rate * N) tokens the class token attends to most (mean over heads, eq. 4) and
+pack the inattentive ones into one more token, x_f = sum of a_i x_i (eq. 5). As in the published code the sum is not
+normalised, gradients flow through the attention, and the packed token is an ordinary token from then on.
+
+Departure: where all but one token would be kept (a rate just under 1) the counts before and after are the same, and
+nothing is done; the published code scales that single token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from laconic.attention import Seen
+from laconic.methods.topk import drop
+from laconic.parts import SCORES, ScoreName, lay, split
+from laconic.reducer import Method, Prune, Reducer, Site, choice, method
+from laconic.tokens import Tokens, iota
+
+
+def pack(tokens: Tokens, seen: Seen, score: Tensor, n: int) -> Tokens:
+    """Keep the n - 1 highest scores, by falling score; then the packed token, in the place of the best of the rest."""
+    kept, rest = split(score, n - 1)
+    dst = lay(kept, rest, iota(kept), torch.full_like(rest, n - 1))
+    weight = score.scatter(1, kept, 1.0)
+    return tokens.merge(dst, weight, torch.cat([kept, rest[:, :1]], 1))
+
+
+@method(
+    "evit",
+    title="EViT: pack the inattentive tokens into one",
+    paper="2202.07800",
+    moment="between",
+    score="class attention",
+    rest="packed into one token",
+    trained=False,
+)
+@dataclass(frozen=True)
+class EViT(Method):
+    """Options of ``evit``: pack the rest into one token (``fuse``) or drop it, and what scores a token."""
+
+    fuse: bool = True
+    score: ScoreName = "class"
+
+    def __post_init__(self) -> None:
+        choice("evit", "score", self.score, list(SCORES))
+
+    def build(self, site: Site) -> Reducer:
+        return Prune(SCORES[self.score], pack if self.fuse else drop)
+
+    def leaves(self, rates: Sequence[float], n: int, patches: int) -> int:
+        return math.ceil(rates[-1] * n) + self.fuse
+
+    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+        return {"head_mean": before, "elementwise": site.dim * (before - after + 1) if self.fuse else 0}

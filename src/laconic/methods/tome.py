@@ -1,0 +1,93 @@
+"""ToMe: Token Merging: Your ViT But Faster (Bolya et al., ICLR 2023, arXiv:2210.09461).
+
+Between attention and MLP: tokens are parted by the parity of their place in the sequence into A (even, as the class token
+is) and B; every A token is matched to the B token with the most similar key (mean over heads, cosine); the r best matches
+are merged, as means weighted by size (sec. 3); the unmerged of A come out first, in order, then all of B. With
+proportional attention the log of its size is added to every logit towards a token, from the next block on (eq. 1).
+
+Written from the paper's description alone. Prefix tokens are neither merged nor merged into, on hosts with registers too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from laconic.attention import Seen
+from laconic.parts import bipartite, cosine, share
+from laconic.reducer import Method, Reducer, Site, method
+from laconic.schedule import Schedule, of_the_initial
+from laconic.tokens import Tokens, iota
+
+
+class ToMeReducer(Reducer):
+    """Bipartite soft matching on keys."""
+
+    def __init__(self, proportional: bool) -> None:
+        super().__init__()
+        self.proportional = proportional
+
+    def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
+        keys, place = seen.keys, iota(tokens.size)
+        first = tokens.prefix % 2  # the first patch token that stands at an even place
+        a, b = place[:, first::2], place[:, 1 - first :: 2]
+        merged, others, match = bipartite(cosine(keys[:, first::2], keys[:, 1 - first :: 2]), len(tokens) - n)
+        stay = others.shape[1]
+        dst = torch.empty_like(place).scatter(1, b, iota(b) + stay)
+        dst = dst.scatter(1, a.gather(1, others), iota(others)).scatter(1, a.gather(1, merged), match + stay)
+        tokens = tokens.merge(dst, share(tokens.size, dst, n), torch.cat([a.gather(1, others), b], 1))
+        return tokens.replace(gate=tokens.size) if self.proportional else tokens
+
+
+@method(
+    "tome",
+    title="ToMe: merge the most similar tokens",
+    paper="2210.09461",
+    moment="between",
+    score="key similarity",
+    rest="merged by size",
+    trained=False,
+)
+@dataclass(frozen=True)
+class ToMe(Method):
+    """Options of ``tome``: tokens to take away in each block, and proportional attention.
+
+    Args:
+        r: tokens merged away in every block: one number, one for each block, or (r, inflection) for a linear schedule
+            from r * (1 - inflection) to r * (1 + inflection). None: give a keep rate instead (at three blocks).
+        proportional: add log(size) to the attention towards a token (right off the shelf; after training without it, not).
+    """
+
+    r: int | tuple[int | float, ...] | None = None
+    proportional: bool = True
+
+    def build(self, site: Site) -> Reducer:
+        return ToMeReducer(self.proportional)
+
+    def plan(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
+        if self.r is None:
+            return super().plan(depth, keep, at)
+        if keep is not None:
+            raise ValueError("tome: give either r (tokens taken away in every block) or keep, not both")
+        blocks = range(depth) if at is None else at
+        return Schedule.removing(dict(zip(blocks, _per_block(self.r, len(blocks)), strict=True)))
+
+    def leaves(self, rates: Sequence[float], n: int, patches: int) -> int:
+        return max(of_the_initial(rates, n, patches), n - n // 2)
+
+    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+        return {"matmul": (before // 2) * (before - before // 2) * (site.dim // site.heads)}
+
+
+def _per_block(r: int | tuple[int | float, ...], blocks: int) -> list[int]:
+    if isinstance(r, int):
+        return [r] * blocks
+    if len(r) == 2 and isinstance(r[1], float):
+        low = int(r[0] * (1 - r[1]))
+        step = (2 * r[0] - 2 * low) / max(1, blocks - 1)
+        return [int(low + step * i) for i in range(blocks)]
+    if len(r) != blocks:
+        raise ValueError(f"tome: {len(r)} values of r for {blocks} blocks")
+    return [int(value) for value in r]

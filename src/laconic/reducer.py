@@ -1,0 +1,181 @@
+"""What a method is: a config (`Method`) that builds one `Reducer` for each block it works at.
+
+A reducer decides who goes where with what weight and calls a verb of `Tokens`. It knows no backbone and no schedule.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor, nn
+
+from laconic.attention import Seen
+from laconic.schedule import Schedule, quarters
+from laconic.tokens import Tokens
+
+
+class Reducer(nn.Module):
+    """A method at one block. Override the moments it needs; ``n`` is the number of patch tokens to leave.
+
+    Laws that every reducer must keep: nothing but `Tokens` verbs changes the number of tokens; no state between calls;
+    images do not see each other; no data-dependent shapes. A moment is called only where there is something to reduce
+    (``n < len(tokens)``). Each block leaves ``n`` patch tokens, or as many as it got with ``alive`` set (training).
+    """
+
+    def before(self, tokens: Tokens, n: int) -> Tokens:
+        """At the input of the block (inter-block methods)."""
+        return tokens
+
+    def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
+        """After the attention residual, before the MLP (intra-block methods)."""
+        return tokens
+
+    def after(self, tokens: Tokens, n: int) -> Tokens:
+        """At the output of the block."""
+        return tokens
+
+    def watch(self, tokens: Tokens, seen: Seen) -> Tokens:
+        """A look at the attention of the block *before* this one, to note something in a column."""
+        return tokens
+
+    def losses(self, tokens: Tokens, rate: float) -> dict[str, Tensor]:
+        """Extra training losses by name, from the tokens this block left; ``rate`` is the share of patches to keep here."""
+        return {}
+
+    def overrides(self, moment: str) -> bool:
+        """Whether this method works at that moment."""
+        return getattr(type(self), moment) is not getattr(Reducer, moment)
+
+
+class Prune(Reducer):
+    """Most papers are a pair: how tokens are scored, and what becomes of the rest."""
+
+    def __init__(self, score: Callable[[Tokens, Seen], Tensor], rest: Callable[..., Tokens]) -> None:
+        super().__init__()
+        self.score, self.rest = score, rest
+
+    def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
+        return self.rest(tokens, seen, self.score(tokens, seen), n)
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a reducer may know when it is built: which stage it is, at which block, and how wide the host is."""
+
+    stage: int
+    block: int
+    dim: int
+    heads: int
+    keep: float | None  # keep rate here; None where the schedule gives counts
+
+
+@dataclass(frozen=True)
+class Method:
+    """The options of a method (the one source for Python, the command line and saved models), and its static rules."""
+
+    row: ClassVar[Row]
+
+    def build(self, site: Site) -> Reducer:
+        """The reducer for one block."""
+        raise NotImplementedError
+
+    def leaves(self, rates: Sequence[float], n: int, patches: int) -> int:
+        """Patch tokens left of ``n`` by the last of ``rates`` (one a stage so far), having started with ``patches``.
+
+        The default is EViT's: ceil(rate * n), relative to the tokens there are now.
+        """
+        return math.ceil(rates[-1] * n)
+
+    def plan(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
+        """The schedule for a keep rate; by default at a quarter, a half and three quarters of the depth."""
+        if keep is None:
+            raise ValueError(
+                f"{self.row.name}: say how many tokens to keep: keep=0.7 (a rate for each reducing block), or "
+                "schedule=Schedule.leaving({3: 138, 6: 97, 9: 68}) for explicit counts"
+            )
+        return Schedule.rates(keep, quarters(depth) if at is None else at)
+
+    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+        """Multiply-adds of one reduction ``before`` -> ``after`` as published, by kind (see `laconic.cost`)."""
+        return {}
+
+    def describe(self) -> dict[str, Any]:
+        """Name and options, as JSON."""
+        return {"name": self.row.name, "options": dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the method registry."""
+
+    name: str
+    title: str
+    paper: str  # arXiv number
+    config: type[Method]
+    moment: str
+    score: str
+    rest: str
+    trained: bool  # is it meant to be used after training only?
+    learns: bool = False  # does it add parameters?
+
+
+METHODS: dict[str, Row] = {}
+M = TypeVar("M", bound=type[Method])
+
+
+def method(name: str, **facts: Any) -> Callable[[M], M]:
+    """Register a method config under the name users type."""
+
+    def register(config: M) -> M:
+        config.row = METHODS[name] = Row(name=name, config=config, **facts)
+        return config
+
+    return register
+
+
+def methods() -> dict[str, Row]:
+    """All methods by name: title, paper, what they do, whether they need training, and the config class."""
+    return dict(sorted(METHODS.items()))
+
+
+def nearest_names(name: str, known: Sequence[str]) -> str:
+    """', did you mean ...' for an error message, or nothing."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+
+
+def resolve(method: str | Method, options: dict[str, Any]) -> Method:
+    """The config for a name and options, or the config itself.
+
+    Raises:
+        LookupError: no such method. TypeError: no such option, or not a method. ValueError: an option's value.
+    """
+    if isinstance(method, Method):
+        if options:
+            raise TypeError(f"options {sorted(options)} belong inside the config: {type(method).__name__}(...)")
+        return method
+    if not isinstance(method, str):
+        raise TypeError(f"method must be a name or a config such as laconic.ETPS(), not {type(method).__name__}")
+    if method not in METHODS:
+        known = ", ".join(sorted(METHODS))
+        raise LookupError(f"no method is called {method!r}.{nearest_names(method, list(METHODS))} There are: {known}")
+    config = METHODS[method].config
+    known_options = [f.name for f in dataclasses.fields(config)]
+    for name in options:
+        if name not in known_options:
+            raise TypeError(
+                f"{method} has no option {name!r}.{nearest_names(name, known_options)} "
+                f"Its options: {', '.join(known_options) or 'none'}"
+            )
+    return config(**options)
+
+
+def choice(owner: str, option: str, value: Any, allowed: Sequence[str]) -> None:
+    """Refuse an option value that is not one of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{owner}: {option} must be one of {', '.join(map(repr, allowed))}, not {value!r}")

@@ -1,0 +1,151 @@
+"""How many patch tokens each block leaves, as integers known before the forward starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+Unit = str  # "keep" | "leave" | "remove"
+
+
+class CountRule(Protocol):
+    """How a method turns keep rates into counts (`laconic.reducer.Method.leaves`)."""
+
+    def __call__(self, rates: Sequence[float], n: int, patches: int) -> int: ...
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """At blocks ``at`` (zero-based): keep rates, or the counts to leave, or the counts to remove.
+
+    Build it with `rates`, `leaving` or `removing`. ``values[i]`` belongs to block ``at[i]``.
+    """
+
+    at: tuple[int, ...]
+    values: tuple[float, ...]
+    unit: Unit = "keep"
+
+    def __post_init__(self) -> None:
+        if self.unit not in ("keep", "leave", "remove"):
+            raise ValueError(f"schedule: unit must be 'keep', 'leave' or 'remove', not {self.unit!r}")
+        if not self.at:
+            raise ValueError("schedule: no blocks; give at least one, e.g. at=[3, 6, 9]")
+        if len(set(self.at)) != len(self.at):
+            raise ValueError(f"schedule: at={list(self.at)} repeats a block; each block may reduce once")
+        if any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in self.at):
+            raise ValueError(f"schedule: at={list(self.at)} must be zero-based block numbers")
+        if list(self.at) != sorted(self.at):
+            raise ValueError(f"schedule: at={list(self.at)} must be in rising order")
+        if len(self.values) != len(self.at):
+            raise ValueError(f"schedule: {len(self.values)} values for {len(self.at)} blocks {list(self.at)}")
+        for value in self.values:
+            self._check(value)
+
+    def _check(self, value: float) -> None:
+        if self.unit == "keep":
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+                raise ValueError(f"keep rate must be in (0, 1], got {value!r}; for counts use Schedule.leaving or .removing")
+        elif isinstance(value, bool) or not isinstance(value, int) or value < (1 if self.unit == "leave" else 0):
+            raise ValueError(f"schedule: counts to {self.unit} must be whole numbers of tokens, got {value!r}")
+
+    @classmethod
+    def rates(cls, keep: float | Sequence[float], at: Sequence[int]) -> Schedule:
+        """Keep rates as the method's paper counts them: one for all blocks, or one for each."""
+        values = tuple(keep) if isinstance(keep, Sequence) else (keep,) * len(tuple(at))
+        return cls(tuple(at), values)
+
+    @classmethod
+    def leaving(cls, counts: Mapping[int, int]) -> Schedule:
+        """Explicit counts: block -> patch tokens it leaves."""
+        return cls(tuple(counts), tuple(counts.values()), "leave")
+
+    @classmethod
+    def removing(cls, counts: Mapping[int, int]) -> Schedule:
+        """ToMe's way: block -> patch tokens it takes away, at most half of what there is."""
+        return cls(tuple(counts), tuple(counts.values()), "remove")
+
+    @classmethod
+    def of(cls, value: Schedule | Mapping[str, Any]) -> Schedule:
+        """A schedule, or one from its JSON: ``{"at": [3, 6, 9], "keep": [0.7, 0.7, 0.7]}`` (or leave, or remove)."""
+        if isinstance(value, Schedule):
+            return value
+        if not isinstance(value, Mapping):
+            raise TypeError(f"schedule must be a laconic.Schedule or its JSON object, not {type(value).__name__}")
+        units = [key for key in value if key != "at"]
+        if "at" not in value or len(units) != 1 or units[0] not in ("keep", "leave", "remove"):
+            raise ValueError(f"schedule must have 'at' and one of 'keep', 'leave', 'remove'; got {sorted(value)}")
+        return cls(tuple(value["at"]), tuple(value[units[0]]), units[0])
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `of` reads."""
+        return {"at": list(self.at), self.unit: list(self.values)}
+
+    def check_depth(self, depth: int) -> None:
+        """Refuse blocks that the host does not have."""
+        beyond = [i for i in self.at if i >= depth]
+        if beyond:
+            raise ValueError(f"schedule: blocks {beyond} are out of range; the model has blocks 0 to {depth - 1}")
+
+    def counts(self, depth: int, patches: int, rule: CountRule) -> tuple[int, ...]:
+        """Patch tokens each of ``depth`` blocks leaves; blocks without a step leave what they get."""
+        steps, n, out, rates = dict(zip(self.at, self.values, strict=True)), patches, [], []
+        for block in range(depth):
+            if block in steps:
+                value = steps[block]
+                if self.unit == "keep":
+                    rates.append(value)
+                    n = min(n, max(1, rule(tuple(rates), n, patches)))
+                elif self.unit == "leave":
+                    n = min(n, int(value))
+                else:
+                    n -= min(int(value), n // 2)
+            out.append(n)
+        return tuple(out)
+
+    def targets(self, depth: int, patches: int, rule: CountRule) -> dict[int, float]:
+        """The share of the initial patches each reducing block is to keep (what a ratio loss aims at)."""
+        if self.unit == "keep":
+            return {block: cumulative(self.values[: i + 1]) for i, block in enumerate(self.at)}
+        counts = self.counts(depth, patches, rule)
+        return {block: counts[block] / patches for block in self.at}
+
+    def scaled(self, rate: Callable[[float], float]) -> Schedule:
+        """This schedule with every keep rate replaced by ``rate(keep)`` (see `WarmIn`)."""
+        if self.unit != "keep":
+            raise ValueError(f"schedule: only keep rates can be warmed in, and this one gives counts to {self.unit}")
+        return dataclasses.replace(self, values=tuple(rate(value) for value in self.values))
+
+
+@dataclass(frozen=True)
+class WarmIn:
+    """EViT's keep-rate warm-in, per step: 1 before ``start``, then a half cosine down to the keep rate over ``length``."""
+
+    start: int
+    length: int
+
+    def __call__(self, schedule: Schedule, step: int) -> Schedule:
+        """The schedule at a training step."""
+        if step < self.start:
+            return schedule.scaled(lambda keep: 1.0)
+        if step >= self.start + self.length:
+            return schedule
+        left = 0.5 * (1 + math.cos(math.pi * (step - self.start) / self.length))
+        return schedule.scaled(lambda keep: keep + (1 - keep) * left)
+
+
+def cumulative(rates: Sequence[float]) -> float:
+    """The product of the rates so far; of equal rates their power, which is how the published code rounds."""
+    return rates[0] ** len(rates) if len(set(rates)) == 1 else math.prod(rates)
+
+
+def of_the_initial(rates: Sequence[float], n: int, patches: int) -> int:
+    """DynamicViT's count: int(initial patches * product of the rates)."""
+    return int(patches * cumulative(rates))
+
+
+def quarters(depth: int) -> tuple[int, ...]:
+    """A quarter, a half and three quarters of the depth: blocks 3, 6, 9 of 12 and 4, 8, 12 of 16, as in the papers."""
+    return tuple(sorted({depth * part // 4 for part in (1, 2, 3)}))

@@ -1,0 +1,20 @@
+"""Shape annotations: jaxtyping's where it is installed (the tests switch its checks on), plain tensors where it is not."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+else:
+    try:
+        from jaxtyping import Bool, Float, Int
+    except ImportError:
+
+        class _Unchecked:
+            def __class_getitem__(cls, item: Any) -> type:
+                return torch.Tensor
+
+        Bool = Float = Int = _Unchecked
+
+__all__ = ["Bool", "Float", "Int"]

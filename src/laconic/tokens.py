@@ -1,0 +1,169 @@
+"""The token set and its verbs: the one place in Laconic where the number of tokens changes.
+
+Shapes, here and everywhere: B images, P patches at the start, L patch tokens now, N = prefix + L tokens now, K tokens
+kept, M new tokens, C channels, H heads, D channels of a head. Prefix tokens (class, distillation, register) come first
+in ``x``; they have no other column, because nothing may ever happen to them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laconic.shapes import Float, Int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """An immutable set of tokens and everything that belongs to them; every verb returns a new set.
+
+    ``where[b, p]`` is the patch token (counted from 0, prefix left out) that now holds patch ``p``, or -1 where the
+    patch was dropped; ``size`` counts the patches a token holds, so that always ``size[j] == (where == j).sum()``.
+    ``patch`` is the patch in whose place a token stands (its position); None says that nothing has moved yet.
+    """
+
+    x: Float[Tensor, "B N C"]
+    size: Float[Tensor, "B L"]
+    where: Int[Tensor, "B P"]
+    prefix: int = 1
+    has_cls: bool = True
+    patch: Int[Tensor, "B L"] | None = None
+    gate: Float[Tensor, "B L"] | None = None  # factor on exp(logit) towards a token (proportional attention: its size)
+    alive: Float[Tensor, "B L"] | None = None  # soft keep decision of training: 0 is seen by nobody but itself
+    columns: dict[str, Tensor] = field(default_factory=dict)  # [B, L, ...] whatever else travels with a token
+    merged: bool = False  # may a token stand for more than one patch? (then pooling weighs tokens by size)
+    positions: Tensor | None = None  # [P, C] the host's absolute position embedding, shared by all images
+
+    @classmethod
+    def start(cls, x: Float[Tensor, "B N C"], prefix: int, has_cls: bool, positions: Tensor | None = None) -> Tokens:
+        """The tokens a host hands to its first block: each patch token holds its own patch."""
+        batch, patches = x.shape[0], x.shape[1] - prefix
+        where = torch.arange(patches, device=x.device).expand(batch, patches)
+        size = torch.ones(batch, patches, device=x.device, dtype=torch.float32)
+        return cls(x, size, where, prefix, has_cls, positions=positions)
+
+    def __len__(self) -> int:
+        return int(self.size.shape[1])
+
+    def replace(self, **changes: Any) -> Tokens:
+        """A copy with other values in the named fields."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def patches(self) -> Float[Tensor, "B L C"]:
+        """The features of the patch tokens."""
+        return self.x[:, self.prefix :]
+
+    @property
+    def place(self) -> Int[Tensor, "B L"]:
+        """The patch in whose place each token stands."""
+        return self.patch if self.patch is not None else iota(self.size)
+
+    # ------------------------------------------------------------------------------------------------ verbs
+    def keep(self, index: Int[Tensor, "B K"]) -> Tokens:
+        """Keep the patch tokens ``index``, in that order, and drop the rest."""
+        prefix = torch.arange(self.prefix, device=index.device).expand(len(index), -1)
+        x = take(self.x, torch.cat([prefix, index + self.prefix], 1))
+        dst = torch.full_like(self.place, -1).scatter(1, index, iota(index))
+        return self._follow(index, dst, x, take(self.size, index))
+
+    def merge(self, dst: Int[Tensor, "B L"], weight: Float[Tensor, "B L"], lead: Int[Tensor, "B M"]) -> Tokens:
+        """Sum tokens into new ones: ``x'[m] = sum of weight[i] * x[i] over dst[i] == m``; ``dst[i] == -1`` drops token i.
+
+        The caller chooses the weights (and whether they sum to one). ``lead[m]`` is the old token whose place,
+        position and columns new token m inherits.
+        """
+        count = lead.shape[1]
+        gone, into = dst < 0, dst.clamp_min(0)
+        weight = weight.masked_fill(gone, 0.0)
+        merged = add_rows(self.patches * weight.unsqueeze(-1), into, count).to(self.x.dtype)
+        size = add_rows(self.size.masked_fill(gone, 0.0).unsqueeze(-1), into, count).squeeze(-1)
+        x = torch.cat([self.x[:, : self.prefix], merged], 1)
+        return self._follow(lead, dst, x, size).replace(merged=True)
+
+    def mix(self, matrix: Float[Tensor, "B M L"]) -> Tokens:
+        """Soft merge, ``x' = matrix @ x``. Sizes are shared out by column; a patch is said to be where most of it went."""
+        mass = matrix / matrix.sum(1, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
+        mixed = (matrix @ self.patches.to(matrix.dtype)).to(self.x.dtype)
+        size = (mass @ self.size.to(mass.dtype).unsqueeze(-1)).squeeze(-1).to(self.size.dtype)
+        x = torch.cat([self.x[:, : self.prefix], mixed], 1)
+        return self._follow(matrix.argmax(2), matrix.argmax(1), x, size).replace(merged=True)
+
+    def park(self, index: Int[Tensor, "B K"]) -> tuple[Tokens, Tokens]:
+        """Split into (kept, parked) by patch-token index; ``kept.join(parked)`` puts them together again."""
+        inside = torch.zeros_like(self.size).scatter(1, index, 1.0)
+        outside = inside.sort(dim=1, stable=True).indices[:, : len(self) - index.shape[1]]
+        return self.keep(index), self.keep(outside)
+
+    def join(self, other: Tokens) -> Tokens:
+        """Append the patch tokens of ``other``, which holds patches that this set has dropped."""
+
+        def both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+            return None if a is None or b is None else torch.cat([a, b], 1)
+
+        return self.replace(
+            x=torch.cat([self.x, other.patches], 1),
+            size=torch.cat([self.size, other.size], 1),
+            where=torch.where(other.where >= 0, other.where + len(self), self.where),
+            patch=torch.cat([self.place, other.place], 1),
+            gate=both(self.gate, other.gate),
+            alive=both(self.alive, other.alive),
+            columns={name: torch.cat([c, other.columns[name]], 1) for name, c in self.columns.items()},
+        )
+
+    def fade(self, alive: Float[Tensor, "B L"], dst: Int[Tensor, "B L"]) -> Tokens:
+        """Soft removal, for training: no token leaves, but those with ``alive == 0`` hand their patches to ``dst`` (-1: drop)."""
+        into = dst.clamp_min(0)
+        size = add_rows(self.size.masked_fill(dst < 0, 0.0).unsqueeze(-1), into, len(self)).squeeze(-1)
+        return self.replace(alive=alive, size=size, where=follow(self.where, dst), merged=True)
+
+    def dense(self, values: Float[Tensor, "B L C"], fill: float = 0.0) -> Float[Tensor, "B P C"]:
+        """Give every patch the value of the token that holds it; dropped patches get ``fill``."""
+        out = take(values, self.where.clamp_min(0))
+        return out.masked_fill((self.where < 0).unsqueeze(-1), fill)
+
+    def _follow(self, lead: Tensor, dst: Tensor, x: Tensor, size: Tensor) -> Tokens:
+        def of_lead(value: Tensor | None) -> Tensor | None:
+            return None if value is None else take(value, lead)
+
+        return self.replace(
+            x=x,
+            size=size,
+            where=follow(self.where, dst),
+            patch=of_lead(self.place),
+            gate=of_lead(self.gate),
+            alive=of_lead(self.alive),
+            columns={name: take(c, lead) for name, c in self.columns.items()},
+        )
+
+
+def iota(like: Tensor) -> Tensor:
+    """[B, L] of 0 .. L-1 for a tensor [B, L, ...]."""
+    return torch.arange(like.shape[1], device=like.device).expand(like.shape[0], -1)
+
+
+def follow(where: Tensor, dst: Tensor) -> Tensor:
+    """Send every patch on: from the token that held it to where that token went."""
+    return torch.where(where < 0, -1, dst.gather(1, where.clamp_min(0)))
+
+
+def take(values: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index`` [B, K] of ``values`` [B, L, ...], as one flat row gather (many times quicker than an expanded one)."""
+    start = torch.arange(values.shape[0], device=index.device).unsqueeze(1) * values.shape[1]
+    return values.flatten(0, 1).index_select(0, (index + start).flatten()).unflatten(0, (values.shape[0], index.shape[1]))
+
+
+def add_rows(values: Tensor, dst: Tensor, count: int) -> Tensor:
+    """Sum the rows of ``values`` [B, L, C] into ``count`` rows by ``dst`` [B, L]; the same sum on every run."""
+    batch = values.shape[0]
+    if values.device.type == "cpu":
+        start = torch.arange(batch, device=dst.device).unsqueeze(1) * count
+        out = values.new_zeros(batch * count, values.shape[2])
+        return out.index_add(0, (dst + start).flatten(), values.flatten(0, 1)).unflatten(0, (batch, count))
+    # index_add is atomic, hence not repeatable, on other devices: there a one-hot product does the same
+    chosen = dst.unsqueeze(1) == torch.arange(count, device=dst.device).view(1, count, 1)
+    return chosen.to(values.dtype) @ values

@@ -1,0 +1,159 @@
+"""The proof at attach time: what the host table says about a model is shown on that very model, or it is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laconic.attach import Compression, attach, detach
+from laconic.attention import Watch
+from laconic.hosts import Host, halves_of, path_of
+from laconic.tokens import Tokens
+
+TOLERANCE = 1e-3  # of the size of what a block adds; on one machine the difference is usually exactly 0
+
+
+def verify(host: nn.Module, entry: Host, compression: Compression, example: Tensor | None) -> None:
+    """Attach ``compression`` and prove it on one image; on any failure detach it and raise.
+
+    Raises:
+        ValueError: a block's two halves are not its forward, its attention is not fused, it was patched by someone else,
+            a prefix token was touched, or the example does not fit the model.
+        LookupError: the method needs something this model has not.
+    """
+    image = _image(host, entry, example)
+    blocks = entry.blocks(host)
+    with _evaluating(host):
+        _refuse_patched(host, blocks)
+        base, records = _record(host, blocks, image)
+        for index, (block, record) in enumerate(zip(blocks, records, strict=True)):
+            _check_block(index, block, record)
+        _check_moments(compression, blocks)
+        attach(host, entry, compression)
+        try:
+            reduced = _run_reduced(host, compression, image)
+            if compression.counts(_patches(compression))[-1] == _patches(compression) and not _same(base, reduced):
+                raise ValueError("with nothing to reduce the output differs from the model's own; please report this model")
+        except BaseException:
+            detach(host, entry)
+            raise
+        finally:
+            compression.observer = None
+        compression.ledger = [None] * (compression.depth + 1)
+    compression.train(host.training)
+
+
+def _image(host: nn.Module, entry: Host, example: Tensor | None) -> Tensor:
+    reference = next(host.parameters())
+    if reference.device.type == "meta":
+        raise ValueError("this model has no weights yet (meta device); load them before reducing it")
+    if example is None:
+        return entry.example(host)
+    if not isinstance(example, Tensor) or example.dim() != 4:
+        found = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
+        raise ValueError(f"example must be an image batch [B, channels, height, width], got {found}")
+    return example.to(reference.device, reference.dtype)
+
+
+@contextmanager
+def _evaluating(host: nn.Module) -> Iterator[None]:
+    modes = [(m, m.training) for m in host.modules()]
+    host.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _refuse_patched(host: nn.Module, blocks: list[nn.Module]) -> None:
+    for module in [host, *blocks]:
+        name = "pool" if module is host else "forward"
+        if name in module.__dict__:
+            raise ValueError(f"{path_of(type(module))} has a {name} put on it by another tool; undo that before reducing")
+
+
+def _record(host: nn.Module, blocks: list[nn.Module], image: Tensor) -> tuple[Any, list[tuple[Any, Any, Any, int]]]:
+    """One plain forward: its output, and of every block (input, keywords, output, number of fused-attention calls)."""
+    records: list[tuple[Any, Any, Any, int]] = []
+    calls: list[dict[str, Any]] = []
+    before = [0]
+
+    def enter(module: nn.Module, args: Any) -> None:
+        before[0] = len(calls)
+
+    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        records.append((args[0], kwargs, output, len(calls) - before[0]))
+
+    hooks = [h for b in blocks for h in (b.register_forward_pre_hook(enter), b.register_forward_hook(leave, with_kwargs=True))]
+    try:
+        with Watch(calls):
+            output = host(image)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(
+            f"the model does not run on an image of shape {tuple(image.shape)}: {error}; pass an input that fits as example="
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if len(records) != len(blocks):
+        raise ValueError(f"one forward ran {len(records)} of {len(blocks)} blocks; laconic needs each to run exactly once")
+    return output, records
+
+
+def _check_block(index: int, block: nn.Module, record: tuple[Any, Any, Any, int]) -> None:
+    x, kwargs, expected, fused = record
+    name = f"block {index} ({path_of(type(block))})"
+    if fused != 1:
+        raise ValueError(
+            f"{name} makes {fused} calls of scaled_dot_product_attention where laconic needs one: its attention is not fused. "
+            "Switch it on (timm.layers.set_fused_attn(True) before creating the model, or block.attn.fused_attn = True)"
+        )
+    halves = halves_of(block)
+    if halves is None or halves.attention is None or halves.mlp is None:
+        return  # it is never parted
+    y = x + halves.attention(block, x, **kwargs)
+    y = y + halves.mlp(block, y)
+    difference = (y - expected).abs().max().item()
+    if not difference <= TOLERANCE * (expected - x).abs().max().item():
+        raise ValueError(
+            f"{name}: its two halves differ from its forward by {difference:.2g}. Laconic's entry is for another version of "
+            "this class, or its forward was changed; it cannot be reduced safely"
+        )
+
+
+def _check_moments(compression: Compression, blocks: list[nn.Module]) -> None:
+    for index, block in enumerate(blocks):
+        halves, reducer = halves_of(block), compression.reducer(index)
+        if halves is not None and halves.mlp is None and reducer is not None and reducer.overrides("between"):
+            raise ValueError(
+                f"block {index} ({path_of(type(block))}) computes attention and MLP side by side, so there is no place between "
+                f"them for {compression.config.row.name}; take a method that reduces before a block (dtps, dynamicvit)"
+            )
+
+
+def _run_reduced(host: nn.Module, compression: Compression, image: Tensor) -> Any:
+    prefix = compression.prefix
+
+    def untouched(before: Tokens, after: Tokens) -> None:
+        if not torch.equal(before.x[:, :prefix], after.x[:, :prefix]):
+            raise ValueError(f"{compression.config.row.name} changed a prefix token; this is a fault of the method")
+
+    compression.observer = untouched
+    compression.train(False)
+    return host(image)
+
+
+def _patches(compression: Compression) -> int:
+    return int(compression.entry(compression.depth).where.shape[1])
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    return all(_same(x, y) for x, y in zip(a, b, strict=True)) if isinstance(a, tuple | list) else True
