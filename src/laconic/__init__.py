@@ -26,3 +26,36 @@ from laconic.schedule import Schedule, WarmIn
 from laconic.tokens import Tokens
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "BAT",
+    "DTPS",
+    "ETPS",
+    "AvgPool",
+    "DynamicViT",
+    "DynamicViTBAT",
+    "EViT",
+    "EViTBAT",
+    "Method",
+    "Provenance",
+    "Prune",
+    "Random",
+    "Reducer",
+    "Schedule",
+    "Seen",
+    "Site",
+    "Stage",
+    "ToMe",
+    "Tokens",
+    "TopK",
+    "WarmIn",
+    "diversity_score",
+    "hosts",
+    "losses",
+    "method",
+    "methods",
+    "provenance",
+    "reduce_",
+    "restore_",
+    "restore_dense",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -47,10 +48,22 @@ def _rows(z: Tensor) -> Tensor:
     return z.abs().sum(2).amax(1)
 
 
-_NORMS = {
-    "l1": lambda z: z.abs().sum((1, 2)),
+def _l1(z: Tensor) -> Tensor:
+    return z.abs().sum((1, 2))
+
+
+def _composite(z: Tensor) -> Tensor:
+    return (_columns(z) * _rows(z)).sqrt()
+
+
+def _frobenius(z: Tensor) -> Tensor:
+    return z.square().sum((1, 2)).sqrt()
+
+
+_NORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "l1": _l1,
     "l1_induced": _columns,
     "linf_induced": _rows,
-    "composite": lambda z: (_columns(z) * _rows(z)).sqrt(),
-    "fro": lambda z: z.square().sum((1, 2)).sqrt(),
+    "composite": _composite,
+    "fro": _frobenius,
 }

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from laconic.attach import compression_of
+from laconic.compression import compression_of
 from laconic.shapes import Float, Int
 from laconic.tokens import Tokens
 
@@ -98,4 +98,4 @@ def restore_dense(
         raise ValueError(f"layout must be 'NLC' or 'NCHW', not {layout!r}")
     if height * width != dense.shape[1]:
         raise ValueError(f"{dense.shape[1]} patches do not fill the model's {height} x {width} grid; use layout='NLC'")
-    return dense.transpose(1, 2).unflatten(2, (height, width))
+    return dense.transpose(1, 2).reshape(len(dense), -1, height, width)

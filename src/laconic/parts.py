@@ -188,7 +188,7 @@ class Predictor(nn.Module):
 
     def forward(self, x: Float[Tensor, "B L C"], alive: Float[Tensor, "B L"] | None = None) -> Float[Tensor, "B L 2"]:
         """Log-probabilities of keeping and of dropping each token; the global half averages over ``alive`` ones."""
-        local, whole = self.in_conv(x.to(self.out_conv[0].weight.dtype)).chunk(2, dim=-1)
+        local, whole = self.in_conv(x.to(next(self.parameters()).dtype)).chunk(2, dim=-1)
         if alive is None:
             whole = whole.mean(1, keepdim=True)
         else:

@@ -116,7 +116,7 @@ class Tokens:
         )
 
     def fade(self, alive: Float[Tensor, "B L"], dst: Int[Tensor, "B L"]) -> Tokens:
-        """Soft removal, for training: no token leaves, but those with ``alive == 0`` hand their patches to ``dst`` (-1: drop)."""
+        """Soft removal, for training: none leaves, but tokens with ``alive == 0`` hand their patches to ``dst`` (-1: drop)."""
         into = dst.clamp_min(0)
         size = add_rows(self.size.masked_fill(dst < 0, 0.0).unsqueeze(-1), into, len(self)).squeeze(-1)
         return self.replace(alive=alive, size=size, where=follow(self.where, dst), merged=True)
@@ -154,7 +154,7 @@ def follow(where: Tensor, dst: Tensor) -> Tensor:
 def take(values: Tensor, index: Tensor) -> Tensor:
     """Rows ``index`` [B, K] of ``values`` [B, L, ...], as one flat row gather (many times quicker than an expanded one)."""
     start = torch.arange(values.shape[0], device=index.device).unsqueeze(1) * values.shape[1]
-    return values.flatten(0, 1).index_select(0, (index + start).flatten()).unflatten(0, (values.shape[0], index.shape[1]))
+    return values.flatten(0, 1).index_select(0, (index + start).flatten()).reshape(*index.shape, *values.shape[2:])
 
 
 def add_rows(values: Tensor, dst: Tensor, count: int) -> Tensor:
@@ -163,7 +163,7 @@ def add_rows(values: Tensor, dst: Tensor, count: int) -> Tensor:
     if values.device.type == "cpu":
         start = torch.arange(batch, device=dst.device).unsqueeze(1) * count
         out = values.new_zeros(batch * count, values.shape[2])
-        return out.index_add(0, (dst + start).flatten(), values.flatten(0, 1)).unflatten(0, (batch, count))
+        return out.index_add(0, (dst + start).flatten(), values.flatten(0, 1)).view(batch, count, -1)
     # index_add is atomic, hence not repeatable, on other devices: there a one-hot product does the same
     chosen = dst.unsqueeze(1) == torch.arange(count, device=dst.device).view(1, count, 1)
     return chosen.to(values.dtype) @ values

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laconic.attach import Compression, attach, detach
 from laconic.attention import Watch
+from laconic.compression import Compression, attach, detach
 from laconic.hosts import Host, halves_of, path_of
 from laconic.tokens import Tokens
 

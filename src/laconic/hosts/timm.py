@@ -1,4 +1,4 @@
-"""timm's vision transformers: VisionTransformer (DeiT, DeiT-III, DINOv2, AugReg, CLIP, SigLIP …) and Eva (EVA-02, DINOv3, PE)."""
+"""timm's VisionTransformer (DeiT, DeiT-III, DINOv2, AugReg, CLIP, SigLIP) and Eva (EVA-02, DINOv3, PE)."""
 
 from __future__ import annotations
 

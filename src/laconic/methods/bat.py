@@ -1,205 +1,28 @@
-"""BAT: Beyond Attentive Tokens (Long et al., CVPR 2023, arXiv:2211.11315), and its merger on other methods' scores.
+"""BAT (arXiv:2211.11315): decouple by class attention between attention and MLP, merge both sides (see `decouple`).
 
-Between attention and MLP, class attention (eq. 5) parts the K = ceil(rate * N) attentive from the m = N - K inattentive
-tokens. The inattentive are merged into c density-peak clusters (eqs. 6-7), the p most similar pairs of attentive tokens
-are fused; a set C_i becomes sum of s_j z_j over C_i, s the class attention (eq. 8). K - p + c tokens leave: attentive ones
-by attention (a fused pair in the place of the more attentive), then clusters by centre score.
-
-The authors published no code; the choices here, all open to options:
-* eq. 6 lacks its minus sign in print and underflows; densities are logarithms, over 5 neighbours (``density="paper"``: all).
-* eq. 8 is not normalised in print, which would shrink fused attentive tokens about a hundredfold; weights sum to one in
-  every set unless ``weights="literal"``, and then single tokens are left alone (``steps="pack"`` is EViT's, unnormalised).
-* pairs are disjoint, taken greedily by falling cosine; ``matching="bipartite"`` matches odd to even ranks in one go.
-* c = max(1, min(round(0.1 m), K // 2 + 1)) and p = c - 1, so that as many tokens leave as in EViT: with that, every
-  figure of the paper comes out (its logs were tuned by hand, ``budget="log"`` follows them to 0.5 %).
+Training is the same operation, without parameters or losses of its own.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
-from torch import Tensor
 
 from laconic.attention import Seen
-from laconic.methods.dynamicvit import predictor_macs
-from laconic.parts import SCORES, Predictor, ScoreName, bipartite, cosine, density_peaks, greedy_pairs, lay, share, split
-from laconic.reducer import Method, Reducer, Site, choice, method
-from laconic.schedule import of_the_initial
-from laconic.tokens import Tokens, iota, take
-
-Amount = int | float | tuple[int | float, ...] | None
-LOGGED = {0.7: 0, 0.6: -1, 0.5: 3, 0.4: 3, 0.3: 1, 0.2: 1}  # clusters less pairs that fit the authors' logs, by keep rate
-CHOICES = {
-    "steps": ("preserve", "pack", "cluster", "match", "diversity"),
-    "density": ("knn", "paper"),
-    "assign": ("denser", "nearest"),
-    "matching": ("greedy", "bipartite"),
-    "weights": ("normalised", "literal", "literal-clusters"),
-    "budget": ("evit", "log"),
-}
-
-
-@dataclass(frozen=True)
-class Decouple(Method):
-    """What ``bat`` and the methods with its merger share.
-
-    Args:
-        clusters: clusters of inattentive tokens: a count, a fraction of them, or one of these for each stage.
-        pairs: fused pairs of attentive tokens: likewise, a fraction of the attentive.
-        steps: the ablation of the paper's Table 3: ``preserve`` the attentive only; ``pack`` the rest into one; ``cluster``
-            it; ``match`` the attentive too (all of BAT). And ``diversity``: cluster all tokens, whatever their attention.
-        density, assign: of the clustering, see `laconic.parts.density_peaks`.
-        matching: ``greedy`` disjoint pairs, or ``bipartite``.
-        weights: ``normalised`` or ``literal`` eq. 8, or ``literal-clusters`` with normalised pairs.
-        budget: default counts: as many tokens as ``evit``, or as in the authors' ``log`` (keep .7 .6 .5 .4 .3 .2 only).
-    """
-
-    clusters: Amount = None
-    pairs: Amount = None
-    steps: Literal["preserve", "pack", "cluster", "match", "diversity"] = "match"
-    density: Literal["knn", "paper"] = "knn"
-    assign: Literal["denser", "nearest"] = "denser"
-    matching: Literal["greedy", "bipartite"] = "greedy"
-    weights: Literal["normalised", "literal", "literal-clusters"] = "normalised"
-    budget: Literal["evit", "log"] = "evit"
-
-    def __post_init__(self) -> None:
-        for option, allowed in CHOICES.items():
-            choice(self.row.name, option, getattr(self, option), allowed)
-        for option in ("clusters", "pairs"):
-            value = getattr(self, option)
-            for v in value if isinstance(value, tuple) else (value,):
-                if v is not None and (v < 0 or (isinstance(v, float) and v > 1)):
-                    raise ValueError(f"{self.row.name}: {option} must be a count or a fraction in [0, 1], not {v!r}")
-
-    # ---------------------------------------------------------------------------------------------- counts
-    def sets(self, attentive: int, rest: int, stage: int, keep: float | None) -> tuple[int, int]:
-        """(clusters, pairs) for that many attentive and inattentive tokens."""
-        if rest == 0 or self.steps == "preserve":
-            return 0, 0
-        if self.steps == "pack":
-            return 1, 0
-        net = self._net(keep)
-        clusters = _amount(self.clusters, stage, rest)
-        pairs = 0 if self.steps == "cluster" else _amount(self.pairs, stage, attentive)
-        if clusters is None:
-            tied = pairs is not None and self.steps == "match"
-            clusters = pairs + net if tied and pairs is not None else max(net, min(round(0.1 * rest), attentive // 2 + net))
-        clusters = min(rest, max(1, clusters))
-        pairs = clusters - net if pairs is None else pairs
-        return clusters, min(max(0, pairs), attentive // 2)
-
-    def count(self, attentive: int, before: int, stage: int, keep: float | None) -> int:
-        """Tokens that leave when that many of ``before`` are attentive."""
-        if self.steps == "diversity":
-            return min(before, attentive + self._net(keep))
-        clusters, pairs = self.sets(attentive, before - attentive, stage, keep)
-        return attentive - pairs + clusters
-
-    def attentive(self, before: int, n: int, stage: int, keep: float | None) -> tuple[int, int, int]:
-        """(attentive tokens, clusters, pairs) that leave n of ``before``: `count` turned round; of several the fewest.
-
-        Raises:
-            ValueError: no split leaves exactly n.
-        """
-        if self.steps == "diversity":
-            return 0, n, 0
-        tied = self.clusters is None or self.pairs is None
-        for k in [n - self._net(keep)] * tied + list(range(before)):
-            if 0 <= k < before and self.count(k, before, stage, keep) == n:
-                return k, *self.sets(k, before - k, stage, keep)
-        raise ValueError(f"{self.row.name}: no split with these clusters and pairs leaves {n} of {before} tokens")
-
-    def _net(self, keep: float | None) -> int:
-        """Clusters less pairs."""
-        return 1 if self.budget == "evit" or keep is None else LOGGED[min(LOGGED, key=lambda rate: abs(rate - keep))]
-
-    # ---------------------------------------------------------------------------------------------- merging
-    def merge(self, tokens: Tokens, score: Tensor, n: int, site: Site) -> Tokens:
-        """Fuse pairs of the attentive, merge clusters of the inattentive (eqs. 6-8)."""
-        k, clusters, pairs = self.attentive(len(tokens), n, site.stage, site.keep)
-        kept, rest = split(score, k)
-        of_kept, lead = self._match(take(tokens.patches, kept), pairs)
-        lead = kept.gather(1, lead)
-        if clusters == 0:
-            of_rest = torch.full_like(rest, -1)
-        elif clusters == 1:
-            of_rest, lead = torch.full_like(rest, k - pairs), torch.cat([lead, rest[:, :1]], 1)
-        else:
-            cluster, centres = density_peaks(take(tokens.patches, rest), clusters, self.density, self.assign)
-            of_rest, lead = cluster + k - pairs, torch.cat([lead, rest.gather(1, centres)], 1)
-        dst = lay(kept, rest, of_kept, of_rest)
-        return tokens.merge(dst, self._weights(score, dst, n, k - pairs), lead)
-
-    def _match(self, x: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
-        """Where each attentive token goes, and which of them leads each token that comes out, all by rank."""
-        rank = iota(x)
-        if pairs == 0:
-            return rank, rank
-        if self.matching == "greedy":
-            first, second = greedy_pairs(x, pairs)
-        else:
-            odd, _, even = bipartite(cosine(x[:, 1::2], x[:, 0::2]), pairs)
-            first, second = even * 2, odd * 2 + 1
-        gone = torch.zeros_like(rank).scatter(1, second, 1)
-        slot = rank - gone.cumsum(1)  # where a token that stays goes
-        lead = gone.sort(dim=1, stable=True).indices[:, : x.shape[1] - pairs]
-        return slot.scatter(1, second, slot.gather(1, first)), lead
-
-    def _weights(self, score: Tensor, dst: Tensor, n: int, attentive: int) -> Tensor:
-        """Eq. 8: normalised, or as printed (for clusters only, or for all); a token alone in its set keeps weight one."""
-        shared = share(score, dst, n)
-        if self.weights == "normalised" and self.steps != "pack":
-            return shared
-        literal = dst >= 0 if self.weights == "literal" else dst >= attentive
-        return torch.where(literal & (shared < 1), score, shared)
-
-    def leaves(self, rates: Sequence[float], n: int, patches: int) -> int:
-        return self.count(min(n, math.ceil(rates[-1] * n)), n, len(rates) - 1, rates[-1])
-
-    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
-        k, clusters, pairs = self.attentive(before, after, site.stage, site.keep)
-        return {"pairwise": site.dim * ((before - k) ** 2 * (clusters > 1) + k * k * (pairs > 0)), "head_mean": before}
-
-
-def _amount(value: Amount, stage: int, whole: int) -> int | None:
-    """A count, a fraction of ``whole`` or one of these for each stage, as a count."""
-    if isinstance(value, tuple):
-        if stage >= len(value):
-            raise ValueError(f"{len(value)} stages have clusters or pairs of their own, but the schedule has more")
-        value = value[stage]
-    return round(value * whole) if isinstance(value, float) else value
+from laconic.methods.decouple import Decouple
+from laconic.parts import SCORES, ScoreName
+from laconic.reducer import Reducer, Site, choice, method
+from laconic.tokens import Tokens
 
 
 class MergeReducer(Reducer):
     """Class attention, then decouple and merge."""
 
-    def __init__(self, config: BAT | EViTBAT, site: Site) -> None:
+    def __init__(self, config: Decouple, score: str, site: Site) -> None:
         super().__init__()
-        self.config, self.site = config, site
+        self.config, self.score, self.site = config, score, site
 
     def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
-        return self.config.merge(tokens, SCORES[self.config.score](tokens, seen), n, self.site)
-
-
-class LearnedMerge(Reducer):
-    """A learned score before the block, then decouple and merge; in training too, straight through to the score."""
-
-    def __init__(self, config: DynamicViTBAT, site: Site) -> None:
-        super().__init__()
-        self.config, self.site = config, site
-        self.predictor = Predictor(site.dim)
-
-    def before(self, tokens: Tokens, n: int) -> Tokens:
-        score = self.predictor(tokens.patches)[..., 0].exp()
-        # value one, gradient of the score: tokens that merge with none would else teach the predictor nothing
-        through = (1 + score - score.detach()).unsqueeze(-1).to(tokens.x.dtype)
-        x = torch.cat([tokens.x[:, : tokens.prefix], tokens.patches * through], 1) if self.training else tokens.x
-        return self.config.merge(tokens.replace(x=x), score, n, self.site)
+        return self.config.merge(tokens, SCORES[self.score](tokens, seen), n, self.site)
 
 
 @method(
@@ -222,52 +45,4 @@ class BAT(Decouple):
         choice("bat", "score", self.score, list(SCORES))
 
     def build(self, site: Site) -> Reducer:
-        return MergeReducer(self, site)
-
-
-@method(
-    "evit+bat",
-    title="EViT with BAT's merger in the place of its packed token",
-    paper="2211.11315",
-    moment="between",
-    score="class attention",
-    rest="density-peak clusters, summed as EViT does; attentive pairs fused",
-    trained=False,
-)
-@dataclass(frozen=True)
-class EViTBAT(Decouple):
-    """Options of ``evit+bat``: those of ``bat``; clusters are attention-weighted sums, not normalised, as EViT packs."""
-
-    weights: Literal["normalised", "literal", "literal-clusters"] = "literal-clusters"
-    score: ScoreName = "class"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        choice("evit+bat", "score", self.score, list(SCORES))
-
-    def build(self, site: Site) -> Reducer:
-        return MergeReducer(self, site)
-
-
-@method(
-    "dynamicvit+bat",
-    title="DynamicViT's learned score with BAT's merger",
-    paper="2211.11315",
-    moment="before",
-    score="learned predictor",
-    rest="density-peak clusters; attentive pairs fused",
-    trained=True,
-    learns=True,
-)
-@dataclass(frozen=True)
-class DynamicViTBAT(Decouple):
-    """Options of ``dynamicvit+bat``: those of ``bat``. Attentive are int(N0 * rate^stage); trained with real removal."""
-
-    def build(self, site: Site) -> Reducer:
-        return LearnedMerge(self, site)
-
-    def leaves(self, rates: Sequence[float], n: int, patches: int) -> int:
-        return self.count(min(n, max(1, of_the_initial(rates, n, patches))), n, len(rates) - 1, rates[-1])
-
-    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
-        return {**predictor_macs(before, site.dim), "pairwise": super().macs(before, after, site)["pairwise"]}
+        return MergeReducer(self, self.score, site)

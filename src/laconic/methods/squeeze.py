@@ -1,4 +1,4 @@
-"""TPS: Joint Token Pruning and Squeezing (Wei et al., CVPR 2023, arXiv:2304.10716), as eTPS and dTPS.
+"""TPS: Joint Token Pruning and Squeezing (Wei et al., CVPR 2023, arXiv:2304.10716): what eTPS and dTPS share.
 
 Score and split the tokens into reserved and pruned; match every pruned token to its most similar reserved token, its host
 (eqs. 4-5, cosine c_ij); fuse each host j with the pruned tokens i that chose it (eq. 6):
@@ -18,9 +18,7 @@ published code of eTPS; it is the composition that the authors describe, and its
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
@@ -28,12 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from laconic.attention import Seen
-from laconic.methods.dynamicvit import LearnedPrune, predictor_macs
-from laconic.parts import SCORES, ScoreName, arbitrary, cosine, lay, one_to_one, split
-from laconic.reducer import Method, Reducer, Site, choice, method
-from laconic.schedule import of_the_initial
+from laconic.parts import cosine, lay, one_to_one, split
+from laconic.reducer import Method, choice
 from laconic.tokens import Tokens, iota, take
 
+NOTED = "attention before"  # column [B, L, L]: head-mean attention of the block before, patch tokens only
 CHOICES = {
     "similarity": ("cosine", "previous-attention"),
     "features": ("full", "content", "position"),
@@ -129,90 +126,3 @@ class Squeeze(Method):
     def squeeze_macs(self, before: int, after: int, dim: int) -> int:
         """Multiply-adds as the authors count them: similarity and fusing are one product each."""
         return dim * after * (before - after) * (2 if self.similarity == "cosine" else 1)
-
-
-NOTED = "attention before"  # column [B, L, L]: head-mean attention of the block before, patch tokens only
-
-
-class ETPSReducer(Reducer):
-    """Class attention, then squeeze."""
-
-    def __init__(self, config: ETPS, seed: int) -> None:
-        super().__init__()
-        self.config, self.seed = config, seed
-
-    def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
-        random = self.config.policy == "random"
-        score = arbitrary(tokens, self.seed) if random else SCORES[self.config.score](tokens, seen)
-        return self.config.squeeze(tokens, seen, score, n)
-
-
-@method(
-    "etps",
-    title="eTPS: prune by class attention, squeeze the rest into their hosts",
-    paper="2304.10716",
-    moment="between",
-    score="class attention",
-    rest="squeezed into the most similar kept token",
-    trained=False,
-)
-@dataclass(frozen=True)
-class ETPS(Squeeze):
-    """Options of ``etps``: those of `Squeeze`, and what scores a token."""
-
-    score: ScoreName = "class"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        choice("etps", "score", self.score, list(SCORES))
-
-    def build(self, site: Site) -> Reducer:
-        return ETPSReducer(self, self.seed * 1009 + site.stage)
-
-    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
-        return {"matmul": self.squeeze_macs(before, after, site.dim), "head_mean": before}
-
-
-class WatchfulPrune(LearnedPrune):
-    """`LearnedPrune` that notes the attention of the block before."""
-
-    def watch(self, tokens: Tokens, seen: Seen) -> Tokens:
-        return tokens.replace(columns={**tokens.columns, NOTED: seen.rows(iota(tokens.size))})
-
-
-@method(
-    "dtps",
-    title="dTPS: prune by a learned score, squeeze the rest into their hosts",
-    paper="2304.10716",
-    moment="before",
-    score="learned predictor",
-    rest="squeezed into the most similar kept token",
-    trained=True,
-    learns=True,
-)
-@dataclass(frozen=True)
-class DTPS(Squeeze):
-    """Options of ``dtps``: those of `Squeeze` (the random policy counts at inference only)."""
-
-    def build(self, site: Site) -> Reducer:
-        seed = self.seed * 1009 + site.stage
-        kind = LearnedPrune if self.similarity == "cosine" else WatchfulPrune
-        return kind(site.dim, partial(self._hard, seed), self._soft)
-
-    def _hard(self, seed: int, tokens: Tokens, score: Tensor, n: int) -> Tokens:
-        score = arbitrary(tokens, seed) if self.policy == "random" else score
-        return _forget(self.squeeze(tokens, None, score, n))
-
-    def _soft(self, tokens: Tokens, keep: Tensor, gone: Tensor) -> Tokens:
-        return _forget(self.soft_squeeze(tokens, keep, gone))
-
-    def leaves(self, rates: Sequence[float], n: int, patches: int) -> int:
-        return of_the_initial(rates, n, patches)
-
-    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
-        predictor = predictor_macs(before, site.dim)
-        return {**predictor, "matmul": predictor["matmul"] + self.squeeze_macs(before, after, site.dim)}
-
-
-def _forget(tokens: Tokens) -> Tokens:
-    return tokens.replace(columns={name: c for name, c in tokens.columns.items() if name != NOTED})

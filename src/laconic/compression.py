@@ -1,0 +1,233 @@
+"""What runs inside a reduced model: a method between the halves of a host's blocks, and the ledger of one forward.
+
+The trick, said out loud: every block of the user's model gets a ``forward`` of its own that runs the same submodules in
+two halves, and a reducer works on the tokens before, between or after them. Blocks with nothing to do run their class's
+own forward. What has become of each patch is written into a ledger, one entry a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laconic.attention import Seen, Watch, bias_of
+from laconic.hosts import HOSTS, Host, halves_of, path_of
+from laconic.pooling import pool_by_size
+from laconic.reducer import Method, Reducer, Site
+from laconic.schedule import Schedule
+from laconic.tokens import Tokens
+
+
+class Compression(nn.Module):
+    """Lives on the reduced model as ``model.laconic``: its reducers, its schedule, and the ledger of the last forward.
+
+    The ledger makes a reduced model unfit for two threads at once; copies of the model have ledgers of their own.
+    """
+
+    model: nn.Module
+
+    def __init__(self, model: nn.Module, host: Host, config: Method, schedule: Schedule) -> None:
+        super().__init__()
+        blocks = host.blocks(model)
+        schedule.check_depth(len(blocks))
+        self.config, self.host_path, self.depth = config, host.path, len(blocks)
+        # the model owns this module, not the other way round: it must not become a child
+        object.__setattr__(self, "model", model)
+        self.prefix, self.has_cls = host.prefix(model)
+        self.grid, self.pooling = host.grid(model), host.pooling(model)
+        self.schedule = schedule
+        keep = schedule.values if schedule.unit == "keep" else (None,) * len(schedule.at)
+        dim, heads = host.dim(model), host.heads(model)
+        self.reducers = nn.ModuleDict(
+            {str(block): config.build(Site(stage, block, dim, heads, keep[stage])) for stage, block in enumerate(schedule.at)}
+        )
+        reference = next(model.parameters())
+        self.to(reference.device, reference.dtype)
+        self.train(model.training)
+        self.ledger: list[Tokens | None] = [None] * (self.depth + 1)
+        self.observer: Callable[[Tokens, Tokens], None] | None = None  # sees the tokens before and after each moment
+
+    # -------------------------------------------------------------------------------------------- schedule
+    def set_schedule(self, schedule: Schedule) -> None:
+        """Change the schedule between two steps (warm-in); the blocks must stay the same.
+
+        Raises:
+            ValueError: the new schedule reduces at other blocks.
+        """
+        if schedule.at != self.schedule.at:
+            raise ValueError(f"schedule reduces at {list(schedule.at)}, but this model was built for {list(self.schedule.at)}")
+        self.schedule = schedule
+
+    def counts(self, patches: int) -> tuple[int, ...]:
+        """Patch tokens each block leaves, for an image of that many patches."""
+        return self.schedule.counts(self.depth, patches, self.config.leaves)
+
+    def losses(self) -> dict[str, Tensor]:
+        """The method's own losses of the last forward, each a mean over the reducing blocks."""
+        last = self.entry(self.depth)
+        targets = self.schedule.targets(self.depth, last.where.shape[1], self.config.leaves)
+        parts = [
+            reducer.losses(self.entry(b + 1), rate) for b, rate in targets.items() if (reducer := self.reducer(b)) is not None
+        ]
+        names = sorted({name for part in parts for name in part})
+        return {name: torch.stack([part[name] for part in parts if name in part]).mean() for name in names}
+
+    # -------------------------------------------------------------------------------------------- one block
+    def run(self, index: int, block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Stands in for the forward of block ``index``."""
+        if args or kwargs.get("attn_mask") is not None or kwargs.get("is_causal"):
+            raise ValueError("a reduced model takes no attention mask: a mask for all tokens does not fit those that are left")
+        tokens = self._arriving(index, x)
+        halves = halves_of(block)
+        assert halves is not None  # find_host has seen to it
+        n = self.counts(tokens.where.shape[1])[index]
+        reducer = self.reducer(index) if n < len(tokens) else None
+        if reducer is not None:
+            tokens = self._moment(reducer, "before", tokens, n)
+        if halves.rope is not None and tokens.patch is not None and kwargs.get(halves.rope) is not None:
+            kwargs = {**kwargs, halves.rope: _rows_of_table(kwargs[halves.rope], tokens.patch)}
+        watcher = self._watcher(index + 1, tokens)
+        between = reducer is not None and reducer.overrides("between")
+        bias, calls = bias_of(tokens), list[dict[str, Any]]()
+        if not between and watcher is None and bias is None:
+            tokens = tokens.replace(x=type(block).forward(block, tokens.x, **kwargs))
+        else:
+            with Watch(calls, bias):
+                step = halves.attention if between else None
+                x = type(block).forward(block, tokens.x, **kwargs) if step is None else step(block, tokens.x, **kwargs)
+            tokens = tokens.replace(x=x if step is None else tokens.x + x)
+            seen = _seen(calls, tokens, index, block)
+            if watcher is not None:
+                tokens = watcher.watch(tokens, seen)
+            if between and reducer is not None and halves.mlp is not None:
+                tokens = self._moment(reducer, "between", tokens, n, seen)
+                tokens = tokens.replace(x=tokens.x + halves.mlp(block, tokens.x))
+        if reducer is not None:
+            tokens = self._moment(reducer, "after", tokens, n)
+            if len(tokens) != n and tokens.alive is None:
+                raise RuntimeError(
+                    f"{self.config.row.name} left {len(tokens)} patch tokens at block {index}; {n} were asked for"
+                )
+        self.ledger[index + 1] = tokens.replace(x=tokens.x.new_empty(tokens.x.shape[0], 0, tokens.x.shape[2]))
+        return tokens.x
+
+    def _arriving(self, index: int, x: Tensor) -> Tokens:
+        if index == 0:
+            return Tokens.start(x, self.prefix, self.has_cls, self._positions(x))
+        tokens = self.entry(index)
+        if tokens.alive is not None and torch.is_grad_enabled() and not tokens.alive.requires_grad and self._learns():
+            raise RuntimeError(
+                "the keep decisions have lost their gradient: re-entrant gradient checkpointing cannot carry them; use "
+                "use_reentrant=False (timm.layers.set_reentrant_ckpt(False))"
+            )
+        if x.shape[:2] != (tokens.size.shape[0], self.prefix + len(tokens)):
+            raise RuntimeError(
+                f"block {index} got {tuple(x.shape)}, but the block before it left {tokens.size.shape[0]} images of "
+                f"{self.prefix + len(tokens)} tokens; run the blocks of a reduced model in order, one forward at a time"
+            )
+        return tokens.replace(x=x)
+
+    def entry(self, index: int) -> Tokens:
+        """The tokens that came out of block ``index - 1`` in the last forward, without their features."""
+        tokens = self.ledger[index]
+        if tokens is None:
+            raise RuntimeError("this reduced model has not run forward yet; run it on a batch of images first")
+        return tokens
+
+    def _learns(self) -> bool:
+        return any(p.requires_grad for p in self.reducers.parameters())
+
+    def reducer(self, index: int) -> Reducer | None:
+        """The reducer of block ``index``, if it has one."""
+        reducer = self.reducers[str(index)] if str(index) in self.reducers else None  # noqa: SIM401 (ModuleDict has no get)
+        return reducer if isinstance(reducer, Reducer) else None
+
+    def _watcher(self, index: int, tokens: Tokens) -> Reducer | None:
+        reducer = self.reducer(index)
+        wanted = reducer is not None and reducer.overrides("watch")
+        return reducer if wanted and self.counts(tokens.where.shape[1])[index] < len(tokens) else None
+
+    def _positions(self, x: Tensor) -> Tensor | None:
+        table = HOSTS[self.host_path].positions(self.model)
+        return table if table is not None and len(table) == x.shape[1] - self.prefix else None
+
+    def _moment(self, reducer: Reducer, moment: str, tokens: Tokens, n: int, seen: Seen | None = None) -> Tokens:
+        if not reducer.overrides(moment):
+            return tokens
+        arguments = (tokens, n) if seen is None else (tokens, seen, n)
+        kind = tokens.x.device.type
+        if torch.is_autocast_enabled(kind):  # similarities, exponentials and sums of scores stay in float32
+            with torch.autocast(kind, enabled=False):
+                out = getattr(reducer, moment)(*arguments)
+        else:
+            out = getattr(reducer, moment)(*arguments)
+        if self.observer is not None:
+            self.observer(tokens, out)
+        return out
+
+    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
+        """Stands in for the pooling of the host: its own, with every token counted as often as it has patches."""
+        host: Any = self.model
+        kind, prefix_too = self.pooling
+        tokens = self.ledger[self.depth]
+        if tokens is None or not tokens.merged or x.shape[1] != self.prefix + len(tokens):
+            return type(host).pool(host, x, pool_type)
+        return pool_by_size(partial(type(host).pool, host), x, tokens, pool_type or kind, prefix_too)
+
+    # -------------------------------------------------------------------------------------------- copies
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy starts with an empty ledger: what is in it belongs to the forward (and the graph) of the original
+        return {**self.__dict__, "ledger": [None] * (self.depth + 1)}
+
+
+def _rows_of_table(table: Tensor, patch: Tensor) -> Tensor:
+    """Rotary table [P, D] or [H, P, D], shared by all images, as [B, 1 or H, L, D] for the patches in ``patch``."""
+    if table.dim() == 2:
+        return table[patch].unsqueeze(1)
+    return table[:, patch].transpose(0, 1)
+
+
+def _seen(calls: list[dict[str, Any]], tokens: Tokens, index: int, block: nn.Module) -> Seen:
+    if len(calls) != 1:
+        raise RuntimeError(
+            f"block {index} ({path_of(type(block))}) made {len(calls)} calls of scaled_dot_product_attention where laconic "
+            "needs exactly one; switch fused attention on (timm.layers.set_fused_attn(True) before creating the model)"
+        )
+    return Seen.of(calls[0], tokens)
+
+
+def attach(host: Any, entry: Host, compression: Compression) -> None:
+    """Put a compression between the halves of the host's blocks."""
+    for index, block in enumerate(entry.blocks(host)):
+        block.forward = partial(compression.run, index, block)
+    host.pool = compression.pool
+    host.laconic = compression
+
+
+def detach(host: Any, entry: Host) -> None:
+    """Undo `attach`."""
+    for block in entry.blocks(host):
+        block.__dict__.pop("forward", None)
+    host.__dict__.pop("pool", None)
+    del host.laconic
+
+
+def find_compression(model: nn.Module) -> Compression | None:
+    """The compression of a reduced model, or None."""
+    return next((m for m in model.modules() if isinstance(m, Compression)), None)
+
+
+def compression_of(model: nn.Module) -> Compression:
+    """The compression of a reduced model.
+
+    Raises:
+        ValueError: the model is not reduced.
+    """
+    compression = find_compression(model)
+    if compression is None:
+        raise ValueError(f"this {type(model).__name__} is not reduced; call laconic.reduce_(model, method, keep=...) first")
+    return compression

@@ -1,0 +1,66 @@
+"""dTPS (arXiv:2304.10716): DynamicViT's predictor before a block, keep int(N0 * rate^stage), squeeze the rest (see `squeeze`).
+
+Training keeps the shape: decisions are Gumbel-sampled, hosts are fused softly with straight-through gradients, pruned
+tokens are masked afterwards. Losses: "ratio" as in DynamicViT, and distillation of logits and (by KL) of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from laconic.attention import Seen
+from laconic.methods.dynamicvit import LearnedPrune, predictor_macs
+from laconic.methods.squeeze import NOTED, Squeeze
+from laconic.parts import arbitrary
+from laconic.reducer import Reducer, Site, method
+from laconic.schedule import of_the_initial
+from laconic.tokens import Tokens, iota
+
+
+class WatchfulPrune(LearnedPrune):
+    """`LearnedPrune` that notes the attention of the block before."""
+
+    def watch(self, tokens: Tokens, seen: Seen) -> Tokens:
+        return tokens.replace(columns={**tokens.columns, NOTED: seen.rows(iota(tokens.size))})
+
+
+@method(
+    "dtps",
+    title="dTPS: prune by a learned score, squeeze the rest into their hosts",
+    paper="2304.10716",
+    moment="before",
+    score="learned predictor",
+    rest="squeezed into the most similar kept token",
+    trained=True,
+    learns=True,
+)
+@dataclass(frozen=True)
+class DTPS(Squeeze):
+    """Options of ``dtps``: those of `Squeeze` (the random policy counts at inference only)."""
+
+    def build(self, site: Site) -> Reducer:
+        seed = self.seed * 1009 + site.stage
+        kind = LearnedPrune if self.similarity == "cosine" else WatchfulPrune
+        return kind(site.dim, partial(self._hard, seed), self._soft)
+
+    def _hard(self, seed: int, tokens: Tokens, score: Tensor, n: int) -> Tokens:
+        score = arbitrary(tokens, seed) if self.policy == "random" else score
+        return _forget(self.squeeze(tokens, None, score, n))
+
+    def _soft(self, tokens: Tokens, keep: Tensor, gone: Tensor) -> Tokens:
+        return _forget(self.soft_squeeze(tokens, keep, gone))
+
+    def leaves(self, rates: Sequence[float], n: int, patches: int) -> int:
+        return of_the_initial(rates, n, patches)
+
+    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+        predictor = predictor_macs(before, site.dim)
+        return {**predictor, "matmul": predictor["matmul"] + self.squeeze_macs(before, after, site.dim)}
+
+
+def _forget(tokens: Tokens) -> Tokens:
+    return tokens.replace(columns={name: c for name, c in tokens.columns.items() if name != NOTED})

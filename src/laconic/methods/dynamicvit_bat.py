@@ -1,0 +1,60 @@
+"""DynamicViT + BAT (the row "DyViT+Ours" of arXiv:2211.11315): BAT's merger on DynamicViT's learned score, before a block.
+
+The paper does not say how; here the attentive are the int(N0 * rate^stage) tokens most likely to be kept, the probability
+of being kept is the weight of eq. 8, and training really removes tokens, with straight-through gradients to the score;
+no ratio loss, distillation of logits and tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from laconic.methods.decouple import Decouple
+from laconic.methods.dynamicvit import predictor_macs
+from laconic.parts import Predictor
+from laconic.reducer import Reducer, Site, method
+from laconic.schedule import of_the_initial
+from laconic.tokens import Tokens
+
+
+class LearnedMerge(Reducer):
+    """A learned score before the block, then decouple and merge; in training too, straight through to the score."""
+
+    def __init__(self, config: DynamicViTBAT, site: Site) -> None:
+        super().__init__()
+        self.config, self.site = config, site
+        self.predictor = Predictor(site.dim)
+
+    def before(self, tokens: Tokens, n: int) -> Tokens:
+        score = self.predictor(tokens.patches)[..., 0].exp()
+        # value one, gradient of the score: tokens that merge with none would else teach the predictor nothing
+        through = (1 + score - score.detach()).unsqueeze(-1).to(tokens.x.dtype)
+        x = torch.cat([tokens.x[:, : tokens.prefix], tokens.patches * through], 1) if self.training else tokens.x
+        return self.config.merge(tokens.replace(x=x), score, n, self.site)
+
+
+@method(
+    "dynamicvit+bat",
+    title="DynamicViT's learned score with BAT's merger",
+    paper="2211.11315",
+    moment="before",
+    score="learned predictor",
+    rest="density-peak clusters; attentive pairs fused",
+    trained=True,
+    learns=True,
+)
+@dataclass(frozen=True)
+class DynamicViTBAT(Decouple):
+    """Options of ``dynamicvit+bat``: those of ``bat``. Attentive are int(N0 * rate^stage); trained with real removal."""
+
+    def build(self, site: Site) -> Reducer:
+        return LearnedMerge(self, site)
+
+    def leaves(self, rates: Sequence[float], n: int, patches: int) -> int:
+        return self.count(min(n, max(1, of_the_initial(rates, n, patches))), n, len(rates) - 1, rates[-1])
+
+    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+        return {**predictor_macs(before, site.dim), "pairwise": super().macs(before, after, site)["pairwise"]}

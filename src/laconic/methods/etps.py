@@ -1,0 +1,54 @@
+"""eTPS (arXiv:2304.10716): score by class attention inside a block, keep ceil(rate * N), squeeze the rest (see `squeeze`).
+
+Training is the same operation; the loss adds logit distillation from the unreduced model. There is no published code of
+eTPS: it is the composition its authors describe, and its cost agrees with theirs to the digit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from laconic.attention import Seen
+from laconic.methods.squeeze import Squeeze
+from laconic.parts import SCORES, ScoreName, arbitrary
+from laconic.reducer import Reducer, Site, choice, method
+from laconic.tokens import Tokens
+
+
+class ETPSReducer(Reducer):
+    """Class attention, then squeeze."""
+
+    def __init__(self, config: ETPS, seed: int) -> None:
+        super().__init__()
+        self.config, self.seed = config, seed
+
+    def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
+        random = self.config.policy == "random"
+        score = arbitrary(tokens, self.seed) if random else SCORES[self.config.score](tokens, seen)
+        return self.config.squeeze(tokens, seen, score, n)
+
+
+@method(
+    "etps",
+    title="eTPS: prune by class attention, squeeze the rest into their hosts",
+    paper="2304.10716",
+    moment="between",
+    score="class attention",
+    rest="squeezed into the most similar kept token",
+    trained=False,
+)
+@dataclass(frozen=True)
+class ETPS(Squeeze):
+    """Options of ``etps``: those of `Squeeze`, and what scores a token."""
+
+    score: ScoreName = "class"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choice("etps", "score", self.score, list(SCORES))
+
+    def build(self, site: Site) -> Reducer:
+        return ETPSReducer(self, self.seed * 1009 + site.stage)
+
+    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+        return {"matmul": self.squeeze_macs(before, after, site.dim), "head_mean": before}

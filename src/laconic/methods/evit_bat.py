@@ -1,0 +1,39 @@
+"""EViT + BAT (the row "EViT+Ours" of arXiv:2211.11315): EViT with BAT's merger in the place of its packed token.
+
+The paper does not say how; here the split is EViT's, clusters are attention-weighted sums that are not normalised (as EViT
+packs), attentive pairs are fused, and as many tokens leave as in EViT.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from laconic.methods.bat import MergeReducer
+from laconic.methods.decouple import Decouple
+from laconic.parts import SCORES, ScoreName
+from laconic.reducer import Reducer, Site, choice, method
+
+
+@method(
+    "evit+bat",
+    title="EViT with BAT's merger in the place of its packed token",
+    paper="2211.11315",
+    moment="between",
+    score="class attention",
+    rest="density-peak clusters, summed as EViT does; attentive pairs fused",
+    trained=False,
+)
+@dataclass(frozen=True)
+class EViTBAT(Decouple):
+    """Options of ``evit+bat``: those of ``bat``; clusters are attention-weighted sums, not normalised, as EViT packs."""
+
+    weights: Literal["normalised", "literal", "literal-clusters"] = "literal-clusters"
+    score: ScoreName = "class"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choice("evit+bat", "score", self.score, list(SCORES))
+
+    def build(self, site: Site) -> Reducer:
+        return MergeReducer(self, self.score, site)
