@@ -18,7 +18,10 @@ from torch.overrides import TorchFunctionMode
 from laconic.shapes import Float, Int
 from laconic.tokens import Tokens, take
 
-SOFT_FLOOR = 1e-6  # DynamicViT's eps: shared by all N columns, it is what a softly removed token still weighs
+# What a softly removed token still weighs, so that the logarithm and its gradient stay finite. It must be far below any
+# ratio of two attention weights, or an outlier shines through; float16 cannot carry the gradient of so little.
+SOFT_FLOOR = 1e-30
+SOFT_FLOOR_HALF = 1e-8
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
@@ -60,7 +63,9 @@ def bias_of(tokens: Tokens) -> Tensor | None:
     if tokens.alive is not None:
         alive = F.pad(tokens.alive, (tokens.prefix, 0), value=1.0)
         itself = torch.eye(alive.shape[1], dtype=torch.bool, device=alive.device)
-        floor = SOFT_FLOOR / alive.shape[1]  # keeps the logarithm and its gradient finite
+        kind = tokens.x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tokens.x.dtype
+        floor = SOFT_FLOOR_HALF if dtype == torch.float16 else SOFT_FLOOR
         visible = torch.where(itself, 1.0, (alive * (1 - floor) + floor).unsqueeze(1))
         soft = visible.log().unsqueeze(1)
         bias = soft if bias is None else bias + soft

@@ -92,7 +92,8 @@ class Compression(nn.Module):
             kwargs = {**kwargs, halves.rope: _rows_of_table(kwargs[halves.rope], tokens.patch)}
         watcher = self._watcher(index + 1, tokens)
         between = reducer is not None and reducer.overrides("between")
-        bias, calls = bias_of(tokens), list[dict[str, Any]]()
+        calls: list[dict[str, Any]] = []
+        bias = bias_of(tokens)
         if not between and watcher is None and bias is None:
             tokens = tokens.replace(x=type(block).forward(block, tokens.x, **kwargs))
         else:
@@ -112,12 +113,18 @@ class Compression(nn.Module):
                 raise RuntimeError(
                     f"{self.config.row.name} left {len(tokens)} patch tokens at block {index}; {n} were asked for"
                 )
-        self.ledger[index + 1] = tokens.replace(x=tokens.x.new_empty(tokens.x.shape[0], 0, tokens.x.shape[2]))
+        self._note(index + 1, tokens)
         return tokens.x
+
+    def _note(self, index: int, tokens: Tokens) -> None:
+        # everything but the features: those would keep every activation alive
+        self.ledger[index] = tokens.replace(x=tokens.x.new_empty(tokens.x.shape[0], 0, tokens.x.shape[2]))
 
     def _arriving(self, index: int, x: Tensor) -> Tokens:
         if index == 0:
-            return Tokens.start(x, self.prefix, self.has_cls, self._positions(x))
+            start = Tokens.start(x, self.prefix, self.has_cls, self._positions(x))
+            self._note(0, start)
+            return start
         tokens = self.entry(index)
         if tokens.alive is not None and torch.is_grad_enabled() and not tokens.alive.requires_grad and self._learns():
             raise RuntimeError(

@@ -6,15 +6,11 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 Unit = str  # "keep" | "leave" | "remove"
-
-
-class CountRule(Protocol):
-    """How a method turns keep rates into counts (`laconic.reducer.Method.leaves`)."""
-
-    def __call__(self, rates: Sequence[float], n: int, patches: int) -> int: ...
+# how a method turns keep rates (one a stage so far), tokens now and patches at the start into tokens left
+CountRule = Callable[[Sequence[float], int, int], int]
 
 
 @dataclass(frozen=True)
@@ -25,7 +21,7 @@ class Schedule:
     """
 
     at: tuple[int, ...]
-    values: tuple[float, ...]
+    values: tuple[float | int, ...]
     unit: Unit = "keep"
 
     def __post_init__(self) -> None:
@@ -44,7 +40,7 @@ class Schedule:
         for value in self.values:
             self._check(value)
 
-    def _check(self, value: float) -> None:
+    def _check(self, value: float | int) -> None:
         if self.unit == "keep":
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
                 raise ValueError(f"keep rate must be in (0, 1], got {value!r}; for counts use Schedule.leaving or .removing")

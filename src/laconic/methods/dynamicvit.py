@@ -7,8 +7,8 @@ Before a block, a small predictor gives every token the log-probabilities of bei
   is masked so that dropped tokens are seen by none but themselves (eqs. 10-11), and the predictor's global features
   average over the kept ones. Loss "ratio": the mean over images of (share kept - rate^stage)^2 (eq. 16).
 
-Departures: the published softmax adds eps/N to every attention weight, here a dropped token keeps 1e-6 of its weight
-(the same order, and fused attention goes on); denominators are clamped where it divides by zero when all is dropped.
+Departures: the published softmax adds eps/N (eps = 1e-6) to every attention weight, here there is no such leak, so that
+fused attention goes on; denominators are clamped where it divides by zero when all is dropped.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ def soft_drop(tokens: Tokens, keep: Tensor, gone: Tensor) -> Tokens:
 
 
 def predictor_macs(before: int, dim: int) -> dict[str, int]:
-    """Multiply-adds of one predictor on ``before`` tokens, and the elements of its LayerNorm."""
+    """Work of one predictor on ``before`` tokens: its layers, its LayerNorm, and the masking of its global features."""
     linear = dim * dim + dim * (dim // 2) + (dim // 2) * (dim // 4) + (dim // 4) * 2
-    return {"matmul": before * linear, "layernorm": before * dim}
+    return {"matmul": before * linear, "layernorm": before * dim, "elementwise": before * (dim // 2)}
 
 
 @method(

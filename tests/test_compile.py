@@ -1,0 +1,44 @@
+"""torch.compile: one graph, no second compilation for the same shape, the answer of eager mode."""
+
+import pytest
+import torch
+from families import METHODS, PAIRS, images, reduced
+
+pytestmark = pytest.mark.unchecked
+FAMILIES = ("plain", "dinov3", "siglip")
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+
+
+@pytest.mark.parametrize(("method", "family"), [pair for pair in PAIRS if pair[1] in FAMILIES])
+def test_one_graph(method, family):
+    model = reduced(method, family)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for seed in (0, 1, 2):
+            x = images(family) + seed
+            eager = model(x)
+            torch.testing.assert_close(compiled(x), eager, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["dynamicvit", "dtps", "bat"])
+def test_training_compiles(method):
+    model = reduced(method, "plain").train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        compiled(images("plain")).square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_with_inductor(method):
+    model = reduced(method, "plain")
+    compiled, x = torch.compile(model, fullgraph=True), images("plain")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-3, atol=1e-3)

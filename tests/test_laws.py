@@ -1,0 +1,284 @@
+"""What must hold for every method on every supported family."""
+
+import copy
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from families import AT, FAMILIES, METHODS, NO_CLASS_TOKEN, PAIRS, images, make, options, reduced
+
+import laconic
+from laconic.attention import Watch
+from laconic.methods import dynamicvit
+from laconic.parts import arbitrary, class_attention, split
+from laconic.reducer import Reducer
+from laconic.tokens import iota
+
+every_pair = pytest.mark.parametrize(("method", "family"), PAIRS)
+every_method = pytest.mark.parametrize("method", METHODS)
+DROPS = {name for name, row in laconic.methods().items() if row.rest == "dropped"}
+IN_SEQUENCE = {"tome", "avg-pool", "random"}  # these go by the place of a token in the sequence, by definition
+
+
+def run(model, x):
+    with torch.no_grad():
+        return model(x)
+
+
+@every_pair
+def test_keep_1_is_the_identity(method, family):
+    model, x = make(family), images(family)
+    expected = run(model, x)
+    laconic.reduce_(model, method, keep=1.0, at=AT, **options(method, family))
+    assert torch.equal(run(model, x), expected)
+
+
+@every_pair
+def test_tokens_leave_as_scheduled(method, family):
+    model = reduced(method, family)
+    run(model, images(family))
+    counts = [stage.size.shape[1] for stage in laconic.provenance(model).stages]
+    patches = laconic.provenance(model).final.where.shape[1]
+    config = model.laconic.config
+    expected, n, rates = [], patches, []
+    for _ in AT:
+        rates.append(0.6)
+        n = config.leaves(rates, n, patches)
+        expected.append(n)
+    assert counts == expected
+    assert patches > counts[0] > counts[1] > counts[2]
+
+
+@every_pair
+def test_every_patch_is_accounted_for(method, family):
+    model = reduced(method, family)
+    run(model, images(family))
+    for stage in laconic.provenance(model).stages:
+        held = (stage.where.unsqueeze(1) == iota(stage.size).unsqueeze(2)).sum(2)
+        assert torch.equal(held.float(), stage.size)
+        gone = (stage.where < 0).sum(1)
+        assert torch.equal(stage.size.sum(1) + gone, torch.full((3,), float(stage.where.shape[1])))
+        assert (gone.min() > 0) if method in DROPS else (gone.max() == 0)
+        # a token stands in the place of a patch that it holds, and no two in the same place
+        assert torch.equal(stage.where.gather(1, stage.kept), iota(stage.kept))
+
+
+@every_pair
+def test_prefix_tokens_are_untouched(method, family):
+    model = reduced(method, family, keep=0.4)
+    moments = []
+    model.laconic.observer = lambda before, after: moments.append((before, after))
+    run(model, images(family))
+    assert len(moments) == len(AT)
+    for before, after in moments:
+        assert torch.equal(before.x[:, : before.prefix], after.x[:, : after.prefix])
+
+
+@every_pair
+def test_a_batch_equals_its_images_one_by_one(method, family):
+    model, x = reduced(method, family), images(family)
+    singles = torch.cat([run(model, image.unsqueeze(0)) for image in x])
+    torch.testing.assert_close(run(model, x), singles, rtol=1e-4, atol=1e-4)
+
+
+def permute_patches(model, order):
+    """Permute the patch tokens at the first block, and the rotary tables that every block gets, in the same way."""
+    prefix = model.num_prefix_tokens
+
+    def first(block, args, kwargs):
+        x = args[0]
+        return (torch.cat([x[:, :prefix], x[:, prefix:][:, order]], 1), *args[1:]), kwargs
+
+    def tables(block, args, kwargs):
+        rope = kwargs.get("rope")
+        return args, kwargs if rope is None else {**kwargs, "rope": rope[..., order, :]}
+
+    model.blocks[0].register_forward_pre_hook(first, with_kwargs=True)
+    for block in model.blocks:
+        block.register_forward_pre_hook(tables, with_kwargs=True)
+
+
+@pytest.mark.parametrize(("method", "family"), [pair for pair in PAIRS if pair[0] not in IN_SEQUENCE])
+def test_permuted_patches_give_the_same_answer(method, family):
+    model, x = reduced(method, family), images(family)
+    expected = run(model, x)
+    permute_patches(model, torch.randperm(36, generator=torch.Generator().manual_seed(2)))
+    torch.testing.assert_close(run(model, x), expected, rtol=1e-4, atol=1e-4)
+
+
+class Hidden(Reducer):
+    """Pure pruning by hiding: the tokens stay, but nobody sees them from here on."""
+
+    def __init__(self, score):
+        super().__init__()
+        self.score = score
+
+    def between(self, tokens, seen, n):
+        dead = torch.zeros_like(tokens.size) if tokens.alive is None else 1 - tokens.alive
+        kept, _ = split(self.score(tokens, seen) - dead, n)
+        alive = torch.zeros_like(tokens.size).scatter(1, kept, 1.0)
+        return tokens.fade(alive, torch.where(alive > 0, iota(alive), -1))
+
+
+@pytest.mark.parametrize(("method", "family"), [p for p in PAIRS if p[0] in ("topk", "random")])
+def test_removed_equals_hidden(method, family):
+    if method == "topk" and family in NO_CLASS_TOKEN:
+        pytest.skip("the mean query is of all tokens, hidden ones too")
+    x, schedule = images(family), laconic.Schedule.leaving({1: 22, 2: 14, 3: 9})
+    removed = laconic.reduce_(make(family), method, schedule=schedule)
+    expected = run(removed, x)
+    hidden = laconic.reduce_(make(family), method, schedule=schedule)
+    for stage, block in enumerate(AT):
+        score = class_attention if method == "topk" else partial(arbitrary_score, stage)
+        hidden.laconic.reducers[str(block)] = Hidden(score)
+    torch.testing.assert_close(run(hidden, x), expected, rtol=1e-4, atol=1e-4)
+    assert len(hidden.laconic.entry(4)) == 36
+    assert torch.equal(hidden.laconic.entry(4).where >= 0, removed.laconic.entry(4).where >= 0)
+
+
+def arbitrary_score(stage, tokens, seen):
+    return arbitrary(tokens, stage)
+
+
+@every_pair
+def test_restore_gives_the_original_back(method, family):
+    model, x = make(family), images(family)
+    expected, keys = run(model, x), {k: v.clone() for k, v in model.state_dict().items()}
+    attributes = [set(vars(m)) for m in model.modules()]
+    laconic.reduce_(model, method, keep=0.6, at=AT, **options(method, family))
+    run(model, x)
+    assert laconic.restore_(model) is model
+    assert torch.equal(run(model, x), expected)
+    assert [set(vars(m)) for m in model.modules()] == attributes
+    assert list(model.state_dict()) == list(keys)
+    assert all(torch.equal(v, keys[k]) for k, v in model.state_dict().items())
+
+
+@every_pair
+def test_fused_attention_goes_on(method, family):
+    model, x = make(family), images(family)
+    base, calls = [], []
+    with Watch(base):
+        run(model, x)
+    laconic.reduce_(model, method, keep=0.6, at=AT, **options(method, family))
+    with Watch(calls):
+        run(model, x)
+    assert len(calls) == len(base)
+
+
+@every_pair
+def test_parameters_keep_their_names(method, family):
+    model = make(family)
+    names = list(model.state_dict())
+    laconic.reduce_(model, method, keep=0.6, at=AT, **options(method, family))
+    after = list(model.state_dict())
+    assert [n for n in after if not n.startswith("laconic.")] == names
+    assert bool(set(after) - set(names)) == laconic.methods()[method].learns
+    model.load_state_dict(make(family).state_dict(), strict=not laconic.methods()[method].learns)
+
+
+@every_method
+@pytest.mark.parametrize("family", ["plain", "dinov3", "siglip"])
+def test_copies_are_independent_and_equal(method, family):
+    model, x = reduced(method, family), images(family)
+    expected = run(model, x)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.laconic is not model.laconic
+        assert other.laconic.model is other
+        assert torch.equal(run(other, x), expected)
+        with torch.no_grad():
+            next(other.parameters()).zero_()
+        assert torch.equal(run(model, x), expected)
+        laconic.restore_(other)
+        assert laconic.provenance(model).stages
+
+
+@every_method
+@pytest.mark.parametrize("family", ["plain", "dinov3", "siglip"])
+def test_a_copy_can_be_made_in_mid_training(method, family):
+    model, x = reduced(method, family).train(), images(family)
+    loss = model(x).square().mean()
+    copy.deepcopy(model)
+    loss.backward()
+
+
+@every_pair
+def test_half_precision(method, family):
+    x = images(family)
+    model = reduced(method, family)
+    full = run(model, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = run(model, x)
+    assert mixed.isfinite().all()
+    assert len(laconic.provenance(model).final.size[0]) < 20
+    half = run(model.to(torch.bfloat16), x.to(torch.bfloat16))
+    assert half.dtype == torch.bfloat16
+    assert half.isfinite().all()
+    # decisions near a tie may fall otherwise, so only the size of the answer is compared
+    assert 0.5 < mixed.float().norm() / full.norm() < 2
+
+
+@every_pair
+def test_gradients_reach_every_parameter(method, family):
+    model, x = reduced(method, family).train(), images(family)
+    loss = model(x)
+    loss = (loss[0] if isinstance(loss, tuple) else loss).square().mean() + sum(laconic.losses(model).values())
+    loss.backward()
+    for name, p in model.named_parameters():
+        if name.startswith("laconic.") or name.startswith("blocks."):
+            assert p.grad is not None, name
+            assert p.grad.isfinite().all(), name
+    assert next(p for n, p in model.named_parameters() if n.endswith("patch_embed.proj.weight")).grad.abs().sum() > 0
+
+
+@every_method
+@pytest.mark.parametrize("family", ["plain", "dinov3", "siglip", "deit3"])
+def test_gradient_checkpointing_changes_nothing(method, family):
+    gradients = []
+    for checkpointing in (False, True):
+        model, x = reduced(method, family).train(), images(family)
+        model.set_grad_checkpointing(checkpointing)
+        torch.manual_seed(3)
+        (model(x).square().mean() + sum(laconic.losses(model).values())).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, g in gradients[0].items():
+        torch.testing.assert_close(g, gradients[1][name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["dtps", "dynamicvit"])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_soft_training_agrees_with_removal(method, family, monkeypatch):
+    """With the decisions of inference in its mouth, the training path gives the answer of the inference path."""
+    model, x = reduced(method, family), images(family)
+    expected = run(model, x)
+    counts = iter([stage.size.shape[1] for stage in laconic.provenance(model).stages])
+
+    def decide(log_probs):
+        n = next(counts)
+        kept = split(log_probs[..., 0].masked_fill(dead[0], -99.0), n)[0]
+        keep = torch.zeros_like(log_probs[..., 0]).scatter(1, kept, 1.0)
+        dead[0] = keep == 0
+        return keep
+
+    dead = [torch.zeros(3, 36, dtype=torch.bool)]
+    monkeypatch.setattr(dynamicvit, "gumbel_keep", decide)
+    model.train()
+    soft = run(model, x)
+    soft = torch.stack(soft).mean(0) if isinstance(soft, tuple) else soft
+    torch.testing.assert_close(soft, expected, rtol=1e-3, atol=1e-3)
+    stage = laconic.provenance(model).final
+    assert torch.equal(stage.size.sum(1) + (stage.where < 0).sum(1), torch.full((3,), 36.0))
+
+
+def test_arbitrary_pruning_differs_by_seed_and_stage():
+    x = images("plain")
+    kept = []
+    for seed in (0, 1):
+        model = laconic.reduce_(make("plain"), "random", keep=0.6, at=AT, seed=seed)
+        run(model, x)
+        kept.append(laconic.provenance(model).stages[0].kept)
+    assert not torch.equal(kept[0].sort(1).values, kept[1].sort(1).values)
+    first, second = laconic.provenance(model).stages[:2]
+    assert not torch.equal(second.kept.sort(1).values, first.kept[:, : second.kept.shape[1]].sort(1).values)
