@@ -6,6 +6,7 @@ from families import METHODS, PAIRS, images, reduced
 
 pytestmark = pytest.mark.unchecked
 FAMILIES = ("plain", "dinov3", "siglip")
+DIFFERENT = ("topk", "bat", "tome", "dtps")  # rotary tables and the want of a class token touch each in its own way
 
 
 @pytest.fixture(autouse=True)
@@ -15,10 +16,10 @@ def _fresh():
         yield
 
 
-@pytest.mark.parametrize(("method", "family"), [pair for pair in PAIRS if pair[1] in FAMILIES])
+@pytest.mark.parametrize(("method", "family"), [p for p in PAIRS if p[1] == "plain" or (p[0] in DIFFERENT and p[1] in FAMILIES)])
 def test_one_graph(method, family):
     model = reduced(method, family)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
         for seed in (0, 1, 2):
             x = images(family) + seed

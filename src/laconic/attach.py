@@ -46,9 +46,9 @@ def reduce_(
             attention that is not fused, a model whose blocks do not behave as their class says.
     """
     config = resolve(method, options)
-    if find_compression(model) is not None:
-        raise ValueError("this model is reduced already; laconic.restore_(model) first")
     host, entry = find_host(model)
+    if find_compression(host) is not None:
+        raise ValueError("this model is reduced already; laconic.restore_(model) first")
     if schedule is not None and (keep is not None or at is not None):
         raise ValueError("give either schedule, or keep (and at), not both")
     plan = config.plan(len(entry.blocks(host)), keep, at) if schedule is None else Schedule.of(schedule)

@@ -234,7 +234,7 @@ def compression_of(model: nn.Module) -> Compression:
     Raises:
         ValueError: the model is not reduced.
     """
-    compression = find_compression(model)
+    compression = find_compression(model) if isinstance(model, nn.Module) else None
     if compression is None:
         raise ValueError(f"this {type(model).__name__} is not reduced; call laconic.reduce_(model, method, keep=...) first")
     return compression

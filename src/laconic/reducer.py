@@ -55,12 +55,12 @@ class Reducer(nn.Module):
 class Prune(Reducer):
     """Most papers are a pair: how tokens are scored, and what becomes of the rest."""
 
-    def __init__(self, score: Callable[[Tokens, Seen], Tensor], rest: Callable[..., Tokens]) -> None:
+    def __init__(self, score: Callable[[Tokens, Seen], Tensor], rest: Callable[[Tokens, Tensor, int], Tokens]) -> None:
         super().__init__()
         self.score, self.rest = score, rest
 
     def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
-        return self.rest(tokens, seen, self.score(tokens, seen), n)
+        return self.rest(tokens, self.score(tokens, seen), n)
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,8 @@ class Decouple(Method):
 
     def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
         k, clusters, pairs = self.attentive(before, after, site.stage, site.keep)
-        return {"pairwise": site.dim * ((before - k) ** 2 * (clusters > 1) + k * k * (pairs > 0)), "head_mean": before}
+        matched = (k * k if self.matching == "greedy" else (k // 2) * (k - k // 2)) * (pairs > 0)
+        return {"pairwise": site.dim * ((before - k) ** 2 * (clusters > 1) + matched), "head_mean": before}
 
 
 def _amount(value: Amount, stage: int, whole: int) -> int | None:

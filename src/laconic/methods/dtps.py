@@ -6,6 +6,7 @@ tokens are masked afterwards. Losses: "ratio" as in DynamicViT, and distillation
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -58,8 +59,7 @@ class DTPS(Squeeze):
         return of_the_initial(rates, n, patches)
 
     def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
-        predictor = predictor_macs(before, site.dim)
-        return {**predictor, "matmul": predictor["matmul"] + self.squeeze_macs(before, after, site.dim)}
+        return dict(Counter(predictor_macs(before, site.dim)) + Counter(self.squeeze_macs(before, after, site.dim)))
 
 
 def _forget(tokens: Tokens) -> Tokens:

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from laconic.parts import Predictor, gumbel_keep, split
+from laconic.methods.topk import drop
+from laconic.parts import Predictor, gumbel_keep
 from laconic.reducer import Method, Reducer, Site, method
 from laconic.schedule import of_the_initial
 from laconic.tokens import Tokens, iota
@@ -46,11 +47,6 @@ class LearnedPrune(Reducer):
 
     def losses(self, tokens: Tokens, rate: float) -> dict[str, Tensor]:
         return {} if tokens.alive is None else {"ratio": (tokens.alive.mean(1) - rate).square().mean()}
-
-
-def drop(tokens: Tokens, score: Tensor, n: int) -> Tokens:
-    """Keep the n highest scores, by falling score."""
-    return tokens.keep(split(score, n)[0])
 
 
 def soft_drop(tokens: Tokens, keep: Tensor, gone: Tensor) -> Tokens:

@@ -51,4 +51,4 @@ class ETPS(Squeeze):
         return ETPSReducer(self, self.seed * 1009 + site.stage)
 
     def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
-        return {"matmul": self.squeeze_macs(before, after, site.dim), "head_mean": before}
+        return {**self.squeeze_macs(before, after, site.dim), "head_mean": before}

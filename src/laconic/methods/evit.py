@@ -17,14 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from laconic.attention import Seen
 from laconic.methods.topk import drop
 from laconic.parts import SCORES, ScoreName, lay, split
 from laconic.reducer import Method, Prune, Reducer, Site, choice, method
 from laconic.tokens import Tokens, iota
 
 
-def pack(tokens: Tokens, seen: Seen, score: Tensor, n: int) -> Tokens:
+def pack(tokens: Tokens, score: Tensor, n: int) -> Tokens:
     """Keep the n - 1 highest scores, by falling score; then the packed token, in the place of the best of the rest."""
     kept, rest = split(score, n - 1)
     dst = lay(kept, rest, iota(kept), torch.full_like(rest, n - 1))

@@ -123,6 +123,7 @@ class Squeeze(Method):
         x = torch.cat([tokens.x[:, : tokens.prefix], patches.to(tokens.x.dtype)], 1)
         return tokens.replace(x=x).fade(keep, dst)
 
-    def squeeze_macs(self, before: int, after: int, dim: int) -> int:
-        """Multiply-adds as the authors count them: similarity and fusing are one product each."""
-        return dim * after * (before - after) * (2 if self.similarity == "cosine" else 1)
+    def squeeze_macs(self, before: int, after: int, dim: int) -> dict[str, int]:
+        """Work as the authors' code does it: similarity and fusing are one product each; weights and hosts are scaled."""
+        pairs = after * (before - after)
+        return {"matmul": dim * pairs * (2 if self.similarity == "cosine" else 1), "elementwise": 2 * pairs + dim * after}

@@ -17,7 +17,7 @@ from laconic.reducer import Method, Prune, Reducer, Site, choice, method
 from laconic.tokens import Tokens
 
 
-def drop(tokens: Tokens, seen: Seen, score: Tensor, n: int) -> Tokens:
+def drop(tokens: Tokens, score: Tensor, n: int) -> Tokens:
     """Keep the n highest scores, by falling score."""
     return tokens.keep(split(score, n)[0])
 
@@ -42,6 +42,9 @@ class TopK(Method):
 
     def build(self, site: Site) -> Reducer:
         return Prune(SCORES[self.score], drop)
+
+    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+        return {"head_mean": before}
 
 
 class ArbitraryPrune(Reducer):

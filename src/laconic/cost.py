@@ -1,0 +1,171 @@
+"""What a model costs: parameters, and multiply-adds in closed form under a stated convention.
+
+"GFLOPs" in this field are multiply-adds (MACs). Papers count different things, so a convention has a name:
+
+* ``matmul``: matrix products and convolutions, the reducer's own among them. The default.
+* ``fvcore``: what fvcore's default handlers count, 5 more for each element of a LayerNorm (TPS, DynamicViT).
+* ``torchprofile``: what torchprofile 0.0.4 counts, 1 for each element of a LayerNorm, each scaled attention logit, each
+  element a reducer weighs and each averaged attention weight; it does not see pairwise distances (EViT, BAT).
+
+A reducer is counted as its paper's code does it, and what `counted` sees may differ: on a CPU Laconic merges by index_add, so
+of the two products of TPS only the similarities run as one (elsewhere every merge is a one-hot product). Attention rows
+that a method reads once more are in no convention; of these `counted` sees those of ``similarity="previous-attention"``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from math import prod
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from laconic import work
+from laconic.compression import find_compression
+from laconic.hosts import find_host, halves_of, path_of
+from laconic.reducer import Method, Site
+from laconic.report import BlockCost, Summary
+from laconic.schedule import Schedule
+
+CONVENTIONS: dict[str, dict[str, int]] = {
+    "matmul": {"matmul": 1, "pairwise": 1},
+    "fvcore": {"matmul": 1, "pairwise": 1, "layernorm": 5},
+    "torchprofile": {"matmul": 1, "layernorm": 1, "scores": 1, "elementwise": 1, "head_mean": 1},
+}
+
+
+def summary(model: nn.Module, batch_size: int = 1, convention: str = "matmul", *, count: bool = False) -> Summary:
+    """What a supported model costs, reduced or not, at inference and at its own input size.
+
+    Of a module with a supported model inside, parameters are of the whole, MACs and tokens of the model inside.
+
+    Args:
+        model: the model.
+        batch_size: images that ``macs`` are for.
+        convention: what counts as a multiply-add: ``matmul``, ``fvcore`` or ``torchprofile`` (see `laconic.cost`).
+        count: also run one image, and say in ``counted_macs`` what torch counts (see `counted`).
+
+    Raises:
+        TypeError: no supported model. ValueError: an unknown convention, a batch size below one, a model with layers of
+            its own that laconic cannot count.
+    """
+    compression = find_compression(model) if isinstance(model, nn.Module) else None
+    config, schedule = (compression.config, compression.schedule) if compression else (None, None)
+    out = estimate(model, config, schedule, convention, batch_size)
+    return dataclasses.replace(out, counted_macs=counted(model)) if count else out
+
+
+def estimate(
+    model: nn.Module,
+    config: Method | None = None,
+    schedule: Schedule | None = None,
+    convention: str = "matmul",
+    batch_size: int = 1,
+) -> Summary:
+    """What ``model`` would cost under this method and schedule; nothing is attached and no forward runs.
+
+    The model may be on the meta device. It may be reduced already, and what by does not matter. Without config and
+    schedule it is the cost of the unreduced model.
+
+    Raises:
+        TypeError: no supported model. ValueError: as `summary`; config without schedule; a schedule that does not fit.
+    """
+    weights = _weights(convention)
+    if (config is None) != (schedule is None):
+        raise ValueError("give config and schedule, or neither; config.plan(depth, keep, at) makes a schedule of keep rates")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number of images, at least 1; got {batch_size!r}")
+    host, entry = find_host(model)
+    blocks, patches, prefix = entry.blocks(host), prod(entry.grid(host)), entry.prefix(host)[0]
+    tokens, sites = (patches,) * len(blocks), dict[int, Site]()
+    if config is not None and schedule is not None:
+        schedule.check_depth(len(blocks))
+        tokens = schedule.counts(len(blocks), patches, config.leaves)
+        sites = _sites(schedule, entry.dim(host), entry.heads(host))
+    rows, before = list[BlockCost](), patches
+    for index, (block, left) in enumerate(zip(blocks, tokens, strict=True)):
+        at_attention, at_mlp = (n + prefix for n in _inside(block, index, config, before, left))
+        own = _weigh(work.block(block, at_attention, at_mlp), weights)
+        reducer = _weigh(config.macs(before, left, sites[index]), weights) if config is not None and left < before else 0
+        rows.append(BlockCost(index, at_attention, at_mlp, own * batch_size, reducer * batch_size))
+        before = left
+    ends = _weigh(work.ends(host, entry, patches + prefix, before + prefix), weights)
+    macs = ends * batch_size + sum(row.macs + row.reducer_macs for row in rows)
+    baseline = macs if config is None else estimate(model, None, None, convention, batch_size).macs
+    method, parameters = None if config is None else config.describe(), _parameters(model, config, sites)
+    return Summary(type(host).__name__, method, convention, batch_size, parameters, macs, baseline, tokens, tuple(rows))
+
+
+def counted(model: nn.Module) -> int:
+    """Multiply-adds that torch's FlopCounterMode counts (half its FLOPs) while the model really runs on one image.
+
+    The model runs in evaluation mode, on noise of its own input size; the ledger of its last forward stays as it was.
+
+    Raises:
+        TypeError: no supported model.
+    """
+    host, entry = find_host(model)
+    # with gradients: without, the counter fails on a pool that starts from an expanded parameter (SigLIP's)
+    with _aside(host), torch.inference_mode(False), torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        host(entry.example(host))
+    return counter.get_total_flops() // 2
+
+
+@contextmanager
+def _aside(host: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while, and what the last forward left behind is put back afterwards."""
+    modes, compression = [(m, m.training) for m in host.modules()], find_compression(host)
+    ledger = list(compression.ledger) if compression else []
+    host.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        if compression is not None:
+            compression.ledger = ledger
+
+
+def _sites(schedule: Schedule, dim: int, heads: int) -> dict[int, Site]:
+    keep = schedule.values if schedule.unit == "keep" else (None,) * len(schedule.at)
+    return {block: Site(stage, block, dim, heads, keep[stage]) for stage, block in enumerate(schedule.at)}
+
+
+def _inside(block: nn.Module, index: int, config: Method | None, before: int, left: int) -> tuple[int, int]:
+    """Patch tokens at the attention and at the MLP of a block that gets ``before`` and leaves ``left``."""
+    if config is None or left == before:
+        return before, before
+    moment, halves = config.row.moment, halves_of(block)
+    if moment == "between" and halves is not None and halves.mlp is None:
+        raise ValueError(
+            f"block {index} ({path_of(type(block))}) computes attention and MLP side by side, so there is no place between "
+            f"them for {config.row.name}; take a method that reduces before a block (dtps, dynamicvit)"
+        )
+    return {"before": (left, left), "between": (before, left), "after": (before, before)}[moment]
+
+
+def _parameters(model: nn.Module, config: Method | None, sites: Mapping[int, Site]) -> int:
+    """Parameters of the model, without those of the reducers it may have, and with those of ``config``'s reducers."""
+    compression = find_compression(model)
+    present = 0 if compression is None else sum(p.numel() for p in compression.parameters())
+    own = sum(p.numel() for p in model.parameters()) - present
+    if config is None:
+        return own
+    with torch.device("meta"):
+        return own + sum(p.numel() for site in sites.values() for p in config.build(site).parameters())
+
+
+def _weights(convention: str) -> dict[str, int]:
+    if convention not in CONVENTIONS:
+        raise ValueError(f"convention must be one of {', '.join(map(repr, CONVENTIONS))}, not {convention!r}")
+    return CONVENTIONS[convention]
+
+
+def _weigh(kinds: Mapping[str, int], weights: Mapping[str, int]) -> int:
+    unknown = sorted(set(kinds) - set(work.KINDS))
+    if unknown:
+        raise ValueError(f"work of an unknown kind: {', '.join(unknown)}; there are: {', '.join(work.KINDS)}")
+    return sum(count * weights.get(kind, 0) for kind, count in kinds.items())

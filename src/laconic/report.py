@@ -1,0 +1,81 @@
+"""`Summary`: the numbers of `laconic.cost`, as JSON and as a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """One block: tokens at its attention and at its MLP (prefix tokens among them), MACs of its layers and of its reducer."""
+
+    block: int
+    attention_tokens: int
+    mlp_tokens: int
+    macs: int
+    reducer_macs: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a model costs at inference, on images of its own input size. MACs are of ``batch_size`` images.
+
+    ``macs`` is the whole model, patch embedding, head and reducers included; ``baseline_macs`` the same model unreduced.
+    ``tokens`` are the patch tokens each block leaves. ``counted_macs``, of one image, is None unless it was asked for.
+    """
+
+    model: str
+    method: dict[str, Any] | None
+    convention: str
+    batch_size: int
+    parameters: int
+    macs: int
+    baseline_macs: int
+    tokens: tuple[int, ...]
+    blocks: tuple[BlockCost, ...]
+    counted_macs: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, as plain JSON."""
+        fields: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return fields
+
+    def __str__(self) -> str:
+        images = "1 image" if self.batch_size == 1 else f"{self.batch_size} images"
+        macs = f"{self.macs / 1e9:.4f} GMACs for {images} (convention: {self.convention})"
+        lines = [
+            f"{self.model}, {self.method['name'] if self.method else 'not reduced'}: {self.parameters:,} parameters",
+            f"{macs}, {self.macs / self.baseline_macs:.1%} of {self.baseline_macs / 1e9:.4f}",
+        ]
+        if self.counted_macs is not None:
+            lines.append(f"{self.counted_macs / 1e9:.4f} GMACs counted by torch on one image")
+        header = ["block", "tokens at attention", "at MLP", "patches left", "MMACs", "reducer MMACs"]
+        rows = [
+            [*map(str, (b.block, b.attention_tokens, b.mlp_tokens, left)), f"{b.macs / 1e6:.2f}", f"{b.reducer_macs / 1e6:.2f}"]
+            for b, left in zip(self.blocks, self.tokens, strict=True)
+        ]
+        return "\n".join([*lines, table(header, rows)])
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of text, right-aligned; drawn by rich where it is installed."""
+    if importlib.util.find_spec("rich") is None:
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in [header, *rows])
+    from rich.console import Console
+    from rich.table import Table
+
+    drawn = Table()
+    for name in header:
+        drawn.add_column(name, justify="right")
+    for row in rows:
+        drawn.add_row(*row)
+    text = io.StringIO()
+    Console(file=text, width=100, force_terminal=False).print(drawn)
+    return text.getvalue().rstrip()

@@ -1,0 +1,113 @@
+import pytest
+import torch
+from families import make
+
+import laconic
+from laconic.schedule import Schedule, WarmIn, cumulative, quarters
+
+CEIL = {"evit": [139, 99, 71], "etps": [138, 97, 68], "topk": [138, 97, 68], "bat": [139, 99, 71], "evit+bat": [139, 99, 71]}
+INITIAL = {"dynamicvit": [137, 96, 67], "dtps": [137, 96, 67], "tome": [137, 96, 67], "dynamicvit+bat": [138, 97, 68]}
+
+
+def counts(method, keep, patches=196, **options):
+    config = laconic.methods()[method].config(**options)
+    return [config.plan(12, keep, None).counts(12, patches, config.leaves)[b] for b in (3, 6, 9)]
+
+
+@pytest.mark.parametrize(("method", "expected"), {**CEIL, **INITIAL}.items())
+def test_counts_of_the_papers(method, expected):
+    assert counts(method, 0.7) == expected
+
+
+def test_more_counts():
+    assert counts("dynamicvit", 0.5) == [98, 49, 24]
+    assert counts("dynamicvit", 0.2) == [39, 7, 1]
+    assert counts("dynamicvit", 0.1) == [19, 1, 1]  # never none
+    assert counts("evit", 0.7, fuse=False) == [138, 97, 68]
+    assert counts("dynamicvit", 0.7, patches=400) == [280, 195, 137]  # int of .7 * .7 * 400, as the published code rounds
+    assert counts("etps", 0.55, patches=100)[0] == 56  # and ceil in double precision
+
+
+def test_bat_splits_into_as_many_as_it_says():
+    bat = laconic.BAT()
+    assert [bat.attentive(n, m, stage, 0.7) for stage, (n, m) in enumerate([(196, 139), (139, 99), (99, 71)])] == [
+        (138, 6, 5),
+        (98, 4, 3),
+        (70, 3, 2),
+    ]
+    for options in ({"clusters": 4}, {"pairs": 3}, {"clusters": 0.05, "pairs": 0.03}, {"clusters": (8, 4, 2), "pairs": 2}):
+        bat = laconic.BAT(**options)
+        for before in (20, 36, 99, 196):
+            for keep in (0.3, 0.5, 0.7, 0.9):
+                left = bat.leaves([keep], before, 196)
+                k, clusters, pairs = bat.attentive(before, left, 0, keep)
+                assert k - pairs + clusters == left
+                assert pairs <= k // 2
+                assert clusters <= before - k
+
+
+def test_bat_of_the_logs():
+    nets = {0.7: 0, 0.6: -1, 0.5: 3, 0.4: 3, 0.3: 1, 0.2: 1}
+    for keep, net in nets.items():
+        plain, logged = counts("topk", keep)[0], counts("bat", keep, budget="log")[0]
+        assert logged - plain == net
+
+
+def test_default_blocks():
+    assert quarters(12) == (3, 6, 9)
+    assert quarters(16) == (4, 8, 12)
+    assert quarters(20) == (5, 10, 15)
+    assert quarters(2) == (0, 1)
+
+
+def test_rates_of_the_published_code():
+    assert cumulative([0.7] * 3) == 0.7**3
+    assert cumulative([0.9, 0.5]) == 0.9 * 0.5
+
+
+def test_removing_is_capped_at_half():
+    assert Schedule.removing({0: 16, 1: 16, 2: 2}).counts(4, 36, lambda *_: 0) == (20, 10, 8, 8)
+
+
+def test_tome_schedules():
+    plan = laconic.ToMe(r=8).plan(12, None, None)
+    assert plan.values == (8,) * 12
+    assert laconic.ToMe(r=(16, 1.0)).plan(12, None, None).values == tuple(int(32 / 11 * i) for i in range(12))
+    assert laconic.ToMe(r=(4, 2, 1)).plan(3, None, None).values == (4, 2, 1)
+
+
+def test_json_round_trip():
+    for schedule in (Schedule.rates(0.7, (3, 6)), Schedule.leaving({1: 5}), Schedule.removing({0: 3, 2: 4})):
+        assert Schedule.of(schedule.to_json()) == schedule
+
+
+def test_rates_of_one_block_each():
+    model = laconic.reduce_(make("plain"), "topk", keep=[0.5, 1.0, 0.25], at=[0, 1, 2])
+    with torch.no_grad():
+        model(torch.randn(1, 3, 96, 96))
+    assert [s.size.shape[1] for s in laconic.provenance(model).stages] == [18, 18, 5]
+
+
+def test_warm_in():
+    warm, schedule = WarmIn(start=10, length=100), Schedule.rates(0.6, (3, 6))
+    assert warm(schedule, 0).values == (1.0, 1.0)
+    assert warm(schedule, 10).values == (1.0, 1.0)
+    assert warm(schedule, 60).values == pytest.approx((0.8, 0.8))
+    assert warm(schedule, 110) == schedule
+    rates = [warm(schedule, step).values[0] for step in range(120)]
+    assert rates == sorted(rates, reverse=True)
+    with pytest.raises(ValueError, match="only keep rates"):
+        warm(Schedule.leaving({1: 3}), 0)
+
+
+@pytest.mark.parametrize("method", sorted(laconic.methods()))
+def test_every_method_can_be_warmed_in(method):
+    """At any rate on the way the tokens left are as many as scheduled, and the model runs."""
+    model = laconic.reduce_(make("plain"), method, keep=0.3, at=[1, 2]).train()
+    warm, schedule, x = WarmIn(0, 12), model.laconic.schedule, torch.randn(1, 3, 96, 96)
+    for step in range(0, 14):
+        model.laconic.set_schedule(warm(schedule, step))
+        model(x).sum().backward()
+    assert model.laconic.schedule == schedule
+    with pytest.raises(ValueError, match="was built for"):
+        model.laconic.set_schedule(Schedule.rates(0.5, (0, 1)))
