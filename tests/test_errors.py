@@ -73,7 +73,7 @@ def test_unknown_models_and_blocks():
     beit = timm.create_model("beit_base_patch16_224", depth=2, embed_dim=48, num_heads=3)
     refused(beit, TypeError, r"timm\.models\.beit\.Beit")
     model = make("plain", block_fn=timm.models.vision_transformer.ParallelThingsBlock)
-    refused(model, TypeError, r"block 0 of VisionTransformer is a .*ParallelThingsBlock.*Supported block classes: .*Block")
+    refused(model, TypeError, r"block 0 of VisionTransformer: laconic does not know .*ParallelThingsBlock.*Supported block classes: .*Block")
     two = nn.ModuleList([make("plain"), make("plain")])
     refused(two, ValueError, "2 vision transformers")
 
@@ -204,3 +204,10 @@ def test_diversity_score():
 def test_families_are_what_is_registered():
     blocks = {type(b).__module__ + "." + type(b).__qualname__ for f in FAMILIES for b in make(f).blocks}
     assert blocks <= set(laconic.hosts()["blocks"])
+
+
+def test_attention_switched_off_after_reducing():
+    model = laconic.reduce_(make("plain"), "etps", keep=0.5, at=[1])
+    model.blocks[1].attn.fused_attn = False
+    with pytest.raises(RuntimeError, match=r"block 1 .*made 0 calls of scaled_dot_product_attention"):
+        model(images("plain"))

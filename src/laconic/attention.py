@@ -85,12 +85,21 @@ class Seen:
     has_cls: bool
 
     @classmethod
-    def of(cls, call: dict[str, Any], tokens: Tokens) -> Seen:
-        """The view of a recorded call made on ``tokens``."""
-        scale = call.get("scale")
-        scale = call["query"].shape[-1] ** -0.5 if scale is None else scale
-        mask = call.get("attn_mask")
-        return cls(call["query"], call["key"], call["value"], mask, scale, tokens.prefix, tokens.has_cls)
+    def of(cls, calls: list[dict[str, Any]], tokens: Tokens, block: str) -> Seen:
+        """The view of the one call that ``block`` made on ``tokens``.
+
+        Raises:
+            RuntimeError: it made none, or several.
+        """
+        if len(calls) != 1:
+            raise RuntimeError(
+                f"{block} made {len(calls)} calls of scaled_dot_product_attention where laconic needs exactly one; switch "
+                "fused attention on (timm.layers.set_fused_attn(True) before creating the model)"
+            )
+        q, k, v = (calls[0][name] for name in ("query", "key", "value"))
+        scale = calls[0].get("scale")
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return cls(q, k, v, calls[0].get("attn_mask"), scale, tokens.prefix, tokens.has_cls)
 
     @property
     def cls(self) -> Float[Tensor, "B L"]:

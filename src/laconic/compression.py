@@ -82,31 +82,11 @@ class Compression(nn.Module):
         if args or kwargs.get("attn_mask") is not None or kwargs.get("is_causal"):
             raise ValueError("a reduced model takes no attention mask: a mask for all tokens does not fit those that are left")
         tokens = self._arriving(index, x)
-        halves = halves_of(block)
-        assert halves is not None  # find_host has seen to it
         n = self.counts(tokens.where.shape[1])[index]
         reducer = self.reducer(index) if n < len(tokens) else None
         if reducer is not None:
             tokens = self._moment(reducer, "before", tokens, n)
-        if halves.rope is not None and tokens.patch is not None and kwargs.get(halves.rope) is not None:
-            kwargs = {**kwargs, halves.rope: _rows_of_table(kwargs[halves.rope], tokens.patch)}
-        watcher = self._watcher(index + 1, tokens)
-        between = reducer is not None and reducer.overrides("between")
-        calls: list[dict[str, Any]] = []
-        bias = bias_of(tokens)
-        if not between and watcher is None and bias is None:
-            tokens = tokens.replace(x=type(block).forward(block, tokens.x, **kwargs))
-        else:
-            with Watch(calls, bias):
-                step = halves.attention if between else None
-                x = type(block).forward(block, tokens.x, **kwargs) if step is None else step(block, tokens.x, **kwargs)
-            tokens = tokens.replace(x=x if step is None else tokens.x + x)
-            seen = _seen(calls, tokens, index, block)
-            if watcher is not None:
-                tokens = watcher.watch(tokens, seen)
-            if between and reducer is not None and halves.mlp is not None:
-                tokens = self._moment(reducer, "between", tokens, n, seen)
-                tokens = tokens.replace(x=tokens.x + halves.mlp(block, tokens.x))
+        tokens = self._block(index, block, tokens, reducer, n, kwargs)
         if reducer is not None:
             tokens = self._moment(reducer, "after", tokens, n)
             if len(tokens) != n and tokens.alive is None:
@@ -115,6 +95,29 @@ class Compression(nn.Module):
                 )
         self._note(index + 1, tokens)
         return tokens.x
+
+    def _block(self, index: int, block: Any, tokens: Tokens, reducer: Reducer | None, n: int, kwargs: dict[str, Any]) -> Tokens:
+        """The block itself: in two halves with the method between them, or its class's own forward."""
+        halves = halves_of(block)
+        if halves.rope is not None and tokens.patch is not None and kwargs.get(halves.rope) is not None:
+            kwargs = {**kwargs, halves.rope: _rows_of_table(kwargs[halves.rope], tokens.patch)}
+        between = reducer if reducer is not None and reducer.overrides("between") else None
+        watcher, bias = self._watcher(index + 1, tokens), bias_of(tokens)
+        if between is None and watcher is None and bias is None:
+            return tokens.replace(x=type(block).forward(block, tokens.x, **kwargs))
+        calls: list[dict[str, Any]] = []
+        with Watch(calls, bias):
+            if between is not None and halves.attention is not None:
+                tokens = tokens.replace(x=tokens.x + halves.attention(block, tokens.x, **kwargs))
+            else:
+                tokens = tokens.replace(x=type(block).forward(block, tokens.x, **kwargs))
+        seen = Seen.of(calls, tokens, f"block {index} ({path_of(type(block))})")
+        if watcher is not None:
+            tokens = self._moment(watcher, "watch", tokens, seen)
+        if between is not None and halves.mlp is not None:
+            tokens = self._moment(between, "between", tokens, seen, n)
+            tokens = tokens.replace(x=tokens.x + halves.mlp(block, tokens.x))
+        return tokens
 
     def _note(self, index: int, tokens: Tokens) -> None:
         # everything but the features: those would keep every activation alive
@@ -162,16 +165,15 @@ class Compression(nn.Module):
         table = HOSTS[self.host_path].positions(self.model)
         return table if table is not None and len(table) == x.shape[1] - self.prefix else None
 
-    def _moment(self, reducer: Reducer, moment: str, tokens: Tokens, n: int, seen: Seen | None = None) -> Tokens:
+    def _moment(self, reducer: Reducer, moment: str, tokens: Tokens, *arguments: Any) -> Tokens:
         if not reducer.overrides(moment):
             return tokens
-        arguments = (tokens, n) if seen is None else (tokens, seen, n)
         kind = tokens.x.device.type
         if torch.is_autocast_enabled(kind):  # similarities, exponentials and sums of scores stay in float32
             with torch.autocast(kind, enabled=False):
-                out = getattr(reducer, moment)(*arguments)
+                out = getattr(reducer, moment)(tokens, *arguments)
         else:
-            out = getattr(reducer, moment)(*arguments)
+            out = getattr(reducer, moment)(tokens, *arguments)
         if self.observer is not None:
             self.observer(tokens, out)
         return out
@@ -196,15 +198,6 @@ def _rows_of_table(table: Tensor, patch: Tensor) -> Tensor:
     if table.dim() == 2:
         return table[patch].unsqueeze(1)
     return table[:, patch].transpose(0, 1)
-
-
-def _seen(calls: list[dict[str, Any]], tokens: Tokens, index: int, block: nn.Module) -> Seen:
-    if len(calls) != 1:
-        raise RuntimeError(
-            f"block {index} ({path_of(type(block))}) made {len(calls)} calls of scaled_dot_product_attention where laconic "
-            "needs exactly one; switch fused attention on (timm.layers.set_fused_attn(True) before creating the model)"
-        )
-    return Seen.of(calls[0], tokens)
 
 
 def attach(host: Any, entry: Host, compression: Compression) -> None:

@@ -115,7 +115,7 @@ def _check_block(index: int, block: nn.Module, record: tuple[Any, Any, Any, int]
             "Switch it on (timm.layers.set_fused_attn(True) before creating the model, or block.attn.fused_attn = True)"
         )
     halves = halves_of(block)
-    if halves is None or halves.attention is None or halves.mlp is None:
+    if halves.attention is None or halves.mlp is None:
         return  # it is never parted
     y = x + halves.attention(block, x, **kwargs)
     y = y + halves.mlp(block, y)
@@ -130,7 +130,7 @@ def _check_block(index: int, block: nn.Module, record: tuple[Any, Any, Any, int]
 def _check_moments(compression: Compression, blocks: list[nn.Module]) -> None:
     for index, block in enumerate(blocks):
         halves, reducer = halves_of(block), compression.reducer(index)
-        if halves is not None and halves.mlp is None and reducer is not None and reducer.overrides("between"):
+        if halves.mlp is None and reducer is not None and reducer.overrides("between"):
             raise ValueError(
                 f"block {index} ({path_of(type(block))}) computes attention and MLP side by side, so there is no place between "
                 f"them for {compression.config.row.name}; take a method that reduces before a block (dtps, dynamicvit)"

@@ -64,9 +64,16 @@ def path_of(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def halves_of(block: nn.Module) -> Halves | None:
-    """The entry of a block's class or of the class it was derived from (FSDP derives one); None if it is unknown."""
-    return next((BLOCKS[path_of(cls)] for cls in type(block).__mro__ if path_of(cls) in BLOCKS), None)
+def halves_of(block: nn.Module) -> Halves:
+    """The entry of a block's class or of the class it was derived from (FSDP derives one).
+
+    Raises:
+        LookupError: its class is unknown.
+    """
+    for cls in type(block).__mro__:
+        if path_of(cls) in BLOCKS:
+            return BLOCKS[path_of(cls)]
+    raise LookupError(f"laconic does not know {path_of(type(block))}. Supported block classes: {', '.join(sorted(BLOCKS))}")
 
 
 def find_host(model: nn.Module) -> tuple[nn.Module, Host]:
@@ -89,11 +96,10 @@ def find_host(model: nn.Module) -> tuple[nn.Module, Host]:
     host, entry = found[0]
     blocks = entry.blocks(host)
     for i, block in enumerate(blocks):
-        if halves_of(block) is None:
-            raise TypeError(
-                f"block {i} of {type(host).__name__} is a {path_of(type(block))}, which laconic does not know. "
-                f"Supported block classes: {', '.join(sorted(BLOCKS))}"
-            )
+        try:
+            halves_of(block)
+        except LookupError as error:
+            raise TypeError(f"block {i} of {type(host).__name__}: {error}") from None
     obstacle = entry.obstacle(host)
     if obstacle:
         raise ValueError(f"{type(host).__name__} cannot be reduced as it is: {obstacle}")

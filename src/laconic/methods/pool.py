@@ -1,4 +1,4 @@
-"""Plain pooling, the baseline without any idea: neighbours in the sequence are averaged (BAT's Table 4, first row).
+"""Plain pooling, the baseline without any idea: neighbours in the sequence are averaged (BAT, arXiv:2211.11315, table 4).
 
 The L tokens, in their order, are cut into n runs of as equal length as can be, and each run becomes its mean over
 patches. On a host's raster order that is pooling along rows; nothing is scored and nothing is learned.
