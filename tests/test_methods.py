@@ -110,7 +110,7 @@ def test_positions_follow_the_tokens(method, features):
     model.laconic.observer = lambda before, after: moments.append((before, after))
     forward(model, x)
     before, after = moments[1]
-    view = model.laconic.config.view(before)
+    view = model.laconic.config.view(before, iota(before.size))
     table = model.pos_embed[0, 1:]
     expected = {"full": before.patches, "position": table[before.place], "content": before.patches - table[before.place]}
     assert torch.equal(view, expected[features])

@@ -61,15 +61,16 @@ def lay(kept: Tensor, rest: Tensor, of_kept: Tensor, of_rest: Tensor) -> Tensor:
     return torch.empty_like(values).scatter(1, torch.cat([kept, rest], 1), values)
 
 
-def unit(x: Float[Tensor, "B L C"]) -> Float[Tensor, "B L C"]:
-    """Rows of length one: x / (|x| + 1e-6), in float32."""
-    x = x.float()
-    return x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) + 1e-6)
+def length(x: Float[Tensor, "B L C"]) -> Float[Tensor, "B L"]:
+    """|x| + 1e-6."""
+    return torch.linalg.vector_norm(x, dim=-1) + 1e-6
 
 
 def cosine(x: Float[Tensor, "B M C"], y: Float[Tensor, "B K C"]) -> Float[Tensor, "B M K"]:
-    """Cosine similarity of every x to every y."""
-    return unit(x) @ unit(y).transpose(1, 2)
+    """Cosine similarity of every x to every y, in float32, with lengths |x| + 1e-6."""
+    x, y = x.float(), y.float()
+    # the products are fewer than the features: divide those
+    return x @ y.transpose(1, 2) / length(x).unsqueeze(2) / length(y).unsqueeze(1)
 
 
 def share(weight: Float[Tensor, "B L"], dst: Int[Tensor, "B L"], count: int) -> Float[Tensor, "B L"]:
@@ -95,20 +96,20 @@ def one_to_one(similarity: Float[Tensor, "B R"], host: Int[Tensor, "B R"], count
 def greedy_pairs(x: Float[Tensor, "B K C"], count: int) -> tuple[Int[Tensor, "B Q"], Int[Tensor, "B Q"]]:
     """The ``count`` most similar disjoint pairs (a before b): take the best pair, strike both out, repeat."""
     size = x.shape[1]
-    similarity = cosine(x, x).detach()
-    earlier = torch.ones(size, size, dtype=torch.bool, device=x.device).triu(1)
-    similarity = similarity.masked_fill(~earlier, -math.inf)
-    number = iota(x)
-    first, second = [], []
+    a, b = torch.triu_indices(size, size, 1, device=x.device)
+    similarity = cosine(x, x).detach().flatten(1)[:, a * size + b]
+    # a pair strikes out fewer than 2 * size others, so that many times count are enough to choose from
+    enough = min(len(a), count * (2 * size - 3))
+    best = similarity.topk(enough, dim=1).indices.sort(1).values
+    similarity, a, b = similarity.gather(1, best), a[best], b[best]
+    first, second = [a[:, :0]], [b[:, :0]]
     for _ in range(count):
-        best = similarity.flatten(1).argmax(1, keepdim=True)
-        a, b = best // size, best % size
-        struck = (number == a) | (number == b)
-        similarity = similarity.masked_fill(struck.unsqueeze(1) | struck.unsqueeze(2), -math.inf)
-        first.append(a)
-        second.append(b)
-    none = number[:, :0]
-    return torch.cat([none, *first], 1), torch.cat([none, *second], 1)
+        best = similarity.argmax(1, keepdim=True)
+        i, j = a.gather(1, best), b.gather(1, best)
+        similarity = similarity.masked_fill((a == i) | (a == j) | (b == i) | (b == j), -math.inf)
+        first.append(i)
+        second.append(j)
+    return torch.cat(first, 1), torch.cat(second, 1)
 
 
 def bipartite(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from laconic.shapes import Float, Int
@@ -58,6 +59,10 @@ class Tokens:
         """The features of the patch tokens."""
         return self.x[:, self.prefix :]
 
+    def rows(self, index: Int[Tensor, "B K"]) -> Float[Tensor, "B K C"]:
+        """The features of the patch tokens ``index``."""
+        return take(self.x, index + self.prefix)
+
     @property
     def place(self) -> Int[Tensor, "B L"]:
         """The patch in whose place each token stands."""
@@ -80,9 +85,11 @@ class Tokens:
         count = lead.shape[1]
         gone, into = dst < 0, dst.clamp_min(0)
         weight = weight.masked_fill(gone, 0.0)
-        merged = add_rows(self.patches * weight.unsqueeze(-1), into, count).to(self.x.dtype)
+        # prefix tokens go along, each to itself with weight one: a single pass without a copy to put them in front
+        every = torch.cat([torch.arange(self.prefix, device=dst.device).expand(len(dst), -1), into + self.prefix], 1)
+        weighted = self.x * F.pad(weight, (self.prefix, 0), value=1.0).unsqueeze(-1)
+        x = add_rows(weighted, every, self.prefix + count).to(self.x.dtype)
         size = add_rows(self.size.masked_fill(gone, 0.0).unsqueeze(-1), into, count).squeeze(-1)
-        x = torch.cat([self.x[:, : self.prefix], merged], 1)
         return self._follow(lead, dst, x, size).replace(merged=True)
 
     def mix(self, matrix: Float[Tensor, "B M L"]) -> Tokens:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-NARROWEST = 120  # columns, where the output is no terminal
+NARROWEST = 132  # columns, where the output is no terminal
 
 
 class Refusal(Exception):

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from laconic.parts import bipartite, cosine, density_peaks, greedy_pairs, lay, share, split
 from laconic.reducer import Method, Site, choice
-from laconic.tokens import Tokens, iota, take
+from laconic.tokens import Tokens, iota
 
 Amount = int | float | tuple[int | float, ...] | None
 LOGGED = {0.7: 0, 0.6: -1, 0.5: 3, 0.4: 3, 0.3: 1, 0.2: 1}  # clusters less pairs that fit the authors' logs, by keep rate
@@ -120,23 +120,24 @@ class Decouple(Method):
         """Fuse pairs of the attentive, merge clusters of the inattentive (eqs. 6-8)."""
         k, clusters, pairs = self.attentive(len(tokens), n, site.stage, site.keep)
         kept, rest = split(score, k)
-        of_kept, lead = self._match(take(tokens.patches, kept), pairs)
+        of_kept, lead = self._match(tokens, kept, pairs)
         lead = kept.gather(1, lead)
         if clusters == 0:
             of_rest = torch.full_like(rest, -1)
         elif clusters == 1:
             of_rest, lead = torch.full_like(rest, k - pairs), torch.cat([lead, rest[:, :1]], 1)
         else:
-            cluster, centres = density_peaks(take(tokens.patches, rest), clusters, self.density, self.assign)
+            cluster, centres = density_peaks(tokens.rows(rest), clusters, self.density, self.assign)
             of_rest, lead = cluster + k - pairs, torch.cat([lead, rest.gather(1, centres)], 1)
         dst = lay(kept, rest, of_kept, of_rest)
         return tokens.merge(dst, self._weights(score, dst, n, k - pairs), lead)
 
-    def _match(self, x: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
+    def _match(self, tokens: Tokens, kept: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
         """Where each attentive token goes, and which of them leads each token that comes out, all by rank."""
-        rank = iota(x)
+        rank = iota(kept)
         if pairs == 0:
             return rank, rank
+        x = tokens.rows(kept)
         if self.matching == "greedy":
             first, second = greedy_pairs(x, pairs)
         else:
@@ -144,7 +145,7 @@ class Decouple(Method):
             first, second = even * 2, odd * 2 + 1
         gone = torch.zeros_like(rank).scatter(1, second, 1)
         slot = rank - gone.cumsum(1)  # where a token that stays goes
-        lead = gone.sort(dim=1, stable=True).indices[:, : x.shape[1] - pairs]
+        lead = gone.sort(dim=1, stable=True).indices[:, : kept.shape[1] - pairs]
         return slot.scatter(1, second, slot.gather(1, first)), lead
 
     def _weights(self, score: Tensor, dst: Tensor, n: int, attentive: int) -> Tensor:

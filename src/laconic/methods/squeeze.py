@@ -69,23 +69,22 @@ class Squeeze(Method):
         if not self.temperature > 0:
             raise ValueError(f"{self.row.name}: temperature must be positive, not {self.temperature!r}")
 
-    def view(self, tokens: Tokens) -> Tensor:
-        """What the cosine compares, [B, L, C]."""
+    def view(self, tokens: Tokens, index: Tensor) -> Tensor:
+        """What the cosine compares of the tokens ``index``, [B, K, C]."""
         if self.features == "full":
-            return tokens.patches
+            return tokens.rows(index)
         if tokens.positions is None:
             raise LookupError(
                 f"{self.row.name}: features={self.features!r} needs an absolute position embedding for every patch, which "
                 "this model does not have; use features='full'"
             )
-        position = tokens.positions[tokens.place]
-        return position if self.features == "position" else tokens.patches - position
+        position = tokens.positions[tokens.place.gather(1, index)]
+        return position if self.features == "position" else tokens.rows(index) - position
 
     def similarities(self, tokens: Tokens, seen: Seen | None, kept: Tensor, rest: Tensor) -> Tensor:
         """c_ij of every pruned token (rows) to every reserved one, [B, R, K]."""
         if self.similarity == "cosine":
-            x = self.view(tokens)
-            return cosine(take(x, rest), take(x, kept)) / self.temperature
+            return cosine(self.view(tokens, rest), self.view(tokens, kept)) / self.temperature
         if seen is None and NOTED not in tokens.columns:
             raise LookupError(f"{self.row.name}: similarity='previous-attention' needs a block before the one it reduces at")
         rows = seen.rows(rest) if seen is not None else take(tokens.columns[NOTED], rest)
