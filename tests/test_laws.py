@@ -272,6 +272,18 @@ def test_soft_training_agrees_with_removal(method, family, monkeypatch):
     assert torch.equal(stage.size.sum(1) + (stage.where < 0).sum(1), torch.full((3,), 36.0))
 
 
+@pytest.mark.parametrize("method", ["dtps", "dynamicvit"])
+@pytest.mark.parametrize("family", ["plain", "gap", "siglip", "dinov3"])
+def test_nothing_breaks_when_every_token_is_dropped(method, family, monkeypatch):
+    monkeypatch.setattr(dynamicvit, "gumbel_keep", lambda log_probs: 0 * log_probs[..., 0])
+    model = reduced(method, family).train()
+    logits = model(images(family))
+    (logits.square().mean() + laconic.losses(model)["ratio"]).backward()
+    assert logits.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert (laconic.provenance(model).final.where == -1).all()
+
+
 def test_arbitrary_pruning_differs_by_seed_and_stage():
     x = images("plain")
     kept = []

@@ -22,6 +22,9 @@ from laconic.tokens import Tokens, take
 # ratio of two attention weights, or an outlier shines through; float16 cannot carry the gradient of so little.
 SOFT_FLOOR = 1e-30
 SOFT_FLOOR_HALF = 1e-8
+# The gradient towards a removed token is its attention weight by the sum of all others', which has no bound: 1 / eps, as in
+# DynamicViT's code, is where it stops here.
+SOFT_SLOPE = 1e6
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
@@ -42,6 +45,21 @@ class Watch(TorchFunctionMode):
             call["attn_mask"] = add_bias(call.get("attn_mask"), self.bias.to(call["query"].dtype))
         self.calls.append(call)
         return func(**call)
+
+
+class SoftLog(torch.autograd.Function):
+    """log(x (1 - floor) + floor) for x in [0, 1], with a gradient of at most `SOFT_SLOPE`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, floor: float) -> Tensor:
+        lifted = x * (1 - floor) + floor
+        ctx.save_for_backward(lifted)
+        return lifted.log()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (lifted,) = ctx.saved_tensors
+        return (gradient / lifted).clamp(-SOFT_SLOPE, SOFT_SLOPE), None
 
 
 def add_bias(mask: Tensor | None, bias: Tensor) -> Tensor:
@@ -66,8 +84,7 @@ def bias_of(tokens: Tokens) -> Tensor | None:
         kind = tokens.x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tokens.x.dtype
         floor = SOFT_FLOOR_HALF if dtype == torch.float16 else SOFT_FLOOR
-        visible = torch.where(itself, 1.0, (alive * (1 - floor) + floor).unsqueeze(1))
-        soft = visible.log().unsqueeze(1)
+        soft = SoftLog.apply(torch.where(itself, 1.0, alive.unsqueeze(1)), floor).unsqueeze(1)
         bias = soft if bias is None else bias + soft
     return bias
 

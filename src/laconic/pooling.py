@@ -28,7 +28,9 @@ def pool_by_size(
     weight = F.pad(weight, (tokens.prefix, 0), value=1.0)
     counted = weight if prefix_too else weight[:, tokens.prefix :]
     if kind == "avg":
-        return pool(x * (weight / counted.mean(1, keepdim=True)).unsqueeze(-1).to(x.dtype), kind)
+        # in training every patch may be softly removed: then the mean of nothing is zero
+        mean = counted.mean(1, keepdim=True).clamp_min(1e-6)
+        return pool(x * (weight / mean).unsqueeze(-1).to(x.dtype), kind)
     if kind == "map":
         with Watch([], counted.clamp_min(SOFT_FLOOR).log().unsqueeze(1).unsqueeze(1)):
             return pool(x, kind)
