@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from families import METHODS, PAIRS, images, reduced
 
 pytestmark = pytest.mark.unchecked

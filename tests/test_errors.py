@@ -3,10 +3,10 @@
 import pytest
 import timm
 import torch
-from families import FAMILIES, images, make
 from torch import nn
 
 import laconic
+from families import FAMILIES, images, make
 
 pytestmark = pytest.mark.unchecked  # bad arguments on purpose
 

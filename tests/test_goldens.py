@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 
-import golden_init
 import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 
+import golden_init
 import laconic
 from laconic.distill import logit_distillation, token_distillation
 from laconic.methods import dynamicvit

@@ -13,7 +13,7 @@ import laconic
 SOURCE = Path(laconic.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 OPTIONAL = {"timm", "transformers", "open_clip", "torchvision", "huggingface_hub", "tyro", "rich", "tqdm", "matplotlib", "skimage"}
-CORE = [f for f in FILES if f.parent.name != "jobs" and f.name != "cli.py"]
+CORE = [f for f in FILES if f.parent.name != "jobs" and f.name not in ("cli.py", "mixin.py")]  # those are the use
 METHODS = sorted((SOURCE / "methods").glob("*.py"))
 
 

@@ -6,9 +6,9 @@ from functools import partial
 
 import pytest
 import torch
-from families import AT, FAMILIES, METHODS, NO_CLASS_TOKEN, PAIRS, images, make, options, reduced
 
 import laconic
+from families import AT, FAMILIES, METHODS, NO_CLASS_TOKEN, PAIRS, images, make, options, reduced
 from laconic.attention import Watch
 from laconic.methods import dynamicvit
 from laconic.parts import arbitrary, class_attention, split

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from families import AT, images, make, reduced
 from torch import nn
 
 import laconic
+from families import AT, images, make, reduced
 from laconic.attention import Seen, Watch, bias_of
 from laconic.methods.evit import pack
 from laconic.methods.pool import AvgPoolReducer

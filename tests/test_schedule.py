@@ -1,8 +1,8 @@
 import pytest
 import torch
-from families import make
 
 import laconic
+from families import make
 from laconic.schedule import Schedule, WarmIn, cumulative, quarters
 
 CEIL = {"evit": [139, 99, 71], "etps": [138, 97, 68], "topk": [138, 97, 68], "bat": [139, 99, 71], "evit+bat": [139, 99, 71]}
@@ -111,3 +111,12 @@ def test_every_method_can_be_warmed_in(method):
     assert model.laconic.schedule == schedule
     with pytest.raises(ValueError, match="was built for"):
         model.laconic.set_schedule(Schedule.rates(0.5, (0, 1)))
+
+
+def test_a_changed_schedule_is_that_of_a_model_built_with_it():
+    x = torch.randn(1, 3, 96, 96)
+    changed = laconic.reduce_(make("plain"), "bat", keep=0.3, at=[1, 2], budget="log")
+    changed.laconic.set_schedule(Schedule.rates(0.5, (1, 2)))
+    built = laconic.reduce_(make("plain"), "bat", keep=0.5, at=[1, 2], budget="log")
+    with torch.no_grad():
+        assert torch.equal(changed(x), built(x))

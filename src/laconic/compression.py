@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from laconic.attention import Seen, Watch, bias_of
 from laconic.hosts import HOSTS, Host, halves_of, path_of
 from laconic.pooling import pool_by_size
-from laconic.reducer import Method, Reducer, Site
+from laconic.reducer import Method, Reducer, sites_of
 from laconic.schedule import Schedule
 from laconic.tokens import Tokens
 
@@ -39,12 +39,11 @@ class Compression(nn.Module):
         object.__setattr__(self, "model", model)
         self.prefix, self.has_cls = host.prefix(model)
         self.grid, self.pooling = host.grid(model), host.pooling(model)
+        self.dim, self.heads = host.dim(model), host.heads(model)
+        sites = sites_of(schedule, self.dim, self.heads)
+        self.reducers = nn.ModuleDict({str(block): config.build(site) for block, site in sites.items()})
         self.schedule = schedule
-        keep = schedule.values if schedule.unit == "keep" else (None,) * len(schedule.at)
-        dim, heads = host.dim(model), host.heads(model)
-        self.reducers = nn.ModuleDict(
-            {str(block): config.build(Site(stage, block, dim, heads, keep[stage])) for stage, block in enumerate(schedule.at)}
-        )
+        self.set_schedule(schedule)
         reference = next(model.parameters())
         self.to(reference.device, reference.dtype)
         self.train(model.training)
@@ -61,6 +60,9 @@ class Compression(nn.Module):
         if schedule.at != self.schedule.at:
             raise ValueError(f"schedule reduces at {list(schedule.at)}, but this model was built for {list(self.schedule.at)}")
         self.schedule = schedule
+        for block, site in sites_of(schedule, self.dim, self.heads).items():
+            reducer: Any = self.reducers[str(block)]
+            reducer.site = site
 
     def counts(self, patches: int) -> tuple[int, ...]:
         """Patch tokens each block leaves, for an image of that many patches."""

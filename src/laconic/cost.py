@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from laconic import work
 from laconic.compression import find_compression
 from laconic.hosts import find_host, halves_of, path_of
-from laconic.reducer import Method, Site
+from laconic.reducer import Method, Site, sites_of
 from laconic.report import BlockCost, Summary
 from laconic.schedule import Schedule
 
@@ -84,7 +84,7 @@ def estimate(
     if config is not None and schedule is not None:
         schedule.check_depth(len(blocks))
         tokens = schedule.counts(len(blocks), patches, config.leaves)
-        sites = _sites(schedule, entry.dim(host), entry.heads(host))
+        sites = sites_of(schedule, entry.dim(host), entry.heads(host))
     rows, before = list[BlockCost](), patches
     for index, (block, left) in enumerate(zip(blocks, tokens, strict=True)):
         at_attention, at_mlp = (n + prefix for n in _inside(block, index, config, before, left))
@@ -127,11 +127,6 @@ def _aside(host: nn.Module) -> Iterator[None]:
             module.training = mode
         if compression is not None:
             compression.ledger = ledger
-
-
-def _sites(schedule: Schedule, dim: int, heads: int) -> dict[int, Site]:
-    keep = schedule.values if schedule.unit == "keep" else (None,) * len(schedule.at)
-    return {block: Site(stage, block, dim, heads, keep[stage]) for stage, block in enumerate(schedule.at)}
 
 
 def _inside(block: nn.Module, index: int, config: Method | None, before: int, left: int) -> tuple[int, int]:

@@ -25,7 +25,10 @@ class Reducer(nn.Module):
     Laws that every reducer must keep: nothing but `Tokens` verbs changes the number of tokens; no state between calls;
     images do not see each other; no data-dependent shapes. A moment is called only where there is something to reduce
     (``n < len(tokens)``). Each block leaves ``n`` patch tokens, or as many as it got with ``alive`` set (training).
+    ``site`` says where it stands and with which keep rate now; it is set when a schedule is.
     """
+
+    site: Site
 
     def before(self, tokens: Tokens, n: int) -> Tokens:
         """At the input of the block (inter-block methods)."""
@@ -72,6 +75,12 @@ class Site:
     dim: int
     heads: int
     keep: float | None  # keep rate here; None where the schedule gives counts
+
+
+def sites_of(schedule: Schedule, dim: int, heads: int) -> dict[int, Site]:
+    """Block -> site, for every reducing block."""
+    keep = schedule.values if schedule.unit == "keep" else (None,) * len(schedule.at)
+    return {block: Site(stage, block, dim, heads, keep[stage]) for stage, block in enumerate(schedule.at)}
 
 
 @dataclass(frozen=True)

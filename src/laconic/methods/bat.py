@@ -17,9 +17,9 @@ from laconic.tokens import Tokens
 class MergeReducer(Reducer):
     """Class attention, then decouple and merge."""
 
-    def __init__(self, config: Decouple, score: str, site: Site) -> None:
+    def __init__(self, config: Decouple, score: str) -> None:
         super().__init__()
-        self.config, self.score, self.site = config, score, site
+        self.config, self.score = config, score
 
     def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
         return self.config.merge(tokens, SCORES[self.score](tokens, seen), n, self.site)
@@ -45,4 +45,4 @@ class BAT(Decouple):
         choice("bat", "score", self.score, list(SCORES))
 
     def build(self, site: Site) -> Reducer:
-        return MergeReducer(self, self.score, site)
+        return MergeReducer(self, self.score)

@@ -25,7 +25,7 @@ class LearnedMerge(Reducer):
 
     def __init__(self, config: DynamicViTBAT, site: Site) -> None:
         super().__init__()
-        self.config, self.site = config, site
+        self.config = config
         self.predictor = Predictor(site.dim)
 
     def before(self, tokens: Tokens, n: int) -> Tokens:

@@ -36,4 +36,4 @@ class EViTBAT(Decouple):
         choice("evit+bat", "score", self.score, list(SCORES))
 
     def build(self, site: Site) -> Reducer:
-        return MergeReducer(self, self.score, site)
+        return MergeReducer(self, self.score)

@@ -1,0 +1,203 @@
+"""Reduced models on disk: ``model.safetensors`` with all weights, ``laconic.json`` with what it takes to build the model.
+
+The weights of the papers' authors are read by `laconic.importing`; repositories on a hub by `laconic.hub`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from laconic.attach import reduce_, restore_
+from laconic.compression import find_compression
+from laconic.rebuild import build, describe_model, mismatch
+from laconic.reducer import Method, resolve
+from laconic.schedule import Schedule
+
+WEIGHTS, RECORD, FORMAT = "model.safetensors", "laconic.json", 1
+Place = str | os.PathLike[str]
+
+
+def save(model: nn.Module, directory: Place, *, model_args: Mapping[str, Any] | Literal["omit"] | None = None) -> None:
+    """Write a reduced model to a directory, which `load` reads again.
+
+    The weights keep their dtype; what only training knows (drop path, frozen parameters) is not written. Both files are
+    written in full beside their place before either takes it, so that a save that fails leaves what was there. Wrappers
+    (DataParallel, DDP, averaged models, torch.compile) are taken off.
+
+    Args:
+        model: a reduced model, or a wrapper of one.
+        directory: made if it is not there; the two files in it are replaced.
+        model_args: arguments of ``timm.create_model`` beyond those that can be read off the model; ``"omit"`` does not
+            write how to build the model, and then `load` needs ``model=``. Of models that are not timm's it is never written.
+
+    Raises:
+        ValueError: the model is not reduced, timm does not build it from its name and ``model_args``, or an option is not
+            JSON; nothing is written.
+        NotADirectoryError: the path is a file.
+    """
+    from laconic import __version__
+
+    model, directory = unwrapped(model), Path(directory)
+    compression = find_compression(model)
+    if compression is None:
+        raise ValueError(
+            f"nothing was saved to {directory}: this {type(model).__name__} is not reduced. laconic.reduce_ it first; the "
+            "weights of a plain model are saved with torch.save(model.state_dict(), file)"
+        )
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"{directory} is a file; laconic.save takes a directory")
+    record = {"laconic": __version__, "format": FORMAT, "model": describe_model(model, compression, model_args)}
+    record |= {"method": compression.config.describe(), "schedule": compression.schedule.to_json()}
+    try:
+        text = json.dumps(record, indent=2) + "\n"
+    except TypeError as error:
+        raise ValueError(f"nothing was saved to {directory}: an option of the method is not plain JSON ({error})") from error
+    weights = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in model.state_dict().items()}
+    directory.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=directory, prefix=".unfinished-") as unfinished:
+        save_file(weights, Path(unfinished, WEIGHTS), metadata={"format": "pt"})
+        Path(unfinished, RECORD).write_text(text, encoding="utf-8")
+        for name in (WEIGHTS, RECORD):
+            os.replace(Path(unfinished, name), directory / name)
+
+
+def load(directory: Place, *, model: nn.Module | None = None, device: str | torch.device = "cpu") -> nn.Module:
+    """The reduced model that `save` wrote, in eval mode.
+
+    Args:
+        directory: what `save` was given.
+        model: an unreduced model to reduce and fill in place, on its own device and in its own dtype; without it the
+            model is built by timm, in the dtype it was saved in.
+        device: where a model that is built here is put.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: no such directory, or a file is missing in it.
+        LookupError: an unknown method.
+        ValueError: a file is damaged or of a newer format, the model cannot be built without ``model``, or the weights do
+            not fit. A given ``model`` is then as it was.
+    """
+    directory = _existing(directory)
+    record = _read_record(directory / RECORD)
+    config, schedule = _read_method(directory / RECORD, record)
+    weights = read_safetensors(directory / WEIGHTS)
+    if model is not None:
+        reduce_(model, config, schedule=schedule)
+        try:
+            load_strictly(unwrapped(model), weights, str(directory))
+        except ValueError:
+            restore_(model)
+            raise
+        return model.eval()
+    model = reduce_(_build(directory / RECORD, record["model"]), config, schedule=schedule)
+    dtypes = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
+    if len(dtypes) == 1:
+        model.to(dtypes.pop())
+    load_strictly(model, weights, str(directory))
+    return model.to(device).eval()
+
+
+def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], source: str, advice: str = "") -> None:
+    """Load weights if all of them fit, and none if one does not.
+
+    Raises:
+        ValueError: tensors are missing, unexpected or of another shape; they are listed, then ``advice`` follows.
+    """
+    difference = mismatch(model.state_dict(), weights, "the file", "the model")
+    if difference:
+        raise ValueError(f"{source} does not fit this {type(model).__name__}; nothing was loaded.\n{difference}{advice}")
+    model.load_state_dict(weights, strict=True)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside wrappers that hold it (as ``module``, or ``_orig_mod`` of torch.compile) and nothing else."""
+    while True:
+        members = [*model.named_children(), *model.named_parameters(recurse=False), *model.named_buffers(recurse=False)]
+        if len(members) != 1 or members[0][0] not in ("module", "_orig_mod") or not isinstance(members[0][1], nn.Module):
+            return model
+        model = members[0][1]
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU.
+
+    Raises:
+        FileNotFoundError: it is missing. ValueError: it is damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; copy it there, or save the model again")
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or cut short ({error}); copy or download it again") from error
+
+
+def _existing(directory: Place) -> Path:
+    path = Path(directory)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise NotADirectoryError(
+            f"{path} is a file; laconic.load takes the directory that laconic.save wrote. Weights published by a paper's "
+            "authors are read by laconic.import_checkpoint"
+        )
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory)):
+        raise FileNotFoundError(
+            f"there is no directory {str(directory)!r} here; if it is a repository on the Hugging Face Hub, use "
+            f"laconic.from_pretrained({str(directory)!r})"
+        )
+    raise FileNotFoundError(f"there is no directory {path}; laconic.load takes the directory that laconic.save wrote")
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing, so {path.parent} is not a directory that laconic.save has finished")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not even text
+        raise ValueError(f"{path} is damaged ({error}); copy or download it again, or save the model again") from error
+    found = record.get("format") if isinstance(record, dict) else None
+    if isinstance(found, int) and found > FORMAT:
+        raise ValueError(
+            f"{path} has format {found}, written by laconic {record.get('laconic')}; this version reads up to {FORMAT}: "
+            "pip install --upgrade laconic"
+        )
+    if not isinstance(found, int) or not all(isinstance(record.get(part), dict) for part in ("model", "method", "schedule")):
+        raise ValueError(f"{path} is not a record of laconic.save: it must hold format, model, method and schedule")
+    return record
+
+
+def _read_method(path: Path, record: dict[str, Any]) -> tuple[Method, Schedule]:
+    try:
+        options = {name: _tuples(value) for name, value in record["method"].get("options", {}).items()}
+        return resolve(record["method"].get("name"), options), Schedule.of(record["schedule"])
+    except LookupError as error:
+        raise LookupError(f"{path}: {error} (a method of your own must be imported before its models are loaded)") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value  # options are never lists
+
+
+def _build(path: Path, record: dict[str, Any]) -> nn.Module:
+    if record.get("library") != "timm":
+        raise ValueError(
+            f"{path} does not say how to build its model ({record.get('class', 'of an unknown class')}); build it yourself "
+            "and have it filled: laconic.load(directory, model=your_model)"
+        )
+    try:
+        return build(record["architecture"], record.get("tag") or "", record["args"], "cpu")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: {error}; or give the model to fill: laconic.load(directory, model=your_model)") from error

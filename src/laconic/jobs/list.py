@@ -1,0 +1,54 @@
+"""``laconic list``: the methods and the models that laconic knows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from laconic.hosts import hosts
+from laconic.jobs.output import Report, Table
+from laconic.reducer import Row, methods
+
+HEADER = ("method", "what it is", "where", "score", "what becomes of the rest", "training", "adds", "arXiv")
+
+
+@dataclass(frozen=True)
+class ListReport(Report):
+    """The methods, and the model and block classes by full path."""
+
+    methods: tuple[Row, ...]
+    models: tuple[str, ...]
+    blocks: tuple[str, ...]
+
+    def parts(self) -> Iterator[str | Table]:
+        yield Table("Methods", HEADER, tuple(map(_cells, self.methods)), words=8)
+        yield (
+            "where: before a block, or between its attention and its MLP. training: whether it must be trained before it is of "
+            "use. adds: whether it adds parameters to the model."
+        )
+        hosted = [("model", path) for path in self.models] + [("block", path) for path in self.blocks]
+        yield Table("Models", ("", "class"), tuple(hosted), words=2)
+
+    def to_json(self) -> dict[str, Any]:
+        rows = [{f.name: getattr(row, f.name) for f in dataclasses.fields(row) if f.name != "config"} for row in self.methods]
+        for out, row in zip(rows, self.methods, strict=True):
+            out["options"] = {f.name: _plain(f) for f in dataclasses.fields(row.config)}
+        return {"methods": rows, "models": list(self.models), "blocks": list(self.blocks)}
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    needs, adds = ("yes" if fact else "no" for fact in (row.trained, row.learns))
+    return (row.name, row.title, row.moment, row.score, row.rest, needs, adds, row.paper)
+
+
+def _plain(field: Any) -> dict[str, Any]:
+    """An option's type and default, as JSON."""
+    return {"type": str(field.type), "default": None if field.default is dataclasses.MISSING else field.default}
+
+
+def list_() -> ListReport:
+    """List the methods and the supported models."""
+    known = hosts()
+    return ListReport(tuple(methods().values()), known["models"], known["blocks"])

@@ -1,0 +1,168 @@
+"""Measuring fairly: every variant in one process, interleaved round by round, as ratios to the unreduced model.
+
+Absolute times depend on the machine and on what else it does; the ratio of two forwards that follow each other hardly does.
+So a round runs every variant once and the unreduced model between them, every few variants; each variant is divided into
+the mean of the unreduced runs before and after it; every other round goes backwards; and what is reported is the median
+and the quartiles of the ratios of all rounds.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Run = Callable[[], Any]
+APART = 4  # variants between two runs of the unreduced model
+TINY = 1e-12
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How to measure.
+
+    Args:
+        rounds: rounds; each runs every variant once, and the unreduced model around every few of them.
+        threads: CPU threads (default: as many as torch takes by itself).
+        compile: torch.compile all models, the unreduced one too.
+        device: cuda where there is one, else cpu.
+        dtype: of weights and images.
+    """
+
+    rounds: int = 10
+    threads: int | None = None
+    compile: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    def __post_init__(self) -> None:
+        for name, value in (("rounds", self.rounds), ("threads", self.threads)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("torch sees no CUDA device here; use --device cpu, or install a build of torch with CUDA")
+
+    @property
+    def place(self) -> torch.device:
+        """The device."""
+        cuda = self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
+        return torch.device("cuda" if cuda else "cpu")
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds of one forward: by the clock (on CUDA: of the device), and of all CPU threads together."""
+
+    wall: float
+    cpu: float
+
+
+@dataclass(frozen=True)
+class Quartiles:
+    """A median and the quartiles around it."""
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Quartiles:
+        """Of one value or more."""
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        return cls(*statistics.quantiles(values, n=4, method="inclusive"))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One forward, and what the unreduced model took around it."""
+
+    own: Time
+    base: Time
+
+
+Clock = Callable[[Run], Time]
+
+
+def cpu_clock(run: Run) -> Time:
+    """Time one run on the CPU."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    run()
+    return Time(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def cuda_clock(run: Run) -> Time:
+    """Time one run on the GPU, by events; CPU time is what it takes to hand the work over."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    cpu = time.process_time()
+    begin.record()
+    run()
+    end.record()
+    cpu = time.process_time() - cpu
+    end.synchronize()
+    return Time(begin.elapsed_time(end) / 1e3, cpu)
+
+
+def interleave(runs: Mapping[str, Run], rounds: int, clock: Clock, tick: Run = lambda: None) -> dict[str, list[Sample]]:
+    """Run everything once a round, every other round backwards, and the first, the base, again after every `APART` others."""
+    base, *others = runs
+    samples: dict[str, list[Sample]] = {name: [] for name in runs}
+
+    def once(name: str) -> Time:
+        took = clock(runs[name])
+        tick()
+        return took
+
+    for number in range(rounds):
+        order = others[::-1] if number % 2 else others
+        before = once(base)
+        samples[base].append(Sample(before, before))
+        for start in range(0, len(order), APART):
+            group = [(name, once(name)) for name in order[start : start + APART]]
+            after = once(base)
+            around = Time((before.wall + after.wall) / 2, (before.cpu + after.cpu) / 2)
+            for name, took in group:
+                samples[name].append(Sample(took, around))
+            samples[base].append(Sample(after, after))
+            before = after
+    return samples
+
+
+def ratios(samples: Sequence[Sample]) -> tuple[Quartiles, Quartiles]:
+    """How many times quicker than the base, by the clock and in CPU time: quartiles over the rounds."""
+    wall = [s.base.wall / max(s.own.wall, TINY) for s in samples]
+    return Quartiles.of(wall), Quartiles.of([s.base.cpu / max(s.own.cpu, TINY) for s in samples])
+
+
+def forward(model: Any, images: Tensor, *, compiled: bool) -> Run:
+    """One forward, ready to be run."""
+
+    def call(images: Tensor) -> Any:
+        return model(images)
+
+    # torch.compile keeps its graphs by code object, eight of them, and after that runs uncompiled without a word: so every
+    # model gets a code object of its own, and every batch size a graph of its own
+    call.__code__ = call.__code__.replace()
+    run = torch.compile(call, dynamic=False) if compiled else call
+    return lambda: run(images)
+
+
+def time_models(models: Mapping[str, tuple[Any, Tensor]], setting: Setting, warmup: int = 2) -> dict[str, list[Sample]]:
+    """Time one forward of each (model, images) in every round, after ``warmup`` rounds that do not count."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    clock = cuda_clock if setting.place.type == "cuda" else cpu_clock
+
+    runs = {name: forward(model, images, compiled=setting.compile) for name, (model, images) in models.items()}
+    steps = (warmup + setting.rounds) * (len(runs) + math.ceil((len(runs) - 1) / APART))
+    with torch.inference_mode(), tqdm(total=steps, desc="measuring", unit="forward", leave=False, disable=None) as bar:
+        interleave(runs, warmup, clock, bar.update)
+        return interleave(runs, setting.rounds, clock, bar.update)

@@ -1,0 +1,69 @@
+"""Photographs: those of the demo, and any file as a model sees it and as the picture of what it saw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from laconic.jobs.output import Refusal
+
+SHIPPED = {  # what scikit-image ships in its wheel and everybody may use: file -> what it is, and who gave it away
+    "astronaut.png": "Eileen Collins, astronaut (NASA; public domain)",
+    "chelsea.png": "Chelsea the cat (Stefan van der Walt; CC0)",
+    "coffee.png": "a cup of coffee (Rachel Michetti, courtesy of Pikolo Espresso Bar; CC0)",
+    "rocket.jpg": "launch of DSCOVR on a Falcon 9 (SpaceX; public domain)",
+}
+
+
+@dataclass(frozen=True)
+class Photo:
+    """An image file as a model sees it: ``pixels`` for the model, and the same crop as a picture."""
+
+    path: Path
+    pixels: Tensor  # [3, H, W], normalised
+    picture: np.ndarray  # [H, W, 3] in [0, 1]
+
+
+def shipped(count: int) -> dict[Path, str]:
+    """The first ``count`` photographs of the demo, by path, and where they come from.
+
+    Raises:
+        Refusal: scikit-image is not there, or ships none of them.
+    """
+    try:
+        import skimage
+    except ImportError as error:
+        raise Refusal('the photographs of the demo come with scikit-image: pip install "laconic[demo]"') from error
+    folder = Path(skimage.__file__).parent / "data"
+    found = {folder / name: source for name, source in SHIPPED.items() if (folder / name).is_file()}
+    if not found:
+        raise Refusal(f"this scikit-image ships none of {', '.join(SHIPPED)}; use laconic show IMAGE")
+    return dict(list(found.items())[:count])
+
+
+def read(path: Path, model: nn.Module) -> Photo:
+    """An image file, resized, cropped and normalised as timm says this model wants it.
+
+    Raises:
+        Refusal: there is no such file, or it is not an image.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+    from timm.data.config import resolve_model_data_config
+    from timm.data.transforms_factory import create_transform
+
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened).convert("RGB")
+    except UnidentifiedImageError as error:
+        raise Refusal(f"{path} is not an image that Pillow can read; give a PNG or JPEG file") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise Refusal(f"{path} cannot be read as an image: {getattr(error, 'strerror', None) or error}") from error
+    config: dict[str, Any] = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
+    pixels: Tensor = create_transform(**config, is_training=False)(image)
+    mean, std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("mean", "std"))
+    return Photo(path, pixels, (pixels * std + mean).clamp(0, 1).permute(1, 2, 0).numpy())

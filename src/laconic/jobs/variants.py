@@ -1,0 +1,161 @@
+"""What is compared: the unreduced model, methods on it, and always the alternatives that need no method at all.
+
+Random pruning and average pooling show what a method's idea is worth; a lower input resolution and the next smaller model
+are the other two ways to spend fewer multiply-adds.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from laconic.attach import reduce_
+from laconic.compression import find_compression
+from laconic.cost import summary
+from laconic.doctor import twin
+from laconic.hosts import find_host
+from laconic.jobs.models import create, lower_resolution, smaller_name
+from laconic.jobs.output import Refusal
+from laconic.reducer import METHODS, Method, nearest_names, resolve
+
+ALWAYS = ("random", "avg-pool")  # the methods that every comparison has beside those asked for
+Kind = Literal["base", "method", "plain", "resolution", "smaller"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of a comparison. ``keep`` is the rate that it stands for, as a method or in the place of one."""
+
+    name: str
+    kind: Kind
+    model: nn.Module
+    macs: int  # of one image
+    parameters: int
+    tokens: tuple[int, ...]  # patch tokens at the start, then after each block that reduces
+    image: tuple[int, int]
+    keep: float | None = None
+
+    @property
+    def label(self) -> str:
+        """A name that no other variant of the comparison has."""
+        return self.name if self.keep is None else f"{self.name} {self.keep:g}"
+
+
+def parse_methods(names: Sequence[str], options: Sequence[str]) -> list[Method]:
+    """Configs for method names and ``[METHOD.]NAME=VALUE`` options; without METHOD. an option is for all that have it.
+
+    Raises:
+        Refusal: an option that is not of this form, or that none of the methods has.
+        LookupError, TypeError, ValueError: an unknown method, an option's value.
+    """
+    chosen: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for name in chosen:
+        resolve(name, {})
+    for text in options:
+        left, equals, value = text.partition("=")
+        target, dot, option = left.rpartition(".")
+        if not equals or not option:
+            raise Refusal(f"--options {text!r}: expected NAME=VALUE or METHOD.NAME=VALUE, e.g. similarity=previous-attention")
+        takers = [target] if dot else [name for name in chosen if option in _fields(name)]
+        if not takers or takers[0] not in chosen or option not in _fields(takers[0]):
+            known = sorted({field for name in chosen for field in _fields(name)})
+            raise Refusal(
+                f"--options {text!r}: {target or ' and '.join(chosen)} has no such option here."
+                f"{nearest_names(option, known)} The options of {', '.join(chosen)}: {', '.join(known) or 'none'}"
+            )
+        for name in takers:
+            chosen[name][option] = _value(name, option, value)
+    return [resolve(name, given) for name, given in chosen.items()]
+
+
+def _fields(method: str) -> list[str]:
+    return [field.name for field in dataclasses.fields(METHODS[method].config)] if method in METHODS else []
+
+
+def _value(method: str, option: str, text: str) -> Any:
+    """The value of an option as its config declares it: Python's literals, true, false and none, or else a word."""
+    word = {"true": "True", "false": "False", "none": "None"}.get(text.lower(), text)
+    try:
+        value = ast.literal_eval(word)
+    except (ValueError, SyntaxError):
+        value = text
+    hint = typing.get_type_hints(METHODS[method].config)[option]
+    if not _fits(value, hint):
+        raise Refusal(f"--options {option}={text}: {method} takes {str(hint).replace('typing.', '')} here, not {value!r}")
+    return value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    kind, inside = typing.get_origin(hint), typing.get_args(hint)
+    if kind is Literal:
+        return value in inside
+    if kind in (types.UnionType, typing.Union):
+        return any(_fits(value, option) for option in inside)
+    if kind is tuple:
+        return isinstance(value, tuple) and all(_fits(item, inside[0]) for item in value)
+    exact = type(value) is (type(None) if hint is None else hint)
+    return exact or (hint is float and type(value) is int)
+
+
+# ------------------------------------------------------------------------------------------------ building them
+def unreduced(name: str, model: Any, kind: Kind = "base", keep: float | None = None) -> Variant:
+    """A model as it is, as a row."""
+    cost = summary(model)
+    return Variant(name, kind, model, cost.macs, cost.parameters, (cost.tokens[0],), _image(model), keep)
+
+
+def reduced(model: nn.Module, config: Method, keep: float, kind: Kind = "method") -> Variant:
+    """A copy of the model (with its very weights) under a method, as a row."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        copy = reduce_(twin(model), config, keep=keep)
+    return as_reduced(config.row.name, copy, keep, kind)
+
+
+def as_reduced(name: str, model: nn.Module, keep: float | None, kind: Kind = "method") -> Variant:
+    """A reduced model, as a row."""
+    compression, cost = find_compression(model), summary(model)
+    assert compression is not None
+    start = compression.grid[0] * compression.grid[1]
+    tokens = (start, *(cost.tokens[block] for block in compression.schedule.at))
+    return Variant(name, kind, model, cost.macs, cost.parameters, tokens, _image(model), keep)
+
+
+def alternatives(
+    name: str, model: nn.Module, keeps: Sequence[float], make: Callable[[str], nn.Module] = create
+) -> tuple[list[Variant], list[str]]:
+    """Random pruning, average pooling and a lower resolution for each keep rate, and the next smaller model; and notes.
+
+    ``make`` makes the smaller model from its name.
+    """
+    rows, notes = list[Variant](), list[str]()
+    for keep in keeps:
+        plain = [reduced(model, resolve(method, {}), keep, "plain") for method in ALWAYS]
+        rows += plain
+        per_block = summary(plain[0].model).tokens
+        small = lower_resolution(model, sum(per_block) / len(per_block))
+        if small is None:
+            notes.append("no lower resolution row: timm cannot change the input size of this model")
+        else:
+            size = _image(small)
+            rows.append(unreduced(f"input {size[0]}x{size[1]}", small, "resolution", keep))
+    smaller = smaller_name(name)
+    if smaller is None:
+        notes.append(f"no smaller model row: timm has no model like {name} that is a size smaller")
+    else:
+        rows.append(unreduced(smaller, make(smaller), "smaller"))
+    return rows, list(dict.fromkeys(notes))
+
+
+def _image(model: Any) -> tuple[int, int]:
+    host, entry = find_host(model)
+    height, width = entry.example(host).shape[2:]
+    return height, width

@@ -1,0 +1,202 @@
+"""The command line: JSON, exit codes, help, refusals."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import laconic
+from laconic import cli
+from laconic.jobs import photos, weights
+
+TINY = "deit_tiny_patch16_224"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _no_pretrained_weights(monkeypatch):
+    monkeypatch.setattr(weights, "_cached", lambda cfg: None)
+    monkeypatch.setattr(weights, "_hub_answers", lambda: False)
+
+
+@pytest.fixture
+def laconic_(capsys):
+    def call(*words):
+        code = cli.main(list(words))
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def image():
+    return str(next(iter(photos.shipped(1))))
+
+
+# ---------------------------------------------------------------------------------------------------- all verbs
+VERBS = {
+    "list": [],
+    "doctor": [TINY],
+    "bench": [TINY, "--method", "etps", "--batch-size", "1", "--rounds", "1", "--threads", "1"],
+    "show": [image(), "--model", TINY, "--method", "etps", "--output", "{tmp}"],
+    "demo": f"--model {TINY} --method etps --keep 0.5 --batch-size 1 --photographs 1 --rounds 1 --output {{tmp}}".split(),
+}
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_json_is_all_there_is_on_stdout(laconic_, tmp_path, verb):
+    code, out, _ = laconic_(verb, *(word.format(tmp=tmp_path) for word in VERBS[verb]), "--json")
+    assert code == 0
+    assert isinstance(json.loads(out), dict)
+
+
+def test_list_as_a_table(laconic_):
+    code, out, err = laconic_("list")
+    assert (code, err) == (0, "")
+    for name, row in laconic.methods().items():
+        assert name in out
+        assert row.paper in out
+    assert "timm.models.vision_transformer.VisionTransformer" in out
+
+
+def test_list_as_json_has_every_fact_of_a_method(laconic_):
+    rows = {row["name"]: row for row in json.loads(laconic_("list", "--json")[1])["methods"]}
+    assert rows["dtps"] | {"moment": "before", "trained": True, "learns": True, "paper": "2304.10716"} == rows["dtps"]
+    assert rows["etps"]["options"]["score"]["default"] == "class"
+
+
+def test_doctor_as_a_table(laconic_):
+    code, out, _ = laconic_("doctor", TINY)
+    assert code == 0
+    assert 'laconic.reduce_(model, "etps", keep=0.7)' in out
+    assert "passed" in out
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help_has_examples(laconic_, verb):
+    code, out, _ = laconic_(verb, "--help")
+    assert code == 0
+    assert "--json" in out
+    for example in cli.VERBS[verb].examples:
+        assert example in out
+        assert example.startswith(f"laconic {verb}")
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_examples_parse(verb):
+    for example in cli.VERBS[verb].examples:
+        job, as_json = cli.parse(verb, example.split()[2:])
+        assert callable(job)
+        assert as_json == ("--json" in example)
+
+
+def test_usage_and_version(laconic_):
+    code, out, _ = laconic_("--help")
+    assert code == 0
+    assert all(verb in out for verb in cli.VERBS)
+    assert laconic_("--version") == (0, f"laconic {laconic.__version__}\n", "")
+
+
+def test_options_of_measuring_reach_the_job():
+    job, _ = cli.parse("bench", [TINY, "--rounds", "3", "--threads", "2", "--compile", "--keep", "0.5", "--keep", "0.7"])
+    setting = job.keywords["setting"]
+    assert (setting.rounds, setting.threads, setting.compile) == (3, 2, True)
+    assert job.keywords["keep"] == (0.5, 0.7)
+    assert job.args == (TINY,)
+
+
+# ---------------------------------------------------------------------------------------------------- wrong usage: 2
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "usage: laconic VERB"),
+        (["bnech"], "Did you mean 'bench'"),
+        (["bench"], "MODEL"),
+        (["bench", TINY, "--metod", "etps"], "--method"),
+        (["bench", TINY, "--rounds", "many"], "many"),
+        (["list", "everything"], "everything"),
+    ],
+)
+def test_wrong_usage(laconic_, words, message):
+    code, out, err = laconic_(*words)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+# ---------------------------------------------------------------------------------------------------- refusals: 1
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["doctor", "diet_tiny_patch16_224"], f"did you mean {TINY}"),
+        (["doctor", "resnet18"], "resnet18 cannot be reduced: laconic does not know timm.models.resnet.ResNet"),
+        (["bench", TINY, "--method", "etsp"], "no method is called 'etsp'. Did you mean 'etps'"),
+        (["bench", TINY, "--method", "etps", "--keep", "1.5"], "keep rate must be in (0, 1], got 1.5"),
+        (["bench", TINY, "--method", "etps", "--options", "simlarity=cosine"], "Did you mean 'similarity'"),
+        (["bench", TINY, "--batch-size", "0"], "at least 1"),
+        (["bench", TINY, "--output", "results.json"], "give the name of a .csv file"),
+        (["bench", "resnet18"], "laconic does not know timm.models.resnet.ResNet"),
+        (["show", __file__, "--model", TINY], "test_cli.py is not an image"),
+        (["show", "absent.jpg", "--model", TINY], "absent.jpg cannot be read as an image: No such file or directory"),
+        (["show"], "at least one image"),
+        (["show", image(), "--model", TINY, "--method", "bta"], "Did you mean 'bat'"),
+        (["demo", "--weights", "absent.safetensors"], "absent.safetensors: there is no such file"),
+        (["demo", "--photographs", "0"], "at least 1"),
+        (["demo", "--model", "resnet18", "--weights", __file__], "does not hold the weights of resnet18"),
+    ],
+)
+def test_refusals_are_one_paragraph_on_stderr(laconic_, words, message):
+    code, out, err = laconic_(*words)
+    assert (code, out) == (1, "")
+    said = [line for line in err.splitlines() if line.startswith(f"laconic {words[0]}: ")]
+    assert len(said) == 1
+    assert message in said[0]
+    assert err.rstrip().endswith(said[0])
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(("module", "extra"), [("tyro", "cli"), ("rich", "cli"), ("timm", "cli"), ("tqdm", "cli")])
+def test_a_missing_library_names_the_extra(laconic_, monkeypatch, module, extra):
+    for loaded in [name for name in sys.modules if name.partition(".")[0] == module]:
+        monkeypatch.setitem(sys.modules, loaded, None)
+    code, _, err = laconic_("bench", TINY, "--rounds", "1", "--batch-size", "1")
+    assert code == 1
+    assert f'pip install "laconic[{extra}]"' in err
+
+
+@pytest.mark.parametrize("module", ["matplotlib", "skimage"])
+def test_the_demo_names_its_extra(laconic_, monkeypatch, tmp_path, module):
+    words = [word.format(tmp=tmp_path) for word in VERBS["demo"]]
+    for loaded in [name for name in sys.modules if name.partition(".")[0] == module]:
+        monkeypatch.setitem(sys.modules, loaded, None)
+    monkeypatch.setitem(sys.modules, module, None)
+    code, _, err = laconic_("demo", *words)
+    assert code == 1
+    assert 'pip install "laconic[demo]"' in err
+
+
+def test_a_fault_of_the_program_is_not_hidden(monkeypatch):
+    monkeypatch.setattr(cli, "parse", lambda *_: (lambda: {}["a fault"], False))
+    with pytest.raises(KeyError, match="a fault"):
+        cli.main(["list"])
+
+
+def test_an_interrupt_is_no_traceback(laconic_, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "parse", lambda *_: (interrupted, False))
+    assert laconic_("list") == (130, "", "interrupted\n")
+
+
+def test_the_installed_command():
+    out = subprocess.run([sys.executable, "-m", "laconic.cli", "--version"], capture_output=True, text=True, check=True).stdout
+    assert out == f"laconic {laconic.__version__}\n"
