@@ -17,7 +17,9 @@ def _fresh():
         yield
 
 
-@pytest.mark.parametrize(("method", "family"), [p for p in PAIRS if p[1] == "plain" or (p[0] in DIFFERENT and p[1] in FAMILIES)])
+@pytest.mark.parametrize(
+    ("method", "family"), [p for p in PAIRS if p[1] == "plain" or (p[0] in DIFFERENT and p[1] in FAMILIES)]
+)
 def test_one_graph(method, family):
     model = reduced(method, family)
     compiled = torch.compile(model, fullgraph=True, backend="eager")

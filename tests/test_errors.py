@@ -69,11 +69,17 @@ def test_not_a_model():
 
 
 def test_unknown_models_and_blocks():
-    refused(timm.create_model("resnet18"), TypeError, r"does not know timm\.models\.resnet\.ResNet\. Supported.*VisionTransformer")
+    refused(
+        timm.create_model("resnet18"), TypeError, r"does not know timm\.models\.resnet\.ResNet\. Supported.*VisionTransformer"
+    )
     beit = timm.create_model("beit_base_patch16_224", depth=2, embed_dim=48, num_heads=3)
     refused(beit, TypeError, r"timm\.models\.beit\.Beit")
     model = make("plain", block_fn=timm.models.vision_transformer.ParallelThingsBlock)
-    refused(model, TypeError, r"block 0 of VisionTransformer: laconic does not know .*ParallelThingsBlock.*Supported block classes: .*Block")
+    refused(
+        model,
+        TypeError,
+        r"block 0 of VisionTransformer: laconic does not know .*ParallelThingsBlock.*Supported block classes: .*Block",
+    )
     two = nn.ModuleList([make("plain"), make("plain")])
     refused(two, ValueError, "2 vision transformers")
 
@@ -155,7 +161,9 @@ class Miser(laconic.Reducer):
         return tokens.keep(torch.arange(n + 1).expand(len(tokens.x), -1))
 
 
-@pytest.mark.parametrize(("reducer", "error", "match"), [(Thief, ValueError, "prefix token"), (Miser, RuntimeError, "19.*18 were")])
+@pytest.mark.parametrize(
+    ("reducer", "error", "match"), [(Thief, ValueError, "prefix token"), (Miser, RuntimeError, "19.*18 were")]
+)
 def test_a_method_that_breaks_the_laws(reducer, error, match):
     class Broken(laconic.TopK):
         def build(self, site):

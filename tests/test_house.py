@@ -12,7 +12,18 @@ import laconic
 
 SOURCE = Path(laconic.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
-OPTIONAL = {"timm", "transformers", "open_clip", "torchvision", "huggingface_hub", "tyro", "rich", "tqdm", "matplotlib", "skimage"}
+OPTIONAL = {
+    "timm",
+    "transformers",
+    "open_clip",
+    "torchvision",
+    "huggingface_hub",
+    "tyro",
+    "rich",
+    "tqdm",
+    "matplotlib",
+    "skimage",
+}
 CORE = [f for f in FILES if f.parent.name != "jobs" and f.name not in ("cli.py", "mixin.py")]  # those are the use
 METHODS = sorted((SOURCE / "methods").glob("*.py"))
 
@@ -81,7 +92,11 @@ def test_sizes(path):
 def test_signatures_have_one_flag_at_most(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef):
-            flags = [d for d in [*node.args.defaults, *node.args.kw_defaults] if isinstance(d, ast.Constant) and d.value in (True, False)]
+            flags = [
+                d
+                for d in [*node.args.defaults, *node.args.kw_defaults]
+                if isinstance(d, ast.Constant) and d.value in (True, False)
+            ]
             assert len([f for f in flags if isinstance(f.value, bool)]) <= 1, node.name
 
 
