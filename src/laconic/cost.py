@@ -21,7 +21,6 @@ from math import prod
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from laconic import work
 from laconic.compression import find_compression
@@ -107,6 +106,8 @@ def counted(model: nn.Module) -> int:
     Raises:
         TypeError: no supported model.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # it loads triton: not at import
+
     host, entry = find_host(model)
     # with gradients: without, the counter fails on a pool that starts from an expanded parameter (SigLIP's)
     with _aside(host), torch.inference_mode(False), torch.enable_grad(), FlopCounterMode(display=False) as counter:
