@@ -351,6 +351,14 @@ def test_the_smaller_model_gets_a_row(small):
     assert notes == []
 
 
+def test_alternatives_that_a_model_does_not_allow_are_notes():
+    model = timm.create_model("vit_base_patch16_xp_224", img_size=64, depth=4, embed_dim=48, num_heads=3).eval()
+    found, notes = variants.alternatives("vit_base_patch16_xp_224", model, [0.5])
+    assert [v.label for v in found] == ["input 48x48 0.5"]
+    assert [note[:11] for note in notes] == ["no random r", "no avg-pool", "no smaller "]
+    assert variants.mean_tokens(model, 0.5) == (8 + 4 + 2 + 16) / 4
+
+
 def test_an_unknown_model_is_refused_with_the_nearest_names():
     with pytest.raises(Refusal, match="did you mean deit_small_patch16_224"):
         models.create("diet_small_patch16_224")

@@ -35,43 +35,24 @@ def test_keep_1_is_the_identity(method, family):
 
 
 @every_pair
-def test_tokens_leave_as_scheduled(method, family):
-    model = reduced(method, family)
+def test_tokens_leave_as_scheduled_and_every_patch_is_accounted_for(method, family):
+    model, moments = reduced(method, family), []
+    model.laconic.observer = lambda before, after: moments.append((before, after))
     run(model, images(family))
-    counts = [stage.size.shape[1] for stage in laconic.provenance(model).stages]
-    patches = laconic.provenance(model).final.where.shape[1]
-    config = model.laconic.config
-    expected, n, rates = [], patches, []
-    for _ in AT:
+    stages, config, expected, rates = laconic.provenance(model).stages, model.laconic.config, [36], []
+    for stage in stages:
         rates.append(0.6)
-        n = config.leaves(rates, n, patches)
-        expected.append(n)
-    assert counts == expected
-    assert patches > counts[0] > counts[1] > counts[2]
-
-
-@every_pair
-def test_every_patch_is_accounted_for(method, family):
-    model = reduced(method, family)
-    run(model, images(family))
-    for stage in laconic.provenance(model).stages:
+        expected.append(config.leaves(rates, expected[-1], 36))
+        assert stage.size.shape[1] == expected[-1] < expected[-2]
         held = (stage.where.unsqueeze(1) == iota(stage.size).unsqueeze(2)).sum(2)
         assert torch.equal(held.float(), stage.size)
         gone = (stage.where < 0).sum(1)
-        assert torch.equal(stage.size.sum(1) + gone, torch.full((3,), float(stage.where.shape[1])))
+        assert torch.equal(stage.size.sum(1) + gone, torch.full((3,), 36.0))
         assert (gone.min() > 0) if method in DROPS else (gone.max() == 0)
         # a token stands in the place of a patch that it holds, and no two in the same place
         assert torch.equal(stage.where.gather(1, stage.kept), iota(stage.kept))
-
-
-@every_pair
-def test_prefix_tokens_are_untouched(method, family):
-    model = reduced(method, family, keep=0.4)
-    moments = []
-    model.laconic.observer = lambda before, after: moments.append((before, after))
-    run(model, images(family))
-    assert len(moments) == len(AT)
-    for before, after in moments:
+    assert len(moments) == len(stages) == len(AT)
+    for before, after in moments:  # prefix tokens are untouched
         assert torch.equal(before.x[:, : before.prefix], after.x[:, : after.prefix])
 
 
@@ -147,6 +128,10 @@ def test_restore_gives_the_original_back(method, family):
     expected, keys = run(model, x), {k: v.clone() for k, v in model.state_dict().items()}
     attributes = [set(vars(m)) for m in model.modules()]
     laconic.reduce_(model, method, keep=0.6, at=AT, **options(method, family))
+    learns = laconic.methods()[method].learns
+    assert [n for n in model.state_dict() if not n.startswith("laconic.")] == list(keys)
+    assert any(n.startswith("laconic.") for n in model.state_dict()) == learns
+    model.load_state_dict(keys, strict=not learns)
     run(model, x)
     assert laconic.restore_(model) is model
     assert torch.equal(run(model, x), expected)
@@ -165,17 +150,6 @@ def test_fused_attention_goes_on(method, family):
     with Watch(calls):
         run(model, x)
     assert len(calls) == len(base)
-
-
-@every_pair
-def test_parameters_keep_their_names(method, family):
-    model = make(family)
-    names = list(model.state_dict())
-    laconic.reduce_(model, method, keep=0.6, at=AT, **options(method, family))
-    after = list(model.state_dict())
-    assert [n for n in after if not n.startswith("laconic.")] == names
-    assert bool(set(after) - set(names)) == laconic.methods()[method].learns
-    model.load_state_dict(make(family).state_dict(), strict=not laconic.methods()[method].learns)
 
 
 @every_method

@@ -174,7 +174,7 @@ def _draw(folder: Path, variants: Sequence[Variant], read: Sequence[Photo], rema
             maps = draw.token_maps(photo.picture, draw.maps(ledger, number))
             panels[number] += [maps[-1]] if panels[number] else [maps[0], maps[-1]]
     titles = [f"{variants[0].tokens[0]} patches", *(f"{v.name}: {v.tokens[-1]} tokens" for v in variants)]
-    heading = f"What is left at the end, keep {variants[0].keep:g} at each of {len(variants[0].tokens) - 1} blocks{remark}"
+    heading = f"keep {variants[0].keep:g} at {len(variants[0].tokens) - 1} blocks: what is left{remark}"
     return draw.save_sheet(folder / "token-maps.png", panels, titles, heading), pictures
 
 

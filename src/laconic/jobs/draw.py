@@ -156,20 +156,20 @@ def save_sheet(path: Path, rows: Sequence[Sequence[np.ndarray]], titles: Sequenc
         from matplotlib.figure import Figure
     except ImportError as error:
         raise Refusal('drawing needs matplotlib: pip install "laconic[demo]"') from error
-    (height, width), top, gap = rows[0][0].shape[:2], 54, 8  # pixels
-    across, down = len(titles) * (width + gap) + gap, len(rows) * (height + gap) + top
+    (height, width), top, bottom, gap = rows[0][0].shape[:2], 54, 20, 8  # pixels
+    across, down = len(titles) * (width + gap) + gap, len(rows) * (height + gap) + top + bottom
     figure = Figure(figsize=(across / DPI, down / DPI), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
     for i, row in enumerate(rows):
         for j, picture in enumerate(row):
-            left, bottom = gap + j * (width + gap), down - top - i * (height + gap) - height
-            axes: Any = figure.add_axes((left / across, bottom / down, width / across, height / down))
+            left, low = gap + j * (width + gap), down - top - i * (height + gap) - height
+            axes: Any = figure.add_axes((left / across, low / down, width / across, height / down))
             axes.imshow((picture.clip(0, 1) * 255).round().astype(np.uint8), aspect="auto", interpolation="nearest")
             axes.set_axis_off()
             if i == 0:
                 axes.set_title(titles[j], fontsize=9, pad=3)
     figure.text(gap / across, 1 - 8 / down, heading, fontsize=10, weight="bold", va="top")
-    figure.text(1 - gap / across, 1 - 9 / down, LEGEND, fontsize=8, color="0.35", va="top", ha="right")
+    figure.text(gap / across, 6 / down, LEGEND, fontsize=8, color="0.35", va="bottom")
     data = io.BytesIO()
     figure.savefig(data, format="png", pil_kwargs={"compress_level": 3})
     write_atomically(path, data.getvalue())

@@ -33,7 +33,8 @@ class Table:
         from rich.table import Table as Drawn
         from rich.text import Text
 
-        drawn = Drawn(title=Text(self.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+        look: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": box.SIMPLE_HEAD, "pad_edge": False}
+        drawn = Drawn(title=Text(self.title), show_header=any(self.header), **look)
         for number, name in enumerate(self.header):
             drawn.add_column(Text(name), justify="left" if number < self.words else "right", overflow="fold")
         for row in self.rows:

@@ -138,10 +138,12 @@ def alternatives(
     """
     rows, notes = list[Variant](), list[str]()
     for keep in keeps:
-        plain = [reduced(model, resolve(method, {}), keep, "plain") for method in ALWAYS]
-        rows += plain
-        per_block = summary(plain[0].model).tokens
-        small = lower_resolution(model, sum(per_block) / len(per_block))
+        for method in ALWAYS:
+            try:
+                rows.append(reduced(model, resolve(method, {}), keep, "plain"))
+            except (ValueError, LookupError) as error:
+                notes.append(f"no {method} row: {error}")
+        small = lower_resolution(model, mean_tokens(model, keep))
         if small is None:
             notes.append("no lower resolution row: timm cannot change the input size of this model")
         else:
@@ -153,6 +155,13 @@ def alternatives(
     else:
         rows.append(unreduced(smaller, make(smaller), "smaller"))
     return rows, list(dict.fromkeys(notes))
+
+
+def mean_tokens(model: nn.Module, keep: float) -> float:
+    """Patch tokens that the blocks of this model leave at a keep rate, on average, counted as random pruning does."""
+    config, unreduced_ = resolve("random", {}), summary(model).tokens
+    depth, patches = len(unreduced_), unreduced_[0]
+    return sum(config.plan(depth, keep, None).counts(depth, patches, config.leaves)) / depth
 
 
 def _image(model: Any) -> tuple[int, int]:
