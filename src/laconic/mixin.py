@@ -35,19 +35,11 @@ class HubModel(nn.Module, ModelHubMixin, library_name="laconic", tags=["token-re
         model_id: str,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
         token: str | bool | None = None,
         **options: Any,
     ) -> HubModel:
+        download = {name: options.pop(name) for name in ("force_download", "local_files_only") if name in options}
         if Path(model_id).is_dir():
             return cls(load(model_id, **options))
-        directory = snapshot_download(
-            model_id,
-            revision=revision,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-            token=token,
-        )
+        directory = snapshot_download(model_id, revision=revision, cache_dir=cache_dir, token=token, **download)
         return cls(load(directory, **options))
