@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from timm.utils import ModelEmaV3
 
 import laconic
 from families import AT, FAMILIES, METHODS, NO_CLASS_TOKEN, PAIRS, images, make, options, reduced
@@ -268,3 +269,26 @@ def test_arbitrary_pruning_differs_by_seed_and_stage():
     assert not torch.equal(kept[0].sort(1).values, kept[1].sort(1).values)
     first, second = laconic.provenance(model).stages[:2]
     assert not torch.equal(second.kept.sort(1).values, first.kept[:, : second.kept.shape[1]].sort(1).values)
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("method", ["bat", "dtps"])
+def test_data_parallel_training_and_moving_averages(method, one_process):
+    x, gradients = images("plain"), []
+    for wrap in (lambda model: model, torch.nn.parallel.DistributedDataParallel):
+        model = reduced(method, "plain").train()
+        torch.manual_seed(3)
+        wrap(model)(x).square().mean().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    for name, g in gradients[0].items():
+        torch.testing.assert_close(g, gradients[1][name], rtol=1e-5, atol=1e-6)
+    average = ModelEmaV3(model, decay=0.0)
+    average.update(model)
+    assert torch.equal(run(average.module.eval(), x), run(model.eval(), x))
+    assert average.module.laconic is not model.laconic
