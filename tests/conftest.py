@@ -9,10 +9,18 @@ if os.environ.get("LACONIC_CHECK_SHAPES"):  # before anything imports laconic
     install_import_hook("laconic", "beartype.beartype")
 
 
-if os.environ.get("PYTEST_XDIST_WORKER"):  # one thread a worker, or they stand in each other's way
-    torch.set_num_threads(1)
+torch.set_num_threads(1)  # the models are so small that threads only wait for each other
 
 
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_pretrained_weights(monkeypatch):
+    """As on a machine without a cache and without a hub."""
+    from laconic.jobs import weights
+
+    monkeypatch.setattr(weights, "_cached", lambda cfg: None)
+    monkeypatch.setattr(weights, "_hub_answers", lambda: False)

@@ -28,14 +28,6 @@ GOLDENS = Path(__file__).parent / "goldens"
 KINDS = pytest.mark.parametrize("method", ["evit", "dtps"])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # these models are so small that threads only wait for each other
-    yield
-    torch.set_num_threads(threads)
-
-
 def run(model, x):
     with torch.no_grad():
         return model(x)

@@ -5,27 +5,15 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 import laconic
 from laconic import cli
-from laconic.jobs import photos, weights
+from laconic.jobs import photos
 
 TINY = "deit_tiny_patch16_224"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def _no_pretrained_weights(monkeypatch):
-    monkeypatch.setattr(weights, "_cached", lambda cfg: None)
-    monkeypatch.setattr(weights, "_hub_answers", lambda: False)
+pytestmark = pytest.mark.usefixtures("no_pretrained_weights")
 
 
 @pytest.fixture

@@ -26,18 +26,7 @@ TINY = "deit_tiny_patch16_224"
 QUICK = Setting(rounds=1, threads=1)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def _no_pretrained_weights(monkeypatch):
-    monkeypatch.setattr(weights, "_cached", lambda cfg: None)
-    monkeypatch.setattr(weights, "_hub_answers", lambda: False)
+pytestmark = pytest.mark.usefixtures("no_pretrained_weights")
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from functools import partial
 from typing import Annotated, Any
 
 from laconic import __version__
+from laconic.extras import missing
 from laconic.reducer import nearest_names
 
 JSON_HELP = "print the report as JSON and nothing else"
@@ -134,7 +135,7 @@ def refusal(error: Exception) -> str | None:
     if isinstance(error, ImportError):
         module = (error.name or "").partition(".")[0]
         extra = EXTRAS.get(module)
-        return f'this needs {module}, which is not installed: pip install "laconic[{extra}]"' if extra else None
+        return missing(module, extra) if extra else None
     if isinstance(error, KeyError) or not isinstance(error, Refusal | ValueError | TypeError | LookupError | OSError):
         return None
     return " ".join(str(error).split())

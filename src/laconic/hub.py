@@ -16,7 +16,7 @@ from torch import nn
 
 from laconic.checkpoints import RECORD, WEIGHTS, Place, load, save
 from laconic.compression import compression_of
-from laconic.rebuild import need
+from laconic.extras import need
 
 CARD = "README.md"
 TEXT = """

@@ -6,7 +6,6 @@ timm builds from it must have the same keys, shapes, module classes and plain at
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from laconic.compression import Compression
+from laconic.extras import need
 from laconic.hosts import path_of
 
 LISTED = 10  # names listed of each kind of difference
@@ -38,18 +38,6 @@ UNUSUAL: dict[str, Callable[[Any], Any]] = {
     "qk_norm": lambda m: not isinstance(m.blocks[0].attn.q_norm, nn.Identity),
     "dynamic_img_size": lambda m: m.dynamic_img_size,
 }
-
-
-def need(module: str, extra: str) -> Any:
-    """Import an optional library.
-
-    Raises:
-        ImportError: it is not installed; the message names the extra that brings it.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f'this needs {module}, which is not installed: pip install "laconic[{extra}]"') from error
 
 
 def describe_model(model: nn.Module, compression: Compression, model_args: Mapping[str, Any] | Literal["omit"] | None) -> Any:
