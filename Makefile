@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow check docs clean
+.PHONY: demo test test-slow check docs evidence clean
 
 demo: $(VENV)/.demo
 	$(BIN)/laconic demo $(ARGS)
@@ -23,6 +23,10 @@ check: $(VENV)/.dev
 
 docs: $(VENV)/.demo
 	$(BIN)/python -m laconic.jobs.tables docs/macs.md
+
+# Hours on two cores; stop it and call it again as you like. What results/evidence.jsonl holds already is not run again.
+evidence: $(VENV)/.dev
+	$(BIN)/laconic evidence --page docs/evidence.md $(ARGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

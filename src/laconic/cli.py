@@ -25,7 +25,16 @@ from laconic.extras import missing
 from laconic.reducer import nearest_names
 
 JSON_HELP = "print the report as JSON and nothing else"
-EXTRAS = {"tyro": "cli", "rich": "cli", "tqdm": "cli", "timm": "cli", "PIL": "cli", "skimage": "demo", "matplotlib": "demo"}
+EXTRAS = {
+    "tyro": "cli",
+    "rich": "cli",
+    "tqdm": "cli",
+    "timm": "cli",
+    "PIL": "cli",
+    "skimage": "demo",
+    "matplotlib": "demo",
+    "datasets": "datasets",
+} | dict.fromkeys(("accelerate", "sklearn", "torchvision"), "train")
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,42 @@ VERBS = {
         "What works on a model, and why the rest does not.",
         "laconic.jobs.doctor:doctor",
         ("laconic doctor vit_base_patch16_siglip_224", "laconic doctor ./my-reduced-model --json"),
+    ),
+    "eval": Verb(
+        "How often a model is right, before and after it is reduced.",
+        "laconic.jobs.eval:eval_",
+        (
+            "laconic eval deit_small_patch16_224 --data imagenet --method etps --method bat --keep 0.7",
+            "laconic eval ./my-reduced-model --data imagenet --split val --limit 5000",
+            "laconic eval scenes_vit_small --data scenes --method etps --keep 0.7 --output eval.csv",
+        ),
+    ),
+    "sweep": Verb(
+        "Accuracy at many keep rates beside every alternative, as CSV, JSON and plots.",
+        "laconic.jobs.sweep:sweep",
+        (
+            "laconic sweep scenes_vit_small --data scenes --method etps --method bat --output sweep.csv",
+            "laconic sweep deit_small_patch16_224 --data imagenet --method etps --keep 0.9 --keep 0.7 --output sweep.csv --speed",
+        ),
+    ),
+    "evidence": Verb(
+        "Put the papers' claims to the test on the generated benchmark; can be stopped and called again.",
+        "laconic.jobs.evidence:evidence",
+        (
+            "laconic evidence --claim 7-toy",
+            "laconic evidence --share 1/2 & laconic evidence --share 2/2",
+            "laconic evidence --page docs/evidence.md",
+        ),
+    ),
+    "train": Verb(
+        "Train or fine-tune a model, reduced or not, by a recipe.",
+        "laconic.jobs.train:train",
+        (
+            "laconic train --recipe etps_deit_small_keep0.7 --data imagenet --output etps",
+            "laconic train --recipe scenes_vit_small --set data.train_images=6400 --set optimization.lr=1e-3",
+            "laconic train --set method.name=bat --set method.keep=0.5 --data scenes --output bat --resume",
+            "accelerate launch -m laconic.cli train --recipe dtps_deit_small_keep0.7 --data imagenet",
+        ),
     ),
     "bench": Verb(
         "How much faster reduced models really are on this machine.",
@@ -95,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def usage() -> str:
     """What there is, verb by verb."""
-    verbs = "\n".join(f"  {name:<8}{verb.line}" for name, verb in VERBS.items())
+    verbs = "\n".join(f"  {name:<10}{verb.line}" for name, verb in VERBS.items())
     return (
         "usage: laconic VERB [...]\n\nFewer tokens, same answer: token reduction for vision transformers.\n\n"
         f"{verbs}\n\nlaconic VERB --help says what it takes, with examples; laconic --version."

@@ -20,4 +20,4 @@ def need(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(missing(module, extra)) from error
+        raise ImportError(missing(module, extra), name=module) from error

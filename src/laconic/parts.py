@@ -48,6 +48,11 @@ def arbitrary(tokens: Tokens, seed: int) -> Float[Tensor, "B L"]:
     return h.float() / 0x7FFFFFFF
 
 
+def shuffled(score: Float[Tensor, "B L"], tokens: Tokens, seed: int) -> Float[Tensor, "B L"]:
+    """The same scores for other tokens (the random policy of the TPS paper), by a fixed draw for every place and seed."""
+    return score.gather(1, arbitrary(tokens, seed).argsort(dim=1, stable=True))
+
+
 # ---------------------------------------------------------------------------------------------------- ranking, matching
 def split(score: Float[Tensor, "B L"], count: int) -> tuple[Int[Tensor, "B K"], Int[Tensor, "B R"]]:
     """Indices of the ``count`` highest scores and of the rest, both by falling score."""

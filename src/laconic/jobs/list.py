@@ -1,4 +1,4 @@
-"""``laconic list``: the methods and the models that laconic knows."""
+"""``laconic list``: the methods and the models that laconic knows, and the recipes that come with it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any
 
 from laconic.hosts import hosts
 from laconic.jobs.output import Report, Table
+from laconic.recipe import Recipe, names, read
 from laconic.reducer import Row, methods
 
 HEADER = ("method", "what it is", "where", "score", "what becomes of the rest", "training", "adds", "arXiv")
+RECIPES = ("recipe", "method", "model", "keep", "epochs", "top-1", "GMACs", "arXiv")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class ListReport(Report):
         )
         hosted = [("model", path) for path in self.models] + [("block", path) for path in self.blocks]
         yield Table("Models", ("", "class"), tuple(hosted), words=2)
+        yield f"Recipes to train by: {len(names())}; laconic list --recipes shows them."
 
     def to_json(self) -> dict[str, Any]:
         rows = [{f.name: getattr(row, f.name) for f in dataclasses.fields(row) if f.name != "config"} for row in self.methods]
@@ -48,7 +51,39 @@ def _plain(field: Any) -> dict[str, Any]:
     return {"type": str(field.type), "default": None if field.default is dataclasses.MISSING else field.default}
 
 
-def list_() -> ListReport:
-    """List the methods and the supported models."""
+@dataclass(frozen=True)
+class RecipesReport(Report):
+    """The recipes by name."""
+
+    recipes: dict[str, Recipe]
+
+    def parts(self) -> Iterator[str | Table]:
+        rows = tuple(_recipe_cells(name, recipe) for name, recipe in self.recipes.items())
+        yield Table("Recipes", RECIPES, rows, words=3)
+        yield "top-1 and GMACs: as published; empty where they are not. laconic train --recipe NAME --data FOLDER runs one."
+
+    def to_json(self) -> dict[str, Any]:
+        return {"recipes": [{"name": name, **recipe.to_json()} for name, recipe in self.recipes.items()]}
+
+
+def _recipe_cells(name: str, recipe: Recipe) -> tuple[str, ...]:
+    method, about = recipe.method, recipe.about
+    keep = " ".join(f"{rate:g}" for rate in method.keep) if isinstance(method.keep, tuple) else _number(method.keep)
+    facts = (keep, str(recipe.optimization.epochs), _number(about.top1), _number(about.gmacs), about.paper.partition(",")[0])
+    return (name, method.name or "none", recipe.model.name, *facts)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:g}"
+
+
+def list_(*, recipes: bool = False) -> ListReport | RecipesReport:
+    """List the methods and the supported models, or the recipes.
+
+    Args:
+        recipes: list the recipes that come with laconic instead, with what was published for them.
+    """
+    if recipes:
+        return RecipesReport({name: read(name) for name in names()})
     known = hosts()
     return ListReport(tuple(methods().values()), known["models"], known["blocks"])

@@ -17,13 +17,15 @@ from laconic.jobs.output import Refusal
 SIZES = ("giant", "huge", "large", "base", "medium", "small", "tiny")  # a word of timm's names, from large to small
 
 
-def create(name: str, **options: Any) -> nn.Module:
-    """A timm model in evaluation mode, with random weights (seed 0) unless the options say otherwise.
+def create(name: str, *, seed: int = 0, **options: Any) -> nn.Module:
+    """A timm model in evaluation mode, with random weights unless the options say otherwise.
 
     Raises:
         Refusal: timm has no model of that name.
     """
     import timm
+
+    import laconic.models  # registers ours with timm
 
     architecture = name.partition(".")[0]
     if ":" not in name and not timm.is_model(architecture):
@@ -31,7 +33,7 @@ def create(name: str, **options: Any) -> nn.Module:
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models('*vit*') lists what there is."
         raise Refusal(f"timm has no model called {name!r}, and there is no directory of that name; {hint}")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         try:
             return timm.create_model(name, **options).eval()
         except (RuntimeError, ValueError, TypeError, LookupError) as error:

@@ -33,15 +33,15 @@ class Loaded:
         return " (random weights)" if self.random else ""
 
 
-def load(name: str, weights: Path | None = None) -> Loaded:
+def load(name: str, weights: Path | None = None, **options: Any) -> Loaded:
     """A timm model with the weights of a file, else with timm's pretrained ones, else (no network, say) with random ones.
 
     Raises:
         Refusal: there is no such model, or the file is not its weights.
     """
     if weights is not None:
-        return Loaded(_from_file(name, weights), f"the weights of {name} come from {weights}", False)
-    model = create(name)
+        return Loaded(_from_file(name, weights, options), f"the weights of {name} come from {weights}", False)
+    model = create(name, **options)
     cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     path = _cached(cfg)
     if path is None and not cfg.get("hf_hub_id") and not cfg.get("url"):
@@ -49,10 +49,10 @@ def load(name: str, weights: Path | None = None) -> Loaded:
     if path is None and not _hub_answers():
         return _random(model, "pretrained ones are not in timm's cache, and their hub does not answer; --weights takes a file")
     try:
-        overlay = {} if path is None else {"pretrained_cfg_overlay": {"file": str(path)}}
+        overlay: dict[str, Any] = {} if path is None else {"pretrained_cfg_overlay": {"file": str(path)}}
         tag = ".".join(filter(None, (cfg.get("architecture", name), cfg.get("tag"))))
         return Loaded(
-            create(name, pretrained=True, **overlay), f"the weights of {name} are timm's pretrained ones ({tag})", False
+            create(name, pretrained=True, **options, **overlay), f"the weights of {name} are timm's pretrained ones ({tag})", False
         )
     except (Refusal, OSError) as error:
         reason = str(error).splitlines()[0]
@@ -67,10 +67,10 @@ def _random(model: nn.Module, reason: str) -> Loaded:
     return Loaded(model, line, True)
 
 
-def _from_file(name: str, path: Path) -> nn.Module:
+def _from_file(name: str, path: Path, options: dict[str, Any]) -> nn.Module:
     from timm.models import load_checkpoint
 
-    model = create(name)
+    model = create(name, **options)
     if not path.is_file():
         raise Refusal(f"--weights {path}: there is no such file; give a .safetensors file or a checkpoint of torch")
     try:
@@ -83,6 +83,8 @@ def _from_file(name: str, path: Path) -> nn.Module:
 
 def _cached(cfg: dict[str, Any]) -> Path | None:
     """The file of the pretrained weights if it is on this machine already; asks no network."""
+    if cfg.get("file"):  # ours come with laconic
+        return Path(cfg["file"])
     if cfg.get("hf_hub_id"):
         from huggingface_hub import try_to_load_from_cache
 

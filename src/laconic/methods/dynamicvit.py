@@ -15,13 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from laconic.methods.topk import drop
-from laconic.parts import Predictor, gumbel_keep
-from laconic.reducer import Method, Reducer, Site, method
+from laconic.parts import Predictor, gumbel_keep, shuffled
+from laconic.reducer import Method, Reducer, Site, choice, method
 from laconic.schedule import of_the_initial
 from laconic.tokens import Tokens, iota
 
@@ -54,6 +56,10 @@ def soft_drop(tokens: Tokens, keep: Tensor, gone: Tensor) -> Tokens:
     return tokens.fade(keep, torch.where(keep > 0, iota(keep), -1))
 
 
+def _drop_by_chance(seed: int, tokens: Tokens, score: Tensor, n: int) -> Tokens:
+    return drop(tokens, shuffled(score, tokens, seed), n)
+
+
 def predictor_macs(before: int, dim: int) -> dict[str, int]:
     """Work of one predictor on ``before`` tokens: its layers, its LayerNorm, and the masking of its global features."""
     linear = dim * dim + dim * (dim // 2) + (dim // 2) * (dim // 4) + (dim // 4) * 2
@@ -72,10 +78,21 @@ def predictor_macs(before: int, dim: int) -> dict[str, int]:
 )
 @dataclass(frozen=True)
 class DynamicViT(Method):
-    """``dynamicvit`` has no options."""
+    """Options of ``dynamicvit``: ``policy="random"`` gives every score to an arbitrary other token, drawn by ``seed``.
+
+    That is an ablation of the TPS paper, and counts at inference only.
+    """
+
+    policy: Literal["original", "random"] = "original"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        choice("dynamicvit", "policy", self.policy, ("original", "random"))
 
     def build(self, site: Site) -> Reducer:
-        return LearnedPrune(site.dim, drop, soft_drop)
+        if self.policy == "original":
+            return LearnedPrune(site.dim, drop, soft_drop)
+        return LearnedPrune(site.dim, partial(_drop_by_chance, self.seed * 1009 + site.stage), soft_drop)
 
     def leaves(self, rates: Sequence[float], n: int, patches: int) -> int:
         return of_the_initial(rates, n, patches)

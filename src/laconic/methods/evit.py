@@ -13,12 +13,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from laconic.attention import Seen
 from laconic.methods.topk import drop
-from laconic.parts import SCORES, ScoreName, lay, split
+from laconic.parts import SCORES, ScoreName, lay, shuffled, split
 from laconic.reducer import Method, Prune, Reducer, Site, choice, method
 from laconic.tokens import Tokens, iota
 
@@ -29,6 +32,10 @@ def pack(tokens: Tokens, score: Tensor, n: int) -> Tokens:
     dst = lay(kept, rest, iota(kept), torch.full_like(rest, n - 1))
     weight = score.scatter(1, kept, 1.0)
     return tokens.merge(dst, weight, torch.cat([kept, rest[:, :1]], 1))
+
+
+def _by_chance(score: str, seed: int, tokens: Tokens, seen: Seen) -> Tensor:
+    return shuffled(SCORES[score](tokens, seen), tokens, seed)
 
 
 @method(
@@ -42,16 +49,25 @@ def pack(tokens: Tokens, score: Tensor, n: int) -> Tokens:
 )
 @dataclass(frozen=True)
 class EViT(Method):
-    """Options of ``evit``: pack the rest into one token (``fuse``) or drop it, and what scores a token."""
+    """Options of ``evit``: pack the rest into one token (``fuse``) or drop it, and what scores a token.
+
+    ``policy="random"`` gives every score to an arbitrary other token, drawn by ``seed`` (an ablation of the TPS paper).
+    """
 
     fuse: bool = True
     score: ScoreName = "class"
+    policy: Literal["original", "random"] = "original"
+    seed: int = 0
 
     def __post_init__(self) -> None:
         choice("evit", "score", self.score, list(SCORES))
+        choice("evit", "policy", self.policy, ("original", "random"))
 
     def build(self, site: Site) -> Reducer:
-        return Prune(SCORES[self.score], pack if self.fuse else drop)
+        score = SCORES[self.score]
+        if self.policy == "random":
+            score = partial(_by_chance, self.score, self.seed * 1009 + site.stage)
+        return Prune(score, pack if self.fuse else drop)
 
     def leaves(self, rates: Sequence[float], n: int, patches: int) -> int:
         return math.ceil(rates[-1] * n) + self.fuse

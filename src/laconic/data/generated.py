@@ -1,0 +1,113 @@
+"""Image sets that need no download: the generated scenes, and the digits that scikit-learn ships."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from laconic.data import scenes
+from laconic.data.folder import plain_split
+from laconic.data.pictures import ImageSet
+from laconic.extras import need
+
+SCENES = {"train": 36000, "val": 2000, "test": 2000}  # how many scenes a split has where no number is asked for
+DIGITS = {"test": 250, "val": 250, "train": 1297}  # in the order in which they are dealt out
+
+
+def _known(split: str, name: str) -> str:
+    plain = plain_split(split)
+    if plain not in SCENES:
+        raise ValueError(f"{name} have the splits {', '.join(SCENES)}, not {split!r}")
+    return plain
+
+
+class Scenes(ImageSet):
+    """Scenes of `laconic.data.scenes`, ``size`` pixels a side.
+
+    Raises:
+        ValueError: there is no such split.
+    """
+
+    classes = scenes.CLASSES
+
+    def __init__(self, split: str, length: int = 0, size: int = 40, seed: int = 0) -> None:
+        self.split = _known(split, "scenes")
+        self.length, self.size, self.seed = length or SCENES[self.split], size, seed
+
+    def __len__(self) -> int:
+        return self.length
+
+    def scene(self, i: int) -> scenes.Scene:
+        """Scene ``i``: its picture, class, kind of scene, and the mask of its object.
+
+        Raises:
+            IndexError: there is no such scene.
+        """
+        if not 0 <= i < self.length:
+            raise IndexError(f"there is no scene {i}: this set has {self.length}")
+        return scenes.scene(i, split=self.split, seed=self.seed, size=self.size)
+
+    def load(self, i: int) -> Any:
+        return self[i][0]
+
+    def label(self, i: int) -> int:
+        # the first number that a scene draws: a hundred times quicker than to paint it
+        return scenes.Draws(self.seed, scenes.SPLITS[self.split], i).integer(len(self.classes))
+
+    def name(self, i: int) -> str:
+        return f"{self.split} scene {i}"
+
+    def __getitem__(self, i: int) -> tuple[Any, int]:
+        from PIL import Image
+
+        scene = self.scene(i)
+        return Image.fromarray(scene.picture), scene.label
+
+
+class Digits(ImageSet):
+    """The 1,797 handwritten digits (8 x 8, UCI) that scikit-learn ships, enlarged to ``size`` pixels a side.
+
+    Every class is dealt out to the splits in proportion, in an order that is the same everywhere.
+
+    Raises:
+        ImportError: scikit-learn is not there.
+        ValueError: there is no such split.
+    """
+
+    classes = tuple("0123456789")
+
+    def __init__(self, split: str, size: int = 40) -> None:
+        self.split, self.size = _known(split, "digits"), size
+        need("sklearn", "train")
+        data = need("sklearn.datasets", "train").load_digits()
+        start = sum(count for name, count in list(DIGITS.items())[: list(DIGITS).index(self.split)])
+        self.numbers = _dealt(data.target)[start : start + DIGITS[self.split]]
+        self.labels = [int(data.target[number]) for number in self.numbers]
+        self.pictures = (data.images[self.numbers] * (255 / 16) + 0.5).astype(np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def load(self, i: int) -> Any:
+        from PIL import Image
+
+        small = Image.fromarray(self.pictures[i])
+        return small.resize((self.size, self.size), Image.Resampling.BICUBIC).convert("RGB")
+
+    def label(self, i: int) -> int:
+        return self.labels[i]
+
+    def name(self, i: int) -> str:
+        return f"digit {self.numbers[i]}"
+
+
+def _dealt(labels: Any) -> list[int]:
+    """The numbers of all images so that any stretch of them has every class in proportion."""
+    draws = np.random.PCG64(np.random.SeedSequence(1797)).random_raw(len(labels))  # a stream that numpy guarantees
+    places = {}
+    for label in np.unique(labels):
+        own = np.flatnonzero(labels == label)
+        for place, number in enumerate(own[np.argsort(draws[own], kind="stable")]):
+            places[int(number)] = ((place + 0.5) / len(own), int(label))
+    return sorted(places, key=lambda number: places[number])

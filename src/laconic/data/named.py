@@ -1,0 +1,123 @@
+"""Data sets by timm's names: ``hfds/...`` from the hub of Hugging Face, ``torch/...`` of torchvision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from laconic.data.folder import SPLITS, plain_split
+from laconic.data.pictures import ImageSet, Unreadable, decode
+from laconic.extras import missing, need
+
+STREAMS = ("wds", "hfids", "tfds")
+
+
+def refuse_stream(prefix: str, name: str) -> ValueError:
+    """Why a stream cannot be read here, and what to take instead."""
+    return ValueError(
+        f"{name!r} is a stream ({prefix}/): its images have no fixed order and no numbers, so that a run could not be resumed "
+        "where it stopped, nor every image be counted once; use the same data as hfds/NAME, as a folder of images, or as a tar"
+    )
+
+
+class HubImages(ImageSet):
+    """A data set of the hub, through timm's reader: every image has its number.
+
+    Raises:
+        ImportError: the library ``datasets`` is not there.
+        ValueError: there is no such data set or split.
+    """
+
+    def __init__(self, name: str, split: str, root: Path | None) -> None:
+        self.title, self.reader = name, _open_reader(name, split, root)
+        numbers: dict[str, int] = self.reader.class_to_idx or {}
+        self.classes = tuple(sorted(numbers, key=lambda label: numbers[label]))
+        if not self.classes:
+            raise ValueError(
+                f"{name} does not name its classes, so its labels cannot be trusted to be 0, 1, 2 ...; use one whose label "
+                "is a ClassLabel, or a folder of images"
+            )
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def load(self, i: int) -> Any:
+        return self[i][0]
+
+    def label(self, i: int) -> int:
+        return self._check(self.reader[i][1], i)
+
+    def labels_of_all(self) -> Iterator[int]:
+        return (self._check(label, i) for i, label in enumerate(self.reader.iter_targets()))  # without the images' data
+
+    def name(self, i: int) -> str:
+        return f"{self.title} {i}"
+
+    def __getitem__(self, i: int) -> tuple[Any, int]:
+        try:
+            file, label = self.reader[i]
+            with file:
+                data = file.read()
+        except (OSError, AssertionError) as error:
+            raise Unreadable(self.name(i), f"its data cannot be read: {error}") from error
+        return decode(data, self.name(i)), self._check(label, i)
+
+    def _check(self, label: Any, i: int) -> int:
+        if not isinstance(label, int) or not 0 <= label < len(self.classes):
+            raise ValueError(f"image {i} of {self.title} has the label {label!r}; expected 0 to {len(self.classes) - 1}")
+        return label
+
+
+def _open_reader(name: str, split: str, root: Path | None) -> Any:
+    """The reader of timm for the first name of the split that the data set knows."""
+    create_reader = need("timm.data.readers", "timm").create_reader
+    first: Exception | None = None
+    for known in dict.fromkeys([split, *SPLITS.get(plain_split(split), ())]):
+        try:
+            return create_reader(name, root=None if root is None else str(root), split=known)
+        except ImportError as error:
+            raise ImportError(missing("datasets", "datasets"), name="datasets") from error
+        except (ValueError, LookupError, OSError) as error:
+            first = first or error
+    raise ValueError(f"{name!r} cannot be opened as split {split!r}: {first}") from first
+
+
+class TorchImages(ImageSet):
+    """A data set of torchvision by timm's name for it (``torch/cifar10`` ...), from files that are there already.
+
+    Raises:
+        ImportError: timm or torchvision is not there.
+        ValueError: there is no such data set or split, or its files are not in ``root``.
+    """
+
+    def __init__(self, name: str, split: str, root: Path | None) -> None:
+        create_dataset = need("timm.data", "timm").create_dataset
+        self.title = name
+        try:
+            self.images = create_dataset(name, root=str(root or "."), split=split)
+        except (AssertionError, RuntimeError, ValueError, OSError, LookupError, TypeError) as error:
+            raise ValueError(f"{name!r} cannot be opened in {root or '.'} as split {split!r}: {error}") from error
+        self.classes = tuple(map(str, getattr(self.images, "classes", ())))
+        if not self.classes:
+            raise ValueError(f"{name!r} does not name its classes; use a folder of images")
+        self.targets = getattr(self.images, "targets", None)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def load(self, i: int) -> Any:
+        return self[i][0]
+
+    def label(self, i: int) -> int:
+        return int(self.images[i][1] if self.targets is None else self.targets[i])
+
+    def name(self, i: int) -> str:
+        return f"{self.title} {i}"
+
+    def __getitem__(self, i: int) -> tuple[Any, int]:
+        try:
+            image, label = self.images[i]
+            return image.convert("RGB"), int(label)
+        except (OSError, SyntaxError) as error:
+            raise Unreadable(self.name(i), str(error)) from error

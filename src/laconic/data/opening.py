@@ -1,0 +1,82 @@
+"""`open_images`: a set of images by its name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from laconic.data.folder import FolderImages
+from laconic.data.generated import Digits, Scenes
+from laconic.data.named import STREAMS, HubImages, TorchImages, refuse_stream
+from laconic.data.pictures import ImageSet, Part
+from laconic.data.tar import TarImages
+from laconic.reducer import nearest_names
+
+PREFIXES = ("tar", "hfds", "torch")
+NAMES = ("scenes", "digits", *(f"{prefix}/" for prefix in PREFIXES))
+
+
+def open_images(name: str, split: str, root: Path | None = None, limit: int = 0, size: int = 40, seed: int = 0) -> ImageSet:
+    """A split of a set of images, in an order that is always the same.
+
+    Args:
+        name: ``scenes`` (generated), ``digits`` (of scikit-learn), nothing (a folder of images or a tar at ``root``), or a
+            name as timm has them: ``tar/FILE``, ``hfds/NAME``, ``torch/NAME``.
+        split: train, val or test, or what else the data set has. ``validation`` is val.
+        root: folder of the images; ``root/<split>/<class>/...`` if there is such a folder, else ``root/<class>/...``.
+        limit: how many images (scenes: the first; others: evenly spaced), 0 for all there are.
+        size: pixels a side of scenes and digits; others keep their own.
+        seed: of scenes.
+
+    Raises:
+        ValueError: no such data set, split or images; a stream; a negative limit.
+        FileNotFoundError, NotADirectoryError: there is nothing at ``root``.
+        ImportError: the data set needs a library that is not there.
+    """
+    if limit < 0 or size < 1:
+        raise ValueError(f"limit must be 0 (all) or more, and size at least 1; got limit={limit}, size={size}")
+    if name == "scenes":
+        return Scenes(split, limit, size, seed)
+    whole = _whole(name, split, root, size)
+    return Part(whole, limit) if 0 < limit < len(whole) else whole
+
+
+def _whole(name: str, split: str, root: Path | None, size: int) -> ImageSet:
+    prefix, slash, rest = name.partition("/")
+    prefix = prefix.lower()
+    if name == "digits":
+        return Digits(split, size)
+    if not name:
+        if root is None:
+            raise ValueError(f"give the folder of the images, or the name of a data set: {', '.join(NAMES)}")
+        return TarImages(root, split) if root.is_file() and root.suffix.lower() == ".tar" else FolderImages(root, split)
+    if slash and prefix in STREAMS:
+        raise refuse_stream(prefix, name)
+    if slash and prefix == "tar":
+        place = Path(rest) if root is None else root / rest
+        return TarImages(place if root is None or place.exists() else root, split)
+    if slash and prefix == "hfds":
+        return HubImages(name, split, root)
+    if slash and prefix == "torch":
+        return TorchImages(name, split, root)
+    raise ValueError(
+        f"there is no data set called {name!r}.{nearest_names(name, list(NAMES))} There are {', '.join(NAMES)}; a folder of "
+        "images is given as root, without a name"
+    )
+
+
+def find_data(text: str) -> tuple[str, Path | None]:
+    """The name and the root for what a user calls the data: a folder, a tar, or a name.
+
+    Raises:
+        FileNotFoundError: it looks like a path, and nothing is there.
+    """
+    path, (prefix, slash, _) = Path(text), text.partition("/")
+    if text in NAMES:
+        return text, None
+    if path.exists():
+        return "", path
+    if (slash and prefix.lower() not in (*PREFIXES, *STREAMS)) or (path.suffix.lower() == ".tar" and not slash):
+        raise FileNotFoundError(
+            f"there is nothing at {text}; expected a folder of images, a .tar file, or a name: {', '.join(NAMES)}"
+        )
+    return text, None

@@ -1,0 +1,93 @@
+"""`Order`: which images make up every step, the same for any number of processes, and resumable at any step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+from laconic.data.prepared import Key
+
+
+class Order(Sampler[list[Key]]):
+    """A batch sampler: lists of ``(epoch, copy, index)``, one for each forward of this process.
+
+    A step takes ``batch_size`` images of a permutation that seed and epoch decide. They are cut into ``accumulate`` forwards
+    and each of these into an equal part for every process, so that a step has the same images for any number of processes,
+    and forward m of a step too. The images after the last whole step are left out. ``epoch`` and ``start`` may be set
+    between epochs (`begin`): a loader with workers that persist takes the next ones from here.
+
+    Args:
+        length: images in the set.
+        batch_size: images in a step, all processes and forwards together.
+        seed: of the permutations.
+        epoch: the epoch, from 0.
+        rank: of this process.
+        world: processes.
+        accumulate: forwards in a step.
+        repeats: how often an image appears in a row, with copy 0, 1, ... (repeated augmentation); the epoch has
+            ``length // batch_size`` steps all the same, as DeiT has it, and sees that many images fewer.
+        start: steps of the first epoch that are done already.
+
+    Raises:
+        ValueError: the batch cannot be divided like this, there are fewer images than one batch, or a number is too small.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int = 0,
+        epoch: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        accumulate: int = 1,
+        repeats: int = 1,
+        start: int = 0,
+    ) -> None:
+        least = {"batch_size": batch_size, "world": world, "accumulate": accumulate, "repeats": repeats}
+        for name, value in least.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if not 0 <= rank < world:
+            raise ValueError(f"rank must be 0 to {world - 1} of {world} processes, not {rank}")
+        if batch_size % (world * accumulate):
+            raise ValueError(
+                f"a batch of {batch_size} images cannot be divided evenly by {world} processes x {accumulate} forwards = "
+                f"{world * accumulate}; take a multiple of {world * accumulate}"
+            )
+        if length < batch_size:
+            raise ValueError(f"{length} images do not fill one batch of {batch_size}; take a batch of at most {length}")
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.rank, self.world, self.accumulate, self.repeats = rank, world, accumulate, repeats
+        self.begin(epoch, start)
+
+    @property
+    def steps(self) -> int:
+        """Steps in a whole epoch."""
+        return self.length // self.batch_size
+
+    def begin(self, epoch: int, start: int = 0) -> None:
+        """Go on with this epoch, after its first ``start`` steps.
+
+        Raises:
+            ValueError: a negative number, or more steps than an epoch has.
+        """
+        if epoch < 0 or not 0 <= start <= self.steps:
+            raise ValueError(f"epoch must be at least 0 and start 0 to {self.steps} steps; got epoch {epoch}, start {start}")
+        self.epoch, self.start = epoch, start
+
+    def __len__(self) -> int:
+        return (self.steps - self.start) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        epoch, word = self.epoch, np.random.SeedSequence([self.seed % 2**64, self.epoch]).generate_state(1)
+        order = torch.randperm(self.length, generator=torch.Generator().manual_seed(int(word[0]))).numpy()
+        share = self.batch_size // (self.world * self.accumulate)
+        for step in range(self.start, self.steps):
+            for forward in range(self.accumulate):
+                first = step * self.batch_size + (forward * self.world + self.rank) * share
+                places = range(first, first + share)
+                yield [(epoch, place % self.repeats, int(order[place // self.repeats])) for place in places]

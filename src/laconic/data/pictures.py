@@ -1,0 +1,189 @@
+"""A set of labelled images, and what every file of one goes through: decoded in full, upright, RGB in 8 bits, or refused."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> number of the Pillow transposition that undoes it
+ORIENTATION = 0x0112  # the EXIF tag
+LARGEST_16 = 65535
+ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
+
+
+class Unreadable(ValueError):
+    """An image that cannot be read: its ``name`` and the ``reason``."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)  # both, so that it crosses process borders
+        self.name, self.reason = name, reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+class ImageSet(ABC):
+    """Labelled images in a fixed order, read one by one. ``classes[label]`` is the name of a class.
+
+    ``ignored`` are the files that were found and are no images of a class; ``notes`` is what else is to be known of it.
+    """
+
+    classes: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def load(self, i: int) -> Any:
+        """Image ``i``, as a PIL image in RGB.
+
+        Raises:
+            Unreadable: it is cut off or damaged, or its file cannot be opened.
+        """
+
+    @abstractmethod
+    def label(self, i: int) -> int:
+        """The class of image ``i``, as a number; the image is not decoded."""
+
+    @abstractmethod
+    def name(self, i: int) -> str:
+        """What to call image ``i`` in a message."""
+
+    def labels_of_all(self) -> Iterator[int]:
+        """The class of every image, in order; no image is decoded."""
+        return (self.label(i) for i in range(len(self)))
+
+    def __getitem__(self, i: int) -> tuple[Any, int]:
+        """Image ``i`` as `load` gives it, and its class."""
+        return self.load(i), self.label(i)
+
+
+class Part(ImageSet):
+    """``length`` images of a set, evenly spaced, so that every class of a sorted set has its share."""
+
+    def __init__(self, whole: ImageSet, length: int) -> None:
+        self.whole, self.length = whole, min(length, len(whole))
+        self.classes, self.ignored = whole.classes, whole.ignored
+        self.notes = (*whole.notes, f"{self.length:,} of {len(whole):,} images, evenly spaced")
+
+    def __len__(self) -> int:
+        return self.length
+
+    def place(self, i: int) -> int:
+        """The number of image ``i`` in the whole set.
+
+        Raises:
+            IndexError: there is no such image.
+        """
+        if not 0 <= i < self.length:
+            raise IndexError(f"there is no image {i}: this set has {self.length}")
+        return i * len(self.whole) // self.length
+
+    def load(self, i: int) -> Any:
+        return self.whole.load(self.place(i))
+
+    def label(self, i: int) -> int:
+        return self.whole.label(self.place(i))
+
+    def name(self, i: int) -> str:
+        return self.whole.name(self.place(i))
+
+    def __getitem__(self, i: int) -> tuple[Any, int]:
+        return self.whole[self.place(i)]
+
+
+# ------------------------------------------------------------------------------------------------ decoding
+def decode(data: bytes, name: str) -> Any:
+    """The bytes of an image file as a PIL image: RGB, 8 bits a channel, upright as its EXIF says.
+
+    Transparent pixels are laid on white, as a page would show them. Grey of 16 bits is scaled to 8; wider grey and floats
+    are scaled by their largest value. Of several frames it is the first.
+
+    Raises:
+        Unreadable: the data is cut off or damaged, as far as its format can tell, or it is no image.
+    """
+    from PIL import Image, ImageFile, UnidentifiedImageError
+
+    if not data:
+        raise Unreadable(name, "the file is empty")
+    if data[:2] == b"\xff\xd8" and not _has_end(data):
+        raise Unreadable(name, "the JPEG data is cut off: it has no end marker")
+    lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False  # others set it, and get half images
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # damaged EXIF data and the like: no damage to the picture
+            with Image.open(io.BytesIO(data)) as image:
+                image.load()
+                return _to_rgb(_upright(image))
+    except Unreadable as error:
+        raise Unreadable(name, error.reason) from error
+    except UnidentifiedImageError as error:
+        raise Unreadable(name, "it is no image that Pillow knows") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a damaged file makes the decoders raise: OSError, SyntaxError, struct.error ...
+        raise Unreadable(name, " ".join(str(error).split()) or type(error).__name__) from error
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
+
+
+def _has_end(data: bytes) -> bool:
+    """Whether the first image of JPEG data has an end marker after its start of scan.
+
+    Where the rest of a file is zeros, as after a crash, the decoder itself makes grey of it without a word. The segments
+    before the scan are walked through, since a thumbnail in one of them has an end marker of its own.
+    """
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xFF:  # a fill byte
+            at += 1
+        elif marker == 0xDA:  # start of scan: from here on FF is followed by D9 at the end alone
+            return data.find(b"\xff\xd9", at) >= 0
+        else:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return True  # not laid out as we know it: for the decoder to judge
+
+
+def _upright(image: Any) -> Any:
+    """The image turned as its EXIF data says; as it is where that cannot be read."""
+    try:
+        turn = UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # damaged EXIF data, in one of many ways; the pixels are there
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
+def _to_rgb(image: Any) -> Any:
+    from PIL import Image
+
+    if image.mode == "RGB":
+        return image.copy()  # of a class of its own, without the file behind it
+    if image.mode == "F" or image.mode.startswith("I"):
+        return Image.fromarray(_to_bytes(np.asarray(image))).convert("RGB")
+    if image.mode in ALPHA or "transparency" in image.info:
+        clear = image.convert("RGBA")
+        white = Image.new("RGBA", clear.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, clear).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_bytes(grey: NDArray[Any]) -> NDArray[np.uint8]:
+    """Grey [H, W] of 16 or 32 bits or floats in 8 bits. Pillow itself makes white of all that is above 255."""
+    values = grey.astype(np.float64)
+    if not np.isfinite(values).all():
+        raise Unreadable("", "there are pixels in it that are not finite")
+    top = values.max(initial=0)
+    if grey.dtype.kind == "f":
+        full = 1.0 if top <= 1 else 255.0 if top <= 255 else top
+    else:
+        full = LARGEST_16 if top <= LARGEST_16 else top
+    return (values.clip(0) * (255 / full) + 0.5).astype(np.uint8)

@@ -1,0 +1,145 @@
+"""Images in tar files, labelled as timm labels them: by the folder in the tar, or by the tar's own name.
+
+A tar is listed once; of every image the place of its bytes is kept. An image is then read by itself from a file opened for
+it, so that processes never share a place in an open file.
+"""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from laconic.data.folder import EXTENSIONS, is_hidden, natural, plain_split, split_folder
+from laconic.data.folder import SPLITS as NAMES
+from laconic.data.pictures import ImageSet, Unreadable, decode
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file in a tar, or an empty folder in it (``size`` is -1): the folders it is in, and where its bytes are."""
+
+    tar: Path
+    path: str
+    start: int
+    size: int
+
+    @property
+    def label(self) -> str:
+        """The folder it is in (of a folder: its own name)."""
+        return os.path.basename(self.path if self.size < 0 else os.path.dirname(self.path))
+
+
+def members(tar: Path, inside: str) -> list[Member]:
+    """What is in a tar, and in tars in it, as if it were unpacked in a folder called ``inside``.
+
+    Raises:
+        ValueError: it is no tar file, or cut off.
+    """
+    try:
+        with open(tar, "rb") as file:
+            return list(_members(file, tar, inside, 0))
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(
+            f"{tar} cannot be read as a tar file: {error}; it must be a whole .tar that is not compressed"
+        ) from error
+
+
+def _members(file: Any, tar: Path, inside: str, start: int) -> Iterator[Member]:
+    with tarfile.open(fileobj=file, mode="r:") as opened:
+        for info in opened:
+            path = os.path.normpath(os.path.join(inside, info.name))
+            if info.isdir():
+                yield Member(tar, path, 0, -1)
+            elif info.isfile() and info.name.lower().endswith(".tar"):
+                inner = opened.extractfile(info)
+                if inner is not None:
+                    yield from _members(inner, tar, os.path.splitext(path)[0], start + info.offset_data)
+            elif info.isfile():
+                yield Member(tar, path, start + info.offset_data, info.size)
+
+
+def find_tars(place: Path, split: str) -> list[tuple[Path, str]]:
+    """The tars that hold a split, each with the folder name that its images are in: its own name, if there are several.
+
+    ``place`` is a tar, a folder with a tar for each split or a folder for each split, or a folder of tars.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if place.is_file():
+        return [(place, "")]
+    if place.is_dir():
+        names = dict.fromkeys([split, *NAMES.get(plain_split(split), ())])
+        whole = next((place / f"{name}.tar" for name in names if (place / f"{name}.tar").is_file()), None)
+        if whole is not None:
+            return [(whole, "")]
+        others = [f"{name}.tar" for some in NAMES.values() for name in some if (place / f"{name}.tar").is_file()]
+        if others:
+            raise FileNotFoundError(f"{place} has no {split}.tar, but {' and '.join(others)}; give one of those splits")
+        found = sorted(split_folder(place, split).glob("*.tar"), key=lambda tar: natural(tar.name))
+        if found:
+            return [(tar, tar.stem) for tar in found]
+    raise FileNotFoundError(f"there is no tar file at {place}; expected a .tar file, a folder with {split}.tar, or one of tars")
+
+
+class TarImages(ImageSet):
+    """Images in a tar, or in a folder of tars.
+
+    Raises:
+        FileNotFoundError: there is no tar.
+        ValueError: a tar is damaged, or there are no images.
+    """
+
+    def __init__(self, place: Path, split: str) -> None:
+        tars = find_tars(place, split)
+        found = [member for tar, inside in tars for member in members(tar, inside) if not _is_hidden(member)]
+        self.images = [m for m in found if m.size >= 0 and m.label and os.path.splitext(m.path)[1].lower() in EXTENSIONS]
+        if not self.images:
+            raise ValueError(
+                f"no images in {' and '.join(str(tar) for tar, _ in tars[:3])}: expected a folder for each class, and in it "
+                f"files that end in {', '.join(EXTENSIONS)}"
+            )
+        self.images.sort(key=lambda member: (natural(member.path), str(member.tar)))
+        parents = {os.path.dirname(m.path) for m in found}
+        empty = {m.label for m in found if m.size < 0 and m.path not in parents and m.label}
+        tars_without = {inside for _, inside in tars if inside and not any(_is_in(m, inside) for m in self.images)}
+        self.classes = tuple(sorted({m.label for m in self.images} | empty | tars_without, key=natural))
+        number, kept = {name: i for i, name in enumerate(self.classes)}, {m.path for m in self.images}
+        self.labels = [number[m.label] for m in self.images]
+        self.ignored = tuple(m.path for m in found if m.size >= 0 and m.path not in kept)
+        if place.is_file() or (tars[0][0].parent == place and tars[0][1]):
+            self.notes = (f"{place} is not divided in splits: all of it was read as {split!r}",)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def load(self, i: int) -> Any:
+        member = self.images[i]
+        try:
+            with open(member.tar, "rb") as file:
+                file.seek(member.start)
+                data = file.read(member.size)
+        except OSError as error:
+            raise Unreadable(self.name(i), f"{member.tar} cannot be read: {error.strerror or error}") from error
+        if len(data) < member.size:
+            raise Unreadable(self.name(i), f"{member.tar} ends before it does")
+        return decode(data, self.name(i))
+
+    def label(self, i: int) -> int:
+        return self.labels[i]
+
+    def name(self, i: int) -> str:
+        return self.images[i].path
+
+
+def _is_hidden(member: Member) -> bool:
+    parts = Path(member.path).parts
+    return any(is_hidden(part) for part in (parts if member.size < 0 else parts[:-1]))
+
+
+def _is_in(member: Member, folder: str) -> bool:
+    return member.path.split(os.sep)[0] == folder

@@ -1,0 +1,182 @@
+"""One cell of an experiment: a model reduced in one way, fine-tuned for so many steps, and tested."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from laconic.attach import reduce_
+from laconic.compression import find_compression
+from laconic.cost import summary
+from laconic.data import ImageSet, open_images
+from laconic.experiments.complement import split_once
+from laconic.experiments.looks import look
+from laconic.jobs.evaluate import answers
+from laconic.jobs.models import lower_resolution
+from laconic.jobs.output import Refusal
+from laconic.jobs.variants import mean_tokens
+from laconic.jobs.weights import load
+from laconic.models.scenes import FOLDER, load_scorer
+from laconic.recipe import Recipe
+from laconic.reducer import METHODS
+from laconic.training.feeding import train_transform
+from laconic.training.loop import Loop
+from laconic.training.running import Run, Running
+
+BASE, SMALLER = "scenes_vit_small", "scenes_vit_tiny"
+BATCH = 32
+TESTED = 2000  # images of the test split
+POLICIES = ("etps", "evit", "dtps", "dynamicvit")  # methods whose random policy is tested beside
+FINE_TUNING = (  # the same for all: scorers learn ten times as fast as the backbone
+    f"optimization.batch_size={BATCH}",
+    "optimization.lr=2e-3",
+    "optimization.backbone_lr_scale=0.1",
+    "optimization.warmup_epochs=0.1",
+    "optimization.clip_grad=1.0",
+    "data.val=''",
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is tested. ``method`` is a name of `laconic.methods`, or one of those in `SPECIAL`.
+
+    ``steps`` of fine-tuning (0: none) with batches of 32; ``seed`` orders the images and draws what is random.
+    """
+
+    method: str
+    keep: float = 1.0
+    options: tuple[tuple[str, Any], ...] = ()
+    steps: int = 0
+    seed: int = 0
+
+    @property
+    def key(self) -> str:
+        """A name that no other cell has."""
+        options = ",".join(f"{name}={value}" for name, value in self.options)
+        return f"{self.method}[{options}] keep {self.keep:g}, {self.steps} steps, seed {self.seed}"
+
+
+SPECIAL = {
+    "unreduced": "the base model",
+    "smaller": "the next smaller model, trained like the base model",
+    "resolution": "the base model on smaller pictures, with as many tokens as random pruning leaves on average",
+    "attended-once": "the most attended tokens, cut once in the second quarter",
+    "others-once": "the tokens that attended-once drops, in the place of those it keeps",
+}
+
+
+def fingerprint() -> str:
+    """Which weights results belong to: those of the base model and of the scorers."""
+    files = [FOLDER / f"{BASE}{scorer}.safetensors" for scorer in ("", ".dtps", ".dynamicvit")]
+    for file in files:
+        if not file.is_file():
+            raise Refusal(f"{file} is not there; a clone of the repository has it, and laconic train made it (see recipes/)")
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
+def run(cell: Cell) -> dict[str, Any]:
+    """Fine-tune and test one cell; the result as plain JSON, every image's outcome included."""
+    start = time.monotonic()
+    model = _model(cell)
+    if cell.steps:
+        _fine_tune(model, cell)
+    images = _tested()
+    tested = answers(model, images, batch_size=250, reference=_base_answers())
+    accuracy = tested.accuracy
+    cost = summary(model)
+    result: dict[str, Any] = {
+        **dataclasses.asdict(cell),
+        "options": dict(cell.options),
+        "weights": fingerprint(),
+        "macs": cost.macs,
+        "parameters": cost.parameters,
+        "tokens": list(cost.tokens),
+        "top1": accuracy.top1,
+        "agreement": accuracy.agreement,
+        "correct": _packed(tested.correct),
+    }
+    if find_compression(model) is not None:
+        result |= look(model, images)
+    if cell.method in POLICIES and not cell.options and cell.steps and cell.keep in (0.7, 0.5):
+        result["random_policy"] = [_by_chance(model, cell, draw) for draw in range(3)]
+    result["seconds"] = round(time.monotonic() - start, 1)
+    plain: dict[str, Any] = json.loads(json.dumps(result))
+    return plain
+
+
+# ------------------------------------------------------------------------------------------------ the model
+@lru_cache(maxsize=2)
+def _pretrained(name: str) -> nn.Module:
+    loaded = load(name)
+    if loaded.random:
+        raise Refusal(f"the weights of {name} are not there: {loaded.line}")
+    return loaded.model
+
+
+def _model(cell: Cell) -> nn.Module:
+    torch.manual_seed(cell.seed)
+    model = copy.deepcopy(_pretrained(SMALLER if cell.method == "smaller" else BASE))
+    if cell.method in ("unreduced", "smaller"):
+        return model
+    if cell.method == "resolution":
+        small = lower_resolution(model, mean_tokens(model, cell.keep))
+        assert small is not None
+        return copy.deepcopy(small)
+    if cell.method in ("attended-once", "others-once"):
+        return split_once(model, cell.keep, others=cell.method == "others-once")
+    reduced = reduce_(model, cell.method, keep=cell.keep, **dict(cell.options))
+    if METHODS[cell.method].learns and not load_scorer(reduced, BASE):
+        raise Refusal(f"the scorer of {cell.method} is not there; make it with laconic train --recipe scenes_{cell.method}")
+    return reduced
+
+
+def _fine_tune(model: nn.Module, cell: Cell) -> None:
+    """Train in place."""
+    recipe = dataclasses.replace(Recipe().replaced(FINE_TUNING), seed=cell.seed)
+    images = open_images("scenes", "train", limit=cell.steps * BATCH)
+    with tempfile.TemporaryDirectory() as folder:
+        transform = train_transform(model, recipe.augmentation)
+        running = Running(device="cpu")
+        Loop(Run(recipe, model, None, images, None, transform, Path(folder), running), resume=False).go()
+    model.eval()
+
+
+def _by_chance(model: nn.Module, cell: Cell, draw: int) -> float:
+    """Top-1 with the trained weights and tokens kept at random."""
+    other = reduce_(copy.deepcopy(_pretrained(BASE)), cell.method, keep=cell.keep, policy="random", seed=draw)
+    other.load_state_dict(model.state_dict())
+    return answers(other, _tested(), batch_size=250).accuracy.top1
+
+
+# ------------------------------------------------------------------------------------------------ the test
+@lru_cache(maxsize=1)
+def _tested() -> ImageSet:
+    return open_images("scenes", "test", limit=TESTED)
+
+
+@lru_cache(maxsize=1)
+def _base_answers() -> Any:
+    return answers(_pretrained(BASE), _tested(), batch_size=250, keep_logits=True)
+
+
+def _packed(correct: torch.Tensor) -> str:
+    """Booleans as hexadecimal digits, four to a digit."""
+    bits = "".join("1" if value else "0" for value in correct.tolist())
+    return f"{int(bits, 2):0{len(bits) // 4}x}"
+
+
+def unpacked(digits: str) -> list[int]:
+    """What `_packed` packed: 0 or 1 for every image."""
+    return [int(bit) for bit in f"{int(digits, 16):0{4 * len(digits)}b}"]

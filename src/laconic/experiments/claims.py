@@ -1,0 +1,82 @@
+"""Which cells each claim needs. Claims share cells; a cell is run once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import product
+
+from laconic.experiments.cells import Cell
+
+STEPS = 40  # of fine-tuning, of 32 images each
+SEEDS = (0, 1, 2)
+KEEPS = (0.9, 0.7, 0.5, 0.3, 0.2)
+ALTERNATIVES = ("random", "avg-pool", "resolution")
+TRAINING_FREE = ("etps", "evit", "bat", "topk", *ALTERNATIVES)
+ABLATED = 0.5  # keep rate of the ablations
+ABLATIONS: dict[str, tuple[tuple[str, str], ...]] = {
+    "default": (),
+    "1:1 matching": (("matching", "one-to-one"),),
+    "attention as similarity": (("similarity", "previous-attention"),),
+    "content only": (("features", "content"),),
+    "position only": (("features", "position"),),
+    "plain average": (("fusing", "average"),),
+}
+LENGTHS = (10, 120)  # other lengths of fine-tuning
+DIVERSITY, CLUSTER = (("steps", "diversity"),), (("steps", "cluster"),)
+CUTS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+
+
+def swept(methods: Iterable[str], seeds: Sequence[int], keeps: Sequence[float] = KEEPS) -> list[Cell]:
+    """Methods at keep rates, fine-tuned."""
+    return [Cell(method, keep, (), STEPS, seed) for seed, method, keep in product(seeds, methods, keeps)]
+
+
+def cells(claim: str, seeds: Sequence[int] = SEEDS) -> list[Cell]:
+    """What a claim needs, the comparison rows included."""
+    common = [Cell("unreduced"), Cell("smaller"), *swept(ALTERNATIVES, seeds)]
+    return common + _OWN[claim](seeds)
+
+
+def _squeezing(seeds: Sequence[int]) -> list[Cell]:
+    free = [Cell(method, keep) for method in TRAINING_FREE for keep in KEEPS]
+    return swept(("etps", "evit", "dtps", "dynamicvit"), seeds) + free
+
+
+def _ablations(seeds: Sequence[int]) -> list[Cell]:
+    methods = ("etps", "dtps")
+    kinds = [Cell(m, ABLATED, o, STEPS, s) for s, m, o in product(seeds, methods, ABLATIONS.values())]
+    return kinds + [Cell(m, ABLATED, (), n, s) for s, m, n in product(seeds, methods, LENGTHS)]
+
+
+def _diversity(seeds: Sequence[int]) -> list[Cell]:
+    keeps = (0.7, 0.5, 0.3)
+    clustered = [Cell("bat", keep, DIVERSITY, STEPS, seed) for seed, keep in product(seeds, keeps)]
+    return swept(("topk", "bat"), seeds, keeps) + clustered
+
+
+def _steps(seeds: Sequence[int]) -> list[Cell]:
+    keeps = (0.7, 0.5)
+    clustered = [Cell("bat", keep, CLUSTER, STEPS, seed) for seed, keep in product(seeds, keeps)]
+    return swept(("topk", "evit", "bat"), seeds, keeps) + clustered
+
+
+def _toy(seeds: Sequence[int]) -> list[Cell]:
+    return [Cell(method, keep) for keep in CUTS for method in ("attended-once", "others-once")]
+
+
+_OWN = {
+    "1-squeezing": _squeezing,
+    "2-bat": lambda seeds: swept(("bat", "evit", "dynamicvit"), seeds),
+    "3-random-policy": lambda seeds: swept(("etps", "evit", "dtps", "dynamicvit"), seeds, (0.7, 0.5)),
+    "4-tps-ablations": _ablations,
+    "5-diversity": _diversity,
+    "6-bat-steps": _steps,
+    "7-toy": _toy,
+}
+CLAIMS = tuple(_OWN)
+
+
+def all_cells(claims: Sequence[str] = CLAIMS, seeds: Sequence[int] = SEEDS) -> list[Cell]:
+    """The cells of claims, each once, all of one seed before the next."""
+    wanted = dict.fromkeys(cell for claim in claims for cell in cells(claim, seeds))
+    return sorted(wanted, key=lambda cell: cell.seed)

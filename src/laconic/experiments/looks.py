@@ -1,0 +1,44 @@
+"""What a reduced model keeps of the pictures: how different its last tokens are, how much of the object is left."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from laconic.compression import compression_of
+from laconic.data import ImageSet
+from laconic.data.generated import Scenes
+from laconic.diversity import diversity_score
+from laconic.jobs.evaluate import transform_for
+from laconic.ledger import provenance
+
+LOOKED_AT = 200  # images
+
+
+def look(model: nn.Module, images: ImageSet) -> dict[str, float]:
+    """Means over the first images: diversity of the last tokens (BAT eq. 4), patches of object and surroundings left.
+
+    A patch is ``own`` where a token still stands in its place, ``held`` where it is in some token (merged ones too).
+    """
+    if not isinstance(images, Scenes):
+        raise ValueError("only the generated benchmark knows where its objects are")
+    compression, transform, seen = compression_of(model), transform_for(model), list[torch.Tensor]()
+    pixels = torch.stack([transform(images[i][0]) for i in range(LOOKED_AT)])
+    compression.observer = lambda before, after: seen.append(after.patches)
+    try:
+        with torch.inference_mode():
+            model(pixels)
+    finally:
+        compression.observer = None
+    last = provenance(model).final
+    masks = torch.stack([torch.tensor(images.scene(i).mask) for i in range(LOOKED_AT)]).float()
+    objects = F.adaptive_avg_pool2d(masks, compression.grid).flatten(1) > 0.4
+    held = (last.where >= 0).float()
+    own = torch.zeros_like(held).scatter(1, last.kept, 1.0)
+    shares = {"own": own, "held": held}
+    out = {"diversity": diversity_score(seen[-1]).mean().item()} if seen else {}
+    for name, share in shares.items():
+        out[f"object_{name}"] = share[objects].mean().item()
+        out[f"surroundings_{name}"] = share[~objects].mean().item()
+    return out

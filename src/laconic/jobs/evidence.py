@@ -1,0 +1,120 @@
+"""``laconic evidence``: the papers' claims, put to the test on the generated benchmark."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from laconic.experiments import store
+from laconic.experiments.cells import Cell, fingerprint, run
+from laconic.experiments.claims import CLAIMS, SEEDS, all_cells
+from laconic.jobs import machine
+from laconic.jobs.measure import Setting
+from laconic.jobs.output import Refusal, Report, Table, write_atomically
+from laconic.reducer import nearest_names
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EvidenceReport(Report):
+    """How much is done, and where it was written."""
+
+    claims: tuple[str, ...]
+    done: int
+    missing: int
+    results: Path
+    page: Path | None
+
+    def parts(self) -> Iterator[str | Table]:
+        yield f"{self.done} cells done, {self.missing} to do, for {', '.join(self.claims)}; results in {self.results}."
+        yield "Call it again to go on." if self.missing else f"All done. {f'The page is {self.page}.' if self.page else ''}"
+
+    def to_json(self) -> dict[str, Any]:
+        page = None if self.page is None else str(self.page)
+        return {**vars(self), "claims": list(self.claims), "results": str(self.results), "page": page}
+
+
+def evidence(
+    *,
+    claim: tuple[str, ...] = (),
+    seeds: int = len(SEEDS),
+    share: str = "1/1",
+    minutes: float = 0.0,
+    threads: int = 1,
+    output: Path = Path("results/evidence.jsonl"),
+    page: Path | None = None,
+) -> EvidenceReport:
+    """Run the experiments behind docs/evidence.md. What is done already is not done again.
+
+    Args:
+        claim: which of the seven claims (default: all): 1-squeezing, 2-bat, 3-random-policy, 4-tps-ablations, 5-diversity,
+            6-bat-steps, 7-toy.
+        seeds: runs of everything that is fine-tuned.
+        share: which part of the work this process does, as 1/2 and 2/2 for two processes.
+        minutes: stop after the cell in which this time is over (default: when all is done).
+        threads: CPU threads of this process.
+        output: file of the results, a JSON object a line.
+        page: write the page, its tables and its plots here, from what is done.
+
+    Raises:
+        Refusal: no such claim, a share that is none, weights that are not there.
+    """
+    import time
+
+    import torch
+
+    torch.set_num_threads(threads)
+    wanted = _cells(claim, seeds)
+    number, parts = _share(share)
+    weights, start = fingerprint(), time.monotonic()
+    for cell in tqdm(_mine(wanted, number, parts), desc="cells", unit="cell", disable=None):
+        if cell in store.read(output, weights):
+            continue
+        if minutes and time.monotonic() - start > 60 * minutes:
+            break
+        LOG.info("%s", cell.key)
+        store.append(output, run(cell) | {"threads": threads})
+    results = store.read(output, weights)
+    missing = sum(cell not in results for cell in wanted)
+    if page is not None:
+        _write_page(page, results, output)
+    return EvidenceReport(claim or CLAIMS, len(wanted) - missing, missing, output, page)
+
+
+def _cells(claims: tuple[str, ...], seeds: int) -> list[Cell]:
+    for claim in claims:
+        if claim not in CLAIMS:
+            raise Refusal(f"there is no claim {claim!r}.{nearest_names(claim, CLAIMS)} There are: {', '.join(CLAIMS)}")
+    if seeds < 1:
+        raise Refusal(f"--seeds must be at least 1, not {seeds}")
+    return all_cells(claims or CLAIMS, range(seeds))
+
+
+def _share(text: str) -> tuple[int, int]:
+    number, _, parts = text.partition("/")
+    if not (number.isdigit() and parts.isdigit() and 1 <= int(number) <= int(parts)):
+        raise Refusal(f"--share {text!r}: expected something like 1/2, the first of two processes")
+    return int(number), int(parts)
+
+
+def _mine(cells: list[Cell], number: int, parts: int) -> list[Cell]:
+    return cells[number - 1 :: parts]
+
+
+def _write_page(page: Path, results: store.Results, source: Path) -> None:
+    from laconic.experiments.page import write_page
+
+    environment = machine.environment(Setting(threads=1))
+    facts = source.with_suffix(".environment.json")
+    if not facts.is_file():
+        write_atomically(facts, json.dumps(environment, indent=2))
+    store.tidy(source, results.values())
+    write_page(page, results, json.loads(facts.read_text()), " ".join(["laconic", *sys.argv[1:]]))

@@ -1,0 +1,108 @@
+"""Small DeiT-style models for the generated benchmark: 40 x 40 pixels, 100 patch tokens, a class token, 24 classes.
+
+A stem of four convolutions (as in LV-ViT and many others) instead of one lets them learn from tens of thousands of pictures
+instead of millions; from there on they are timm's VisionTransformer. Their weights come with laconic; the recipes of the
+same names made them (``laconic train --recipe scenes_vit_small``), and the logs of those runs are in results/.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.layers import BatchNormAct2d, HybridEmbed, build_sincos2d_pos_embed  # type: ignore[attr-defined]
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_hybrid import ConvStem
+from torch import nn
+
+from laconic.checkpoints import read_safetensors
+from laconic.compression import compression_of
+from laconic.data.scenes import CLASSES
+from laconic.rebuild import mismatch
+
+POSITION_SCALE = 0.3
+FOLDER = Path(__file__).parents[1] / "weights"
+
+
+def _cfg(name: str) -> dict[str, Any]:
+    here = FOLDER / f"{name}.safetensors"
+    facts = {
+        "num_classes": len(CLASSES),
+        "input_size": (3, 40, 40),
+        "pool_size": None,
+        "crop_pct": 1.0,
+        "fixed_input_size": True,
+    }
+    look = {"interpolation": "bicubic", "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "classifier": "head"}
+    return {
+        **facts,
+        **look,
+        "first_conv": "patch_embed.backbone.0.conv",
+        "url": "",
+        **({"file": str(here)} if here.is_file() else {}),
+    }
+
+
+default_cfgs = generate_default_cfgs({name: _cfg(name) for name in ("scenes_vit_small", "scenes_vit_tiny")})
+
+
+def _create(name: str, pretrained: bool, width: int, depth: int, heads: int, **options: Any) -> VisionTransformer:
+    stem = ConvStem(
+        depth=4,
+        channels=(width // 4, width // 2, width, width),
+        kernel_size=(3, 3, 3, 1),
+        stride=(2, 1, 2, 1),
+        padding=(1, 1, 1, 0),
+        norm_layer=BatchNormAct2d,
+    )
+    facts = {"img_size": 40, "patch_size": 1, "embed_dim": width, "depth": depth, "num_heads": heads}
+    embed = partial(HybridEmbed, backbone=stem, proj=False)
+    model = build_model_with_cfg(VisionTransformer, name, pretrained, embed_layer=embed, **{**facts, **options})
+    if not pretrained and model.pos_embed is not None:  # start from places that can be told apart
+        grid = model.patch_embed.grid_size
+        with torch.no_grad():
+            model.pos_embed[0, model.num_prefix_tokens :] = POSITION_SCALE * build_sincos2d_pos_embed(list(grid), dim=width)
+    return model
+
+
+def load_scorer(model: nn.Module, name: str) -> bool:
+    """Give a reduced model the trained scorer that comes with laconic for its method; False if none does.
+
+    A scorer was trained with the backbone, which has the shipped weights, left as it is.
+
+    Args:
+        model: a reduced model.
+        name: the timm name of its backbone.
+
+    Raises:
+        ValueError: the model is not reduced, or the scorer does not fit it (it is reduced at other blocks, say).
+    """
+    method = compression_of(model).config.row.name
+    file = FOLDER / f"{name}.{method}.safetensors"
+    if not file.is_file():
+        return False
+    weights = read_safetensors(file)
+    own = {key: tensor for key, tensor in model.state_dict().items() if key.startswith("laconic.")}
+    difference = mismatch(own, weights, file.name, "the model")
+    if difference:
+        raise ValueError(
+            f"the trained scorer of {method} for {name} does not fit this model; reduce {name} at the blocks of the default "
+            f"schedule, or train a scorer of your own (laconic train)\n{difference}"
+        )
+    model.load_state_dict(weights, strict=False)  # the backbone's tensors are not in the file
+    return True
+
+
+@register_model
+def scenes_vit_small(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """The base model of the generated benchmark."""
+    return _create("scenes_vit_small", pretrained, 64, 8, 2, **kwargs)
+
+
+@register_model
+def scenes_vit_tiny(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """The next smaller one, for comparison."""
+    return _create("scenes_vit_tiny", pretrained, 48, 6, 2, **kwargs)

@@ -1,0 +1,191 @@
+"""The parts of a recipe: dataclasses whose fields are its keys, each with the checks that need nothing but itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def _refuse_unless(good: Callable[[float], bool], words: str, **values: float | None) -> None:
+    """Raise ValueError for the first number that is not what the words say; a name has __ for its dot."""
+    for name, value in values.items():
+        if value is not None and not (math.isfinite(value) and good(value)):
+            raise ValueError(f"{name.replace('__', '.')} must be {words}, not {value}")
+
+
+def _shares(**values: float | None) -> None:
+    _refuse_unless(lambda value: 0 <= value <= 1, "between 0 and 1", **values)
+
+
+def _not_negative(**values: float | None) -> None:
+    _refuse_unless(lambda value: value >= 0, "0 or more", **values)
+
+
+def _at_least_one(**values: float | None) -> None:
+    _refuse_unless(lambda value: value >= 1, "at least 1", **values)
+
+
+@dataclass(frozen=True)
+class About:
+    """Whose row it is, and what was published for it. Not used in training."""
+
+    title: str = ""
+    paper: str = ""  # arXiv number, and table
+    source: str = ""  # where the settings come from, and what is guessed
+    top1: float | None = None  # per cent, published
+    gmacs: float | None = None  # published, in the paper's own way of counting
+    hours: str = ""  # how long it takes, on what
+    measured: str = ""  # our own result, and the command
+
+
+@dataclass(frozen=True)
+class ModelPart:
+    """The model: a timm name, whether it starts from timm's pretrained weights or from a file, and options for timm."""
+
+    name: str = "scenes_vit_small"
+    pretrained: bool = True
+    weights: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MethodPart:
+    """The reduction; no name: none. Epochs of the keep-rate warm-in may be fractions."""
+
+    name: str = ""
+    keep: float | tuple[float, ...] | None = None
+    at: tuple[int, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    warm_in_start: float = 0.0
+    warm_in_epochs: float = 0.0
+
+    def __post_init__(self) -> None:
+        for keep in self.keep if isinstance(self.keep, tuple) else (self.keep,):
+            _refuse_unless(lambda value: 0 < value <= 1, "above 0 and at most 1", method__keep=keep)
+        _not_negative(method__warm_in_start=self.warm_in_start, method__warm_in_epochs=self.warm_in_epochs)
+
+    @property
+    def warms_in(self) -> bool:
+        """Whether the keep rate changes in training."""
+        return bool(self.warm_in_start or self.warm_in_epochs)
+
+
+@dataclass(frozen=True)
+class DataPart:
+    """The images: "scenes", "digits", "" for an image folder, or a name that timm's readers know; 0 images: all.
+
+    ``val_crop`` is the share of the resized image that validation looks at (default: what timm says of the model).
+    """
+
+    name: str = "scenes"
+    train: str = "train"
+    val: str = "val"
+    train_images: int = 0
+    val_images: int = 0
+    val_crop: float | None = None
+
+    def __post_init__(self) -> None:
+        _not_negative(data__train_images=self.train_images, data__val_images=self.val_images)
+        _refuse_unless(lambda value: 0 < value <= 1, "above 0 and at most 1", data__val_crop=self.val_crop)
+        if not self.train:
+            raise ValueError("data.train must be the name of a split, for example train")
+
+
+@dataclass(frozen=True)
+class AugmentationPart:
+    """timm's augmentation. The defaults change nothing but the size: what a recipe uses, it says."""
+
+    crop: tuple[float, float] | None = None  # share of the area, for random resized crops; none: resized and centred
+    hflip: float = 0.0
+    vflip: float = 0.0
+    color_jitter: float = 0.0
+    auto_augment: str = ""
+    erase: float = 0.0
+    erase_mode: Literal["const", "rand", "pixel"] = "pixel"
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mixup_prob: float = 1.0
+    switch: float = 0.5
+    smoothing: float = 0.0
+    repeats: int = 1  # repeated augmentation: how often an image comes in a row
+
+    def __post_init__(self) -> None:
+        _shares(augmentation__hflip=self.hflip, augmentation__vflip=self.vflip, augmentation__erase=self.erase)
+        _shares(augmentation__mixup_prob=self.mixup_prob, augmentation__switch=self.switch)
+        _shares(augmentation__smoothing=self.smoothing)
+        _not_negative(augmentation__color_jitter=self.color_jitter, augmentation__mixup=self.mixup)
+        _not_negative(augmentation__cutmix=self.cutmix)
+        _at_least_one(augmentation__repeats=self.repeats)
+        if self.crop is not None and not 0 < self.crop[0] <= self.crop[1] <= 1:
+            raise ValueError(f"augmentation.crop must be two shares of the area, as [0.08, 1.0], not {list(self.crop)}")
+
+
+@dataclass(frozen=True)
+class OptimizationPart:
+    """The optimiser, the learning rate over time, and what is trained.
+
+    ``batch_size`` is of one step, over all processes. ``lr`` is multiplied by batch_size / lr_base_size (0: it is absolute).
+    ``warmup``: the cosine has begun ``within`` the warm-up (as timm has it), or begins where the warm-up ends (``before``).
+    ``update``: the learning rate changes with every step, with every epoch, or with every epoch but one epoch late (as the
+    published code of EViT does). The backbone's learning rate is ``backbone_lr_scale`` times that of the scorers, and 0 in
+    the first ``freeze_backbone_epochs``. ``fixed`` names parameters that are never trained; ``eval_mode`` trains with the
+    model in evaluation mode (no drop path).
+    """
+
+    epochs: int = 1
+    batch_size: int = 64
+    optimizer: str = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    lr: float = 1e-3
+    lr_base_size: int = 0
+    min_lr: float = 1e-5
+    warmup_epochs: float = 0.0
+    warmup_lr: float = 1e-6
+    warmup: Literal["within", "before"] = "within"
+    cooldown_epochs: int = 0
+    update: Literal["step", "epoch", "epoch-late"] = "step"
+    weight_decay: float = 0.05
+    decay_all: bool = False  # biases and norms too
+    layer_decay: float | None = None
+    backbone_lr_scale: float = 1.0
+    freeze_backbone_epochs: int = 0
+    fixed: tuple[str, ...] = ()
+    clip_grad: float = 0.0
+    ema: float = 0.0
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    eval_mode: bool = False
+    grad_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least_one(optimization__epochs=self.epochs, optimization__batch_size=self.batch_size)
+        _refuse_unless(lambda value: value > 0, "positive", optimization__lr=self.lr)
+        _refuse_unless(lambda value: 0 < value <= 1, "above 0 and at most 1", optimization__layer_decay=self.layer_decay)
+        _refuse_unless(lambda value: 0 <= value < 1, "at least 0 and below 1", optimization__ema=self.ema)
+        for beta in self.betas:
+            _refuse_unless(lambda value: 0 <= value < 1, "at least 0 and below 1", optimization__betas=beta)
+        names = ("lr_base_size", "min_lr", "warmup_epochs", "warmup_lr", "cooldown_epochs", "weight_decay", "clip_grad")
+        for name in (*names, "backbone_lr_scale", "freeze_backbone_epochs"):
+            _not_negative(**{f"optimization__{name}": getattr(self, name)})
+        most = self.epochs - (self.warmup == "before")
+        if self.warmup_epochs > most:
+            raise ValueError(
+                f"optimization.warmup_epochs must be at most {most}, with {self.epochs} epochs and warmup {self.warmup!r}, not "
+                f"{self.warmup_epochs}"
+            )
+
+
+@dataclass(frozen=True)
+class LossPart:
+    """Weights of what is added to the cross-entropy: the method's own ratio loss, and distillation from the full model."""
+
+    ratio: float = 2.0
+    logits: float = 0.0
+    tokens: float = 0.0
+    token_kind: Literal["mse", "kl"] = "mse"
+    token_labels: float = 0.0  # every patch says what it shows, where the images know that
+
+    def __post_init__(self) -> None:
+        _not_negative(loss__ratio=self.ratio, loss__logits=self.logits, loss__tokens=self.tokens)
+        _not_negative(loss__token_labels=self.token_labels)

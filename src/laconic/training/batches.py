@@ -1,0 +1,70 @@
+"""What every step of a run gets: its images in micro-batches, the same whatever was read before."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from laconic.data import Order, Prepared
+from laconic.training.running import Run
+from laconic.training.token_labels import patch_labels
+
+LOG = logging.getLogger(__name__)
+Batch = tuple[Tensor, Tensor, Tensor | None]  # images, class numbers, and what their patches show
+
+
+class Batches:
+    """The training images of a run, for one process.
+
+    Args:
+        run: says which images, and how they are changed and divided.
+        rank: of this process.
+        world: processes.
+        pinned: put them where a GPU reads them fastest.
+        grid: of patches, where their classes are wanted too.
+
+    Raises:
+        ValueError: the batch cannot be divided, or there are fewer images than one batch.
+    """
+
+    def __init__(self, run: Run, rank: int, world: int, *, pinned: bool = False, grid: tuple[int, int] | None = None) -> None:
+        self.run, self.rank, self.world, self.pinned, self.grid = run, rank, world, pinned, grid
+        self.steps = self._order(0, 0).steps
+
+    def _order(self, epoch: int, start: int) -> Order:
+        recipe = self.run.recipe
+        return Order(
+            len(self.run.train),
+            recipe.optimization.batch_size,
+            seed=recipe.seed,
+            epoch=epoch,
+            rank=self.rank,
+            world=self.world,
+            accumulate=self.run.running.accumulate,
+            repeats=recipe.augmentation.repeats,
+            start=start,
+        )
+
+    def of_steps(self, epoch: int, start: int) -> Iterator[list[Batch]]:
+        """The micro-batches of one step after the other, from a step of an epoch to its end."""
+        images = Prepared(self.run.train, self.run.train_transform, seed=self.run.recipe.seed)
+        order, workers = self._order(epoch, start), self.run.running.workers
+        loader = DataLoader(images, batch_sampler=order, num_workers=workers, pin_memory=self.pinned)
+        batches = list[Batch]()
+        for pixels, labels, index, failed in loader:
+            for number in failed[failed >= 0].tolist():
+                self._unreadable(number)
+            patches = None if self.grid is None else patch_labels(self.run.train, index.tolist(), self.grid)
+            batches.append((pixels, labels, patches))
+            if len(batches) == self.run.running.accumulate:
+                yield batches
+                batches = []
+
+    def _unreadable(self, index: int) -> None:
+        name = self.run.train.name(index)
+        if name not in self.run.unreadable:
+            self.run.unreadable.add(name)
+            LOG.warning("%s cannot be read; the next image stands in for it, in every epoch", name)

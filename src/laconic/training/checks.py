@@ -1,0 +1,56 @@
+"""What the parts of a recipe must have to do with each other; checked before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from laconic.recipe import Recipe
+from laconic.reducer import resolve
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse a recipe whose parts contradict each other.
+
+    Raises:
+        LookupError: no such method. TypeError: no such option of it. ValueError: keys that do not go together.
+    """
+    method, part, loss = recipe.method, recipe.optimization, recipe.loss
+    learns = False
+    if method.name:
+        learns = resolve(method.name, tuples(method.options)).row.learns
+    else:
+        given = [name for name in ("keep", "at", "options", "warm_in_start", "warm_in_epochs") if getattr(method, name)]
+        if given:
+            raise ValueError(f"method.{given[0]} is set and method.name is not; set method.name too, for example to evit")
+    if method.warms_in and method.keep is None:
+        raise ValueError("the keep-rate warm-in (method.warm_in_start and warm_in_epochs) needs method.keep, the rate to reach")
+    if method.warm_in_start + method.warm_in_epochs > part.epochs:
+        raise ValueError(
+            f"the keep-rate warm-in ends after epoch {method.warm_in_start + method.warm_in_epochs:g} and the training after "
+            f"epoch {part.epochs}; lower method.warm_in_start or method.warm_in_epochs, or train longer"
+        )
+    if part.eval_mode and learns:
+        raise ValueError(f"optimization.eval_mode: {method.name} learns its decisions in training mode only; set it to false")
+    apart = {"freeze_backbone_epochs": part.freeze_backbone_epochs > 0, "backbone_lr_scale": part.backbone_lr_scale != 1}
+    for name, wanted in apart.items():
+        if wanted and not learns:
+            raise ValueError(f"optimization.{name} is for methods that add parameters; {_named(method.name)} adds none")
+    if recipe.model.weights and not recipe.model.pretrained:
+        raise ValueError("model.weights is set, but model.pretrained is false: the weights would not be used")
+    moved = [name for name in ("crop", "hflip", "vflip", "mixup", "cutmix") if getattr(recipe.augmentation, name)]
+    if loss.token_labels and moved:
+        raise ValueError(f"loss.token_labels knows what is where in an image, and augmentation.{moved[0]} moves it; drop one")
+    for name in ("logits", "tokens"):
+        if getattr(loss, name) and not method.name:
+            raise ValueError(f"loss.{name} distils from the unreduced model, and there is no method; set one of them")
+        if getattr(loss, name) and not recipe.model.pretrained:
+            raise ValueError(f"loss.{name} distils from the unreduced model, which would be random; set model.pretrained")
+
+
+def tuples(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a method as its dataclass takes them: arrays as tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+
+
+def _named(method: str) -> str:
+    return method or "training without a method"

@@ -1,0 +1,208 @@
+"""The training loop: one process or many, reduced model or not, and it goes on exactly where it was stopped.
+
+Everything random in a step (Gumbel noise, drop path, mixup) is drawn from generators seeded by the recipe's seed, the step
+and the process; every image's augmentation by the seed, the epoch and the image. So a run that was killed and resumed gives
+the same numbers as one that was not, and the checkpoint needs no random states.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from laconic.compression import find_compression
+from laconic.jobs.evaluate import Accuracy, Processes, evaluate
+from laconic.training.batches import Batch, Batches
+from laconic.training.feeding import mixer, seed_everything
+from laconic.training.objective import Objective
+from laconic.training.optimization import LearningRate, make_optimizer
+from laconic.training.processes import agree, gather_names, join
+from laconic.training.running import Run
+from laconic.training.soundness import check_loss, check_weights
+from laconic.training.state import Metrics, Progress, load_checkpoint, save_checkpoint, save_weights
+from laconic.training.token_labels import head_for
+from laconic.training.warming import KeepRate
+
+
+class Loop:
+    """Trains one `Run`; made for one call of `go`. When it is made, all processes are there."""
+
+    def __init__(self, run: Run, resume: bool) -> None:
+        self.run, self.part = run, run.recipe.optimization
+        # a softly dropped token weighs 1e-30: times a small gradient that is a denormal number, and a CPU multiplies those
+        # so slowly that a step takes three times as long
+        torch.set_flush_denormal(True)
+        compression = find_compression(run.model)
+        learns = compression is not None and next(compression.parameters(), None) is not None
+        unused = learns and run.recipe.method.warms_in  # while all tokens are kept nobody is scored
+        self.accelerator = join(run.recipe, run.running, run.output, unused=unused)
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.model = run.model.to(self.accelerator.device)
+        if run.teacher is not None:
+            run.teacher.to(self.accelerator.device).eval().requires_grad_(False)
+        seed_everything(run.recipe.seed, 2)
+        self.labelled = head_for(self.model, run.recipe.loss.token_labels, len(run.train.classes))
+        self.optimizer = make_optimizer(self.model, self.part)
+        if self.labelled is not None:
+            facts = {"lr": self.optimizer.param_groups[0]["lr"], "lr_scale": 1.0, "backbone": False, "weight_decay": 0.0}
+            self.optimizer.add_param_group({"params": list(self.labelled.parameters()), **facts})
+        grid = None if self.labelled is None else tuple(cast(Any, self.model).patch_embed.grid_size)
+        pinned = self.accelerator.device.type == "cuda"
+        self.batches = Batches(run, self.rank, self.world, pinned=pinned, grid=grid)
+        self.steps = self.batches.steps
+        self.rate = LearningRate(self.optimizer, self.part, self.steps)
+        self.objective = self.accelerator.prepare(Objective(self.model, run.teacher, run.recipe.loss, self.labelled))
+        self.prepared = self.accelerator.prepare(self.optimizer)
+        self.ema = self._averages()
+        share = self.part.batch_size // (self.world * run.running.accumulate)
+        self.mix = mixer(run.recipe.augmentation, len(run.train.classes), share)
+        averaged = [] if self.ema is None else [self.ema.module]
+        found = [find_compression(model) for model in (self.model, *averaged)]
+        self.keep = KeepRate([one for one in found if one is not None], run.recipe.method, self.steps)
+        self.progress = self._resumed() if resume else Progress()
+
+    # -------------------------------------------------------------------------------------------- before the first step
+    def _averages(self) -> Any:
+        from timm.utils import ModelEmaV3  # type: ignore[attr-defined]
+
+        return ModelEmaV3(self.model, decay=self.part.ema) if self.part.ema else None
+
+    def _states(self) -> dict[str, Any]:
+        states = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        if self.labelled is not None:
+            states["token_labels"] = self.labelled.state_dict()
+        if self.ema is not None:
+            states["ema"] = self.ema.module.state_dict()
+        if self.accelerator.scaler is not None:
+            states["scaler"] = self.accelerator.scaler.state_dict()
+        return states
+
+    def _resumed(self) -> Progress:
+        progress, states = load_checkpoint(self.run.output, self.run.recipe)
+        self.model.load_state_dict(states["model"])
+        self.optimizer.load_state_dict(states["optimizer"])
+        if self.labelled is not None:
+            self.labelled.load_state_dict(states["token_labels"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(states["ema"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(states["scaler"])
+        return progress
+
+    # -------------------------------------------------------------------------------------------- the steps
+    def go(self) -> dict[str, Accuracy]:
+        """Train to the end of the recipe; the last validation, of the model ("val") and its moving average ("val_ema")."""
+        metrics = Metrics(self.run.output, self.progress.step) if self.accelerator.is_main_process else None
+        total, accuracies, running = self.rate.epochs * self.steps, dict[str, Accuracy](), self.run.running
+        with self._bar(total) as bar:
+            while self.progress.step < total:
+                epoch, start = divmod(self.progress.step, self.steps)
+                for batches in self.batches.of_steps(epoch, start):
+                    row = self._step(batches)
+                    bar.update()
+                    bar.set_postfix(loss=f"{row['loss']:.3f}")
+                    if self.progress.step % running.log_every == 0:
+                        self._log(metrics, row)
+                    every = running.checkpoint_every
+                    if every and self.progress.step % every == 0 and self.progress.step % self.steps:
+                        self._checkpoint()
+                check_weights(self.model, self.progress.step, self.run.output)
+                if self.run.val is not None and ((epoch + 1) % running.eval_every == 0 or self.progress.step == total):
+                    accuracies = self._validate(self.run.val, metrics, epoch)
+                self._checkpoint()
+        self.run.unreadable.update(gather_names(self.accelerator, self.run.unreadable))
+        if running.trackers:
+            self.accelerator.end_training()
+        return accuracies
+
+    def _bar(self, total: int) -> Any:
+        from tqdm import tqdm  # type: ignore[import-untyped]
+
+        quiet = True if not self.accelerator.is_main_process else None
+        return tqdm(total=total, initial=self.progress.step, desc="training", unit="step", disable=quiet, leave=False)
+
+    def _step(self, batches: Sequence[Batch]) -> dict[str, Any]:
+        step, device = self.progress.step, self.accelerator.device
+        self.keep.set(step)
+        rate = self.rate.set(step)
+        self.objective.train(not self.part.eval_mode)
+        parts = list[dict[str, Tensor]]()
+        for number, (pixels, labels, patches) in enumerate(batches):
+            seed_everything(self.run.recipe.seed, 1, step, number, self.rank)
+            pixels, target = self.mix(pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True))
+            with self._synchronised(number == len(batches) - 1), self.accelerator.autocast():
+                part = self.objective(pixels, target, None if patches is None else patches.to(device))
+                self.accelerator.backward(part["loss"] / len(batches))
+            parts.append({name: value.detach() for name, value in part.items()})
+        row: dict[str, Any] = dict(self._mean(parts))
+        check_loss(row, step, self.run.output)
+        if self.part.clip_grad:
+            row["gradient_norm"] = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.part.clip_grad)
+        self.prepared.step()
+        self.prepared.zero_grad(set_to_none=True)
+        self.progress.step = step + 1
+        if self.ema is not None:
+            self.ema.update(self.model, step + 1)
+        return {"step": step + 1, "epoch": step // self.steps, "lr": rate, **row}
+
+    def _synchronised(self, last: bool) -> Any:
+        """Gradients meet those of the other processes at the last micro-batch only."""
+        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.objective)
+
+    def _mean(self, parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+        """Each part of the loss, mean over micro-batches and processes; here the step waits for the device, once."""
+        names = list(parts[0])
+        values = torch.stack([torch.stack([part[name].float() for part in parts]).mean() for name in names])
+        values = self.accelerator.reduce(values, "mean")
+        return dict(zip(names, values.tolist(), strict=True))
+
+    # -------------------------------------------------------------------------------------------- now and then
+    def _log(self, metrics: Metrics | None, row: dict[str, Any]) -> None:
+        plain = {name: value.item() if isinstance(value, Tensor) else value for name, value in row.items()}
+        if metrics is not None:
+            metrics.add(plain)
+        if self.run.running.trackers:
+            self.accelerator.log(plain, step=plain["step"])
+
+    def _validate(self, images: Any, metrics: Metrics | None, epoch: int) -> dict[str, Accuracy]:
+        """Accuracy on the validation images; the best so far is saved, once the keep rate is the recipe's."""
+        models = {"val": self.model} if self.ema is None else {"val": self.model, "val_ema": self.ema.module}
+        agree(self.accelerator, *models.values())
+        out = dict[str, Accuracy]()
+        for name, model in models.items():
+            out[name] = found = evaluate(
+                model,
+                images,
+                batch_size=min(256, max(1, self.part.batch_size // self.world)),
+                workers=self.run.running.workers,
+                processes=Processes(self.rank, self.world, lambda table: self.accelerator.reduce(table, "sum")),
+                crop=self.run.recipe.data.val_crop,
+            )
+            row = {"step": self.progress.step, "epoch": epoch, f"{name}_top1": found.top1, f"{name}_top5": found.top5}
+            self._log(metrics, {**row, f"{name}_loss": found.loss})
+            if found.top1 > self.progress.best and self.keep.arrived(self.progress.step - 1):
+                self.progress.best = found.top1
+                if self.accelerator.is_main_process:
+                    save_weights(model, self.run.output / "best", self.run.recipe.model.options)
+        return out
+
+    def _checkpoint(self) -> None:
+        check_weights(self.model, self.progress.step, self.run.output)
+        if self.accelerator.is_main_process:
+            save_checkpoint(self.run.output, self.progress, self.run.recipe, self._states())
+        self.accelerator.wait_for_everyone()
+
+    def save(self) -> Path:
+        """Write the trained model: its moving average where there is one, and then the model itself beside it; the path."""
+        self.keep.finish()
+        models = {"model": self.model} if self.ema is None else {"model": self.ema.module, "unaveraged": self.model}
+        if self.accelerator.is_main_process:
+            for name, model in models.items():
+                save_weights(model, self.run.output / name, self.run.recipe.model.options)
+        self.accelerator.wait_for_everyone()
+        return self.run.output / "model"
