@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -20,6 +21,7 @@ from laconic.attach import reduce_
 from laconic.compression import find_compression
 from laconic.cost import summary
 from laconic.data import ImageSet, open_images
+from laconic.data.generated import Scenes
 from laconic.experiments.complement import split_once
 from laconic.experiments.looks import look
 from laconic.jobs.evaluate import answers
@@ -30,6 +32,7 @@ from laconic.jobs.weights import load
 from laconic.models.scenes import FOLDER, load_scorer
 from laconic.recipe import Recipe
 from laconic.reducer import METHODS
+from laconic.schedule import Schedule
 from laconic.training.feeding import train_transform
 from laconic.training.loop import Loop
 from laconic.training.running import Run, Running
@@ -60,18 +63,21 @@ class Cell:
     options: tuple[tuple[str, Any], ...] = ()
     steps: int = 0
     seed: int = 0
+    data: str = "scenes"
 
     @property
     def key(self) -> str:
         """A name that no other cell has."""
         options = ",".join(f"{name}={value}" for name, value in self.options)
-        return f"{self.method}[{options}] keep {self.keep:g}, {self.steps} steps, seed {self.seed}"
+        return f"{self.method}[{options}] keep {self.keep:g}, {self.steps} steps, seed {self.seed}, {self.data}"
 
 
 SPECIAL = {
     "unreduced": "the base model",
     "smaller": "the next smaller model, trained like the base model",
     "resolution": "the base model on smaller pictures, with as many tokens as random pruning leaves on average",
+    "half-at-random": "half of the tokens dropped at random after the first block",
+    "object-alone": "the base model on pictures whose surroundings are grey",
     "attended-once": "the most attended tokens, cut once in the second quarter",
     "others-once": "the tokens that attended-once drops, in the place of those it keeps",
 }
@@ -92,8 +98,9 @@ def run(cell: Cell) -> dict[str, Any]:
     model = _model(cell)
     if cell.steps:
         _fine_tune(model, cell)
-    images = _tested()
-    tested = answers(model, images, batch_size=250, reference=_base_answers())
+    images = _tested(cell.data, cell.method == "object-alone")
+    reference = _base_answers() if cell.data == "scenes" else None
+    tested = answers(model, images, batch_size=250, reference=reference)
     accuracy = tested.accuracy
     cost = summary(model)
     result: dict[str, Any] = {
@@ -107,9 +114,9 @@ def run(cell: Cell) -> dict[str, Any]:
         "agreement": accuracy.agreement,
         "correct": _packed(tested.correct),
     }
-    if find_compression(model) is not None:
+    if find_compression(model) is not None and cell.data == "scenes":
         result |= look(model, images)
-    if cell.method in POLICIES and not cell.options and cell.steps and cell.keep in (0.7, 0.5):
+    if cell.method in POLICIES and cell.data == "scenes" and not cell.options and cell.steps and cell.keep in (0.7, 0.5):
         result["random_policy"] = [_by_chance(model, cell, draw) for draw in range(3)]
     result["seconds"] = round(time.monotonic() - start, 1)
     plain: dict[str, Any] = json.loads(json.dumps(result))
@@ -128,8 +135,12 @@ def _pretrained(name: str) -> nn.Module:
 def _model(cell: Cell) -> nn.Module:
     torch.manual_seed(cell.seed)
     model = copy.deepcopy(_pretrained(SMALLER if cell.method == "smaller" else BASE))
-    if cell.method in ("unreduced", "smaller"):
+    if cell.data == "digits":
+        model.reset_classifier(10)  # type: ignore[operator]
+    if cell.method in ("unreduced", "smaller", "object-alone"):
         return model
+    if cell.method == "half-at-random":
+        return reduce_(model, "random", schedule=Schedule.leaving({1: 50}))
     if cell.method == "resolution":
         small = lower_resolution(model, mean_tokens(model, cell.keep))
         assert small is not None
@@ -144,8 +155,10 @@ def _model(cell: Cell) -> nn.Module:
 
 def _fine_tune(model: nn.Module, cell: Cell) -> None:
     """Train in place."""
-    recipe = dataclasses.replace(Recipe().replaced(FINE_TUNING), seed=cell.seed)
-    images = open_images("scenes", "train", limit=cell.steps * BATCH)
+    epochs = max(1, cell.steps // (len(_trained_on(cell)) // BATCH))
+    settings = (*FINE_TUNING, f"optimization.epochs={epochs}")
+    recipe = dataclasses.replace(Recipe().replaced(settings), seed=cell.seed)
+    images = _trained_on(cell)
     with tempfile.TemporaryDirectory() as folder:
         transform = train_transform(model, recipe.augmentation)
         running = Running(device="cpu")
@@ -161,9 +174,25 @@ def _by_chance(model: nn.Module, cell: Cell, draw: int) -> float:
 
 
 # ------------------------------------------------------------------------------------------------ the test
-@lru_cache(maxsize=1)
-def _tested() -> ImageSet:
-    return open_images("scenes", "test", limit=TESTED)
+class ObjectAlone(Scenes):
+    """Scenes whose surroundings are grey."""
+
+    def __getitem__(self, i: int) -> tuple[Any, int]:
+        from PIL import Image
+
+        scene = self.scene(i)
+        return Image.fromarray(np.where(scene.mask[..., None], scene.picture, np.uint8(128))), scene.label
+
+
+@lru_cache(maxsize=3)
+def _tested(data: str = "scenes", alone: bool = False) -> ImageSet:
+    if alone:
+        return ObjectAlone("test", TESTED)
+    return open_images(data, "test", limit=TESTED)
+
+
+def _trained_on(cell: Cell) -> ImageSet:
+    return open_images(cell.data, "train", limit=cell.steps * BATCH if cell.data == "scenes" else 0)
 
 
 @lru_cache(maxsize=1)

@@ -22,6 +22,8 @@ ABLATIONS: dict[str, tuple[tuple[str, str], ...]] = {
     "plain average": (("fusing", "average"),),
 }
 LENGTHS = (10, 120)  # other lengths of fine-tuning
+DIGITS_STEPS = 80  # two epochs of the 1,297 digits
+DIGITS = ("unreduced", "etps", "evit", "dtps", "dynamicvit", "bat", "topk", *("random", "avg-pool"))
 DIVERSITY, CLUSTER = (("steps", "diversity"),), (("steps", "cluster"),)
 CUTS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
@@ -33,8 +35,15 @@ def swept(methods: Iterable[str], seeds: Sequence[int], keeps: Sequence[float] =
 
 def cells(claim: str, seeds: Sequence[int] = SEEDS) -> list[Cell]:
     """What a claim needs, the comparison rows included."""
-    common = [Cell("unreduced"), Cell("smaller"), *swept(ALTERNATIVES, seeds)]
+    if claim == "digits":
+        return _digits(seeds)
+    common = [Cell("unreduced"), Cell("half-at-random"), Cell("object-alone"), Cell("smaller"), *swept(ALTERNATIVES, seeds)]
     return common + _OWN[claim](seeds)
+
+
+def _digits(seeds: Sequence[int]) -> list[Cell]:
+    keeps = {"unreduced": 1.0}
+    return [Cell(m, keeps.get(m, ABLATED), (), DIGITS_STEPS, s, "digits") for s, m in product(seeds, DIGITS)]
 
 
 def _squeezing(seeds: Sequence[int]) -> list[Cell]:
@@ -72,6 +81,7 @@ _OWN = {
     "5-diversity": _diversity,
     "6-bat-steps": _steps,
     "7-toy": _toy,
+    "digits": _digits,
 }
 CLAIMS = tuple(_OWN)
 
@@ -79,4 +89,4 @@ CLAIMS = tuple(_OWN)
 def all_cells(claims: Sequence[str] = CLAIMS, seeds: Sequence[int] = SEEDS) -> list[Cell]:
     """The cells of claims, each once, all of one seed before the next."""
     wanted = dict.fromkeys(cell for claim in claims for cell in cells(claim, seeds))
-    return sorted(wanted, key=lambda cell: cell.seed)
+    return sorted(wanted, key=lambda cell: (cell.method == "smaller", cell.data == "digits", cell.seed))

@@ -24,7 +24,7 @@ def read(path: Path, weights: str) -> Results:
             continue
         if row["weights"] == weights:
             options = tuple((name, value) for name, value in row["options"].items())
-            out[Cell(row["method"], row["keep"], options, row["steps"], row["seed"])] = row
+            out[Cell(row["method"], row["keep"], options, row["steps"], row["seed"], row["data"])] = row
     return out
 
 
@@ -42,5 +42,9 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 def tidy(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write results anew, sorted, without lines that are cut off or belong to other weights."""
-    ordered = sorted(rows, key=lambda row: (row["method"], -row["keep"], json.dumps(row["options"]), row["steps"], row["seed"]))
+
+    def place(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["data"], row["method"], -row["keep"], json.dumps(row["options"]), row["steps"], row["seed"]
+
+    ordered = sorted(rows, key=place)
     write_atomically(path, "".join(f"{json.dumps(row)}\n" for row in ordered))

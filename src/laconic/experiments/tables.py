@@ -13,6 +13,8 @@ from laconic.experiments.claims import (
     ALTERNATIVES,
     CLUSTER,
     CUTS,
+    DIGITS,
+    DIGITS_STEPS,
     DIVERSITY,
     KEEPS,
     LENGTHS,
@@ -33,10 +35,12 @@ class Reader:
     def __init__(self, results: Results, seeds: Sequence[int] = SEEDS) -> None:
         self.results, self.seeds = results, seeds
 
-    def runs(self, method: str, keep: float, options: Options = (), steps: int = STEPS) -> list[dict[str, Any]]:
+    def runs(
+        self, method: str, keep: float, options: Options = (), steps: int = STEPS, data: str = "scenes"
+    ) -> list[dict[str, Any]]:
         """The results of all seeds; none if one is missing."""
         seeds = self.seeds if steps else (0,)
-        found = [self.results.get(Cell(method, keep, options, steps, seed)) for seed in seeds]
+        found = [self.results.get(Cell(method, keep, options, steps, seed, data)) for seed in seeds]
         return [row for row in found if row is not None] if None not in found else []
 
     def outcomes(self, *cell: Any) -> list[list[int]]:
@@ -208,6 +212,16 @@ def toy(read: Reader) -> str:
     )
 
 
+def digits(read: Reader) -> str:
+    """The sanity row: a real data set."""
+    base = ("unreduced", 1.0, (), DIGITS_STEPS, "digits")
+    rows: list[list[Any]] = []
+    for name in DIGITS:
+        cell = (name, 1.0 if name == "unreduced" else ABLATED, (), DIGITS_STEPS, "digits")
+        rows.append([name, read.accuracy(*cell), "" if cell == base else signed(read.difference(cell, base)), read.macs(*cell)])
+    return markdown([f"keep {ABLATED:g}", "top-1, %", "against unreduced", "M MACs"], rows)
+
+
 TABLES = {
     "1-squeezing": squeezing,
     "2-bat": bat,
@@ -216,4 +230,5 @@ TABLES = {
     "5-diversity": diversity,
     "6-bat-steps": steps,
     "7-toy": toy,
+    "digits": digits,
 }

@@ -51,9 +51,9 @@ def load(name: str, weights: Path | None = None, **options: Any) -> Loaded:
     try:
         overlay: dict[str, Any] = {} if path is None else {"pretrained_cfg_overlay": {"file": str(path)}}
         tag = ".".join(filter(None, (cfg.get("architecture", name), cfg.get("tag"))))
-        return Loaded(
-            create(name, pretrained=True, **options, **overlay), f"the weights of {name} are timm's pretrained ones ({tag})", False
-        )
+        whose = "those that come with laconic" if cfg.get("file") else f"timm's pretrained ones ({tag})"
+        made = create(name, pretrained=True, **options, **overlay)
+        return Loaded(made, f"the weights of {name} are {whose}", False)
     except (Refusal, OSError) as error:
         reason = str(error).splitlines()[0]
         return _random(model, f"pretrained ones could not be had: {reason}; --weights takes a file")
