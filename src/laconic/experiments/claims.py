@@ -9,7 +9,7 @@ from laconic.experiments.cells import Cell
 
 STEPS = 40  # of fine-tuning, of 32 images each
 SEEDS = (0, 1, 2)
-KEEPS = (0.9, 0.7, 0.5, 0.3, 0.2)
+KEEPS = (0.9, 0.7, 0.5, 0.3)
 ALTERNATIVES = ("random", "avg-pool", "resolution")
 TRAINING_FREE = ("etps", "evit", "bat", "topk", *ALTERNATIVES)
 ABLATED = 0.5  # keep rate of the ablations
@@ -23,7 +23,7 @@ ABLATIONS: dict[str, tuple[tuple[str, str], ...]] = {
 }
 LENGTHS = (10, 120)  # other lengths of fine-tuning
 DIGITS_STEPS = 80  # two epochs of the 1,297 digits
-DIGITS = ("unreduced", "etps", "evit", "dtps", "dynamicvit", "bat", "topk", *("random", "avg-pool"))
+DIGITS = ("unreduced", "etps", "evit", "dtps", "bat", "random")
 DIVERSITY, CLUSTER = (("steps", "diversity"),), (("steps", "cluster"),)
 CUTS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 

@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from laconic.experiments.claims import KEEPS, SEEDS, STEPS
+from laconic.experiments.claims import KEEPS, SEEDS, STEPS, all_cells
 from laconic.experiments.plots import draw_diversity, draw_sweep, draw_toy
 from laconic.experiments.store import Results
 from laconic.experiments.tables import TABLES, Reader
@@ -43,7 +43,7 @@ are needed, and the background helps.
 """
 
 
-def write_page(path: Path, results: Results, environment: dict[str, Any], command: str) -> None:
+def write_page(path: Path, results: Results, environment: dict[str, Any]) -> None:
     """Write the page, and its plots into a folder of its name."""
     texts = tomllib.loads((resources.files("laconic") / "experiments" / "readings.toml").read_text())
     read, folder = Reader(results), path.with_suffix("")
@@ -52,6 +52,11 @@ def write_page(path: Path, results: Results, environment: dict[str, Any], comman
     draw_diversity(folder / "diversity.png", read)
     draw_toy(folder / "toy.png", read)
     parts = [_head(read, environment)]
+    missing = sum(cell not in results for cell in all_cells())
+    if missing:
+        parts.append(
+            f"**{missing} of {len(all_cells())} runs are still missing**: some rows have fewer than {len(SEEDS)} seeds."
+        )
     for number, (claim, table) in enumerate(TABLES.items(), 1):
         text = texts[claim]
         parts.append(f"## {number}. {text['title']}\n\n**The papers:** {text['papers'].strip()}\n\n{table(read)}")

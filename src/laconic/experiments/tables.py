@@ -38,10 +38,10 @@ class Reader:
     def runs(
         self, method: str, keep: float, options: Options = (), steps: int = STEPS, data: str = "scenes"
     ) -> list[dict[str, Any]]:
-        """The results of all seeds; none if one is missing."""
+        """The results there are, a seed each."""
         seeds = self.seeds if steps else (0,)
         found = [self.results.get(Cell(method, keep, options, steps, seed, data)) for seed in seeds]
-        return [row for row in found if row is not None] if None not in found else []
+        return [row for row in found if row is not None]
 
     def outcomes(self, *cell: Any) -> list[list[int]]:
         """Right or wrong, by seed and image."""
@@ -54,8 +54,9 @@ class Reader:
 
     def difference(self, one: Sequence[Any], other: Sequence[Any]) -> Estimate | None:
         """How much better one is than the other."""
-        a, b = self.outcomes(*one), self.outcomes(*other)
-        return difference(a, b) if a and len(a) == len(b) else None
+        a, b = ({row["seed"]: unpacked(row["correct"]) for row in self.runs(*cell)} for cell in (one, other))
+        both = sorted(a.keys() & b.keys())
+        return difference([a[seed] for seed in both], [b[seed] for seed in both]) if both else None
 
     def mean(self, name: str, *cell: Any) -> str:
         """The mean of a number over the seeds."""

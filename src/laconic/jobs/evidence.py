@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,4 +116,4 @@ def _write_page(page: Path, results: store.Results, source: Path) -> None:
     if not facts.is_file():
         write_atomically(facts, json.dumps(environment, indent=2))
     store.tidy(source, results.values())
-    write_page(page, results, json.loads(facts.read_text()), " ".join(["laconic", *sys.argv[1:]]))
+    write_page(page, results, json.loads(facts.read_text()))
