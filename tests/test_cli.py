@@ -36,7 +36,26 @@ VERBS = {
     "doctor": [TINY],
     "bench": [TINY, "--method", "etps", "--batch-size", "1", "--rounds", "1", "--threads", "1"],
     "show": [image(), "--model", TINY, "--method", "etps", "--output", "{tmp}"],
-    "demo": f"--model {TINY} --method etps --keep 0.5 --batch-size 1 --photographs 1 --rounds 1 --output {{tmp}}".split(),
+    "eval": ["scenes_vit_small", "--data", "scenes", "--limit", "8", "--method", "etps", "--keep", "0.5"],
+    "sweep": [
+        "scenes_vit_small",
+        "--data",
+        "scenes",
+        "--limit",
+        "8",
+        "--method",
+        "etps",
+        "--keep",
+        "0.5",
+        "--output",
+        "{tmp}/s.csv",
+    ],
+    "evidence": ["--claim", "7-toy", "--minutes", "1e-9", "--output", "{tmp}/evidence.jsonl"],
+    "train": [
+        *("--set", "data.train_images=8", "--set", "data.val_images=8", "--set", "optimization.batch_size=4"),
+        *("--output", "{tmp}/run", "--device", "cpu"),
+    ],
+    "demo": ["--images", "8", "--method", "etps", "--keep", "0.5", "--pictures", "1", "--rounds", "1", "--output", "{tmp}"],
 }
 
 
@@ -137,7 +156,11 @@ def test_wrong_usage(laconic_, words, message):
         (["show"], "at least one image"),
         (["show", image(), "--model", TINY, "--method", "bta"], "Did you mean 'bat'"),
         (["demo", "--weights", "absent.safetensors"], "absent.safetensors: there is no such file"),
-        (["demo", "--photographs", "0"], "at least 1"),
+        (["demo", "--pictures", "0"], "at least 1"),
+        (["demo", "--images", "-1"], "limit must be at least 0"),
+        (["demo", "--data", "scense"], "Did you mean 'scenes'"),
+        (["demo", "--data", "scenes", "--split", "tset"], "scenes have the splits train, val, test, not 'tset'"),
+        (["demo", "--model", "."], "the demo takes timm names"),
         (["demo", "--model", "resnet18", "--weights", __file__], "does not hold the weights of resnet18"),
     ],
 )
@@ -162,7 +185,7 @@ def test_a_missing_library_names_the_extra(laconic_, monkeypatch, module, extra)
 
 @pytest.mark.parametrize("module", ["matplotlib", "skimage"])
 def test_the_demo_names_its_extra(laconic_, monkeypatch, tmp_path, module):
-    words = [word.format(tmp=tmp_path) for word in VERBS["demo"]]
+    words = [*(word.format(tmp=tmp_path) for word in VERBS["demo"]), "--model", TINY]  # which looks at photographs
     for loaded in [name for name in sys.modules if name.partition(".")[0] == module]:
         monkeypatch.setitem(sys.modules, loaded, None)
     monkeypatch.setitem(sys.modules, module, None)

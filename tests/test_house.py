@@ -28,7 +28,9 @@ OPTIONAL = {
     "datasets",
     "accelerate",
 }
-CORE = [f for f in FILES if f.parent.name not in ("jobs", "models") and f.name not in ("cli.py", "mixin.py")]  # those are the use
+CORE = [
+    f for f in FILES if f.parent.name not in ("jobs", "models") and f.name not in ("cli.py", "mixin.py")
+]  # those are the use
 METHODS = sorted((SOURCE / "methods").glob("*.py"))
 
 

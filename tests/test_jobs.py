@@ -5,7 +5,6 @@ import io
 import json
 import time
 import urllib.error
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ import laconic
 from laconic.doctor import doctor, twin
 from laconic.jobs import agreement, compare, draw, machine, measure, models, photos, variants, weights
 from laconic.jobs.bench import bench
-from laconic.jobs.demo import demo
 from laconic.jobs.measure import Quartiles, Sample, Setting, Time
 from laconic.jobs.output import Refusal, sentence, write_atomically
 from laconic.jobs.show import show
@@ -469,7 +467,7 @@ def test_files_that_are_not_images(tmp_path, small):
 
 
 def test_agreement(small):
-    read = [photos.Photo(Path("noise"), torch.randn(3, 96, 96), np.zeros((96, 96, 3)))]
+    read = [photos.Photo("noise", None, torch.randn(3, 96, 96), np.zeros((96, 96, 3)))]
     full = agreement.answers(small, read, (96, 96))
     same = agreement.agree(full, full)
     assert same.cosine == pytest.approx(1.0)
@@ -564,33 +562,6 @@ def test_images_of_one_name_do_not_overwrite_each_other(tmp_path):
     path = next(iter(photos.shipped(1)))
     report = show((path, path), model=TINY, output=tmp_path)
     assert [p.file.name for p in report.pictures] == ["astronaut-1-bat-0.7.png", "astronaut-2-bat-0.7.png"]
-
-
-# ---------------------------------------------------------------------------------------------------- demo
-def test_demo(tmp_path):
-    report = demo(
-        model=TINY, method=("etps", "dtps"), keep=(0.5,), batch_size=1, photographs=2, setting=QUICK, output=tmp_path / "out"
-    )
-    text = str(report)
-    assert text.startswith("Weights are RANDOM (seed 0)")
-    assert "astronaut.png, Eileen Collins, astronaut (NASA; public domain)" in text
-    assert "predictor that nobody has trained here" in text
-    labels = [row.label for row in report.rows]
-    assert labels == ["unreduced", "etps 0.5", "dtps 0.5", "random 0.5", "avg-pool 0.5", "input 160x160 0.5"]
-    assert [row.tokens for row in report.rows][1:3] == [(196, 98, 49, 25), (196, 98, 49, 24)]
-    assert all(a.cosine is not None and a.kl is not None for a in report.agreement)
-    files = [p.file for p in report.pictures]
-    assert sorted(f.name for f in files) == [f"{p}-{m}-0.5.png" for p in ("astronaut", "chelsea") for m in ("dtps", "etps")]
-    assert all(not_blank(file) for file in [*files, report.sheet])
-    found = json.loads(json.dumps(report.to_json()))
-    assert found["rows"][1]["agreement"]["cosine"] == report.agreement[1].cosine
-    assert found["weights"].startswith("weights are RANDOM")
-
-
-def test_demo_without_its_photographs(monkeypatch):
-    monkeypatch.setattr(photos, "SHIPPED", {"absent.png": ""})
-    with pytest.raises(Refusal, match="ships none of"):
-        demo(model=TINY)
 
 
 # ---------------------------------------------------------------------------------------------------- files

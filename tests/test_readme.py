@@ -2,16 +2,34 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 import laconic
-from laconic.jobs.readme import TOP, filled, main
+from laconic.jobs.readme import TOP, filled, main, read_runs
 
 README = TOP / "README.md"
 
 
 def test_the_tables_are_generated():
-    run = json.loads((TOP / "results" / "demo.json").read_text())
-    assert filled(README.read_text(), run) == README.read_text(), "python -m laconic.jobs.readme"
-    assert "/tmp" not in json.dumps(run)
+    runs = read_runs()
+    assert filled(README.read_text(), runs) == README.read_text(), "python -m laconic.jobs.readme"
+    assert "/tmp" not in json.dumps(runs)
+
+
+def test_every_row_of_the_runs_stands_in_the_readme():
+    demo, speed = read_runs()
+    lines = README.read_text().splitlines()
+    for row in demo["rows"]:
+        label = row["name"] if row["keep"] is None else f"{row['name']} {row['keep']:g}"
+        (line,) = [line for line in lines if line.startswith(f"| {label} |") and line.count("|") == 11]
+        found = row["accuracy"]
+        assert found is None or f"**{100 * found['top1']:.1f}**" in line
+    assert sum(line.count("|") == 8 and "×**" in line for line in lines) == len(speed["rows"]) - 1
+
+
+def test_a_readme_without_the_places_is_refused():
+    with pytest.raises(ValueError, match="<!-- demo -->"):
+        filled("# Laconic", read_runs())
 
 
 def test_main_writes_what_filled_says(tmp_path):

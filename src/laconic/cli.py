@@ -48,18 +48,18 @@ class Verb:
 
 VERBS = {
     "demo": Verb(
-        "Reduce a real model on real photographs: one honest table, and pictures.",
+        "Reduce a model by several methods: cost, speed and accuracy in one honest table, and pictures.",
         "laconic.jobs.demo:demo",
         (
             "laconic demo",
-            "laconic demo --weights deit_small.safetensors --rounds 10 --threads 1",
+            "laconic demo --model deit_small_patch16_224 --weights deit_small.safetensors --data imagenet",
             "laconic demo --model deit_tiny_patch16_224 --method etps --method bat --keep 0.7",
         ),
     ),
     "list": Verb(
         "The methods and the supported models.",
         "laconic.jobs.list:list_",
-        ("laconic list", "laconic list --json"),
+        ("laconic list", "laconic list --recipes", "laconic list --json"),
     ),
     "doctor": Verb(
         "What works on a model, and why the rest does not.",
@@ -80,7 +80,7 @@ VERBS = {
         "laconic.jobs.sweep:sweep",
         (
             "laconic sweep scenes_vit_small --data scenes --method etps --method bat --output sweep.csv",
-            "laconic sweep deit_small_patch16_224 --data imagenet --method etps --keep 0.9 --keep 0.7 --output sweep.csv --speed",
+            "laconic sweep deit_small_patch16_224 --data imagenet --method etps --keep 0.9 --output sweep.csv --speed",
         ),
     ),
     "evidence": Verb(
@@ -88,7 +88,7 @@ VERBS = {
         "laconic.jobs.evidence:evidence",
         (
             "laconic evidence --claim 7-toy",
-            "laconic evidence --share 1/2 & laconic evidence --share 2/2",
+            "laconic evidence --share 1/2",
             "laconic evidence --page docs/evidence.md",
         ),
     ),
@@ -98,8 +98,8 @@ VERBS = {
         (
             "laconic train --recipe etps_deit_small_keep0.7 --data imagenet --output etps",
             "laconic train --recipe scenes_vit_small --set data.train_images=6400 --set optimization.lr=1e-3",
+            "laconic train --recipe dtps_deit_small_keep0.7 --data imagenet --workers 8 --checkpoint-every 500",
             "laconic train --set method.name=bat --set method.keep=0.5 --data scenes --output bat --resume",
-            "accelerate launch -m laconic.cli train --recipe dtps_deit_small_keep0.7 --data imagenet",
         ),
     ),
     "bench": Verb(
@@ -155,6 +155,8 @@ def run(name: str, words: list[str]) -> int:
         job, as_json = parse(name, words)
         with contextlib.redirect_stdout(sys.stderr):  # whatever a library prints is not the report
             report = job()
+        if report is None:  # of several processes that train, the main one reports
+            return 0
         if as_json:
             print(json.dumps(report.to_json(), indent=2))
         else:

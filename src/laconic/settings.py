@@ -8,22 +8,22 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
-def _refuse_unless(good: Callable[[float], bool], words: str, **values: float | None) -> None:
+def _refuse_unless(good: Callable[[Any], bool], words: str, **values: int | float | None) -> None:
     """Raise ValueError for the first number that is not what the words say; a name has __ for its dot."""
     for name, value in values.items():
         if value is not None and not (math.isfinite(value) and good(value)):
             raise ValueError(f"{name.replace('__', '.')} must be {words}, not {value}")
 
 
-def _shares(**values: float | None) -> None:
+def _shares(**values: int | float | None) -> None:
     _refuse_unless(lambda value: 0 <= value <= 1, "between 0 and 1", **values)
 
 
-def _not_negative(**values: float | None) -> None:
+def _not_negative(**values: int | float | None) -> None:
     _refuse_unless(lambda value: value >= 0, "0 or more", **values)
 
 
-def _at_least_one(**values: float | None) -> None:
+def _at_least_one(**values: int | float | None) -> None:
     _refuse_unless(lambda value: value >= 1, "at least 1", **values)
 
 

@@ -22,7 +22,8 @@ def _drawn(path: Path, width: float, paint: Callable[[Any], None]) -> None:
     axes = figure.add_subplot()
     paint(axes)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="small")
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=110, metadata={"Software": None})
     write_atomically(path, content.getvalue())

@@ -1,9 +1,9 @@
-"""How far a model's answers are from those of the unreduced one, on the same photographs."""
+"""How good a model's answers are: how far from the unreduced model's, and how often right where the labels are known."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -11,16 +11,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from laconic.distill import logit_distillation
+from laconic.jobs.accuracy import Accuracy
+from laconic.jobs.fates import Fate
 from laconic.jobs.photos import Photo
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How close a model is to the unreduced one, mean over the photographs; None where that cannot be said."""
+    """How close a model is to the unreduced one, mean over the images; None where that cannot be said."""
 
     cosine: float | None = None  # of the features before the head
     kl: float | None = None  # of the class probabilities, KL(unreduced || this)
-    top1: float | None = None  # share of photographs with the same first class
+    top1: float | None = None  # share of images with the same first class
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What can be said of a model's answers: the accuracy where labels are known, the fate where the object is."""
+
+    agreement: Agreement = Agreement()
+    accuracy: Accuracy | None = None
+    fate: Fate | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, as plain JSON."""
+        accuracy, fate = self.accuracy, self.fate
+        out: dict[str, Any] = {"agreement": asdict(self.agreement)}
+        out["accuracy"] = None if accuracy is None else accuracy.to_json()
+        out["fate"] = None if fate is None else fate.to_json()
+        return out
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from laconic.ledger import Provenance
 SIDE = 336  # about as many pixels has the longer side of a picture
 TINT = 0.52  # of a group's colour in its patches
 BORDER = 2  # pixels
+COARSE = 3  # a picture enlarged as often or more shows its pixels as they are
 DPI = 130
 LEGEND = "one colour: one token · as it was: a token of its own · dark: dropped"
 DARK, SHADOW = 0.22, 0.07  # of a dropped patch's light what is left, and the grey over it
@@ -130,8 +130,12 @@ def _edges(holder: np.ndarray) -> np.ndarray:
 
 
 def enlarge(picture: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """The picture in the size of the sheet, a whole number of pixels a patch."""
+    """The picture in the size of the sheet, a whole number of pixels a patch; of a tiny one every pixel is a square."""
     from PIL import Image
+
+    times = round(SIDE / max(picture.shape[:2]))
+    if times >= COARSE:
+        return picture.repeat(times, 0).repeat(times, 1).astype(np.float32)
 
     cell = max(2 * BORDER + 2, round(SIDE / max(grid)))
     image = Image.fromarray((picture * 255).round().astype(np.uint8))
@@ -163,11 +167,9 @@ def save_sheet(path: Path, rows: Sequence[Sequence[np.ndarray]], titles: Sequenc
     for i, row in enumerate(rows):
         for j, picture in enumerate(row):
             left, low = gap + j * (width + gap), down - top - i * (height + gap) - height
-            axes: Any = figure.add_axes((left / across, low / down, width / across, height / down))
-            axes.imshow((picture.clip(0, 1) * 255).round().astype(np.uint8), aspect="auto", interpolation="nearest")
-            axes.set_axis_off()
+            figure.figimage((picture.clip(0, 1) * 255).round().astype(np.uint8), left, low, origin="upper")  # pixel by pixel
             if i == 0:
-                axes.set_title(titles[j], fontsize=9, pad=3)
+                figure.text((left + width / 2) / across, 1 - (top - 6) / down, titles[j], fontsize=9, ha="center", va="bottom")
     figure.text(gap / across, 1 - 8 / down, heading, fontsize=10, weight="bold", va="top")
     figure.text(gap / across, 6 / down, LEGEND, fontsize=8, color="0.35", va="bottom")
     data = io.BytesIO()

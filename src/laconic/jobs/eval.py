@@ -16,7 +16,8 @@ from laconic.jobs.output import Refusal, Report, Table, write_atomically
 from laconic.jobs.scores import Score
 from laconic.jobs.subject import Reading, Subject, command, open_subject
 from laconic.jobs.variants import Variant, as_reduced, parse_methods, reduced, unreduced
-from laconic.reducer import METHODS
+from laconic.models.scenes import has_scorer, load_scorer
+from laconic.reducer import METHODS, Method
 
 EXPLAINED = (
     "(95 %): Wilson's interval of top-1. change: in points, to the unreduced model. agrees: images with the same first "
@@ -97,7 +98,7 @@ def eval_(
     rows = [first, *(scores.score(v, subject.images, reading, setting, said)[0] for v in variants[1:])]
     here = {name: fact for name, fact in machine.environment(setting).items() if name not in ("rounds", "compiled")}
     read = DataReport.of(subject.images, said.unreadable)
-    notes = (*subject.notes, *notes_on(rows))
+    notes = (*subject.notes, *scorer_notes(variants, subject), *notes_on(rows))
     title = f"{data}, {reading.split}"
     report = EvalReport(model, title, subject.weights, tuple(rows), read, here, command("eval", model, asked), notes)
     if output is not None:
@@ -119,7 +120,23 @@ def check_output(output: Path | None) -> None:
 def _variants(subject: Subject, method: tuple[str, ...], keep: tuple[float, ...], options: tuple[str, ...]) -> list[Variant]:
     out = [unreduced("unreduced", subject.base), *saved_variant(subject)]
     configs = parse_methods(list(dict.fromkeys(method)), options)
-    return out + [reduced(subject.base, config, rate) for config in configs for rate in dict.fromkeys(keep)]
+    return out + [reduced_of(subject, config, rate) for config in configs for rate in dict.fromkeys(keep)]
+
+
+def reduced_of(subject: Subject, config: Method, keep: float) -> Variant:
+    """A reduced copy, with the trained scorer that comes with laconic where there is one for these weights."""
+    variant = reduced(subject.base, config, keep)
+    if subject.pretrained and config.row.learns:
+        load_scorer(variant.model, subject.name)
+    return variant
+
+
+def scorer_notes(variants: Sequence[Variant], subject: Subject) -> list[str]:
+    """Which methods have parameters of their own, and whether anybody trained them."""
+    learned = dict.fromkeys(v.name for v in variants if v.name in METHODS and METHODS[v.name].learns)
+    whose = {name: subject.pretrained and has_scorer(subject.name, name) for name in learned}
+    words = {True: "were trained for this model and come with laconic", False: "are untrained here"}
+    return [f"{name} has parameters of its own, which {words[trained]}" for name, trained in whose.items()]
 
 
 def saved_variant(subject: Subject) -> list[Variant]:
@@ -132,7 +149,5 @@ def saved_variant(subject: Subject) -> list[Variant]:
 
 def notes_on(rows: Sequence[Score]) -> list[str]:
     """What is to be known of the rows themselves."""
-    fresh = dict.fromkeys(row.name for row in rows if row.name in METHODS and METHODS[row.name].learns)
-    notes = [f"{name} has parameters of its own, which are untrained here" for name in fresh]
     bad = [f"{row.label} {row.not_finite:,}" for row in rows if row.not_finite]
-    return notes + ([f"answers that are not finite, counted as wrong: {', '.join(bad)}"] if bad else [])
+    return [f"answers that are not finite, counted as wrong: {', '.join(bad)}"] if bad else []

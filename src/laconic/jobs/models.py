@@ -25,7 +25,7 @@ def create(name: str, *, seed: int = 0, **options: Any) -> nn.Module:
     """
     import timm
 
-    import laconic.models  # registers ours with timm
+    import laconic.models  # noqa: F401 (it registers ours with timm)
 
     architecture = name.partition(".")[0]
     if ":" not in name and not timm.is_model(architecture):

@@ -1,7 +1,8 @@
-"""Photographs: those of the demo, and any file as a model sees it and as the picture of what it saw."""
+"""Photographs and other images, as a model sees them and as the picture of what it saw."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,17 @@ SHIPPED = {  # what scikit-image ships in its wheel and everybody may use: file 
 
 @dataclass(frozen=True)
 class Photo:
-    """An image file as a model sees it: ``pixels`` for the model, and the same crop as a picture."""
+    """An image as a model sees it: ``pixels`` for the model, and the same crop as a picture."""
 
-    path: Path
+    name: str  # of its file, or in its set
+    image: Any  # of PIL, whole
     pixels: Tensor  # [3, H, W], normalised
     picture: np.ndarray  # [H, W, 3] in [0, 1]
+
+    @property
+    def stem(self) -> str:
+        """A name for files that are about it."""
+        return re.sub(r"[^\w.-]+", "-", Path(self.name).stem)
 
 
 def shipped(count: int) -> dict[Path, str]:
@@ -42,7 +49,9 @@ def shipped(count: int) -> dict[Path, str]:
     folder = Path(skimage.__file__).parent / "data"
     found = {folder / name: source for name, source in SHIPPED.items() if (folder / name).is_file()}
     if not found:
-        raise Refusal(f"this scikit-image ships none of {', '.join(SHIPPED)}; use laconic show IMAGE")
+        raise Refusal(
+            f"this scikit-image ships none of {', '.join(SHIPPED)}; use laconic show IMAGE, or laconic demo --data FOLDER"
+        )
     return dict(list(found.items())[:count])
 
 
@@ -53,8 +62,6 @@ def read(path: Path, model: nn.Module) -> Photo:
         Refusal: there is no such file, or it is not an image.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
-    from timm.data.config import resolve_model_data_config
-    from timm.data.transforms_factory import create_transform
 
     try:
         with Image.open(path) as opened:
@@ -63,7 +70,15 @@ def read(path: Path, model: nn.Module) -> Photo:
         raise Refusal(f"{path} is not an image that Pillow can read; give a PNG or JPEG file") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise Refusal(f"{path} cannot be read as an image: {getattr(error, 'strerror', None) or error}") from error
+    return prepare(path.name, image, model)
+
+
+def prepare(name: str, image: Any, model: nn.Module) -> Photo:
+    """An image of PIL, resized, cropped and normalised as timm says this model wants it."""
+    from timm.data.config import resolve_model_data_config
+    from timm.data.transforms_factory import create_transform
+
     config: dict[str, Any] = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
     pixels: Tensor = create_transform(**config, is_training=False)(image)
     mean, std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("mean", "std"))
-    return Photo(path, pixels, (pixels * std + mean).clamp(0, 1).permute(1, 2, 0).numpy())
+    return Photo(name, image, pixels, (pixels * std + mean).clamp(0, 1).permute(1, 2, 0).numpy())

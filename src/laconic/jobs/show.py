@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from laconic.compression import find_compression
 from laconic.jobs import draw, photos
 from laconic.jobs.models import open_model
 from laconic.jobs.output import Refusal, Report, Table
 from laconic.jobs.photos import Photo
-from laconic.jobs.variants import parse_methods, reduced
+from laconic.jobs.variants import Variant, parse_methods, reduced
 from laconic.jobs.weights import load
 from laconic.ledger import Provenance, provenance
 
@@ -128,7 +129,23 @@ def draw_one(file: Path, photo: Photo, ledger: Provenance, number: int, method: 
     keep = f"keep {rate}" if rate[0].isdigit() else rate
     heading = f"{method}, {keep}: {' → '.join(map(str, tokens))} tokens{remark}"
     draw.save_sheet(file, [draw.token_maps(photo.picture, stages)], titles, heading)
-    return Picture(file, photo.path.name, method, rate, tokens)
+    return Picture(file, photo.name, method, rate, tokens)
+
+
+def draw_all(folder: Path, variants: Sequence[Variant], read: Sequence[Photo], remark: str) -> tuple[Path, list[Picture]]:
+    """A picture of every stage for each method and image, and a sheet with the last stage of all of them."""
+    pictures, panels = list[Picture](), [list[Any]() for _ in read]
+    stems = unique([photo.stem for photo in read])
+    for variant in tqdm(variants, desc="drawing", unit="method", leave=False, disable=None):
+        ledger = look(variant.model, read)
+        for number, photo in enumerate(read):
+            file = folder / f"{stems[number]}-{variant.name}-{variant.keep:g}.png"
+            pictures.append(draw_one(file, photo, ledger, number, variant.name, f"{variant.keep:g}", remark))
+            maps = draw.token_maps(photo.picture, draw.maps(ledger, number))
+            panels[number] += [maps[-1]] if panels[number] else [maps[0], maps[-1]]
+    titles = [f"{variants[0].tokens[0]} patches", *(f"{v.name}: {v.tokens[-1]} tokens" for v in variants)]
+    heading = f"keep {variants[0].keep:g} at {len(variants[0].tokens) - 1} blocks: what is left{remark}"
+    return draw.save_sheet(folder / "token-maps.png", panels, titles, heading), pictures
 
 
 def unique(stems: Sequence[str]) -> list[str]:

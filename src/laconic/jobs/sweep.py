@@ -15,14 +15,14 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from laconic.jobs import machine, plots, scores
 from laconic.jobs.bench import METHODS
 from laconic.jobs.compare import compare
-from laconic.jobs.eval import EXPLAINED, check_output, notes_on, saved_variant
+from laconic.jobs.eval import EXPLAINED, check_output, notes_on, reduced_of, saved_variant, scorer_notes
 from laconic.jobs.measure import Setting
 from laconic.jobs.models import smaller_name
 from laconic.jobs.output import Refusal, Report, Table
 from laconic.jobs.record import Key, Record
 from laconic.jobs.scores import Score, options_of, score
 from laconic.jobs.subject import Reading, Subject, command, digest, open_subject
-from laconic.jobs.variants import ALWAYS, Variant, alternatives, parse_methods, reduced, unreduced
+from laconic.jobs.variants import ALWAYS, Variant, alternatives, parse_methods, unreduced
 from laconic.jobs.weights import load
 
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
@@ -96,7 +96,7 @@ def sweep(
     variants, notes = collect(subject, method, keep or KEEPS, options, model_args)
     record = Record(output, question(subject, data, reading, model_args, setting))
     record.begin(command("sweep", model, {**asked, **vars(reading), **vars(setting)}), machine.environment(setting))
-    record.notes, record.weights = [*subject.notes, *notes], subject.weights
+    record.notes, record.weights = [*subject.notes, *scorer_notes(variants, subject), *notes], subject.weights
     computed = evaluate(record, variants, subject, reading, setting)
     if speed:
         measure(record, variants, speed_batch, setting)
@@ -125,7 +125,7 @@ def collect(
     variants = [unreduced("unreduced", subject.base), *saved]
     wanted = method or (() if saved else METHODS)
     configs = parse_methods([name for name in dict.fromkeys(wanted) if name not in ALWAYS], options)
-    variants += [reduced(subject.base, config, rate) for config in configs for rate in keeps]
+    variants += [reduced_of(subject, config, rate) for config in configs for rate in keeps]
     smaller, why = _smaller(subject, model_args)
     others, notes = alternatives(subject.name if smaller else "", subject.base, keeps, lambda _: _given(smaller))
     notes = [note for note in notes if not note.startswith("no smaller model row")]

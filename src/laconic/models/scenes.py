@@ -49,7 +49,9 @@ def _cfg(name: str) -> dict[str, Any]:
 default_cfgs = generate_default_cfgs({name: _cfg(name) for name in ("scenes_vit_small", "scenes_vit_tiny")})
 
 
-def _create(name: str, pretrained: bool, width: int, depth: int, heads: int, **options: Any) -> VisionTransformer:
+def _create(name: str, pretrained: bool, sizes: dict[str, int], **options: Any) -> VisionTransformer:
+    facts: dict[str, Any] = {"img_size": 40, "patch_size": 1, **sizes, **options}
+    width = facts["embed_dim"]
     stem = ConvStem(
         depth=4,
         channels=(width // 4, width // 2, width, width),
@@ -58,14 +60,18 @@ def _create(name: str, pretrained: bool, width: int, depth: int, heads: int, **o
         padding=(1, 1, 1, 0),
         norm_layer=BatchNormAct2d,
     )
-    facts = {"img_size": 40, "patch_size": 1, "embed_dim": width, "depth": depth, "num_heads": heads}
     embed = partial(HybridEmbed, backbone=stem, proj=False)
-    model = build_model_with_cfg(VisionTransformer, name, pretrained, embed_layer=embed, **{**facts, **options})
+    model = build_model_with_cfg(VisionTransformer, name, pretrained, embed_layer=embed, **facts)
     if not pretrained and model.pos_embed is not None:  # start from places that can be told apart
         grid = model.patch_embed.grid_size
         with torch.no_grad():
             model.pos_embed[0, model.num_prefix_tokens :] = POSITION_SCALE * build_sincos2d_pos_embed(list(grid), dim=width)
     return model
+
+
+def has_scorer(name: str, method: str) -> bool:
+    """Whether a trained scorer of a method comes with laconic for the shipped weights of a model."""
+    return (FOLDER / f"{name}.{method}.safetensors").is_file()
 
 
 def load_scorer(model: nn.Module, name: str) -> bool:
@@ -99,10 +105,10 @@ def load_scorer(model: nn.Module, name: str) -> bool:
 @register_model
 def scenes_vit_small(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """The base model of the generated benchmark."""
-    return _create("scenes_vit_small", pretrained, 64, 8, 2, **kwargs)
+    return _create("scenes_vit_small", pretrained, {"embed_dim": 64, "depth": 8, "num_heads": 2}, **kwargs)
 
 
 @register_model
 def scenes_vit_tiny(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """The next smaller one, for comparison."""
-    return _create("scenes_vit_tiny", pretrained, 48, 6, 2, **kwargs)
+    return _create("scenes_vit_tiny", pretrained, {"embed_dim": 48, "depth": 6, "num_heads": 2}, **kwargs)
