@@ -52,7 +52,16 @@ VERBS = {
     ],
     "evidence": ["--claim", "7-toy", "--minutes", "1e-9", "--output", "{tmp}/evidence.jsonl"],
     "train": [
-        *("--set", "data.train_images=8", "--set", "data.val_images=8", "--set", "optimization.batch_size=4"),
+        *(
+            "--set",
+            "model.pretrained=false",
+            "--set",
+            "data.train_images=8",
+            "--set",
+            "data.val_images=8",
+            "--set",
+            "optimization.batch_size=4",
+        ),
         *("--output", "{tmp}/run", "--device", "cpu"),
     ],
     "demo": ["--images", "8", "--method", "etps", "--keep", "0.5", "--pictures", "1", "--rounds", "1", "--output", "{tmp}"],
