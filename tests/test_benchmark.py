@@ -5,11 +5,16 @@ import hashlib
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save as to_bytes
 
 import laconic
 from laconic.data import open_images, scenes
 from laconic.jobs.evaluate import answers, transform_for
+from laconic.jobs.output import Refusal
+from laconic.jobs.ship import ship
 from laconic.jobs.weights import load
+from laconic.models.scenes import FOLDER, load_scorer
 
 IMAGES = 500
 FIRST = "f4403e6aafa304270b2472985bf61ba5aaccf60b8fa5038696b729bc9494702d"  # of the first pictures of every split; another one means that every published number is void
@@ -82,3 +87,37 @@ def test_the_base_model_stands_where_differences_show(base):
         return np.where(scene.mask[..., None], scene.picture, np.uint8(128))
 
     assert full - top1(base, hidden) >= 0.02  # the object alone, without its surroundings
+
+
+# ---------------------------------------------------------------------------------------------------- what is shipped
+def test_what_is_shipped_is_small():
+    assert sum(file.stat().st_size for file in FOLDER.glob("*.safetensors")) <= 8e6
+
+
+def test_of_a_run_with_a_method_only_its_own_tensors_are_shipped(tmp_path):
+    run, weights, results = (tmp_path / name for name in ("run", "weights", "results"))
+    tensors = {"head.weight": torch.ones(2), "laconic.reducers.2.predictor.weight": torch.zeros(3)}
+    (run / "model").mkdir(parents=True)
+    (run / "model" / "model.safetensors").write_bytes(to_bytes(tensors))
+    with pytest.raises(Refusal, match="no finished run"):
+        ship(run, "one", weights, results)
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert list(from_bytes(ship(run, "one", weights, results).read_bytes())) == ["laconic.reducers.2.predictor.weight"]
+    assert (results / "one.jsonl").read_text() == '{"step": 1}\n'
+    (run / "model" / "model.safetensors").write_bytes(to_bytes({"head.weight": torch.ones(2)}))
+    assert list(from_bytes(ship(run, "two", weights, results).read_bytes())) == ["head.weight"]
+
+
+@pytest.mark.parametrize("method", ["dtps", "dynamicvit"])
+def test_the_shipped_scorers_know_the_object(base, method):
+    """Trained, they keep more of the object than of its surroundings; with random weights they keep about as much of each."""
+    from laconic.experiments.looks import look
+
+    images = open_images("scenes", "test", limit=200)
+    reduced = laconic.reduce_(base, method, keep=0.7)
+    try:
+        assert load_scorer(reduced, "scenes_vit_small")
+        shares = look(reduced, images)
+    finally:
+        laconic.restore_(base)
+    assert shares["object_own"] > shares["surroundings_own"] + 0.3

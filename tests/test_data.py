@@ -427,7 +427,7 @@ def test_hub_data_sets(monkeypatch):
 
 def test_hub_data_sets_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"needs datasets.*laconic\[train\]"):
+    with pytest.raises(ImportError, match=r"needs datasets.*laconic\[datasets\]"):
         open_images("hfds/food101", "val")
 
 

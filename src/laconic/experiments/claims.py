@@ -87,6 +87,11 @@ CLAIMS = tuple(_OWN)
 
 
 def all_cells(claims: Sequence[str] = CLAIMS, seeds: Sequence[int] = SEEDS) -> list[Cell]:
-    """The cells of claims, each once, all of one seed before the next."""
+    """The cells of claims, each once: all of one seed before the next, and what only one table needs last."""
     wanted = dict.fromkeys(cell for claim in claims for cell in cells(claim, seeds))
-    return sorted(wanted, key=lambda cell: (cell.method == "smaller", cell.data == "digits", cell.seed))
+
+    def late(cell: Cell) -> tuple[bool, bool, bool, int]:
+        alone = cell.steps in LENGTHS or (cell.options in ABLATIONS.values() and cell.options != ())
+        return cell.method == "smaller", cell.data == "digits", alone, cell.seed
+
+    return sorted(wanted, key=late)
