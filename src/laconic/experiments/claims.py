@@ -42,8 +42,8 @@ def cells(claim: str, seeds: Sequence[int] = SEEDS) -> list[Cell]:
 
 
 def _digits(seeds: Sequence[int]) -> list[Cell]:
-    keeps = {"unreduced": 1.0}
-    return [Cell(m, keeps.get(m, ABLATED), (), DIGITS_STEPS, s, "digits") for s, m in product(seeds, DIGITS)]
+    keeps = {"unreduced": 1.0}  # one seed: a check of sanity, not a claim
+    return [Cell(m, keeps.get(m, ABLATED), (), DIGITS_STEPS, seeds[0], "digits") for m in DIGITS]
 
 
 def _squeezing(seeds: Sequence[int]) -> list[Cell]:
