@@ -155,10 +155,10 @@ def _model(cell: Cell) -> nn.Module:
 
 def _fine_tune(model: nn.Module, cell: Cell) -> None:
     """Train in place."""
-    epochs = max(1, cell.steps // (len(_trained_on(cell)) // BATCH))
+    images = _trained_on(cell)
+    epochs = max(1, cell.steps // (len(images) // BATCH))
     settings = (*FINE_TUNING, f"optimization.epochs={epochs}")
     recipe = dataclasses.replace(Recipe().replaced(settings), seed=cell.seed)
-    images = _trained_on(cell)
     with tempfile.TemporaryDirectory() as folder:
         transform = train_transform(model, recipe.augmentation)
         running = Running(device="cpu")

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from laconic.attach import reduce_
 from laconic.attention import Seen
-from laconic.compression import find_compression
 from laconic.hosts import find_host
 from laconic.methods.topk import drop
 from laconic.parts import SCORES
@@ -37,11 +36,9 @@ LeastAttended.row = Row("least-attended", "keep the least attended", "2304.10716
 
 def split_once(model: nn.Module, keep: float, *, others: bool) -> Any:
     """A model that cuts once, a quarter into its blocks: to the most attended share ``keep``, or to all the others."""
-    entry, host = find_host(model)[1], find_host(model)[0]
+    host, entry = find_host(model)
     height, width = entry.grid(host)
     attended = round(keep * height * width)
     block = len(entry.blocks(host)) // 4
     schedule = Schedule.leaving({block: height * width - attended if others else attended})
-    reduced = reduce_(model, LeastAttended() if others else "topk", schedule=schedule)
-    assert find_compression(reduced) is not None
-    return reduced
+    return reduce_(model, LeastAttended() if others else "topk", schedule=schedule)

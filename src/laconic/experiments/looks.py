@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from laconic.compression import compression_of
@@ -11,7 +10,9 @@ from laconic.data import ImageSet
 from laconic.data.generated import Scenes
 from laconic.diversity import diversity_score
 from laconic.jobs.evaluate import transform_for
+from laconic.jobs.fates import fates
 from laconic.ledger import provenance
+from laconic.training.token_labels import patch_labels
 
 LOOKED_AT = 200  # images
 
@@ -32,11 +33,9 @@ def look(model: nn.Module, images: ImageSet) -> dict[str, float]:
     finally:
         compression.observer = None
     last = provenance(model).final
-    masks = torch.stack([torch.tensor(images.scene(i).mask) for i in range(LOOKED_AT)]).float()
-    objects = F.adaptive_avg_pool2d(masks, compression.grid).flatten(1) > 0.4
-    held = (last.where >= 0).float()
-    own = torch.zeros_like(held).scatter(1, last.kept, 1.0)
-    shares = {"own": own, "held": held}
+    objects = patch_labels(images, list(range(LOOKED_AT)), compression.grid) < len(images.classes)
+    kept, merged, _ = fates(last).float().unbind(2)
+    shares = {"own": kept, "held": kept + merged}
     out = {"diversity": diversity_score(seen[-1]).mean().item()} if seen else {}
     for name, share in shares.items():
         out[f"object_{name}"] = share[objects].mean().item()

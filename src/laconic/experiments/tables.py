@@ -24,8 +24,8 @@ from laconic.experiments.claims import (
 )
 from laconic.experiments.statistics import Estimate, accuracy, difference
 from laconic.experiments.store import Results
+from laconic.jobs.output import NONE, markdown
 
-NONE = "–"
 Options = tuple[tuple[str, Any], ...]
 
 
@@ -67,12 +67,6 @@ class Reader:
         """Millions of multiply-adds of an image."""
         rows = self.runs(*cell)
         return f"{rows[0]['macs'] / 1e6:.1f}" if rows else NONE
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table."""
-    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
-    return "\n".join(lines + [f"| {' | '.join(NONE if cell is None else str(cell) for cell in row)} |" for row in rows])
 
 
 def signed(value: Estimate | None) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +13,8 @@ import torch
 
 from laconic.jobs import measure
 from laconic.jobs.measure import Quartiles, Sample, Setting
-from laconic.jobs.output import Table, sentence, write_atomically
-from laconic.jobs.variants import Kind, Variant
+from laconic.jobs.output import Table, csv_text, sentence, write_atomically
+from laconic.jobs.variants import Kind, Variant, label_of, size_of
 
 CALM = 1.25  # upper by lower quartile of one model's times
 HEADER = ("", "GMACs", "patch tokens", "implied", "measured", "(quartiles)", "CPU time", "efficiency", "images/s")
@@ -42,7 +40,7 @@ class Row:
     @property
     def label(self) -> str:
         """The variant's label."""
-        return self.name if self.keep is None else f"{self.name} {self.keep:g}"
+        return label_of(self.name, self.keep)
 
     @property
     def efficiency(self) -> float:
@@ -140,27 +138,21 @@ def _gain(row: Row, many: bool) -> str:
 # ------------------------------------------------------------------------------------------------ as files
 def to_csv(model: str, rows: Sequence[Row]) -> str:
     """The columns of timm's benchmark results, and after them what they have no column for."""
-    text = io.StringIO()
-    lines = [_line(model, row) for row in rows]
-    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
+    return csv_text([_line(model, row) for row in rows])
 
 
 def _line(model: str, row: Row) -> dict[str, Any]:
-    height, width = row.image
     return {
         "model": row.name if row.kind == "smaller" else model,
         "infer_samples_per_sec": round(row.images_per_second, 2),
         "infer_step_time": round(row.seconds.median * 1e3, 3),
         "infer_batch_size": row.batch_size,
-        "infer_img_size": height if height == width else f"{height}x{width}",
+        "infer_img_size": size_of(row.image),
         "infer_gmacs": round(row.macs / 1e9, 3),
         "param_count": round(row.parameters / 1e6, 2),
         "variant": row.name,
         "kind": row.kind,
-        "keep": "" if row.keep is None else row.keep,
+        "keep": row.keep,
         "patch_tokens": " ".join(map(str, row.tokens)),
         "implied_ratio": round(row.implied, 4),
         "ratio": round(row.wall.median, 4),

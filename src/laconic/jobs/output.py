@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import os
 import tempfile
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+NONE = "–"  # in a table, where there is no value
 NARROWEST = 132  # columns, where the output is no terminal
 
 
@@ -95,6 +97,22 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def csv_text(lines: Sequence[dict[str, Any]]) -> str:
+    """Lines of the same keys as CSV, with those keys as the header; None is left empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table of markdown; a dash stands for None."""
+    lines = [header, ["---"] * len(header), *rows]
+    texts = [[NONE if cell is None else str(cell) for cell in cells] for cells in lines]
+    return "\n".join("|" + "".join(f" {text} |" if text else " |" for text in cells) for cells in texts)
 
 
 def sentence(items: Sequence[str]) -> str:

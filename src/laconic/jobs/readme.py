@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from laconic.jobs.output import write_atomically
+from laconic.jobs.output import markdown, write_atomically
 from laconic.reducer import methods
 from laconic.training.token_labels import COVERED
 
@@ -48,11 +48,6 @@ def fate_cells(row: dict[str, Any]) -> list[str]:
     return [cost_cells(row)[0], *(f"{share * 100:.0f}" for share in shares)]
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of markdown."""
-    return "\n".join(f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in (header, ["---"] * len(header), *rows))
-
-
 def measured_on(run: dict[str, Any]) -> str:
     """What the times of a run are, and where they were measured."""
     here, batch = run["environment"], run["rows"][0]["batch_size"]
@@ -67,7 +62,7 @@ def measured_on(run: dict[str, Any]) -> str:
 def demo_table(run: dict[str, Any]) -> str:
     """A run with labelled images: cost, speed, accuracy; and what became of the object, where that is known."""
     rows = run["rows"]
-    first = table((*COST, "**top-1 %**", "(95 %)", "agrees %"), [[*cost_cells(row), *answer_cells(row)] for row in rows])
+    first = markdown((*COST, "**top-1 %**", "(95 %)", "agrees %"), [[*cost_cells(row), *answer_cells(row)] for row in rows])
     notes = " ".join(f"{note[0].upper()}{note[1:]}." for note in (run["weights"], *run["notes"]))
     said = (
         f"`laconic demo` on {run['model']} ({run['images']}), {measured_on(run)} (95 %): Wilson's interval. Agrees: the same "
@@ -81,14 +76,14 @@ def demo_table(run: dict[str, Any]) -> str:
         "In % of the patches, at the end. Kept: a token stands in the patch's own place. Merged: a token elsewhere holds it. "
         f"The object's patches are those of which it covers more than {COVERED:.0%}, the others are its surroundings."
     )
-    fates = table(FATES, [fate_cells(row) for row in known])
+    fates = markdown(FATES, [fate_cells(row) for row in known])
     summary = "The scenes know where their object is. How much of it each method keeps, and how much of the rest"
     return f"{first}\n\n{said}\n\n<details><summary>{summary}</summary>\n\n{fates}\n\n{means}\n\n</details>"
 
 
 def speed_table(run: dict[str, Any]) -> str:
     """A run without labelled images, of which only the speed is told."""
-    rows = table(COST, [cost_cells(row) for row in run["rows"]])
+    rows = markdown(COST, [cost_cells(row) for row in run["rows"]])
     command = f"laconic demo --model {run['model']} --rounds {run['environment']['rounds']}"
     weights = run["weights"].partition(":")[0]
     return f"{rows}\n\n`{command}`, {measured_on(run)} Only the speed is shown: {weights}."
@@ -101,7 +96,7 @@ def methods_table() -> str:
         (f"`{row.name}`", f"{row.title} ([{row.paper}](https://arxiv.org/abs/{row.paper}))", yes[row.trained], yes[row.learns])
         for row in methods().values()
     ]
-    return table(("name", "what it does", "needs training", "adds parameters"), rows)
+    return markdown(("name", "what it does", "needs training", "adds parameters"), rows)
 
 
 def filled(text: str, runs: Sequence[dict[str, Any]]) -> str:

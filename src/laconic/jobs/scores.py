@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -18,9 +16,9 @@ from laconic.data import ImageSet
 from laconic.jobs.accuracy import Answers
 from laconic.jobs.evaluate import answers, config_for
 from laconic.jobs.measure import DTYPES, Setting
-from laconic.jobs.output import Table
+from laconic.jobs.output import Table, csv_text
 from laconic.jobs.subject import Reading
-from laconic.jobs.variants import Kind, Variant
+from laconic.jobs.variants import Kind, Variant, label_of, size_of
 
 HEADER = ("", "top-1 %", "(95 %)", "change", "top-5 %", "agrees %", "KL", "GMACs", "patch tokens")
 
@@ -58,7 +56,7 @@ class Score:
     @property
     def label(self) -> str:
         """The variant's label."""
-        return self.name if self.keep is None else f"{self.name} {self.keep:g}"
+        return label_of(self.name, self.keep)
 
     def to_json(self) -> dict[str, Any]:
         """All of it, as plain JSON."""
@@ -114,20 +112,14 @@ def table(rows: Sequence[Score], title: str) -> Table:
 
 def to_csv(model: str, rows: Sequence[Score]) -> str:
     """The columns of timm's result files (accuracy in per cent), and after them what they have no column for."""
-    text = io.StringIO()
-    lines = [_line(model, row) for row in rows]
-    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
+    return csv_text([_line(model, row) for row in rows])
 
 
 def _line(model: str, row: Score) -> dict[str, Any]:
-    height, width = row.image
     ratio = row.ratio or ("", "", "")
-    line = {
+    return {
         "model": row.name if row.kind == "smaller" else model,
-        "img_size": height if height == width else f"{height}x{width}",
+        "img_size": size_of(row.image),
         "top1": round(row.top1 * 100, 3),
         "top1_err": round(100 - row.top1 * 100, 3),
         "top5": round(row.top5 * 100, 3),
@@ -154,4 +146,3 @@ def _line(model: str, row: Score) -> dict[str, Any]:
         "ratio": ratio[1],
         "ratio_q75": ratio[2],
     }
-    return {name: "" if value is None else value for name, value in line.items()}

@@ -46,7 +46,18 @@ class Variant:
     @property
     def label(self) -> str:
         """A name that no other variant of the comparison has."""
-        return self.name if self.keep is None else f"{self.name} {self.keep:g}"
+        return label_of(self.name, self.keep)
+
+
+def label_of(name: str, keep: float | None) -> str:
+    """What a row is called."""
+    return name if keep is None else f"{name} {keep:g}"
+
+
+def size_of(image: tuple[int, int]) -> int | str:
+    """An input size as timm's result files have it: one number where it is square."""
+    height, width = image
+    return height if height == width else f"{height}x{width}"
 
 
 def parse_methods(names: Sequence[str], options: Sequence[str]) -> list[Method]:
