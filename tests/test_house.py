@@ -106,12 +106,12 @@ def test_signatures_have_one_flag_at_most(path):
             assert len([f for f in flags if isinstance(f.value, bool)]) <= 1, node.name
 
 
-@pytest.mark.parametrize("path", [f for f in FILES if f.parent.name in ("laconic", "methods", "hosts")], ids=name)
+@pytest.mark.parametrize("path", [f for f in FILES if f.parent.name in ("laconic", "methods", "parts", "hosts")], ids=name)
 def test_no_assert_on_user_input_and_no_host_sync(path):
     text = path.read_text()
     asserts = [n.lineno for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Assert)]
     assert len(asserts) <= 1
-    if path.parent.name == "methods" or path.name in ("parts.py", "tokens.py", "attention.py", "compression.py"):
+    if path.parent.name in ("methods", "parts") or path.name in ("tokens.py", "attention.py"):
         assert not re.search(r"\.item\(\)|\.nonzero\(|\.tolist\(|\.cpu\(\)", text)
 
 
@@ -131,7 +131,7 @@ def test_a_registered_method_says_what_it_is(row):
     assert re.fullmatch(r"\d{4}\.\d{5}", row.paper)
     assert row.moment in ("before", "between", "after")
     assert row.config.__doc__
-    site = laconic.Site(0, 1, 48, 3, 0.5)
+    site = laconic.Site(0, 1, 48, 3, 0.5, before=36, after=18, grid=(6, 6))
     assert row.config().build(site).overrides(row.moment)
     assert any(p.requires_grad for p in row.config().build(site).parameters()) == row.learns
 
@@ -148,5 +148,5 @@ def test_nothing_of_a_machine_or_a_registry_is_in_the_project():
     pattern = re.compile(r"://[^ ]*/simple(/|\"|$)|files\.[a-z]+hosted|(^|[^A-Za-z0-9_.])/(home|root)/")
     for file in files:
         path = top / file
-        if path.suffix in (".py", ".md", ".toml", ".txt", ".yaml", ".cff") or path.name == "Makefile":
+        if path.is_file() and path.suffix in (".py", ".md", ".toml", ".txt", ".yaml", ".cff") or path.name == "Makefile":
             assert not (path.name != "test_house.py" and pattern.search(path.read_text())), file

@@ -143,6 +143,24 @@ class Seen:
         """Key of each patch token, mean over heads."""
         return self.k[:, :, self.prefix :].float().mean(1)
 
+    @property
+    def matrix(self) -> Float[Tensor, "B H N N"]:
+        """All attention weights, prefix tokens among queries and keys. O(H N^2): for methods that are defined by it."""
+        logits = self.q.float() @ self._keys_per_query().float().transpose(-2, -1) * self.scale
+        return (logits if self.mask is None else add_bias(self.mask, logits)).softmax(-1)
+
+    @property
+    def received(self) -> Float[Tensor, "B L"]:
+        """Attention that each patch token receives, mean over heads and over all queries. Needs the whole matrix."""
+        return self.matrix.mean((1, 2))[:, self.prefix :]
+
+    @property
+    def values(self) -> Float[Tensor, "B L E"]:
+        """Value of each patch token, heads side by side."""
+        groups = self.q.shape[1] // self.v.shape[1]
+        v = self.v if groups == 1 else self.v.repeat_interleave(groups, 1)
+        return v[:, :, self.prefix :].float().transpose(1, 2).flatten(2)
+
     def rows(self, index: Int[Tensor, "B M"]) -> Float[Tensor, "B M L"]:
         """Attention of the patch queries ``index`` to all patch tokens, mean over heads: M rows of the full matrix."""
         q = take(self.q.transpose(1, 2), index + self.prefix).transpose(1, 2).float()

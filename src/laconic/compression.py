@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from laconic.attention import Seen, Watch, bias_of
 from laconic.hosts import HOSTS, Host, halves_of, path_of
 from laconic.pooling import pool_by_size
-from laconic.reducer import Method, Reducer, sites_of
+from laconic.reducer import Method, Reducer, Shape, sites_of
 from laconic.schedule import Schedule
 from laconic.tokens import Tokens
 
@@ -39,8 +39,8 @@ class Compression(nn.Module):
         object.__setattr__(self, "model", model)
         self.prefix, self.has_cls = host.prefix(model)
         self.grid, self.pooling = host.grid(model), host.pooling(model)
-        self.dim, self.heads = host.dim(model), host.heads(model)
-        sites = sites_of(schedule, self.dim, self.heads)
+        self.shape = Shape(self.depth, host.dim(model), host.heads(model), self.grid)
+        sites = sites_of(config, schedule, self.shape)
         self.reducers = nn.ModuleDict({str(block): config.build(site) for block, site in sites.items()})
         self.schedule = schedule
         self.set_schedule(schedule)
@@ -60,13 +60,13 @@ class Compression(nn.Module):
         if schedule.at != self.schedule.at:
             raise ValueError(f"schedule reduces at {list(schedule.at)}, but this model was built for {list(self.schedule.at)}")
         self.schedule = schedule
-        for block, site in sites_of(schedule, self.dim, self.heads).items():
+        for block, site in sites_of(self.config, schedule, self.shape).items():
             reducer: Any = self.reducers[str(block)]
             reducer.site = site
 
     def counts(self, patches: int) -> tuple[int, ...]:
         """Patch tokens each block leaves, for an image of that many patches."""
-        return self.schedule.counts(self.depth, patches, self.config.leaves)
+        return self.config.counts(self.schedule, self.depth, patches)
 
     def losses(self) -> dict[str, Tensor]:
         """The method's own losses of the last forward, each a mean over the reducing blocks."""
@@ -85,7 +85,9 @@ class Compression(nn.Module):
             raise ValueError("a reduced model takes no attention mask: a mask for all tokens does not fit those that are left")
         tokens = self._arriving(index, x)
         n = self.counts(tokens.where.shape[1])[index]
-        reducer = self.reducer(index) if n < len(tokens) else None
+        reducer = self.reducer(index)
+        if reducer is not None and not reducer.active(len(tokens), n):
+            reducer = None
         if reducer is not None:
             tokens = self._moment(reducer, "before", tokens, n)
         tokens = self._block(index, block, tokens, reducer, n, kwargs)

@@ -25,7 +25,7 @@ from torch import nn
 from laconic import work
 from laconic.compression import find_compression
 from laconic.hosts import find_host, halves_of, path_of
-from laconic.reducer import Method, Site, sites_of
+from laconic.reducer import Method, Shape, Site, sites_of
 from laconic.report import BlockCost, Summary
 from laconic.schedule import Schedule
 
@@ -82,13 +82,14 @@ def estimate(
     tokens, sites = (patches,) * len(blocks), dict[int, Site]()
     if config is not None and schedule is not None:
         schedule.check_depth(len(blocks))
-        tokens = schedule.counts(len(blocks), patches, config.leaves)
-        sites = sites_of(schedule, entry.dim(host), entry.heads(host))
+        tokens = config.counts(schedule, len(blocks), patches)
+        sites = sites_of(config, schedule, Shape(len(blocks), entry.dim(host), entry.heads(host), entry.grid(host)))
     rows, before = list[BlockCost](), patches
     for index, (block, left) in enumerate(zip(blocks, tokens, strict=True)):
-        at_attention, at_mlp = (n + prefix for n in _inside(block, index, config, before, left))
+        at_attention, at_mlp = (n + prefix for n in _inside(block, config, sites.get(index), before, left))
         own = _weigh(work.block(block, at_attention, at_mlp), weights)
-        reducer = _weigh(config.macs(before, left, sites[index]), weights) if config is not None and left < before else 0
+        works = config is not None and index in sites and (left < before or config.row.count == "variable")
+        reducer = _weigh(config.macs(before, left, sites[index]), weights) if config is not None and works else 0
         rows.append(BlockCost(index, at_attention, at_mlp, own * batch_size, reducer * batch_size))
         before = left
     ends = _weigh(work.ends(host, entry, patches + prefix, before + prefix), weights)
@@ -130,17 +131,17 @@ def _aside(host: nn.Module) -> Iterator[None]:
             compression.ledger = ledger
 
 
-def _inside(block: nn.Module, index: int, config: Method | None, before: int, left: int) -> tuple[int, int]:
+def _inside(block: nn.Module, config: Method | None, site: Site | None, before: int, left: int) -> tuple[int, int]:
     """Patch tokens at the attention and at the MLP of a block that gets ``before`` and leaves ``left``."""
-    if config is None or left == before:
+    if config is None or site is None:
         return before, before
     moment, halves = config.row.moment, halves_of(block)
-    if moment == "between" and halves is not None and halves.mlp is None:
+    if left < before and moment == "between" and halves is not None and halves.mlp is None:
         raise ValueError(
-            f"block {index} ({path_of(type(block))}) computes attention and MLP side by side, so there is no place between "
-            f"them for {config.row.name}; take a method that reduces before a block (dtps, dynamicvit)"
+            f"block {site.block} ({path_of(type(block))}) computes attention and MLP side by side, so there is no place "
+            f"between them for {config.row.name}; take a method that reduces before a block (dtps, dynamicvit)"
         )
-    return {"before": (left, left), "between": (before, left), "after": (before, before)}[moment]
+    return config.inside(before, left, site)
 
 
 def _parameters(model: nn.Module, config: Method | None, sites: Mapping[int, Site]) -> int:

@@ -10,7 +10,7 @@ import difflib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor, nn
 
@@ -50,6 +50,10 @@ class Reducer(nn.Module):
         """Extra training losses by name, from the tokens this block left; ``rate`` is the share of patches to keep here."""
         return {}
 
+    def active(self, before: int, n: int) -> bool:
+        """Whether there is anything to do where ``before`` patch tokens come in and ``n`` are to be left."""
+        return n < before
+
     def overrides(self, moment: str) -> bool:
         """Whether this method works at that moment."""
         return getattr(type(self), moment) is not getattr(Reducer, moment)
@@ -75,12 +79,30 @@ class Site:
     dim: int
     heads: int
     keep: float | None  # keep rate here; None where the schedule gives counts
+    before: int = 0  # patch tokens that come in and go out here, for an image of the host's own size
+    after: int = 0
+    grid: tuple[int, int] = (0, 0)  # patches of such an image: rows, columns
 
 
-def sites_of(schedule: Schedule, dim: int, heads: int) -> dict[int, Site]:
+def sites_of(config: Method, schedule: Schedule, host: Shape) -> dict[int, Site]:
     """Block -> site, for every reducing block."""
     keep = schedule.values if schedule.unit == "keep" else (None,) * len(schedule.at)
-    return {block: Site(stage, block, dim, heads, keep[stage]) for stage, block in enumerate(schedule.at)}
+    patches = host.grid[0] * host.grid[1]
+    counts = (patches, *config.counts(schedule, host.depth, patches))
+    return {
+        block: Site(stage, block, host.dim, host.heads, keep[stage], counts[block], counts[block + 1], host.grid)
+        for stage, block in enumerate(schedule.at)
+    }
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a host decides the shapes of a reducer."""
+
+    depth: int
+    dim: int
+    heads: int
+    grid: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -99,6 +121,14 @@ class Method:
         The default is EViT's: ceil(rate * n), relative to the tokens there are now.
         """
         return math.ceil(rates[-1] * n)
+
+    def counts(self, schedule: Schedule, depth: int, patches: int) -> tuple[int, ...]:
+        """Patch tokens each block leaves; the most that one may leave, where every image has a number of its own."""
+        return schedule.counts(depth, patches, self.leaves)
+
+    def inside(self, before: int, after: int, site: Site) -> tuple[int, int]:
+        """Patch tokens at the attention and at the MLP of a reducing block that gets ``before`` and leaves ``after``."""
+        return {"before": (after, after), "between": (before, after), "after": (before, before)}[self.row.moment]
 
     def plan(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
         """The schedule for a keep rate; by default at a quarter, a half and three quarters of the depth."""
@@ -131,6 +161,8 @@ class Row:
     rest: str
     trained: bool  # is it meant to be used after training only?
     learns: bool = False  # does it add parameters?
+    count: Literal["constant", "variable"] = "constant"  # does every image of a batch keep as many tokens as the others?
+    full_attention: bool = False  # does it need the whole matrix of attention weights?
 
 
 METHODS: dict[str, Row] = {}
