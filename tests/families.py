@@ -26,6 +26,7 @@ NO_CLASS_TOKEN = {"siglip", "gap"}
 ROTARY = {"dinov3", "eva02", "rope-mixed", "pe"}
 METHODS = sorted(laconic.methods())
 CLASS_SCORED = {name for name, row in laconic.methods().items() if row.score == "class attention"}
+MIXERS = {name for name, row in laconic.methods().items() if row.rest.startswith("mixed")}  # every token goes everywhere
 AT = (1, 2, 3)
 
 

@@ -148,5 +148,5 @@ def test_nothing_of_a_machine_or_a_registry_is_in_the_project():
     pattern = re.compile(r"://[^ ]*/simple(/|\"|$)|files\.[a-z]+hosted|(^|[^A-Za-z0-9_.])/(home|root)/")
     for file in files:
         path = top / file
-        if path.is_file() and path.suffix in (".py", ".md", ".toml", ".txt", ".yaml", ".cff") or path.name == "Makefile":
+        if (path.is_file() and path.suffix in (".py", ".md", ".toml", ".txt", ".yaml", ".cff")) or path.name == "Makefile":
             assert not (path.name != "test_house.py" and pattern.search(path.read_text())), file

@@ -9,7 +9,7 @@ import torch
 from timm.utils import ModelEmaV3
 
 import laconic
-from families import AT, FAMILIES, METHODS, NO_CLASS_TOKEN, PAIRS, images, make, options, reduced
+from families import AT, FAMILIES, METHODS, MIXERS, NO_CLASS_TOKEN, PAIRS, images, make, options, reduced
 from laconic.attention import Watch
 from laconic.methods import dynamicvit
 from laconic.parts import arbitrary, class_attention, split
@@ -45,10 +45,12 @@ def test_tokens_leave_as_scheduled_and_every_patch_is_accounted_for(method, fami
         rates.append(0.6)
         expected.append(config.leaves(rates, expected[-1], 36))
         assert stage.size.shape[1] == expected[-1] < expected[-2]
+        gone = (stage.where < 0).sum(1)
+        torch.testing.assert_close(stage.size.sum(1) + gone, torch.full((3,), 36.0), rtol=1e-5, atol=0)
+        if method in MIXERS:
+            continue
         held = (stage.where.unsqueeze(1) == iota(stage.size).unsqueeze(2)).sum(2)
         assert torch.equal(held.float(), stage.size)
-        gone = (stage.where < 0).sum(1)
-        assert torch.equal(stage.size.sum(1) + gone, torch.full((3,), 36.0))
         assert (gone.min() > 0) if method in DROPS else (gone.max() == 0)
         # a token stands in the place of a patch that it holds, and no two in the same place
         assert torch.equal(stage.where.gather(1, stage.kept), iota(stage.kept))

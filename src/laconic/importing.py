@@ -82,7 +82,8 @@ def import_checkpoint(
     model = reduce_(_deit(weights, source) if model is None else model, config, keep=keep, at=at, schedule=schedule)
     compression = compression_of(model)
     try:
-        renamed = _renamed(weights, compression.schedule.at)
+        at = compression.schedule.at
+        renamed = _renamed(config.official(weights, at), at)
         load_strictly(compression.model, renamed, source, _advice(renamed, compression))
     except ValueError:
         restore_(model)

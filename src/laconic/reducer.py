@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -142,6 +142,10 @@ class Method:
     def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
         """Multiply-adds of one reduction ``before`` -> ``after`` as published, by kind (see `laconic.cost`)."""
         return {}
+
+    def official(self, weights: Mapping[str, Tensor], at: Sequence[int]) -> dict[str, Tensor]:
+        """Weights under the names that the authors of the method gave them, under ours (see `laconic.import_checkpoint`)."""
+        return dict(weights)
 
     def describe(self) -> dict[str, Any]:
         """Name and options, as JSON."""
