@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow check docs evidence clean
+.PHONY: demo test test-slow check docs evidence methods clean
 
 demo: $(VENV)/.demo
 	$(BIN)/laconic demo $(ARGS)
@@ -15,6 +15,7 @@ test: check
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m slow
+	LACONIC_EVERY_PAIR=1 $(BIN)/python -m pytest -q -n 2 tests/test_laws.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check src tests
@@ -27,6 +28,10 @@ docs: $(VENV)/.demo
 # Hours on two cores; stop it and call it again as you like. What results/evidence.jsonl holds already is not run again.
 evidence: $(VENV)/.dev
 	$(BIN)/laconic evidence --page docs/evidence.md $(ARGS)
+
+# An hour on two cores; resumable as well.
+methods: $(VENV)/.dev
+	$(BIN)/python -m laconic.jobs.methods_table docs/methods.md $(ARGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

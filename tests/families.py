@@ -1,5 +1,7 @@
 """Small random models of every supported family, and what each method needs to run on them."""
 
+import os
+
 import timm
 import torch
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock
@@ -26,6 +28,10 @@ NO_CLASS_TOKEN = {"siglip", "gap"}
 ROTARY = {"dinov3", "eva02", "rope-mixed", "pe"}
 METHODS = sorted(laconic.methods())
 CLASS_SCORED = {name for name, row in laconic.methods().items() if row.score == "class attention"}
+AVERAGED = {"siglip", "gap", "qk-norm", "dinov3", "eva02", "pe"}  # families that do not read the class token
+VARIABLE = {name for name, row in laconic.methods().items() if row.count == "variable"}
+PARKING = {name for name, row in laconic.methods().items() if row.rest.startswith("parked")}
+FIXED = {"conv-pool", "mlp-pool", "patchmerger", "sinkhorn", "sit", "tokenlearner"}  # learned for one number of tokens
 MIXERS = {name for name, row in laconic.methods().items() if row.rest.startswith("mixed")}  # every token goes everywhere
 AT = (1, 2, 3)
 
@@ -58,14 +64,26 @@ def options(method, family):
 
 
 def serves(method, family):
-    """Parallel blocks have no place between attention and MLP."""
-    return family != "parallel" or laconic.methods()[method].moment == "before"
+    """Parallel blocks have no place between attention and MLP; some methods answer in the class token alone."""
+    row = laconic.methods()[method]
+    if row.class_readout and family in AVERAGED:
+        return False
+    return family != "parallel" or not row.config().build(SITE).overrides("between")
+
+
+def rate(method, keep=0.6):
+    """Methods that decide for every image take no keep rate."""
+    return None if method in VARIABLE else keep
 
 
 def reduced(method, family, keep=0.6, **changes):
-    model = laconic.reduce_(make(family, **changes), method, keep=keep, at=AT, **options(method, family))
+    model = laconic.reduce_(make(family, **changes), method, keep=rate(method, keep), at=AT, **options(method, family))
     fill(model.laconic)
     return model
 
 
-PAIRS = [(m, f) for m in METHODS for f in FAMILIES if serves(m, f)]
+SITE = laconic.Site(0, 1, 48, 3, 0.6, before=36, after=21, grid=(6, 6), depth=4, schedule=laconic.Schedule.rates(0.6, AT))
+WIDE = {"topk", "etps", "dtps", "bat", "tome", "ats"}  # each uses the seam with the host in another way
+QUICK = {"plain", "siglip", "dinov3"}
+EVERY = bool(os.environ.get("LACONIC_EVERY_PAIR"))  # every method on every family: make test-slow
+PAIRS = [(m, f) for m in METHODS for f in FAMILIES if serves(m, f) and (EVERY or m in WIDE or f in QUICK)]

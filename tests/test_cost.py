@@ -12,13 +12,14 @@ from timm.layers import SwiGLUPacked
 from torch import nn
 
 import laconic
-from families import AT, FAMILIES, METHODS, SMALL, images, make, reduced
+from families import AT, FAMILIES, METHODS, SITE, SMALL, VARIABLE, images, make, reduced
 from laconic import work
 from laconic.cost import CONVENTIONS, counted, estimate, summary
+from laconic.hosts import find_host
 from laconic.jobs import tables
 from laconic.jobs.published import ENTRIES, LOGS
 from laconic.methods import BAT, DTPS, ETPS, DynamicViT, EViT, ToMe, TopK
-from laconic.reducer import Method, Site
+from laconic.reducer import Method
 from laconic.schedule import Schedule
 
 PAGE = Path(__file__).parents[1] / "docs" / "macs.md"
@@ -161,10 +162,22 @@ def test_variants_of_the_families_too(name, changes):
     assert cost.macs == cost.counted_macs
 
 
+# the whole matrix of attention, read once more, is in no convention; the published tool of IA-RED2 makes queries of all tokens
+UNLIKE = {name for name, row in laconic.methods().items() if row.full_attention} | {"iared", "mctf"}
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_reduced_models_too_but_for_the_fusing_of_tps(method):
     model = reduced(method, "plain")
     cost = summary(model, count=True)
+    if method in VARIABLE:  # what the image that is counted left
+        host, entry = find_host(model)
+        macs = round(summary(model, images=entry.example(host)).observed.macs.mean)
+        assert abs(macs - cost.counted_macs) <= (0.25 if method in UNLIKE else 0.02) * macs
+        return
+    if method in UNLIKE:
+        assert abs(cost.macs - cost.counted_macs) <= 0.25 * cost.macs
+        return
     fused, before = 0, 36  # of TPS's two products, fusing is an index_add here
     for left in (cost.tokens[block] for block in AT):
         fused += left * (before - left) * SMALL["embed_dim"] if method in ("etps", "dtps") else 0
@@ -217,8 +230,8 @@ def test_tokens_inside_a_block_follow_the_moment():
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_reduces_when_its_row_says(method):
     config = laconic.methods()[method].config()
-    reducer = config.build(Site(0, 1, 48, 3, 0.5))
-    assert [m for m in ("before", "between", "after") if reducer.overrides(m)] == [config.row.moment]
+    reducer = config.build(SITE)
+    assert config.row.moment in [m for m in ("before", "ahead", "between", "after") if reducer.overrides(m)]
 
 
 def test_macs_grow_with_the_batch():
@@ -325,4 +338,4 @@ def test_a_method_with_work_of_an_unknown_kind_is_refused():
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_work_of_known_kinds(method):
     config = laconic.methods()[method].config()
-    assert set(config.macs(36, 20, Site(0, 1, 48, 3, 0.5))) <= set(work.KINDS)
+    assert set(config.macs(36, 20, SITE)) <= set(work.KINDS)

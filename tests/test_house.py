@@ -121,7 +121,10 @@ def test_token_count_changes_in_one_place():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "replace":
                 changed = {k.arg for k in node.keywords}
-                assert changed <= {"x", "gate", "columns", "alive"}, (path.name, changed)
+                assert changed <= {"x", "gate", "columns", "alive", "attention", "notes", "shown", "aside"}, (
+                    path.name,
+                    changed,
+                )
 
 
 @pytest.mark.parametrize("row", laconic.methods().values(), ids=lambda row: row.name)
@@ -129,9 +132,10 @@ def test_a_registered_method_says_what_it_is(row):
     module = sys.modules[row.config.__module__]
     assert re.search(r"arXiv:\d{4}\.\d{5}", module.__doc__ or "")
     assert re.fullmatch(r"\d{4}\.\d{5}", row.paper)
-    assert row.moment in ("before", "between", "after")
+    assert row.moment in ("before", "ahead", "between", "after")
     assert row.config.__doc__
-    site = laconic.Site(0, 1, 48, 3, 0.5, before=36, after=18, grid=(6, 6))
+    from families import SITE as site
+
     assert row.config().build(site).overrides(row.moment)
     assert any(p.requires_grad for p in row.config().build(site).parameters()) == row.learns
 

@@ -9,17 +9,42 @@ import torch
 from timm.utils import ModelEmaV3
 
 import laconic
-from families import AT, FAMILIES, METHODS, MIXERS, NO_CLASS_TOKEN, PAIRS, images, make, options, reduced
+from families import (
+    AT,
+    FAMILIES,
+    METHODS,
+    MIXERS,
+    NO_CLASS_TOKEN,
+    PAIRS,
+    PARKING,
+    VARIABLE,
+    images,
+    make,
+    options,
+    rate,
+    reduced,
+    serves,
+)
 from laconic.attention import Watch
 from laconic.methods import dynamicvit
-from laconic.parts import arbitrary, class_attention, split
+from laconic.parts import arbitrary, class_attention, mean_query_attention, split
 from laconic.reducer import Reducer
 from laconic.tokens import iota
 
 every_pair = pytest.mark.parametrize(("method", "family"), PAIRS)
-every_method = pytest.mark.parametrize("method", METHODS)
 DROPS = {name for name, row in laconic.methods().items() if row.rest == "dropped"}
-IN_SEQUENCE = {"tome", "avg-pool", "random"}  # these go by the place of a token in the sequence, by definition
+BOTH = {name for name, row in laconic.methods().items() if row.rest.startswith("dropped ")}  # it drops some and merges some
+IN_SEQUENCE = {"tome", "avg-pool", "random", "tofu", "mctf", "ltmp", "patch-slimming"} | {
+    "max-pool",
+    "spatial-pool",
+    "conv-pool",
+    "mlp-pool",
+}  # these go by the place of a token in the sequence, by definition
+
+
+def served_on(*families):
+    """Every method on those of the families that it serves."""
+    return pytest.mark.parametrize(("method", "family"), [(m, f) for m in METHODS for f in families if serves(m, f)])
 
 
 def run(model, x):
@@ -40,21 +65,30 @@ def test_tokens_leave_as_scheduled_and_every_patch_is_accounted_for(method, fami
     model, moments = reduced(method, family), []
     model.laconic.observer = lambda before, after: moments.append((before, after))
     run(model, images(family))
-    stages, config, expected, rates = laconic.provenance(model).stages, model.laconic.config, [36], []
+    stages, config, expected = laconic.provenance(model).stages, model.laconic.config, [36]
     for stage in stages:
-        rates.append(0.6)
-        expected.append(config.leaves(rates, expected[-1], 36))
-        assert stage.size.shape[1] == expected[-1] < expected[-2]
+        expected.append(config.counts(model.laconic.schedule, 4, 36)[stage.block])
+        if method in VARIABLE:
+            assert stage.size.shape[1] <= 36
+        elif method in PARKING:  # what comes back is there at the end
+            assert stage.size.shape[1] == expected[-1]
+        else:
+            assert stage.size.shape[1] == expected[-1] < expected[-2]
         gone = (stage.where < 0).sum(1)
         torch.testing.assert_close(stage.size.sum(1) + gone, torch.full((3,), 36.0), rtol=1e-5, atol=0)
         if method in MIXERS:
             continue
         held = (stage.where.unsqueeze(1) == iota(stage.size).unsqueeze(2)).sum(2)
         assert torch.equal(held.float(), stage.size)
-        assert (gone.min() > 0) if method in DROPS else (gone.max() == 0)
+        if method not in PARKING | VARIABLE | BOTH:
+            assert (gone.min() > 0) if method in DROPS else (gone.max() == 0)
         # a token stands in the place of a patch that it holds, and no two in the same place
-        assert torch.equal(stage.where.gather(1, stage.kept), iota(stage.kept))
-    assert len(moments) == len(stages) == len(AT)
+        at_home = stage.where.gather(1, stage.kept) == iota(stage.kept)
+        assert (at_home | (stage.size == 0)).all() if method in VARIABLE else at_home.all()
+    assert len(stages) == len(AT)
+    assert len(moments) >= len(AT)
+    if laconic.methods()[method].class_readout:
+        return
     for before, after in moments:  # prefix tokens are untouched
         assert torch.equal(before.x[:, : before.prefix], after.x[:, : after.prefix])
 
@@ -107,14 +141,13 @@ class Hidden(Reducer):
 
 @pytest.mark.parametrize(("method", "family"), [p for p in PAIRS if p[0] in ("topk", "random")])
 def test_removed_equals_hidden(method, family):
-    if method == "topk" and family in NO_CLASS_TOKEN:
-        pytest.skip("the mean query is of all tokens, hidden ones too")
     x, schedule = images(family), laconic.Schedule.leaving({1: 22, 2: 14, 3: 9})
-    removed = laconic.reduce_(make(family), method, schedule=schedule)
+    removed = laconic.reduce_(make(family), method, schedule=schedule, **options(method, family))
     expected = run(removed, x)
-    hidden = laconic.reduce_(make(family), method, schedule=schedule)
+    hidden = laconic.reduce_(make(family), method, schedule=schedule, **options(method, family))
     for stage, block in enumerate(AT):
-        score = class_attention if method == "topk" else partial(arbitrary_score, stage)
+        by_attention = mean_query_attention if family in NO_CLASS_TOKEN else class_attention
+        score = by_attention if method == "topk" else partial(arbitrary_score, stage)
         hidden.laconic.reducers[str(block)] = Hidden(score)
     torch.testing.assert_close(run(hidden, x), expected, rtol=1e-4, atol=1e-4)
     assert len(hidden.laconic.entry(4)) == 36
@@ -130,11 +163,12 @@ def test_restore_gives_the_original_back(method, family):
     model, x = make(family), images(family)
     expected, keys = run(model, x), {k: v.clone() for k, v in model.state_dict().items()}
     attributes = [set(vars(m)) for m in model.modules()]
-    laconic.reduce_(model, method, keep=0.6, at=AT, **options(method, family))
-    learns = laconic.methods()[method].learns
+    laconic.reduce_(model, method, keep=rate(method), at=AT, **options(method, family))
+    adds = bool(model.laconic.state_dict())  # parameters, or positions that were calibrated
+    assert adds or not laconic.methods()[method].learns
     assert [n for n in model.state_dict() if not n.startswith("laconic.")] == list(keys)
-    assert any(n.startswith("laconic.") for n in model.state_dict()) == learns
-    model.load_state_dict(keys, strict=not learns)
+    assert any(n.startswith("laconic.") for n in model.state_dict()) == adds
+    model.load_state_dict(keys, strict=not adds)
     run(model, x)
     assert laconic.restore_(model) is model
     assert torch.equal(run(model, x), expected)
@@ -149,14 +183,16 @@ def test_fused_attention_goes_on(method, family):
     base, calls = [], []
     with Watch(base):
         run(model, x)
-    laconic.reduce_(model, method, keep=0.6, at=AT, **options(method, family))
+    laconic.reduce_(model, method, keep=rate(method), at=AT, **options(method, family))
     with Watch(calls):
         run(model, x)
-    assert len(calls) == len(base)
+    if method in VARIABLE:  # one for every image, where they differ
+        assert len(base) <= len(calls) <= 3 * len(base)
+    else:  # one that looks ahead makes a call more, and where it hands over weights that block makes none
+        assert len(calls) == len(base)
 
 
-@every_method
-@pytest.mark.parametrize("family", ["plain", "dinov3", "siglip"])
+@served_on("plain", "dinov3", "siglip")
 def test_copies_are_independent_and_equal(method, family):
     model, x = reduced(method, family), images(family)
     expected = run(model, x)
@@ -171,8 +207,7 @@ def test_copies_are_independent_and_equal(method, family):
         assert laconic.provenance(model).stages
 
 
-@every_method
-@pytest.mark.parametrize("family", ["plain", "dinov3", "siglip"])
+@served_on("plain", "dinov3", "siglip")
 def test_a_copy_can_be_made_in_mid_training(method, family):
     model, x = reduced(method, family).train(), images(family)
     loss = model(x).square().mean()
@@ -188,7 +223,7 @@ def test_half_precision(method, family):
     with torch.autocast("cpu", torch.bfloat16):
         mixed = run(model, x)
     assert mixed.isfinite().all()
-    assert len(laconic.provenance(model).final.size[0]) < 20
+    assert len(laconic.provenance(model).final.size[0]) < 20 or method in VARIABLE | PARKING
     half = run(model.to(torch.bfloat16), x.to(torch.bfloat16))
     assert half.dtype == torch.bfloat16
     assert half.isfinite().all()
@@ -209,8 +244,7 @@ def test_gradients_reach_every_parameter(method, family):
     assert next(p for n, p in model.named_parameters() if n.endswith("patch_embed.proj.weight")).grad.abs().sum() > 0
 
 
-@every_method
-@pytest.mark.parametrize("family", ["plain", "dinov3", "siglip", "deit3"])
+@served_on("plain", "dinov3", "siglip", "deit3")
 def test_gradient_checkpointing_changes_nothing(method, family):
     gradients = []
     for checkpointing in (False, True):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import laconic
-from families import make
+from families import FIXED, make
 from laconic.schedule import Schedule, WarmIn, cumulative, quarters
 
 CEIL = {"evit": [139, 99, 71], "etps": [138, 97, 68], "topk": [138, 97, 68], "bat": [139, 99, 71], "evit+bat": [139, 99, 71]}
@@ -100,7 +100,15 @@ def test_warm_in():
         warm(Schedule.leaving({1: 3}), 0)
 
 
-@pytest.mark.parametrize("method", sorted(laconic.methods()))
+@pytest.mark.parametrize("method", sorted(FIXED - {"conv-pool"}))
+def test_what_is_learned_for_one_count_says_so(method):
+    model = laconic.reduce_(make("plain"), method, keep=0.3, at=[1, 2]).train()
+    model.laconic.set_schedule(WarmIn(0, 12)(model.laconic.schedule, 6))
+    with pytest.raises(ValueError, match="was built"):
+        model(torch.randn(1, 3, 96, 96))
+
+
+@pytest.mark.parametrize("method", [n for n, r in laconic.methods().items() if r.config.takes_keep and n not in FIXED])
 def test_every_method_can_be_warmed_in(method):
     """At any rate on the way the tokens left are as many as scheduled, and the model runs."""
     model = laconic.reduce_(make("plain"), method, keep=0.3, at=[1, 2]).train()

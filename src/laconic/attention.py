@@ -29,11 +29,14 @@ _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 class Watch(TorchFunctionMode):
-    """While active, notes every `scaled_dot_product_attention` call in ``calls`` and adds ``bias`` to its logits."""
+    """While active, notes every `scaled_dot_product_attention` call in ``calls`` and adds ``bias`` to its logits.
 
-    def __init__(self, calls: list[dict[str, Any]], bias: Tensor | None = None) -> None:
+    With ``weights`` [B, H, N, N] the call does not look at q and k at all: its answer is weights @ v.
+    """
+
+    def __init__(self, calls: list[dict[str, Any]], bias: Tensor | None = None, weights: Tensor | None = None) -> None:
         super().__init__()
-        self.calls, self.bias = calls, bias
+        self.calls, self.bias, self.weights = calls, bias, weights
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -44,7 +47,15 @@ class Watch(TorchFunctionMode):
         if self.bias is not None:
             call["attn_mask"] = add_bias(call.get("attn_mask"), self.bias.to(call["query"].dtype))
         self.calls.append(call)
-        return func(**call)
+        return self.answer(func, call)
+
+    def answer(self, func: Any, call: dict[str, Any]) -> Tensor:
+        """The attention itself."""
+        if self.weights is None:
+            return func(**call)
+        values = call["value"]
+        groups = self.weights.shape[1] // values.shape[1]
+        return self.weights.to(values.dtype) @ (values if groups == 1 else values.repeat_interleave(groups, 1))
 
 
 class SoftLog(torch.autograd.Function):
@@ -78,8 +89,8 @@ def bias_of(tokens: Tokens) -> Tensor | None:
     bias = None
     if tokens.gate is not None:
         bias = F.pad(tokens.gate.log(), (tokens.prefix, 0)).unsqueeze(1).unsqueeze(1)
-    if tokens.alive is not None:
-        alive = F.pad(tokens.alive, (tokens.prefix, 0), value=1.0)
+    alive = shown_of(tokens)
+    if alive is not None:
         itself = torch.eye(alive.shape[1], dtype=torch.bool, device=alive.device)
         kind = tokens.x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tokens.x.dtype
@@ -87,6 +98,16 @@ def bias_of(tokens: Tokens) -> Tensor | None:
         soft = SoftLog.apply(torch.where(itself, 1.0, alive.unsqueeze(1)), floor).unsqueeze(1)
         bias = soft if bias is None else bias + soft
     return bias
+
+
+def shown_of(tokens: Tokens) -> Tensor | None:
+    """Whether others see each token, prefix tokens among them: [B, N] as a factor, or None where all are seen."""
+    if tokens.alive is None and tokens.shown is None:
+        return None
+    patches = torch.ones_like(tokens.size) if tokens.alive is None else tokens.alive
+    if tokens.shown is None:
+        return F.pad(patches, (tokens.prefix, 0), value=1.0)
+    return torch.cat([tokens.shown.to(patches.dtype), patches], 1)
 
 
 @dataclass(frozen=True)
@@ -100,6 +121,7 @@ class Seen:
     scale: float
     prefix: int
     has_cls: bool
+    alive: Tensor | None = None  # [B, L] patch tokens that count as queries; None: all
 
     @classmethod
     def of(cls, calls: list[dict[str, Any]], tokens: Tokens, block: str) -> Seen:
@@ -116,7 +138,7 @@ class Seen:
         q, k, v = (calls[0][name] for name in ("query", "key", "value"))
         scale = calls[0].get("scale")
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        return cls(q, k, v, calls[0].get("attn_mask"), scale, tokens.prefix, tokens.has_cls)
+        return cls(q, k, v, calls[0].get("attn_mask"), scale, tokens.prefix, tokens.has_cls, tokens.alive)
 
     @property
     def cls(self) -> Float[Tensor, "B L"]:
@@ -134,9 +156,31 @@ class Seen:
         return self._row(self.q[:, :, 0])
 
     @property
+    def cls_heads(self) -> Float[Tensor, "B H L"]:
+        """Attention of the class token to each patch token, of each head.
+
+        Raises:
+            LookupError: the host has no class token.
+        """
+        if not self.has_cls:
+            raise LookupError("this backbone has no class token, so its heads have no class attention; pass score='mean-query'")
+        return self._row_heads(self.q[:, :, 0])
+
+    @property
+    def value_lengths(self) -> Float[Tensor, "B H L"]:
+        """Length of each patch token's value, of each head."""
+        groups = self.q.shape[1] // self.v.shape[1]
+        lengths = torch.linalg.vector_norm(self.v[:, :, self.prefix :].float(), dim=-1)
+        return lengths if groups == 1 else lengths.repeat_interleave(groups, 1)
+
+    @property
     def mean_query(self) -> Float[Tensor, "B L"]:
         """Attention of the mean patch query, mean over heads: a stand-in where there is no class token."""
-        return self._row(self.q[:, :, self.prefix :].float().mean(2))
+        queries = self.q[:, :, self.prefix :].float()
+        if self.alive is None:
+            return self._row(queries.mean(2), first=False)
+        count = self.alive.unsqueeze(1).unsqueeze(3).detach()
+        return self._row((queries * count).sum(2) / count.sum(2).clamp_min(1e-6), first=False)
 
     @property
     def keys(self) -> Float[Tensor, "B L D"]:
@@ -152,7 +196,11 @@ class Seen:
     @property
     def received(self) -> Float[Tensor, "B L"]:
         """Attention that each patch token receives, mean over heads and over all queries. Needs the whole matrix."""
-        return self.matrix.mean((1, 2))[:, self.prefix :]
+        sent = self.matrix.mean(1)
+        if self.alive is None:
+            return sent.mean(1)[:, self.prefix :]
+        count = F.pad(self.alive.detach(), (self.prefix, 0), value=1.0).unsqueeze(2)
+        return ((sent * count).sum(1) / count.sum(1))[:, self.prefix :]
 
     @property
     def values(self) -> Float[Tensor, "B L E"]:
@@ -175,9 +223,14 @@ class Seen:
         groups = self.q.shape[1] // self.k.shape[1]
         return self.k if groups == 1 else self.k.repeat_interleave(groups, 1)
 
-    def _row(self, q: Tensor) -> Tensor:
+    def _row(self, q: Tensor, *, first: bool = True) -> Tensor:
+        return self._row_heads(q, first=first).mean(1)
+
+    def _row_heads(self, q: Tensor, *, first: bool = True) -> Tensor:
         # multiply and sum reads the strided keys once; a matmul would copy them first
         logits = (self._keys_per_query().float() * (q.float() * self.scale).unsqueeze(2)).sum(-1)
         if self.mask is not None:
-            logits = add_bias(self.mask[:, :, 0], logits)
-        return logits.softmax(-1).mean(1)[:, self.prefix :]
+            # a hidden token sees itself: what a query of nobody's sees is what any other token does
+            row = self.mask[:, :, 0] if first or self.mask.dtype == torch.bool else self.mask.amin(2)
+            logits = add_bias(row, logits)
+        return logits.softmax(-1)[..., self.prefix :]

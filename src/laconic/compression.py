@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laconic.attention import Seen, Watch, bias_of
-from laconic.hosts import HOSTS, Host, halves_of, path_of
+from laconic.deciding import Deciding
+from laconic.hosts import HOSTS, Host
+from laconic.passing import Step
 from laconic.pooling import pool_by_size
 from laconic.reducer import Method, Reducer, Shape, sites_of
 from laconic.schedule import Schedule
@@ -88,40 +89,13 @@ class Compression(nn.Module):
         reducer = self.reducer(index)
         if reducer is not None and not reducer.active(len(tokens), n):
             reducer = None
-        if reducer is not None:
-            tokens = self._moment(reducer, "before", tokens, n)
-        tokens = self._block(index, block, tokens, reducer, n, kwargs)
-        if reducer is not None:
-            tokens = self._moment(reducer, "after", tokens, n)
-            if len(tokens) != n and tokens.alive is None:
-                raise RuntimeError(
-                    f"{self.config.row.name} left {len(tokens)} patch tokens at block {index}; {n} were asked for"
-                )
+        packed = self.execution == "packed" and not self.training
+        step = Step(index, block, reducer, self._watcher(index + 1, tokens), n, packed, self._moment)
+        tokens = step.run(tokens, kwargs)
+        if reducer is not None and len(tokens) != n and tokens.alive is None and self.execution is None:
+            raise RuntimeError(f"{self.config.row.name} left {len(tokens)} patch tokens at block {index}; {n} were asked for")
         self._note(index + 1, tokens)
         return tokens.x
-
-    def _block(self, index: int, block: Any, tokens: Tokens, reducer: Reducer | None, n: int, kwargs: dict[str, Any]) -> Tokens:
-        """The block itself: in two halves with the method between them, or its class's own forward."""
-        halves = halves_of(block)
-        if halves.rope is not None and tokens.patch is not None and kwargs.get(halves.rope) is not None:
-            kwargs = {**kwargs, halves.rope: _rows_of_table(kwargs[halves.rope], tokens.patch)}
-        between = reducer if reducer is not None and reducer.overrides("between") else None
-        watcher, bias = self._watcher(index + 1, tokens), bias_of(tokens)
-        if between is None and watcher is None and bias is None:
-            return tokens.replace(x=type(block).forward(block, tokens.x, **kwargs))
-        calls: list[dict[str, Any]] = []
-        with Watch(calls, bias):
-            if between is not None and halves.attention is not None:
-                tokens = tokens.replace(x=tokens.x + halves.attention(block, tokens.x, **kwargs))
-            else:
-                tokens = tokens.replace(x=type(block).forward(block, tokens.x, **kwargs))
-        seen = Seen.of(calls, tokens, f"block {index} ({path_of(type(block))})")
-        if watcher is not None:
-            tokens = self._moment(watcher, "watch", tokens, seen)
-        if between is not None and halves.mlp is not None:
-            tokens = self._moment(between, "between", tokens, seen, n)
-            tokens = tokens.replace(x=tokens.x + halves.mlp(block, tokens.x))
-        return tokens
 
     def _note(self, index: int, tokens: Tokens) -> None:
         # everything but the features: those would keep every activation alive
@@ -133,7 +107,8 @@ class Compression(nn.Module):
             self._note(0, start)
             return start
         tokens = self.entry(index)
-        if tokens.alive is not None and torch.is_grad_enabled() and not tokens.alive.requires_grad and self._learns():
+        lost = tokens.alive is not None and torch.is_grad_enabled() and not tokens.alive.requires_grad
+        if lost and self.training and self._learns():
             raise RuntimeError(
                 "the keep decisions have lost their gradient: re-entrant gradient checkpointing cannot carry them; use "
                 "use_reentrant=False (timm.layers.set_reentrant_ckpt(False))"
@@ -153,7 +128,8 @@ class Compression(nn.Module):
         return tokens
 
     def _learns(self) -> bool:
-        return any(p.requires_grad for p in self.reducers.parameters())
+        through = any(getattr(reducer, "straight_through", True) for reducer in self.reducers.children())
+        return through and any(p.requires_grad for p in self.reducers.parameters())
 
     def reducer(self, index: int) -> Reducer | None:
         """The reducer of block ``index``, if it has one."""
@@ -180,7 +156,15 @@ class Compression(nn.Module):
             out = getattr(reducer, moment)(tokens, *arguments)
         if self.observer is not None:
             self.observer(tokens, out)
-        return out
+        compacts = isinstance(self.config, Deciding) and self.config.compacts
+        return out.compact() if compacts and self.execution in ("packed", "padded") and not self.training else out
+
+    @property
+    def execution(self) -> str | None:
+        """How a method runs that decides on the number of tokens: as it was asked for, in static graphs ``masked``."""
+        if not isinstance(self.config, Deciding):
+            return None
+        return "masked" if torch.compiler.is_compiling() else self.config.execution
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """Stands in for the pooling of the host: its own, with every token counted as often as it has patches."""
@@ -195,13 +179,6 @@ class Compression(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # a copy starts with an empty ledger: what is in it belongs to the forward (and the graph) of the original
         return {**self.__dict__, "ledger": [None] * (self.depth + 1)}
-
-
-def _rows_of_table(table: Tensor, patch: Tensor) -> Tensor:
-    """Rotary table [P, D] or [H, P, D], shared by all images, as [B, 1 or H, L, D] for the patches in ``patch``."""
-    if table.dim() == 2:
-        return table[patch].unsqueeze(1)
-    return table[:, patch].transpose(0, 1)
 
 
 def attach(host: Any, entry: Host, compression: Compression) -> None:

@@ -15,12 +15,12 @@ that a method reads once more are in no convention; of these `counted` sees thos
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from laconic import work
 from laconic.compression import find_compression
@@ -36,7 +36,14 @@ CONVENTIONS: dict[str, dict[str, int]] = {
 }
 
 
-def summary(model: nn.Module, batch_size: int = 1, convention: str = "matmul", *, count: bool = False) -> Summary:
+def summary(
+    model: nn.Module,
+    batch_size: int = 1,
+    convention: str = "matmul",
+    *,
+    count: bool = False,
+    images: Iterable[Tensor] | Tensor | None = None,
+) -> Summary:
     """What a supported model costs, reduced or not, at inference and at its own input size.
 
     Of a module with a supported model inside, parameters are of the whole, MACs and tokens of the model inside.
@@ -46,6 +53,8 @@ def summary(model: nn.Module, batch_size: int = 1, convention: str = "matmul", *
         batch_size: images that ``macs`` are for.
         convention: what counts as a multiply-add: ``matmul``, ``fvcore`` or ``torchprofile`` (see `laconic.cost`).
         count: also run one image, and say in ``counted_macs`` what torch counts (see `counted`).
+        images: batches of images to run, for ``observed``: mean and spread over them of tokens and MACs of one image. Of a
+            method that decides for every image, ``tokens`` and ``macs`` are the most that it may leave and cost.
 
     Raises:
         TypeError: no supported model. ValueError: an unknown convention, a batch size below one, a model with layers of
@@ -54,6 +63,10 @@ def summary(model: nn.Module, batch_size: int = 1, convention: str = "matmul", *
     compression = find_compression(model) if isinstance(model, nn.Module) else None
     config, schedule = (compression.config, compression.schedule) if compression else (None, None)
     out = estimate(model, config, schedule, convention, batch_size)
+    if images is not None:
+        from laconic.observed import observe  # it stands on this module
+
+        out = dataclasses.replace(out, observed=observe(model, images, convention))
     return dataclasses.replace(out, counted_macs=counted(model)) if count else out
 
 
@@ -72,7 +85,7 @@ def estimate(
     Raises:
         TypeError: no supported model. ValueError: as `summary`; config without schedule; a schedule that does not fit.
     """
-    weights = _weights(convention)
+    weights = weights_of(convention)
     if (config is None) != (schedule is None):
         raise ValueError("give config and schedule, or neither; config.plan(depth, keep, at) makes a schedule of keep rates")
     if not isinstance(batch_size, int) or batch_size < 1:
@@ -86,17 +99,32 @@ def estimate(
         sites = sites_of(config, schedule, Shape(len(blocks), entry.dim(host), entry.heads(host), entry.grid(host)))
     rows, before = list[BlockCost](), patches
     for index, (block, left) in enumerate(zip(blocks, tokens, strict=True)):
-        at_attention, at_mlp = (n + prefix for n in _inside(block, config, sites.get(index), before, left))
-        own = _weigh(work.block(block, at_attention, at_mlp), weights)
-        works = config is not None and index in sites and (left < before or config.row.count == "variable")
-        reducer = _weigh(config.macs(before, left, sites[index]), weights) if config is not None and works else 0
-        rows.append(BlockCost(index, at_attention, at_mlp, own * batch_size, reducer * batch_size))
+        rows.append(block_cost(index, block, prefix, config, sites.get(index), before, left, weights, batch_size))
         before = left
-    ends = _weigh(work.ends(host, entry, patches + prefix, before + prefix), weights)
+    ends = weigh(work.ends(host, entry, patches + prefix, before + prefix), weights)
     macs = ends * batch_size + sum(row.macs + row.reducer_macs for row in rows)
     baseline = macs if config is None else estimate(model, None, None, convention, batch_size).macs
     method, parameters = None if config is None else config.describe(), _parameters(model, config, sites)
     return Summary(type(host).__name__, method, convention, batch_size, parameters, macs, baseline, tokens, tuple(rows))
+
+
+def block_cost(
+    index: int,
+    block: nn.Module,
+    prefix: int,
+    config: Method | None,
+    site: Site | None,
+    before: int,
+    left: int,
+    weights: Mapping[str, int],
+    batch_size: int = 1,
+) -> BlockCost:
+    """What one block costs that gets ``before`` patch tokens and leaves ``left``, its reducer included."""
+    at_attention, at_mlp = (n + prefix for n in _inside(block, config, site, before, left))
+    own, reducer = weigh(work.block(block, at_attention, at_mlp), weights), 0
+    if config is not None and site is not None and (left < before or config.row.count == "variable"):
+        reducer = weigh(config.macs(before, left, site), weights)
+    return BlockCost(index, at_attention, at_mlp, own * batch_size, reducer * batch_size)
 
 
 def counted(model: nn.Module) -> int:
@@ -111,13 +139,13 @@ def counted(model: nn.Module) -> int:
 
     host, entry = find_host(model)
     # with gradients: without, the counter fails on a pool that starts from an expanded parameter (SigLIP's)
-    with _aside(host), torch.inference_mode(False), torch.enable_grad(), FlopCounterMode(display=False) as counter:
+    with aside(host), torch.inference_mode(False), torch.enable_grad(), FlopCounterMode(display=False) as counter:
         host(entry.example(host))
     return counter.get_total_flops() // 2
 
 
 @contextmanager
-def _aside(host: nn.Module) -> Iterator[None]:
+def aside(host: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while, and what the last forward left behind is put back afterwards."""
     modes, compression = [(m, m.training) for m in host.modules()], find_compression(host)
     ledger = list(compression.ledger) if compression else []
@@ -155,13 +183,23 @@ def _parameters(model: nn.Module, config: Method | None, sites: Mapping[int, Sit
         return own + sum(p.numel() for site in sites.values() for p in config.build(site).parameters())
 
 
-def _weights(convention: str) -> dict[str, int]:
+def weights_of(convention: str) -> dict[str, int]:
+    """What each kind of work counts under a convention.
+
+    Raises:
+        ValueError: there is no such convention.
+    """
     if convention not in CONVENTIONS:
         raise ValueError(f"convention must be one of {', '.join(map(repr, CONVENTIONS))}, not {convention!r}")
     return CONVENTIONS[convention]
 
 
-def _weigh(kinds: Mapping[str, int], weights: Mapping[str, int]) -> int:
+def weigh(kinds: Mapping[str, int], weights: Mapping[str, int]) -> int:
+    """Work by kind, as one number.
+
+    Raises:
+        ValueError: work of an unknown kind.
+    """
     unknown = sorted(set(kinds) - set(work.KINDS))
     if unknown:
         raise ValueError(f"work of an unknown kind: {', '.join(unknown)}; there are: {', '.join(work.KINDS)}")

@@ -13,7 +13,7 @@ from torch import nn
 from laconic.attach import reduce_, restore_
 from laconic.compression import Compression, compression_of, find_compression
 from laconic.hosts import Host, find_host, halves_of, path_of
-from laconic.reducer import Row, methods
+from laconic.reducer import METHODS, Row, methods
 
 KEEP = 0.7  # the keep rate every method is tried with
 IDENTITY = "dynamicvit"  # reduces before a block, so that it runs on every host; with keep=1 nothing may change
@@ -27,7 +27,7 @@ class Trial:
     works: bool
     options: dict[str, str]
     reason: str  # empty if it works
-    tokens: tuple[int, ...]  # patch tokens each reducing block leaves of the model's own input
+    tokens: tuple[int, ...]  # patch tokens each reducing block leaves of the model's own input, at most
 
     @property
     def example(self) -> str:
@@ -35,7 +35,8 @@ class Trial:
         if not self.works:
             return ""
         options = "".join(f", {name}={value!r}" for name, value in self.options.items())
-        return f'laconic.reduce_(model, "{self.method}", keep={KEEP}{options})'
+        keep = f", keep={KEEP}" if METHODS[self.method].count == "constant" else ""
+        return f'laconic.reduce_(model, "{self.method}"{keep}{options})'
 
 
 @dataclass(frozen=True)
@@ -143,10 +144,11 @@ def _positions(host: Any, entry: Host, blocks: list[nn.Module]) -> str:
 
 def _try(model: nn.Module, row: Row) -> Trial:
     options: dict[str, Any] = {}
-    reduced = _attempt(model, row.name, KEEP, options)
+    keep = KEEP if row.count == "constant" else None  # the others decide for every image
+    reduced = _attempt(model, row.name, keep, options)
     if isinstance(reduced, str) and "score" in (f.name for f in dataclasses.fields(row.config)):
         stand_in = {"score": "mean-query"}  # for hosts without a class token
-        again = _attempt(model, row.name, KEEP, stand_in)
+        again = _attempt(model, row.name, keep, stand_in)
         reduced, options = (reduced, options) if isinstance(again, str) else (again, stand_in)
     if isinstance(reduced, str):
         return Trial(row.name, False, {}, reduced, ())
@@ -155,7 +157,7 @@ def _try(model: nn.Module, row: Row) -> Trial:
     return Trial(row.name, True, options, "", tuple(counts[block] for block in reduced.schedule.at))
 
 
-def _attempt(model: nn.Module, method: str, keep: float, options: dict[str, Any]) -> Compression | str:
+def _attempt(model: nn.Module, method: str, keep: float | None, options: dict[str, Any]) -> Compression | str:
     """Reduce a copy: its compression, or the reason why the method does not work on this model."""
     try:
         with torch.random.fork_rng(devices=[]):  # a learned scorer draws its first weights; nobody else is to notice

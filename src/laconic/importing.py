@@ -79,7 +79,9 @@ def import_checkpoint(
             config = dataclasses.replace(config, **{"fuse": said["fuse"]})
         if schedule is None:
             keep, at = said.get("keep") if keep is None else keep, said.get("at") if at is None else at
-    model = reduce_(_deit(weights, source) if model is None else model, config, keep=keep, at=at, schedule=schedule)
+    model = reduce_(
+        _deit(weights, source, config.official_model) if model is None else model, config, keep=keep, at=at, schedule=schedule
+    )
     compression = compression_of(model)
     try:
         at = compression.schedule.at
@@ -178,7 +180,7 @@ def _advice(weights: Mapping[str, Tensor], compression: Compression) -> str:
     return "\nIf the file is of another architecture or input size, build that model and pass it as model=."
 
 
-def _deit(weights: Mapping[str, Tensor], source: str) -> nn.Module:
+def _deit(weights: Mapping[str, Tensor], source: str, more: Mapping[str, Any]) -> nn.Module:
     """The DeiT that the shapes call for; what else is in the weights shows when they are loaded."""
     shape, distilled = list(weights["pos_embed"].shape) if "pos_embed" in weights else [], "dist_token" in weights
     _, length, width = shape if len(shape) == 3 else (0, 0, 0)
@@ -190,5 +192,5 @@ def _deit(weights: Mapping[str, Tensor], source: str) -> nn.Module:
         )
     patch, head = weights.get("patch_embed.proj.weight"), weights.get("head.weight")
     channels = patch.shape[1] if patch is not None and tuple(patch.shape[2:]) == (16, 16) else 3
-    args = {"img_size": 16 * side, "num_classes": 0 if head is None else len(head), "in_chans": channels}
+    args = {"img_size": 16 * side, "num_classes": 0 if head is None else len(head), "in_chans": channels, **more}
     return build(f"{DEIT[width]}{'_distilled' * distilled}_patch16_224", "", args, "cpu")

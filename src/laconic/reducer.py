@@ -15,7 +15,10 @@ from typing import Any, ClassVar, Literal, TypeVar
 from torch import Tensor, nn
 
 from laconic.attention import Seen
+from laconic.discovery import discover
 from laconic.schedule import Schedule, quarters
+from laconic.sites import Shape as Shape
+from laconic.sites import Site as Site
 from laconic.tokens import Tokens
 
 
@@ -32,6 +35,10 @@ class Reducer(nn.Module):
 
     def before(self, tokens: Tokens, n: int) -> Tokens:
         """At the input of the block (inter-block methods)."""
+        return tokens
+
+    def ahead(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
+        """At the input of the block, with a look at the attention that it would compute of these tokens."""
         return tokens
 
     def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
@@ -70,39 +77,15 @@ class Prune(Reducer):
         return self.rest(tokens, self.score(tokens, seen), n)
 
 
-@dataclass(frozen=True)
-class Site:
-    """What a reducer may know when it is built: which stage it is, at which block, and how wide the host is."""
-
-    stage: int
-    block: int
-    dim: int
-    heads: int
-    keep: float | None  # keep rate here; None where the schedule gives counts
-    before: int = 0  # patch tokens that come in and go out here, for an image of the host's own size
-    after: int = 0
-    grid: tuple[int, int] = (0, 0)  # patches of such an image: rows, columns
-
-
 def sites_of(config: Method, schedule: Schedule, host: Shape) -> dict[int, Site]:
     """Block -> site, for every reducing block."""
-    keep = schedule.values if schedule.unit == "keep" else (None,) * len(schedule.at)
+    rates = dict(zip(schedule.at, schedule.values, strict=True)) if schedule.unit == "keep" else {}
     patches = host.grid[0] * host.grid[1]
-    counts = (patches, *config.counts(schedule, host.depth, patches))
-    return {
-        block: Site(stage, block, host.dim, host.heads, keep[stage], counts[block], counts[block + 1], host.grid)
-        for stage, block in enumerate(schedule.at)
-    }
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What of a host decides the shapes of a reducer."""
-
-    depth: int
-    dim: int
-    heads: int
-    grid: tuple[int, int]
+    counts, out = (patches, *config.counts(schedule, host.depth, patches)), {}
+    for stage, block in enumerate(config.works_at(schedule, host.depth)):
+        here = (rates.get(block), counts[block], counts[block + 1], host.grid, host.depth, schedule)
+        out[block] = Site(stage, block, host.dim, host.heads, *here)
+    return out
 
 
 @dataclass(frozen=True)
@@ -110,6 +93,8 @@ class Method:
     """The options of a method (the one source for Python, the command line and saved models), and its static rules."""
 
     row: ClassVar[Row]
+    takes_keep: ClassVar[bool] = True  # is there a keep rate to give it?
+    official_model: ClassVar[Mapping[str, Any]] = {}  # how the authors' model differs from a plain DeiT, for timm
 
     def build(self, site: Site) -> Reducer:
         """The reducer for one block."""
@@ -126,9 +111,15 @@ class Method:
         """Patch tokens each block leaves; the most that one may leave, where every image has a number of its own."""
         return schedule.counts(depth, patches, self.leaves)
 
+    def works_at(self, schedule: Schedule, depth: int) -> Sequence[int]:
+        """The blocks that have a reducer: those of the schedule, and others where the method has something to note."""
+        return schedule.at
+
     def inside(self, before: int, after: int, site: Site) -> tuple[int, int]:
         """Patch tokens at the attention and at the MLP of a reducing block that gets ``before`` and leaves ``after``."""
-        return {"before": (after, after), "between": (before, after), "after": (before, before)}[self.row.moment]
+        if self.row.moment == "between":
+            return before, after
+        return (before, before) if self.row.moment == "after" else (after, after)
 
     def plan(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
         """The schedule for a keep rate; by default at a quarter, a half and three quarters of the depth."""
@@ -146,6 +137,10 @@ class Method:
     def official(self, weights: Mapping[str, Tensor], at: Sequence[int]) -> dict[str, Tensor]:
         """Weights under the names that the authors of the method gave them, under ours (see `laconic.import_checkpoint`)."""
         return dict(weights)
+
+    def loss_weights(self) -> Mapping[str, float]:
+        """What losses of its own count beside the cross-entropy; one that is not named counts ``loss.ratio`` of the recipe."""
+        return {}
 
     def describe(self) -> dict[str, Any]:
         """Name and options, as JSON."""
@@ -166,6 +161,7 @@ class Row:
     trained: bool  # is it meant to be used after training only?
     learns: bool = False  # does it add parameters?
     count: Literal["constant", "variable"] = "constant"  # does every image of a batch keep as many tokens as the others?
+    class_readout: bool = False  # is its answer in the class token alone (which it may then change)?
     full_attention: bool = False  # does it need the whole matrix of attention weights?
 
 
@@ -177,6 +173,9 @@ def method(name: str, **facts: Any) -> Callable[[M], M]:
     """Register a method config under the name users type."""
 
     def register(config: M) -> M:
+        old = METHODS.get(name)
+        if old is not None and (old.config.__module__, old.config.__name__) != (config.__module__, config.__name__):
+            raise ValueError(f"a method called {name!r} is there already ({old.config.__module__}); give this one another name")
         config.row = METHODS[name] = Row(name=name, config=config, **facts)
         return config
 
@@ -184,7 +183,11 @@ def method(name: str, **facts: Any) -> Callable[[M], M]:
 
 
 def methods() -> dict[str, Row]:
-    """All methods by name: title, paper, what they do, whether they need training, and the config class."""
+    """All methods by name: title, paper, what they do, whether they need training, and the config class.
+
+    Those of other packages are among them (see `laconic.discovery`).
+    """
+    discover()
     return dict(sorted(METHODS.items()))
 
 
@@ -206,6 +209,8 @@ def resolve(method: str | Method, options: dict[str, Any]) -> Method:
         return method
     if not isinstance(method, str):
         raise TypeError(f"method must be a name or a config such as laconic.ETPS(), not {type(method).__name__}")
+    if method not in METHODS:
+        discover()
     if method not in METHODS:
         known = ", ".join(sorted(METHODS))
         raise LookupError(f"no method is called {method!r}.{nearest_names(method, list(METHODS))} There are: {known}")

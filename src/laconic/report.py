@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import io
 import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,30 @@ class BlockCost:
     mlp_tokens: int
     macs: int
     reducer_macs: int
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What a number is over images: its mean, its standard deviation, its least and its greatest."""
+
+    mean: float
+    deviation: float
+    least: int
+    most: int
+
+    @classmethod
+    def of(cls, values: Sequence[int]) -> Spread:
+        """Over these values."""
+        return cls(statistics.fmean(values), statistics.pstdev(values), min(values), max(values))
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What single images left and cost: patch tokens after each block, and MACs."""
+
+    images: int
+    tokens: tuple[Spread, ...]
+    macs: Spread
 
 
 @dataclass(frozen=True)
@@ -40,6 +65,7 @@ class Summary:
     tokens: tuple[int, ...]
     blocks: tuple[BlockCost, ...]
     counted_macs: int | None = None
+    observed: Observed | None = None
 
     def to_json(self) -> dict[str, Any]:
         """All fields, as plain JSON."""
@@ -55,6 +81,13 @@ class Summary:
         ]
         if self.counted_macs is not None:
             lines.append(f"{self.counted_macs / 1e9:.4f} GMACs counted by torch on one image")
+        if self.observed is not None:
+            cost, left = self.observed.macs, self.observed.tokens[-1]
+            lines.append(
+                f"{cost.mean / 1e9:.4f} ± {cost.deviation / 1e9:.4f} GMACs an image ({cost.least / 1e9:.4f} to "
+                f"{cost.most / 1e9:.4f}) over {self.observed.images} images; patches left: {left.mean:.1f} ± "
+                f"{left.deviation:.1f} ({left.least} to {left.most})"
+            )
         header = ["block", "tokens at attention", "at MLP", "patches left", "MMACs", "reducer MMACs"]
         rows = [
             [*map(str, (b.block, b.attention_tokens, b.mlp_tokens, left)), f"{b.macs / 1e6:.2f}", f"{b.reducer_macs / 1e6:.2f}"]

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Unit = str  # "keep" | "leave" | "remove"
+Unit = str  # "keep" | "leave" | "remove" | "decide"
+UNITS = ("keep", "leave", "remove", "decide")
 # how a method turns keep rates (one a stage so far), tokens now and patches at the start into tokens left
 CountRule = Callable[[Sequence[float], int, int], int]
 
@@ -17,7 +18,7 @@ CountRule = Callable[[Sequence[float], int, int], int]
 class Schedule:
     """At blocks ``at`` (zero-based): keep rates, or the counts to leave, or the counts to remove.
 
-    Build it with `rates`, `leaving` or `removing`. ``values[i]`` belongs to block ``at[i]``.
+    Build it with `rates`, `leaving`, `removing` or `deciding`. ``values[i]`` belongs to block ``at[i]``.
     """
 
     at: tuple[int, ...]
@@ -25,8 +26,8 @@ class Schedule:
     unit: Unit = "keep"
 
     def __post_init__(self) -> None:
-        if self.unit not in ("keep", "leave", "remove"):
-            raise ValueError(f"schedule: unit must be 'keep', 'leave' or 'remove', not {self.unit!r}")
+        if self.unit not in UNITS:
+            raise ValueError(f"schedule: unit must be one of {', '.join(map(repr, UNITS))}, not {self.unit!r}")
         if not self.at:
             raise ValueError("schedule: no blocks; give at least one, e.g. at=[3, 6, 9]")
         if len(set(self.at)) != len(self.at):
@@ -41,7 +42,10 @@ class Schedule:
             self._check(value)
 
     def _check(self, value: float | int) -> None:
-        if self.unit == "keep":
+        if self.unit == "decide":
+            if value != 1:
+                raise ValueError(f"schedule: where the method decides the value is 1, not {value!r}")
+        elif self.unit == "keep":
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
                 raise ValueError(f"keep rate must be in (0, 1], got {value!r}; for counts use Schedule.leaving or .removing")
         elif isinstance(value, bool) or not isinstance(value, int) or value < (1 if self.unit == "leave" else 0):
@@ -64,15 +68,20 @@ class Schedule:
         return cls(tuple(counts), tuple(counts.values()), "remove")
 
     @classmethod
+    def deciding(cls, at: Sequence[int]) -> Schedule:
+        """The method itself decides at these blocks how many tokens of an image it leaves."""
+        return cls(tuple(at), (1,) * len(tuple(at)), "decide")
+
+    @classmethod
     def of(cls, value: Schedule | Mapping[str, Any]) -> Schedule:
-        """A schedule, or one from its JSON: ``{"at": [3, 6, 9], "keep": [0.7, 0.7, 0.7]}`` (or leave, or remove)."""
+        """A schedule, or one from its JSON: ``{"at": [3, 6, 9], "keep": [0.7, 0.7, 0.7]}`` (or leave, remove, decide)."""
         if isinstance(value, Schedule):
             return value
         if not isinstance(value, Mapping):
             raise TypeError(f"schedule must be a laconic.Schedule or its JSON object, not {type(value).__name__}")
         units = [key for key in value if key != "at"]
-        if "at" not in value or len(units) != 1 or units[0] not in ("keep", "leave", "remove"):
-            raise ValueError(f"schedule must have 'at' and one of 'keep', 'leave', 'remove'; got {sorted(value)}")
+        if "at" not in value or len(units) != 1 or units[0] not in UNITS:
+            raise ValueError(f"schedule must have 'at' and one of {', '.join(map(repr, UNITS))}; got {sorted(value)}")
         return cls(tuple(value["at"]), tuple(value[units[0]]), units[0])
 
     def to_json(self) -> dict[str, Any]:
@@ -96,7 +105,7 @@ class Schedule:
                     n = min(n, max(1, rule(tuple(rates), n, patches)))
                 elif self.unit == "leave":
                     n = min(n, int(value))
-                else:
+                elif self.unit == "remove":
                     n -= min(int(value), n // 2)
             out.append(n)
         return tuple(out)

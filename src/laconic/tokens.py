@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from laconic.shapes import Float, Int
+from laconic.switches import Switches
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Tokens:
     alive: Float[Tensor, "B L"] | None = None  # soft keep decision of training: 0 is seen by nobody but itself
     columns: dict[str, Tensor] = field(default_factory=dict)  # [B, L, ...] whatever else travels with a token
     merged: bool = False  # may a token stand for more than one patch? (then pooling weighs tokens by size)
+    shown: Float[Tensor, "B R"] | None = None  # the prefix tokens that others may still see (A-ViT's may halt); None: all
+    attention: Float[Tensor, "B H N N"] | None = None  # weights that the next attention uses in place of its softmax, once
+    switches: Switches | None = None  # factors on the halves and the heads of the next block, once (AdaViT)
+    notes: dict[str, Tensor] = field(default_factory=dict)  # [B, ...] what a method remembers of an image
+    aside: Tokens | None = None  # tokens that sit out some blocks and come back (Evo-ViT)
     positions: Tensor | None = None  # [P, C] the host's absolute position embedding, shared by all images
 
     @classmethod
@@ -92,6 +98,15 @@ class Tokens:
         size = add_rows(self.size.masked_fill(gone, 0.0).unsqueeze(-1), into, count).squeeze(-1)
         return self._follow(lead, dst, x, size).replace(merged=True)
 
+    def highest(self, dst: Int[Tensor, "B L"], lead: Int[Tensor, "B M"]) -> Tokens:
+        """The highest value of each channel over ``dst[i] == m``, without weights; all else as in `merge`."""
+        gone, into = (dst < 0).unsqueeze(-1), dst.clamp_min(0)
+        patches, size = self.patches.masked_fill(gone, -torch.inf), self.size.unsqueeze(-1).masked_fill(gone, 0.0)
+        new = patches.new_zeros(len(lead), lead.shape[1], patches.shape[2])
+        new = new.scatter_reduce(1, into.unsqueeze(-1).expand_as(patches), patches, "amax", include_self=False)
+        x = torch.cat([self.x[:, : self.prefix], new], 1)
+        return self._follow(lead, dst, x, add_rows(size, into, lead.shape[1]).squeeze(-1)).replace(merged=True)
+
     def mix(self, matrix: Float[Tensor, "B M L"]) -> Tokens:
         """Soft merge, ``x' = matrix @ x``. Sizes are shared out by column; a patch is said to be where most of it went."""
         mass = matrix / matrix.sum(1, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
@@ -120,6 +135,7 @@ class Tokens:
             gate=both(self.gate, other.gate),
             alive=both(self.alive, other.alive),
             columns={name: torch.cat([c, other.columns[name]], 1) for name, c in self.columns.items()},
+            merged=self.merged or other.merged,
         )
 
     def fade(self, alive: Float[Tensor, "B L"], dst: Int[Tensor, "B L"]) -> Tokens:
@@ -127,6 +143,39 @@ class Tokens:
         into = dst.clamp_min(0)
         size = add_rows(self.size.masked_fill(dst < 0, 0.0).unsqueeze(-1), into, len(self)).squeeze(-1)
         return self.replace(alive=alive, size=size, where=follow(self.where, dst), merged=True)
+
+    def switch(self, halves: Float[Tensor, "B S N"], heads: Float[Tensor, "B H"] | None = None) -> Tokens:
+        """Let the next block use its halves and heads by these factors (see `Switches`); every token goes on."""
+        return self.replace(switches=Switches(halves, None if heads is None else heads.unsqueeze(2)))
+
+    def append(self, x: Float[Tensor, "B M C"], place: Int[Tensor, "B M"]) -> Tokens:
+        """New tokens at the end, in the places of these patches. They hold no patch yet (`fade` may hand them some)."""
+        new = torch.ones_like(x[..., 0], dtype=self.size.dtype)
+
+        def longer(values: Tensor | None, more: Tensor) -> Tensor | None:
+            return None if values is None else torch.cat([values, more.to(values.dtype)], 1)
+
+        columns = {n: torch.cat([c, c.new_zeros(len(x), x.shape[1], *c.shape[2:])], 1) for n, c in self.columns.items()}
+        return self.replace(
+            x=torch.cat([self.x, x.to(self.x.dtype)], 1),
+            size=torch.cat([self.size, torch.zeros_like(new)], 1),
+            patch=torch.cat([self.place, place], 1),
+            gate=longer(self.gate, new),
+            alive=longer(self.alive, new),
+            columns=columns,
+        )
+
+    def compact(self) -> Tokens:
+        """Leave out the tokens that nobody sees, as far as every image of the batch has some; the order stays.
+
+        How many are left depends on the data, so the host waits for the device here.
+        """
+        if self.alive is None:
+            return self
+        seen = (self.alive > 0).sum(1)
+        longest, shortest = int(seen.max()), int(seen.min())
+        out = self.keep((self.alive <= 0).sort(dim=1, stable=True).indices[:, : max(1, longest)])
+        return out.replace(alive=None) if longest == shortest > 0 else out
 
     def dense(self, values: Float[Tensor, "B L C"], fill: float = 0.0) -> Float[Tensor, "B P C"]:
         """Give every patch the value of the token that holds it; dropped patches get ``fill``."""

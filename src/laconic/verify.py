@@ -36,7 +36,7 @@ def verify(host: nn.Module, entry: Host, compression: Compression, example: Tens
         attach(host, entry, compression)
         try:
             reduced = _run_reduced(host, compression, image)
-            if compression.counts(_patches(compression))[-1] == _patches(compression) and not _same(base, reduced):
+            if not _works(compression) and not _same(base, reduced):
                 raise ValueError("with nothing to reduce the output differs from the model's own; please report this model")
         except BaseException:
             detach(host, entry)
@@ -128,6 +128,12 @@ def _check_block(index: int, block: nn.Module, record: tuple[Any, Any, Any, int]
 
 
 def _check_moments(compression: Compression, blocks: list[nn.Module]) -> None:
+    row = compression.config.row
+    if row.class_readout and (not compression.has_cls or compression.pooling[0] != "token"):
+        raise LookupError(
+            f"{row.name} gives its answer in the class token, and this model reads its tokens by "
+            f"{compression.pooling[0]!r}; take a model that reads the class token, or another method (ats, dtps, dynamicvit)"
+        )
     for index, block in enumerate(blocks):
         halves, reducer = halves_of(block), compression.reducer(index)
         if halves.mlp is None and reducer is not None and reducer.overrides("between"):
@@ -141,6 +147,8 @@ def _run_reduced(host: nn.Module, compression: Compression, image: Tensor) -> An
     prefix = compression.prefix
 
     def untouched(before: Tokens, after: Tokens) -> None:
+        if compression.config.row.class_readout:
+            return
         if not torch.equal(before.x[:, :prefix], after.x[:, :prefix]):
             raise ValueError(f"{compression.config.row.name} changed a prefix token; this is a fault of the method")
 
@@ -149,8 +157,15 @@ def _run_reduced(host: nn.Module, compression: Compression, image: Tensor) -> An
     return host(image)
 
 
-def _patches(compression: Compression) -> int:
-    return int(compression.entry(compression.depth).where.shape[1])
+def _works(compression: Compression) -> bool:
+    """Whether any block has anything to reduce."""
+    before = int(compression.entry(compression.depth).where.shape[1])
+    for block, n in enumerate(compression.counts(before)):
+        reducer = compression.reducer(block)
+        if reducer is not None and reducer.active(before, n):
+            return True
+        before = n
+    return False
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ from laconic.training.running import Run, Running
 BASE, SMALLER = "scenes_vit_small", "scenes_vit_tiny"
 BATCH = 32
 TESTED = 2000  # images of the test split
+LEAVING = {2: 50, 4: 25, 6: 12}  # patch tokens that blocks leave of 100, where methods are compared at one budget
 POLICIES = ("etps", "evit", "dtps", "dynamicvit")  # methods whose random policy is tested beside
 FINE_TUNING = (  # the same for all: scorers learn ten times as fast as the backbone
     f"optimization.batch_size={BATCH}",
@@ -55,7 +56,8 @@ FINE_TUNING = (  # the same for all: scorers learn ten times as fast as the back
 class Cell:
     """What is tested. ``method`` is a name of `laconic.methods`, or one of those in `SPECIAL`.
 
-    ``steps`` of fine-tuning (0: none) with batches of 32; ``seed`` orders the images and draws what is random.
+    ``steps`` of fine-tuning (0: none) with batches of 32; ``seed`` orders the images and draws what is random. ``budget``: a
+    keep rate, counted as the method's paper does, or the tokens of `LEAVING` for all (methods that decide for every image do).
     """
 
     method: str
@@ -64,12 +66,14 @@ class Cell:
     steps: int = 0
     seed: int = 0
     data: str = "scenes"
+    budget: Literal["keep", "leaving"] = "keep"
 
     @property
     def key(self) -> str:
         """A name that no other cell has."""
         options = ",".join(f"{name}={value}" for name, value in self.options)
-        return f"{self.method}[{options}] keep {self.keep:g}, {self.steps} steps, seed {self.seed}, {self.data}"
+        kept = f"keep {self.keep:g}" if self.budget == "keep" else "leaving"
+        return f"{self.method}[{options}] {kept}, {self.steps} steps, seed {self.seed}, {self.data}"
 
 
 SPECIAL = {
@@ -147,10 +151,17 @@ def _model(cell: Cell) -> nn.Module:
         return copy.deepcopy(small)
     if cell.method in ("attended-once", "others-once"):
         return split_once(model, cell.keep, others=cell.method == "others-once")
-    reduced = reduce_(model, cell.method, keep=cell.keep, **dict(cell.options))
-    if METHODS[cell.method].learns and not load_scorer(reduced, BASE):
+    reduced = reduce_(model, cell.method, **_budget(cell), **dict(cell.options))
+    if METHODS[cell.method].learns and not load_scorer(reduced, BASE) and cell.budget == "keep":
         raise Refusal(f"the scorer of {cell.method} is not there; make it with laconic train --recipe scenes_{cell.method}")
     return reduced
+
+
+def _budget(cell: Cell) -> dict[str, Any]:
+    """How `reduce_` is told of the budget."""
+    if cell.budget == "keep":
+        return {"keep": cell.keep}
+    return {} if METHODS[cell.method].count == "variable" else {"schedule": Schedule.leaving(LEAVING)}
 
 
 def _fine_tune(model: nn.Module, cell: Cell) -> None:

@@ -16,7 +16,7 @@ from laconic.jobs.compare import Row, threads
 from laconic.jobs.measure import Setting
 from laconic.jobs.models import open_model
 from laconic.jobs.output import Refusal, Report, Table
-from laconic.jobs.variants import ALWAYS, Variant, alternatives, as_reduced, parse_methods, reduced, unreduced
+from laconic.jobs.variants import ALWAYS, Variant, alternatives, as_reduced, pairs, parse_methods, reduced, unreduced
 
 LOG = logging.getLogger(__name__)
 METHODS = ("etps", "bat")  # what is measured where nothing is asked for
@@ -114,6 +114,6 @@ def collect(
         variants.append(as_reduced(f"{saved.config.row.name} as saved", model, None))
     wanted = methods or (METHODS if saved is None else ())
     configs = parse_methods([method for method in dict.fromkeys(wanted) if method not in ALWAYS], options)
-    variants += [reduced(base, config, keep) for config in configs for keep in dict.fromkeys(keeps)]
+    variants += [reduced(base, config, keep) for config, keep in pairs(configs, keeps)]
     others, notes = alternatives(name if saved is None else "", base, list(dict.fromkeys(keeps)))
     return variants + others, notes

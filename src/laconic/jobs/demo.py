@@ -18,7 +18,7 @@ from laconic.jobs.exhibit import Exhibit, judge, open_exhibit
 from laconic.jobs.measure import Setting
 from laconic.jobs.output import Refusal, Report, Table, sentence
 from laconic.jobs.show import Picture, draw_all
-from laconic.jobs.variants import Variant, alternatives, parse_methods, reduced, unreduced
+from laconic.jobs.variants import Variant, alternatives, pairs, parse_methods, reduced, unreduced
 from laconic.jobs.weights import load
 from laconic.models.scenes import load_scorer
 from laconic.reducer import Method
@@ -177,7 +177,7 @@ def demo(
     with machine.prepared(setting):
         LOG.info("reducing copies of %s, and proving each of them", model)
         variants, notes, strangers = _variants(exhibit, configs, keeps)
-        drawn = [v for v in variants if v.kind == "method" and v.keep == keeps[0]]
+        drawn = [v for v in variants if v.kind == "method" and v.keep in (keeps[0], None)]
         sheet, files = draw_all(output, drawn, exhibit.read, exhibit.loaded.remark)
         judged = judge(exhibit, variants, strangers, setting)
         size = batch_size or BATCHES[max(variants[0].image) > SMALL]
@@ -197,7 +197,8 @@ def _variants(exhibit: Exhibit, configs: Sequence[Method], keeps: Sequence[float
             strangers.add(other)
         return its.model
 
-    own = [reduced(loaded.model, config, keep) for keep in keeps for config in configs]
+    own = [reduced(loaded.model, config, keep) for config, keep in pairs(configs, keeps)]
+    own.sort(key=lambda variant: keeps.index(variant.keep) if variant.keep in keeps else len(keeps))
     learned = [v for v in own if any(config.row.name == v.name and config.row.learns for config in configs)]
     ready = [exhibit.trained and load_scorer(v.model, exhibit.name) for v in learned]
     others, notes = alternatives(exhibit.name, loaded.model, keeps, smaller)

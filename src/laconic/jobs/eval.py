@@ -15,7 +15,7 @@ from laconic.jobs.measure import Setting
 from laconic.jobs.output import Refusal, Report, Table, write_atomically
 from laconic.jobs.scores import Score
 from laconic.jobs.subject import Reading, Subject, command, open_subject
-from laconic.jobs.variants import Variant, as_reduced, parse_methods, reduced, unreduced
+from laconic.jobs.variants import Variant, as_reduced, pairs, parse_methods, reduced, unreduced
 from laconic.models.scenes import has_scorer, load_scorer
 from laconic.reducer import METHODS, Method
 
@@ -120,10 +120,10 @@ def check_output(output: Path | None) -> None:
 def _variants(subject: Subject, method: tuple[str, ...], keep: tuple[float, ...], options: tuple[str, ...]) -> list[Variant]:
     out = [unreduced("unreduced", subject.base), *saved_variant(subject)]
     configs = parse_methods(list(dict.fromkeys(method)), options)
-    return out + [reduced_of(subject, config, rate) for config in configs for rate in dict.fromkeys(keep)]
+    return out + [reduced_of(subject, config, rate) for config, rate in pairs(configs, keep)]
 
 
-def reduced_of(subject: Subject, config: Method, keep: float) -> Variant:
+def reduced_of(subject: Subject, config: Method, keep: float | None) -> Variant:
     """A reduced copy, with the trained scorer that comes with laconic where there is one for these weights."""
     variant = reduced(subject.base, config, keep)
     if subject.pretrained and config.row.learns:

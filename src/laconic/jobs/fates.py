@@ -54,8 +54,8 @@ def object_patches(images: ImageSet, grid: tuple[int, int]) -> Tensor | None:
 
 def fates(stage: Stage) -> Tensor:
     """Whether each patch of a batch was kept, merged or dropped, [B, P, 3] of bool."""
-    own = torch.zeros_like(stage.where, dtype=torch.bool).scatter(1, stage.kept, True)
     held = stage.where >= 0
+    own = torch.zeros_like(held).scatter(1, stage.kept, True) & held  # what pads an image stands in a place it does not hold
     return torch.stack([own, held & ~own, ~held & ~own], 2)
 
 

@@ -12,7 +12,7 @@ from laconic.jobs.output import Report, Table
 from laconic.recipe import Recipe, names, read
 from laconic.reducer import Row, methods
 
-HEADER = ("method", "what it is", "where", "score", "what becomes of the rest", "training", "adds", "arXiv")
+HEADER = ("method", "what it is", "where", "score", "what becomes of the rest", "count", "training", "adds", "matrix", "arXiv")
 RECIPES = ("recipe", "method", "model", "keep", "epochs", "top-1", "GMACs", "arXiv")
 
 
@@ -25,10 +25,12 @@ class ListReport(Report):
     blocks: tuple[str, ...]
 
     def parts(self) -> Iterator[str | Table]:
-        yield Table("Methods", HEADER, tuple(map(_cells, self.methods)), words=8)
+        yield Table("Methods", HEADER, tuple(map(_cells, self.methods)), words=10)
         yield (
-            "where: before a block, or between its attention and its MLP. training: whether it must be trained before it is of "
-            "use. adds: whether it adds parameters to the model."
+            "where: before a block, ahead of its attention (but with a look at it), between attention and MLP, or after it. "
+            "count: the same for all images, or each image's own. training: whether it must be trained before it is of use. "
+            "adds: whether it adds parameters to the model. matrix: whether it needs all attention weights, which fused "
+            "attention does not keep."
         )
         hosted = [("model", path) for path in self.models] + [("block", path) for path in self.blocks]
         yield Table("Models", ("", "class"), tuple(hosted), words=2)
@@ -42,8 +44,8 @@ class ListReport(Report):
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    needs, adds = ("yes" if fact else "no" for fact in (row.trained, row.learns))
-    return (row.name, row.title, row.moment, row.score, row.rest, needs, adds, row.paper)
+    needs, adds, matrix = ("yes" if fact else "no" for fact in (row.trained, row.learns, row.full_attention))
+    return (row.name, row.title, row.moment, row.score, row.rest, row.count, needs, adds, matrix, row.paper)
 
 
 def _plain(field: Any) -> dict[str, Any]:

@@ -6,10 +6,12 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from laconic.compression import find_compression
 from laconic.data import ImageSet
@@ -18,7 +20,8 @@ from laconic.jobs.evaluate import answers, config_for
 from laconic.jobs.measure import DTYPES, Setting
 from laconic.jobs.output import Table, csv_text
 from laconic.jobs.subject import Reading
-from laconic.jobs.variants import Kind, Variant, label_of, size_of
+from laconic.jobs.variants import Kind, Variant, as_observed, label_of, size_of
+from laconic.observed import Observer, observing
 
 HEADER = ("", "top-1 %", "(95 %)", "change", "top-5 %", "agrees %", "KL", "GMACs", "patch tokens")
 
@@ -85,13 +88,22 @@ def score(
     how: dict[str, Any] = {"batch_size": reading.batch_size, "workers": reading.workers, "crop": reading.crop}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        said = answers(model, images, reference=reference, keep_logits=reference is None, title=variant.label, **how)
+        with _observing(model) as seen:
+            said = answers(model, images, reference=reference, keep_logits=reference is None, title=variant.label, **how)
+    if seen is not None:
+        variant = as_observed(variant, seen.result)
     found, config = said.accuracy, config_for(model, reading.crop)
     facts = (variant.image, variant.tokens, variant.parameters, variant.macs, config["crop_pct"], config["interpolation"])
     loss, divergence = (x if x is not None and math.isfinite(x) else None for x in (found.loss, found.divergence))
     shares = (found.images, len(found.unreadable), found.top1, found.top5, found.interval, loss)
     compared = (found.agreement, divergence, found.not_finite)
     return Score(variant.name, variant.kind, variant.keep, options_of(variant), *facts, *shares, *compared), said
+
+
+def _observing(model: nn.Module) -> AbstractContextManager[Observer | None]:
+    """What a method that decides for every image leaves of these images."""
+    compression = find_compression(model)
+    return nullcontext() if compression is None or compression.execution is None else observing(model)
 
 
 def table(rows: Sequence[Score], title: str) -> Table:

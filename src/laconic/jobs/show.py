@@ -14,9 +14,9 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from laconic.compression import find_compression
 from laconic.jobs import draw, photos
 from laconic.jobs.models import open_model
-from laconic.jobs.output import Refusal, Report, Table
+from laconic.jobs.output import Refusal, Report, Table, sentence
 from laconic.jobs.photos import Photo
-from laconic.jobs.variants import Variant, parse_methods, reduced
+from laconic.jobs.variants import Variant, pairs, parse_methods, reduced
 from laconic.jobs.weights import load
 from laconic.ledger import Provenance, provenance
 
@@ -30,7 +30,7 @@ class Picture:
     file: Path
     image: str
     method: str
-    keep: str  # the rate, or "as saved"
+    keep: str  # the rate, "as saved", or "as it decides"
     tokens: tuple[int, ...]  # patch tokens at the start, then after each block that reduces
 
 
@@ -91,7 +91,8 @@ def show(
         models = [(saved.config.row.name, "as saved", base)]
     else:
         configs = parse_methods(method or ("bat",), options)
-        models = [(c.row.name, f"{k:g}", reduced(base, c, k).model) for c in configs for k in dict.fromkeys(keep or (0.7,))]
+        chosen = pairs(configs, keep or (0.7,))
+        models = [(c.row.name, _rate(k), reduced(base, c, k).model) for c, k in chosen]
     pictures = list[Picture]()
     names = unique([path.stem for path in images])
     for name, rate, reduced_model in models:
@@ -132,6 +133,11 @@ def draw_one(file: Path, photo: Photo, ledger: Provenance, number: int, method: 
     return Picture(file, photo.name, method, rate, tokens)
 
 
+def _rate(keep: float | None) -> str:
+    """A keep rate, in words."""
+    return "as it decides" if keep is None else f"{keep:g}"
+
+
 def draw_all(folder: Path, variants: Sequence[Variant], read: Sequence[Photo], remark: str) -> tuple[Path, list[Picture]]:
     """A picture of every stage for each method and image, and a sheet with the last stage of all of them."""
     pictures, panels = list[Picture](), [list[Any]() for _ in read]
@@ -139,12 +145,13 @@ def draw_all(folder: Path, variants: Sequence[Variant], read: Sequence[Photo], r
     for variant in tqdm(variants, desc="drawing", unit="method", leave=False, disable=None):
         ledger = look(variant.model, read)
         for number, photo in enumerate(read):
-            file = folder / f"{stems[number]}-{variant.name}-{variant.keep:g}.png"
-            pictures.append(draw_one(file, photo, ledger, number, variant.name, f"{variant.keep:g}", remark))
+            file = folder / f"{stems[number]}-{variant.name}-{_rate(variant.keep).replace(' ', '-')}.png"
+            pictures.append(draw_one(file, photo, ledger, number, variant.name, _rate(variant.keep), remark))
             maps = draw.token_maps(photo.picture, draw.maps(ledger, number))
             panels[number] += [maps[-1]] if panels[number] else [maps[0], maps[-1]]
     titles = [f"{variants[0].tokens[0]} patches", *(f"{v.name}: {v.tokens[-1]} tokens" for v in variants)]
-    heading = f"keep {variants[0].keep:g} at {len(variants[0].tokens) - 1} blocks: what is left{remark}"
+    rates = sentence(list(dict.fromkeys(_rate(variant.keep) for variant in variants)))
+    heading = f"keep {rates} at {len(variants[0].tokens) - 1} blocks: what is left{remark}"
     return draw.save_sheet(folder / "token-maps.png", panels, titles, heading), pictures
 
 

@@ -22,7 +22,7 @@ from laconic.jobs.output import Refusal, Report, Table
 from laconic.jobs.record import Key, Record
 from laconic.jobs.scores import Score, options_of, score
 from laconic.jobs.subject import Reading, Subject, command, digest, open_subject
-from laconic.jobs.variants import ALWAYS, Variant, alternatives, parse_methods, unreduced
+from laconic.jobs.variants import ALWAYS, Variant, alternatives, pairs, parse_methods, unreduced
 from laconic.jobs.weights import load
 
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
@@ -125,7 +125,7 @@ def collect(
     variants = [unreduced("unreduced", subject.base), *saved]
     wanted = method or (() if saved else METHODS)
     configs = parse_methods([name for name in dict.fromkeys(wanted) if name not in ALWAYS], options)
-    variants += [reduced_of(subject, config, rate) for config in configs for rate in keeps]
+    variants += [reduced_of(subject, config, rate) for config, rate in pairs(configs, keeps)]
     smaller, why = _smaller(subject, model_args)
     others, notes = alternatives(subject.name if smaller else "", subject.base, keeps, lambda _: _given(smaller))
     notes = [note for note in notes if not note.startswith("no smaller model row")]

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from laconic.cost import estimate
+from laconic.jobs.others import section
 from laconic.jobs.output import write_atomically
 from laconic.jobs.published import ENTRIES, LOGS, Entry
 from laconic.methods import BAT, ToMe
@@ -87,7 +88,8 @@ def page() -> str:
     models = {name: deit(name) for name in MODELS}
     small = models["DeiT-S"]
     rows, logs, tome = _rows(ENTRIES, models), _logs(small), _tome(small)
-    return "\n".join([HEAD.format(versions=versions), rows, NOTES, LOGS_INTRO, logs, TOME_INTRO, tome])
+    more = section(deit)
+    return "\n".join([HEAD.format(versions=versions), rows, NOTES, more, LOGS_INTRO, logs, TOME_INTRO, tome])
 
 
 def _rows(entries: Iterable[Entry], models: dict[str, nn.Module]) -> str:

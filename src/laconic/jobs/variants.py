@@ -24,7 +24,9 @@ from laconic.doctor import twin
 from laconic.hosts import find_host
 from laconic.jobs.models import create, lower_resolution, smaller_name
 from laconic.jobs.output import Refusal
+from laconic.observed import observe
 from laconic.reducer import METHODS, Method, nearest_names, resolve
+from laconic.report import Observed
 
 ALWAYS = ("random", "avg-pool")  # the methods that every comparison has beside those asked for
 Kind = Literal["base", "method", "plain", "resolution", "smaller"]
@@ -123,7 +125,12 @@ def unreduced(name: str, model: Any, kind: Kind = "base", keep: float | None = N
     return Variant(name, kind, model, cost.macs, cost.parameters, (cost.tokens[0],), _image(model), keep)
 
 
-def reduced(model: nn.Module, config: Method, keep: float, kind: Kind = "method") -> Variant:
+def pairs(configs: Sequence[Method], keeps: Sequence[float]) -> list[tuple[Method, float | None]]:
+    """Every method at every keep rate; one that takes none, once."""
+    return [(config, keep) for config in configs for keep in (dict.fromkeys(keeps) if config.takes_keep else (None,))]
+
+
+def reduced(model: nn.Module, config: Method, keep: float | None, kind: Kind = "method") -> Variant:
     """A copy of the model (with its very weights) under a method, as a row."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -135,9 +142,21 @@ def as_reduced(name: str, model: nn.Module, keep: float | None, kind: Kind = "me
     """A reduced model, as a row."""
     compression, cost = find_compression(model), summary(model)
     assert compression is not None
+    variant = Variant(name, kind, model, cost.macs, cost.parameters, (), _image(model), keep)
+    if compression.config.row.count == "variable":
+        host, entry = find_host(model)
+        return as_observed(variant, observe(model, entry.example(host)))
     start = compression.grid[0] * compression.grid[1]
-    tokens = (start, *(cost.tokens[block] for block in compression.schedule.at))
-    return Variant(name, kind, model, cost.macs, cost.parameters, tokens, _image(model), keep)
+    return dataclasses.replace(variant, tokens=(start, *(cost.tokens[block] for block in compression.schedule.at)))
+
+
+def as_observed(variant: Variant, seen: Observed) -> Variant:
+    """A row of a method that decides for every image, with what images left and cost on average."""
+    compression = find_compression(variant.model)
+    assert compression is not None
+    left = (round(seen.tokens[block].mean) for block in compression.schedule.at)
+    start = compression.grid[0] * compression.grid[1]
+    return dataclasses.replace(variant, macs=round(seen.macs.mean), tokens=(start, *left))
 
 
 def alternatives(

@@ -12,6 +12,9 @@ The authors published no code; the choices here, all open to options:
 * pairs are disjoint, taken greedily by falling cosine; ``matching="bipartite"`` matches odd to even ranks in one go.
 * c = max(1, min(round(0.1 m), K // 2 + 1)) and p = c - 1, so that as many tokens leave as in EViT: with that, every
   figure of the paper comes out (its logs were tuned by hand, ``budget="log"`` follows them to 0.5 %).
+* the other mergers of table 4 take the place of the clusters, no more, and make as many tokens (``merger``). Of k-means the
+  sums are eq. 8's; pooling is by place and knows no weights but sizes. The two learned ones, `conv-pool` and `mlp-pool`,
+  have parameters, which BAT has not: they are methods of their own, with ``pooled="inattentive"``.
 """
 
 from __future__ import annotations
@@ -24,7 +27,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from laconic.parts import bipartite, cosine, density_peaks, greedy_pairs, lay, share, split
+from laconic.parts import (
+    bipartite,
+    by_place,
+    cells,
+    check_grid,
+    cosine,
+    density_peaks,
+    greedy_pairs,
+    lay,
+    lloyd,
+    runs,
+    set_out,
+    share,
+    split,
+)
 from laconic.reducer import Method, Site, choice
 from laconic.tokens import Tokens, iota
 
@@ -37,7 +54,9 @@ CHOICES = {
     "matching": ("greedy", "bipartite"),
     "weights": ("normalised", "literal", "literal-clusters"),
     "budget": ("evit", "log"),
+    "merger": ("dpc", "kmeans-1", "kmeans-3", "avg-pool", "max-pool", "spatial-pool"),
 }
+LLOYD = {"kmeans-1": 1, "kmeans-3": 3}  # iterations
 
 
 @dataclass(frozen=True)
@@ -53,6 +72,9 @@ class Decouple(Method):
         matching: ``greedy`` disjoint pairs, or ``bipartite``.
         weights: ``normalised`` or ``literal`` eq. 8, or ``literal-clusters`` with normalised pairs.
         budget: default counts: as many tokens as ``evit``, or as in the authors' ``log`` (keep .7 .6 .5 .4 .3 .2 only).
+        merger: what makes the clusters of inattentive tokens (table 4): density peaks (``dpc``), k-means of 1 or 3
+            iterations from the most attentive of them, or pooling: the average or maximum of runs in raster order, or
+            the average of cells of the image.
     """
 
     clusters: Amount = None
@@ -63,6 +85,7 @@ class Decouple(Method):
     matching: Literal["greedy", "bipartite"] = "greedy"
     weights: Literal["normalised", "literal", "literal-clusters"] = "normalised"
     budget: Literal["evit", "log"] = "evit"
+    merger: Literal["dpc", "kmeans-1", "kmeans-3", "avg-pool", "max-pool", "spatial-pool"] = "dpc"
 
     def __post_init__(self) -> None:
         for option, allowed in CHOICES.items():
@@ -72,6 +95,8 @@ class Decouple(Method):
             for v in value if isinstance(value, tuple) else (value,):
                 if v is not None and (v < 0 or (isinstance(v, float) and v > 1)):
                     raise ValueError(f"{self.row.name}: {option} must be a count or a fraction in [0, 1], not {v!r}")
+        if self.merger != "dpc" and self.steps in ("preserve", "pack"):
+            raise ValueError(f"{self.row.name}: steps={self.steps!r} makes no clusters; leave merger={self.merger!r} out")
 
     # ---------------------------------------------------------------------------------------------- counts
     def sets(self, attentive: int, rest: int, stage: int, keep: float | None) -> tuple[int, int]:
@@ -120,17 +145,36 @@ class Decouple(Method):
         """Fuse pairs of the attentive, merge clusters of the inattentive (eqs. 6-8)."""
         k, clusters, pairs = self.attentive(len(tokens), n, site.stage, site.keep)
         kept, rest = split(score, k)
+        if self.merger.endswith("pool"):
+            rest = by_place(tokens, rest)
         of_kept, lead = self._match(tokens, kept, pairs)
-        lead = kept.gather(1, lead)
+        lead, left = kept.gather(1, lead), k - pairs
         if clusters == 0:
-            of_rest = torch.full_like(rest, -1)
-        elif clusters == 1:
-            of_rest, lead = torch.full_like(rest, k - pairs), torch.cat([lead, rest[:, :1]], 1)
-        else:
-            cluster, centres = density_peaks(tokens.rows(rest), clusters, self.density, self.assign)
-            of_rest, lead = cluster + k - pairs, torch.cat([lead, rest.gather(1, centres)], 1)
-        dst = lay(kept, rest, of_kept, of_rest)
-        return tokens.merge(dst, self._weights(score, dst, n, k - pairs), lead)
+            dst = lay(kept, rest, of_kept, torch.full_like(rest, -1))
+            return tokens.merge(dst, self._weights(score, dst, n, left), lead)
+        cluster, centres = self._cluster(tokens, rest, score, clusters, site)
+        if self.merger == "max-pool":  # not a sum: first the pairs, then the maxima
+            dst = lay(kept, rest, of_kept, iota(rest) + left)
+            fused = tokens.merge(dst, self._weights(score, dst, left + rest.shape[1], left), torch.cat([lead, rest], 1))
+            return fused.highest(*set_out(iota(lead), iota(rest) + left, cluster, centres))
+        dst = lay(kept, rest, of_kept, cluster + left)
+        weight = self._weights(score, dst, n, left)
+        if self.merger.endswith("pool"):
+            weight = torch.where(dst < left, weight, share(tokens.size, dst, n))
+        return tokens.merge(dst, weight, torch.cat([lead, rest.gather(1, centres)], 1))
+
+    def _cluster(self, tokens: Tokens, rest: Tensor, score: Tensor, count: int, site: Site) -> tuple[Tensor, Tensor]:
+        """The cluster of each inattentive token, and the one that leads each cluster."""
+        if count == 1:
+            return torch.zeros_like(rest), torch.zeros_like(rest[:, :1])
+        if self.merger == "dpc":
+            return density_peaks(tokens.rows(rest), count, self.density, self.assign)
+        if self.merger in LLOYD:
+            return lloyd(tokens.rows(rest), score.gather(1, rest), iota(rest[:, :count]), LLOYD[self.merger])
+        if self.merger == "spatial-pool":
+            check_grid(f"{self.row.name}(merger='spatial-pool')", tokens, site.grid)
+            return cells(tokens.place.gather(1, rest), site.grid, count)
+        return runs(rest, count)
 
     def _match(self, tokens: Tokens, kept: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
         """Where each attentive token goes, and which of them leads each token that comes out, all by rank."""
@@ -162,7 +206,8 @@ class Decouple(Method):
     def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
         k, clusters, pairs = self.attentive(before, after, site.stage, site.keep)
         matched = (k * k if self.matching == "greedy" else (k // 2) * (k - k // 2)) * (pairs > 0)
-        return {"pairwise": site.dim * ((before - k) ** 2 * (clusters > 1) + matched), "head_mean": before}
+        compared = before - k if self.merger == "dpc" else clusters * LLOYD.get(self.merger, 0)
+        return {"pairwise": site.dim * ((before - k) * compared * (clusters > 1) + matched), "head_mean": before}
 
 
 def _amount(value: Amount, stage: int, whole: int) -> int | None:

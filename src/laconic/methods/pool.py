@@ -1,7 +1,8 @@
-"""Plain pooling, the baseline without any idea: neighbours in the sequence are averaged (BAT, arXiv:2211.11315, table 4).
+"""Plain pooling, the baselines without any idea (BAT, Long et al., CVPR 2023, arXiv:2211.11315, mergers of table 4).
 
-The L tokens, in their order, are cut into n runs of as equal length as can be, and each run becomes its mean over
-patches. On a host's raster order that is pooling along rows; nothing is scored and nothing is learned.
+The L tokens, in their order, are cut into n runs of as equal length as can be, and each run becomes its mean over patches
+(``avg-pool``) or its element-wise maximum (``max-pool``), between attention and MLP. On a host's raster order that is
+pooling along rows; nothing is scored and nothing is learned. Or so the inattentive tokens alone (see `resample`).
 """
 
 from __future__ import annotations
@@ -9,18 +10,33 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from laconic.attention import Seen
+from laconic.methods.resample import InSequence
 from laconic.parts import share
-from laconic.reducer import Method, Reducer, Site, method
-from laconic.tokens import Tokens, iota
+from laconic.reducer import Reducer, Site, method
+from laconic.tokens import Tokens
 
 
 class AvgPoolReducer(Reducer):
     """Runs of neighbours, averaged between attention and MLP."""
 
+    def __init__(self, options: InSequence | None = None) -> None:
+        super().__init__()
+        self.options = AvgPool() if options is None else options
+
     def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
-        dst = iota(tokens.size) * n // len(tokens)
-        lead = (iota(tokens.size[:, :n]) * len(tokens) + n - 1) // n  # the first token of each run
+        dst, lead = self.options.runs(tokens, seen, n)
         return tokens.merge(dst, share(tokens.size, dst, n), lead)
+
+
+class MaxPoolReducer(Reducer):
+    """The highest value of each channel in runs of neighbours, between attention and MLP."""
+
+    def __init__(self, options: InSequence) -> None:
+        super().__init__()
+        self.options = options
+
+    def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
+        return tokens.highest(*self.options.runs(tokens, seen, n))
 
 
 @method(
@@ -33,8 +49,25 @@ class AvgPoolReducer(Reducer):
     trained=False,
 )
 @dataclass(frozen=True)
-class AvgPool(Method):
-    """``avg-pool`` has no options."""
+class AvgPool(InSequence):
+    """Options of ``avg-pool``: those of `InSequence`."""
 
     def build(self, site: Site) -> Reducer:
-        return AvgPoolReducer()
+        return AvgPoolReducer(self)
+
+
+@method(
+    "max-pool",
+    title="Max pooling: the maximum of neighbours",
+    paper="2211.11315",
+    moment="between",
+    score="none",
+    rest="maximum with its neighbours",
+    trained=False,
+)
+@dataclass(frozen=True)
+class MaxPool(InSequence):
+    """Options of ``max-pool``: those of `InSequence`."""
+
+    def build(self, site: Site) -> Reducer:
+        return MaxPoolReducer(self)

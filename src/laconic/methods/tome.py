@@ -13,10 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from laconic.attention import Seen
-from laconic.parts import bipartite, cosine, share
+from laconic.parts import by_parity, lay, share, soft_matching
 from laconic.reducer import Method, Reducer, Site, method
 from laconic.schedule import Schedule, of_the_initial
 from laconic.tokens import Tokens, iota
@@ -30,14 +28,9 @@ class ToMeReducer(Reducer):
         self.proportional = proportional
 
     def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
-        keys, place = seen.keys, iota(tokens.size)
-        first = tokens.prefix % 2  # the first patch token that stands at an even place
-        a, b = place[:, first::2], place[:, 1 - first :: 2]
-        merged, others, match = bipartite(cosine(keys[:, first::2], keys[:, 1 - first :: 2]), len(tokens) - n)
-        stay = others.shape[1]
-        dst = torch.empty_like(place).scatter(1, b, iota(b) + stay)
-        dst = dst.scatter(1, a.gather(1, others), iota(others)).scatter(1, a.gather(1, merged), match + stay)
-        tokens = tokens.merge(dst, share(tokens.size, dst, n), torch.cat([a.gather(1, others), b], 1))
+        merged, stay, into = soft_matching(seen.keys, *by_parity(tokens), len(tokens) - n)
+        dst = lay(stay, merged, iota(stay), into)
+        tokens = tokens.merge(dst, share(tokens.size, dst, n), stay)
         return tokens.replace(gate=tokens.size) if self.proportional else tokens
 
 
@@ -84,7 +77,7 @@ class ToMe(Method):
 def _per_block(r: int | tuple[int | float, ...], blocks: int) -> list[int]:
     if isinstance(r, int):
         return [r] * blocks
-    if len(r) == 2 and isinstance(r[1], float):
+    if len(r) == 2 and (isinstance(r[1], float) or r[1] < 0):
         low = int(r[0] * (1 - r[1]))
         step = (2 * r[0] - 2 * low) / max(1, blocks - 1)
         return [int(low + step * i) for i in range(blocks)]

@@ -14,11 +14,17 @@ from laconic.tokens import iota, take
 
 
 def squared_distances(x: Float[Tensor, "B M C"]) -> Float[Tensor, "B M M"]:
-    """|x_i - x_j|^2, from the centred rows (less cancellation), with an exact zero diagonal."""
-    x = x.float() - x.float().mean(1, keepdim=True)
+    """|x_i - x_j|^2, from the centred rows (less cancellation), with an exact zero diagonal; in float32, or as `precise`."""
+    x = x if x.dtype == torch.float64 else x.float()
+    x = x - x.mean(1, keepdim=True)
     norm = x.square().sum(-1)
     d2 = torch.baddbmm(norm.unsqueeze(1) + norm.unsqueeze(2), x, x.transpose(1, 2), alpha=-2.0).clamp_min(0.0)
     return d2.masked_fill(torch.eye(x.shape[1], dtype=torch.bool, device=x.device), 0.0)
+
+
+def precise(x: Float[Tensor, "B M C"]) -> Float[Tensor, "B M C"]:
+    """In float64, where the device has it: for decisions that are not to hang on the rounding of float32."""
+    return x.float() if x.device.type == "mps" else x.double()
 
 
 def density_peaks(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from laconic.compression import compression_of, find_compression
+from laconic.compression import find_compression
 from laconic.distill import logit_distillation, token_distillation
 from laconic.recipe import LossPart
 from laconic.tokens import take
@@ -44,10 +44,11 @@ class Objective(nn.Module):
         logits = model.forward_head(features).float()
         parts = {"cross_entropy": cross_entropy(logits, target)}
         total = parts["cross_entropy"]
-        if find_compression(model) is not None:
-            for name, value in compression_of(model).losses().items():
+        if (compression := find_compression(model)) is not None:
+            own = compression.config.loss_weights()
+            for name, value in compression.losses().items():
                 parts[name] = value
-                total = total + self.weights.ratio * value
+                total = total + own.get(name, self.weights.ratio) * value
         for name, value in self._distilled(images, features, logits).items():
             parts[name] = value
             total = total + getattr(self.weights, name) * value

@@ -1,0 +1,66 @@
+"""Methods that decide for every image how many tokens it keeps: what they share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from laconic.reducer import Method, Reducer, choice
+from laconic.schedule import Schedule, of_the_initial
+from laconic.tokens import Tokens, iota
+
+Execution = Literal["packed", "padded", "masked"]
+
+
+class DecidingReducer(Reducer):
+    """It says who stays by `leave`: at inference the house takes the others out, in training nobody sees them."""
+
+    straight_through: ClassVar[bool] = True  # do gradients flow through its decisions in training?
+
+    def active(self, before: int, n: int) -> bool:
+        return self.site.keep != 1
+
+    @staticmethod
+    def leave(tokens: Tokens, stays: Tensor, into: Tensor | None = None) -> Tokens:
+        """Hide the tokens whose ``stays`` [B, L] is 0; those hidden before stay hidden.
+
+        ``into`` [B, L] is the token that takes over the patches of each one that leaves (-1, and by default: none does).
+        """
+        stays = stays if tokens.alive is None else stays * tokens.alive
+        gone = torch.full_like(tokens.place, -1) if into is None else into
+        return tokens.fade(stays, torch.where(stays > 0, iota(tokens.size), gone))
+
+
+@dataclass(frozen=True)
+class Deciding(Method):
+    """Options that all methods share which decide for every image how many tokens it keeps.
+
+    Args:
+        execution: at inference; training always hides tokens and removes none. ``packed`` runs the tokens there are and
+            nothing else. ``padded`` fills up to the image of the batch with most tokens; what fills is seen by nobody.
+            ``masked`` runs all tokens (constant shapes; so do torch.compile and export, whatever is asked for). The answers
+            are the same.
+    """
+
+    execution: Execution = "packed"
+
+    compacts: ClassVar[bool] = True  # may tokens that leave be taken out for good?
+
+    def __post_init__(self) -> None:
+        choice(self.row.name, "execution", self.execution, ("packed", "padded", "masked"))
+
+    def blocks(self, depth: int) -> tuple[int, ...]:
+        """Where the paper puts it."""
+        raise NotImplementedError
+
+    def plan(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
+        """Without a keep rate the method decides alone."""
+        blocks = self.blocks(depth) if at is None else tuple(at)
+        return Schedule.deciding(blocks) if keep is None else Schedule.rates(keep, blocks)
+
+    def leaves(self, rates: Sequence[float], n: int, patches: int) -> int:
+        return of_the_initial(rates, n, patches)

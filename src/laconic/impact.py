@@ -1,0 +1,75 @@
+"""What a patch means for a model's answer: the scores of `laconic.calibrate`, and what of a forward they are made of."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from laconic.attention import Seen, Watch
+from laconic.compression import Compression
+from laconic.hosts import HOSTS, path_of
+from laconic.shapes import Float
+from laconic.tokens import Tokens
+
+
+def back(g: Float[Tensor, "B N N"], weights: Float[Tensor, "B H N N"], mask: Float[Tensor, " N"]) -> Float[Tensor, "B N N"]:
+    """One layer down: the mean over heads of P^T D G D P."""
+    masked = g * mask * mask.unsqueeze(1)
+    return (weights.transpose(-2, -1) @ (masked.unsqueeze(1) @ weights)).mean(1)
+
+
+def energy(weights: Float[Tensor, "B H N N"], x: Float[Tensor, "B N C"]) -> Float[Tensor, "B N"]:
+    """sum_h |(P |Z|)_i|^2 of every token."""
+    return (weights @ x.float().abs().unsqueeze(1)).square().sum((1, 3))
+
+
+@dataclass
+class Batch:
+    """What one batch of images has left in the blocks."""
+
+    image: Tensor  # the first one
+    seen: dict[int, Seen]  # q and k of each block
+    energies: dict[int, Tensor]
+    inputs: dict[int, tuple[Tensor, dict[str, Any]]]  # with a tolerance: x and keywords of each block; x of depth: the end
+
+
+def record(model: nn.Module, compression: Compression, images: Tensor, lowest: int, inputs: bool) -> Batch:
+    """Run a batch, and note what the blocks from ``lowest`` on see (and get, if ``inputs``)."""
+    batch, calls = Batch(images[:1], {}, {}, {}), list[dict[str, Any]]()
+    patches, blocks = math.prod(compression.grid), HOSTS[compression.host_path].blocks(compression.model)
+
+    def note(block: int, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        x = args[0]
+        if x.shape[1] != compression.prefix + patches:
+            raise ValueError(
+                f"images of {x.shape[1] - compression.prefix} patches came in, and this model was reduced for {patches}; "
+                "calibrate on images of its own size"
+            )
+        tokens = Tokens.start(x, compression.prefix, compression.has_cls)
+        seen = Seen.of(calls, tokens, f"block {block} ({path_of(type(module))})")
+        calls.clear()
+        # clones: q, k and v are views of one tensor, which would stay whole
+        batch.seen[block] = dataclasses.replace(seen, q=seen.q.clone(), k=seen.k.clone(), v=seen.v[..., :0].clone())
+        batch.energies[block] = energy(batch.seen[block].matrix, x)
+        if inputs:
+            batch.inputs[block], batch.inputs[block + 1] = (x, kwargs), (output, {})
+
+    def forget(module: nn.Module, args: Any) -> None:
+        calls.clear()
+
+    hooks: list[Any] = []
+    for i, block in enumerate(blocks):
+        if i >= lowest:
+            hook = block.register_forward_hook(lambda *a, i=i: note(i, *a), with_kwargs=True)
+            hooks += [block.register_forward_pre_hook(forget), hook]
+    try:
+        with Watch(calls):
+            model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return batch

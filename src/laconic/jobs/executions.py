@@ -1,0 +1,81 @@
+"""What packed execution saves where every image has its own number of tokens: measured, on given numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laconic.attach import reduce_
+from laconic.attention import Seen
+from laconic.compression import compression_of
+from laconic.cost import summary
+from laconic.deciding import DecidingReducer
+from laconic.jobs import machine, measure
+from laconic.jobs.measure import Quartiles, Setting
+from laconic.jobs.models import create
+from laconic.jobs.output import markdown
+from laconic.observed import observe
+from laconic.schedule import Schedule
+from laconic.tokens import Tokens, iota
+
+BLOCK = 3
+SPREADS = {"much alike": (105, 140), "very different": (50, 196)}  # the fewest and the most patch tokens of an image
+INTRO = """## Packed execution
+
+What methods that decide for every image really save. DeiT-S, batch {batch}; from block {block} on every image keeps a given
+number of its 196 patches, spread evenly between the fewest and the most. *mean for all* is the same work without any spread:
+every image keeps the mean. Ratios to the unreduced model, interleaved, median (quartiles) of {rounds} rounds.
+"""
+
+
+class Given(DecidingReducer):
+    """Every image keeps its first so many tokens."""
+
+    def __init__(self, counts: Tensor) -> None:
+        super().__init__()
+        self.counts = counts
+
+    def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
+        return self.leave(tokens, (iota(tokens.size) < self.counts.unsqueeze(1)).to(tokens.size.dtype))
+
+
+def executions(model: str, batch: int, setting: Setting) -> dict[str, Any]:
+    """Speed of the ways to run, for each spread of counts."""
+    out = dict[str, Any]()
+    for name, (least, most) in SPREADS.items():
+        counts = torch.linspace(least, most, batch).round().long()
+        mean = round(counts.float().mean().item())
+        noise = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+        models: dict[str, Any] = {"unreduced": (create(model), noise)}
+        fixed = reduce_(create(model), "topk", schedule=Schedule.leaving({BLOCK: mean}))
+        models["mean for all"] = (fixed, noise)
+        for execution in ("packed", "padded", "masked"):
+            reduced: Any = reduce_(create(model), "ats", at=[BLOCK], execution=execution)
+            compression = compression_of(reduced)
+            site: Any = compression.reducers[str(BLOCK)].site
+            compression.reducers[str(BLOCK)] = given = Given(counts)
+            given.site = site
+            models[execution] = (reduced, noise)
+        with machine.prepared(setting):
+            samples = measure.time_models(models, setting)
+        found = {way: measure.ratios(samples[way])[0] for way in list(models)[1:]}
+        seen = observe(models["packed"][0], noise)
+        out[name] = {
+            "counts": counts.tolist(),
+            "implied": summary(models["unreduced"][0]).macs / seen.macs.mean,
+            "ratios": {way: [q.low, q.median, q.high] for way, q in found.items()},
+        }
+    return out
+
+
+def section(found: dict[str, Any], batch: int, rounds: int) -> str:
+    """The table."""
+    rows = []
+    for name, row in found.items():
+        ratios = {way: Quartiles(*values) for way, values in row["ratios"].items()}
+        cells = [f"{q.median:.2f}× ({q.low:.2f}-{q.high:.2f})" for q in ratios.values()]
+        rows.append([f"{name}: {row['counts'][0]} to {row['counts'][-1]}", f"{row['implied']:.2f}×", *cells])
+    header = ["patches an image keeps", "MACs imply", *next(iter(found.values()))["ratios"]]
+    return f"{INTRO.format(batch=batch, block=BLOCK, rounds=rounds)}\n{markdown(header, rows)}\n"

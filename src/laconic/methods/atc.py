@@ -1,0 +1,71 @@
+"""ATC: Agglomerative Token Clustering (Haurum et al., ECCV 2024, arXiv:2409.11923).
+
+Between attention and MLP: patch tokens are clustered bottom-up by 1 - cosine of their keys (mean over heads), always
+merging the two nearest clusters, until exactly n are left. Clusters are as near as their members are on average, at most
+(``linkage="complete"``) or at least (``"single"``). A cluster becomes the mean of its tokens weighted by size. With
+proportional attention the log of its size is added to every logit towards a token, from the next block on (ToMe's eq. 1).
+
+Departures: the published code calls a library for every image on the CPU, here all images are clustered at once, on any
+device, one merge a step (see `laconic.parts.agglomerate`). Their order of tokens is arbitrary, ours by first member.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from laconic.attention import Seen
+from laconic.parts import agglomerate, cheapest, cosine, share
+from laconic.reducer import Method, Reducer, Site, choice, method
+from laconic.schedule import of_the_initial
+from laconic.tokens import Tokens
+
+
+class ATCReducer(Reducer):
+    """Merge the clusters of an agglomerative clustering of keys."""
+
+    def __init__(self, linkage: Literal["average", "complete", "single"], proportional: bool) -> None:
+        super().__init__()
+        self.linkage, self.proportional = linkage, proportional
+
+    def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
+        distance = 1 - cosine(seen.keys, seen.keys)
+        cluster = agglomerate(distance, n, self.linkage)
+        # a cluster stands in the place of its member nearest to all tokens, whatever their order
+        tokens = tokens.merge(cluster, share(tokens.size, cluster, n), cheapest(distance.sum(2), cluster, n))
+        return tokens.replace(gate=tokens.size) if self.proportional else tokens
+
+
+@method(
+    "atc",
+    title="ATC: merge clusters, bottom-up",
+    paper="2409.11923",
+    moment="between",
+    score="key similarity",
+    rest="merged by size",
+    trained=False,
+)
+@dataclass(frozen=True)
+class ATC(Method):
+    """Options of ``atc``.
+
+    Args:
+        linkage: how far apart two clusters are: by the ``average``, ``complete`` or ``single`` linkage of their members.
+        proportional: add log(size) to the attention towards a token (right off the shelf; after training without it, not).
+    """
+
+    linkage: Literal["average", "complete", "single"] = "average"
+    proportional: bool = True
+
+    def __post_init__(self) -> None:
+        choice("atc", "linkage", self.linkage, ("average", "complete", "single"))
+
+    def build(self, site: Site) -> Reducer:
+        return ATCReducer(self.linkage, self.proportional)
+
+    def leaves(self, rates: Sequence[float], n: int, patches: int) -> int:
+        return of_the_initial(rates, n, patches)
+
+    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+        return {"matmul": before * before * (site.dim // site.heads)}

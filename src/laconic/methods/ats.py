@@ -1,0 +1,108 @@
+"""ATS: Adaptive Token Sampling for Efficient Vision Transformers (Fayyaz et al., ECCV 2022, arXiv:2111.15667).
+
+After the attention of a block, the class token's attention (summed over heads) times the length of a token's value scores
+it; scores are normalised to sum one (sec. 3.1). Tokens are sampled from the scores by inverting their cumulative sum at
+evenly spaced points (sec. 3.2): a token that is hit more than once is kept once, so that images with few important tokens
+keep few. Keys and values are those of all tokens; the rest leaves after the attention. Nothing is trained for it.
+
+K - 1 points lie between the smallest positive value of the cumulative sum (scores ascending, shifted to start at 0) and 1; K
+is all tokens of the input, at every block, as in the published code, or with a keep rate that share of them.
+
+Departures: in the published code padding takes part in the cumulative sum, so that an image's tokens depend on the images
+beside it; here every image is alone. ``values="per-head"`` is the paper's length of the value (of each head), the default
+is the code's (heads side by side). ``sampling="raster"`` is the reading of Haurum et al. (ICCVW 2023): tokens in their own
+order, points in the middle of K cells.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from laconic.attention import Seen
+from laconic.deciding import Deciding, DecidingReducer
+from laconic.parts import SCORES, ScoreName
+from laconic.reducer import Reducer, Site, choice, method
+from laconic.tokens import Tokens
+
+
+class ATSReducer(DecidingReducer):
+    """Score by attention and value, sample by the inverse of the cumulative sum."""
+
+    def __init__(self, config: ATS) -> None:
+        super().__init__()
+        self.config = config
+
+    def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
+        there = torch.ones_like(tokens.size) if tokens.alive is None else tokens.alive
+        score = self.score(tokens, seen) * there
+        sample = sorted_sample if self.config.sampling == "sorted" else raster_sample
+        return self.leave(tokens, sample(score.detach(), there > 0, n))
+
+    def score(self, tokens: Tokens, seen: Seen) -> Tensor:
+        """Attention of the class token times the length of the value, [B, L]; only ratios count."""
+        if self.config.values == "per-head" and self.config.score == "class":
+            return (seen.cls_heads * seen.value_lengths).sum(1)
+        return SCORES[self.config.score](tokens, seen) * torch.linalg.vector_norm(seen.values, dim=-1)
+
+
+def sorted_sample(score: Tensor, there: Tensor, points: int) -> Tensor:
+    """Who is hit by ``points`` samples of [B, L] scores of the tokens that are ``there``; 1 or 0."""
+    ascending, order = score.masked_fill(~there, math.inf).sort(dim=1, stable=True)
+    present = ascending.isfinite()
+    total = ascending.masked_fill(~present, 0.0).cumsum(1)
+    first, last = total[:, :1], total[:, -1:]
+    u = ((total - first) / (last - first).clamp_min(torch.finfo(score.dtype).tiny)).masked_fill(~present, math.inf)
+    start = torch.where(u > 0, u, math.inf).amin(1, keepdim=True)
+    start = torch.where(start.isfinite(), start, 0.0)
+    steps = torch.arange(points, device=score.device, dtype=score.dtype) / max(1, points - 1)
+    hit = (u.unsqueeze(1) - (start + (1 - start) * steps).unsqueeze(2)).abs().argmin(2)
+    return torch.zeros_like(score).scatter(1, order.gather(1, hit), 1.0)
+
+
+def raster_sample(score: Tensor, there: Tensor, points: int) -> Tensor:
+    """The same with tokens in their order."""
+    total = score.cumsum(1)
+    u = (total / total[:, -1:].clamp_min(torch.finfo(score.dtype).tiny)).masked_fill(~there, math.inf)
+    middles = (torch.arange(points, device=score.device, dtype=score.dtype) + 0.5) / (points + 1)
+    hit = (u.unsqueeze(1) - middles.view(1, -1, 1)).abs().argmin(2)
+    return torch.zeros_like(score).scatter(1, hit, 1.0)
+
+
+@method(
+    "ats",
+    title="ATS: sample tokens by attention and value",
+    paper="2111.15667",
+    moment="between",
+    score="class attention",
+    rest="dropped",
+    trained=False,
+    count="variable",
+)
+@dataclass(frozen=True)
+class ATS(Deciding):
+    """Options of ``ats``: how values are measured, how is sampled, what attention scores, and those of `Deciding`."""
+
+    values: Literal["concatenated", "per-head"] = "concatenated"
+    sampling: Literal["sorted", "raster"] = "sorted"
+    score: ScoreName = "class"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choice("ats", "values", self.values, ("concatenated", "per-head"))
+        choice("ats", "sampling", self.sampling, ("sorted", "raster"))
+        choice("ats", "score", self.score, list(SCORES))
+
+    def build(self, site: Site) -> Reducer:
+        return ATSReducer(self)
+
+    def blocks(self, depth: int) -> tuple[int, ...]:
+        """From a quarter of the depth on, at every block."""
+        return tuple(range(depth // 4, depth))
+
+    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+        return {"head_mean": before, "elementwise": before}

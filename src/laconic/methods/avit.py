@@ -1,0 +1,162 @@
+"""A-ViT: Adaptive Tokens for Efficient Vision Transformer (Yin et al., CVPR 2022, arXiv:2112.07658).
+
+After every block each token, the class token among them, gets a halting score from its first channel:
+h = sigmoid(gate_scale * x[0] - gate_center), without new parameters. Scores are summed up over depth. A token goes on while its
+sum is below 1 - eps; the block where it reaches that is its last one (the model's last block is, for all that are left).
+
+* The answer is a sum over depth: each block's features count h, those of the token's last block what is left of one. Only
+  the class token is read, so only for the prefix tokens is the sum made.
+* Who has halted is seen by nobody. Patch tokens leave; the class token stays where it is, and its sum as it is.
+* Loss "ponder": a token's blocks, plus what was left of one at its last; the mean over all tokens.
+* Loss "distribution": KL divergence, over the number of blocks, between the halting scores of the blocks (means over tokens,
+  as shares of their sum, within 0.01 and 0.99) and a Gaussian of width one around block ``target_depth`` (counted from
+  zero), scaled so that the blocks before it sum to 0.98.
+
+Training hides halted tokens; gradients flow through the scores. ``gate_scale`` and ``gate_center`` are 10 and 30 in the
+published DeiT-T, 10 and 75 in the DeiT-S, and belong to the weights.
+
+Departures: the published code takes the mean score of a block over all images but the first of a batch; here it is over all
+of them. There halted tokens, set to zero, still have a score, that of what their zeros become; here they count 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from laconic.attention import shown_of
+from laconic.deciding import DecidingReducer
+from laconic.parts import Alone
+from laconic.reducer import Reducer, Site, method
+from laconic.schedule import Schedule
+from laconic.tokens import Tokens
+
+SPENT, ANSWER, PONDER, HALTING = "halting spent", "halting answer", "halting ponder", "halting scores"
+
+
+class AViTReducer(DecidingReducer):
+    """Score, add up, and let go who has reached one."""
+
+    straight_through = False
+
+    def __init__(self, config: AViT) -> None:
+        super().__init__()
+        self.config = config
+
+    @property
+    def last(self) -> bool:
+        """Whether this is the block where everybody halts."""
+        return self.site.block == self.site.depth - 1
+
+    def after(self, tokens: Tokens, n: int) -> Tokens:
+        notes, prefix = tokens.notes, tokens.prefix
+        h = torch.sigmoid(self.config.gate_scale * tokens.x[..., 0].float() - self.config.gate_center)
+        shown = shown_of(tokens)
+        there = torch.ones_like(h) if shown is None else shown
+        spent = torch.cat([notes[SPENT], tokens.columns[SPENT]], 1) if SPENT in notes else torch.zeros_like(h)
+        on = torch.zeros_like(h) if self.last else (spent + h < 1 - self.config.eps) * there
+        weight = there * torch.where(on > 0, h, 1 - spent)
+        own = weight[:, :prefix].unsqueeze(-1) * tokens.x[:, :prefix].float()
+        blocks = there * torch.where(on > 0, 1.0, 2 - spent)
+        everyone = prefix + tokens.where.shape[1]  # those that have left, too
+        noted = {
+            PONDER: _added(notes, PONDER, blocks.sum(1) / everyone),
+            HALTING: _joined(notes, HALTING, (h * there).sum(1, keepdim=True) / everyone),
+        }
+        answer = _added(notes, ANSWER, own)
+        if self.last:
+            x = torch.cat([answer.to(tokens.x.dtype), tokens.patches], 1)
+            return tokens.replace(x=x, notes={**notes, **noted})
+        spent = torch.where(on > 0, spent + h, spent)
+        return self.leave(tokens, on[:, prefix:]).replace(
+            shown=on[:, :prefix],
+            columns={**tokens.columns, SPENT: spent[:, prefix:]},
+            notes={**notes, **noted, ANSWER: answer, SPENT: spent[:, :prefix]},
+        )
+
+    def losses(self, tokens: Tokens, rate: float) -> dict[str, Tensor]:
+        schedule = self.site.schedule
+        if not self.last or schedule is None or PONDER not in tokens.notes:
+            return {}
+        target = depth_target(self.site.depth, self.config.target_depth, schedule.at, tokens.notes[HALTING])
+        divergence = halting_divergence(tokens.notes[HALTING].mean(0), target)
+        return {"ponder": tokens.notes[PONDER].mean(), "distribution": divergence}
+
+
+def _added(notes: Mapping[str, Tensor], name: str, value: Tensor) -> Tensor:
+    return notes[name] + value if name in notes else value
+
+
+def _joined(notes: Mapping[str, Tensor], name: str, value: Tensor) -> Tensor:
+    return torch.cat([notes[name], value], 1) if name in notes else value
+
+
+def depth_target(depth: int, center: int, blocks: Sequence[int], like: Tensor) -> Tensor:
+    """The wished halting score of each of ``blocks``: a Gaussian, of which the first ``center`` blocks have 0.98."""
+    places = torch.arange(depth, device=like.device, dtype=torch.float32)
+    log = -(places - center).square() / 2
+    picked = torch.stack([log[block] for block in blocks])
+    return 0.98 * (picked - log[:center].logsumexp(0)).exp()
+
+
+def halting_divergence(score: Tensor, target: Tensor) -> Tensor:
+    """KL(target || shares of the scores) over the number of blocks, and not below zero (the target does not sum to one)."""
+    share = (score / score.sum().clamp_min(torch.finfo(score.dtype).tiny)).clamp(0.01, 0.99)
+    return (torch.xlogy(target, target) - target * share.log()).mean().clamp_min(0)
+
+
+@method(
+    "avit",
+    title="A-ViT: tokens halt when their scores sum to one",
+    paper="2112.07658",
+    moment="after",
+    score="first channel",
+    rest="dropped",
+    trained=True,
+    count="variable",
+    class_readout=True,
+)
+@dataclass(frozen=True)
+class AViT(Alone):
+    """Options of ``avit``: the halting score, the block that most are to halt at, the losses' weights; and `Deciding`'s."""
+
+    gate_scale: float = 10.0
+    gate_center: float = 30.0
+    eps: float = 0.01
+    target_depth: int = 8
+    ponder: float = 5e-4
+    distribution: float = 1e-3
+
+    lever: ClassVar[str] = "for fewer tokens train with a higher ponder=, or take a lower gate_center="
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.eps < 1:
+            raise ValueError(f"avit: eps must be between 0 and 1, not {self.eps!r}")
+        if self.target_depth < 1:
+            raise ValueError(f"avit: target_depth must be a block from 1 on, not {self.target_depth!r}")
+
+    def build(self, site: Site) -> Reducer:
+        return AViTReducer(self)
+
+    def blocks(self, depth: int) -> tuple[int, ...]:
+        """Every block."""
+        return tuple(range(depth))
+
+    def counts(self, schedule: Schedule, depth: int, patches: int) -> tuple[int, ...]:
+        if schedule.at[-1] != depth - 1:
+            raise ValueError(
+                f"avit gives its answer after the model's last block, where all tokens halt: at must end with {depth - 1}, not "
+                f"with {schedule.at[-1]}"
+            )
+        return super().counts(schedule, depth, patches)
+
+    def loss_weights(self) -> dict[str, float]:
+        return {"ponder": self.ponder, "distribution": self.distribution}
+
+    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+        return {"elementwise": before + 1 + site.dim}

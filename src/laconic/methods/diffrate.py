@@ -1,0 +1,120 @@
+"""DiffRate: Differentiable Compression Rate for Efficient Vision Transformers (Chen et al., ICCV 2023, arXiv:2305.17997).
+
+Between attention and MLP the patch tokens stand in line by class attention (mean over heads). The last of the line are
+pruned, down to p; then the tail [n:] of what is left is merged into its head [:n], each token into the head token with the
+most similar features (cosine of x after the attention residual). A merged token is the plain mean of its group. With
+proportional attention, log(size) is added to the logits towards a token, and here ``size`` grows by similarity times
+size of what was merged in, so that unlike tokens add little.
+
+How many each block prunes and merges is the method: both counts are learned for every block
+(`laconic.training.diffrate_search`) and then fixed. ``prune_kept`` and ``merge_kept`` take them as published, one number a
+block with one class token counted; a count above what there is does nothing. With a keep rate instead, for every block but
+the first, ``pruned`` of the tokens that leave are pruned and the others are merged.
+
+Departure: a size that negative similarities would bring to zero stops at `FLOOR`; the published code takes its logarithm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from laconic.attention import Seen
+from laconic.parts import SCORES, Score, ScoreName, cosine, share, split
+from laconic.reducer import Method, Reducer, Site, choice, method
+from laconic.schedule import Schedule
+from laconic.tokens import Tokens, add_rows, iota
+
+FLOOR = 1e-3
+
+
+def after_pruning(before: int, after: int, prune_kept: int | None, pruned: float) -> int:
+    """How many of ``before`` tokens pruning leaves, where ``after`` are left in the end."""
+    p = before - round(pruned * (before - after)) if prune_kept is None else prune_kept
+    return max(after, min(p, before))
+
+
+class DiffRateReducer(Reducer):
+    """Sort by attention, prune the end of the line, merge the tail into the head."""
+
+    def __init__(self, score: Score, prune_kept: int | None, pruned: float) -> None:
+        super().__init__()
+        self.score, self.prune_kept, self.pruned = score, prune_kept, pruned
+
+    def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
+        p = after_pruning(len(tokens), n, self.prune_kept, self.pruned)
+        line, _ = split(self.score(tokens, seen), p)
+        tokens = tokens.keep(line)
+        if p == n:
+            return tokens
+        similarity, host = cosine(tokens.patches[:, n:], tokens.patches[:, :n]).max(2)
+        head = iota(tokens.size[:, :n])
+        dst = torch.cat([head, host], 1)
+        gate = torch.ones_like(tokens.size) if tokens.gate is None else tokens.gate
+        grown = gate * torch.cat([torch.ones_like(gate[:, :n]), similarity], 1)
+        tokens = tokens.merge(dst, share(torch.ones_like(tokens.size), dst, n), head)
+        return tokens.replace(gate=add_rows(grown.unsqueeze(2), dst, n).squeeze(2).clamp_min(FLOOR))
+
+
+@method(
+    "diffrate",
+    title="DiffRate: prune, then merge, as many as was learned",
+    paper="2305.17997",
+    moment="between",
+    score="class attention",
+    rest="dropped or merged",
+    trained=False,
+)
+@dataclass(frozen=True)
+class DiffRate(Method):
+    """Options of ``diffrate``: the learned counts, or the share that is pruned.
+
+    Args:
+        prune_kept: tokens left by pruning, for every block of the model, one class token counted, as published.
+        merge_kept: tokens left by merging, likewise: what the block leaves. None: give a keep rate for each block instead.
+        pruned: without ``prune_kept``, the share of the leaving tokens that is pruned and not merged.
+        score: ``class`` attention, or (without class token) the ``mean-query``'s.
+    """
+
+    prune_kept: tuple[int, ...] | None = None
+    merge_kept: tuple[int, ...] | None = None
+    pruned: float = 0.5
+    score: ScoreName = "class"
+
+    def __post_init__(self) -> None:
+        choice("diffrate", "score", self.score, list(SCORES))
+        if not 0 <= self.pruned <= 1:
+            raise ValueError(f"diffrate: pruned is a share of the tokens that leave, from 0 to 1, not {self.pruned!r}")
+        for name, counts in (("prune_kept", self.prune_kept), ("merge_kept", self.merge_kept)):
+            if any(isinstance(count, bool) or not isinstance(count, int) or count < 2 for count in counts or ()):
+                raise ValueError(f"diffrate: {name} are counts of tokens, the class token and at least one more; got {counts}")
+
+    def build(self, site: Site) -> Reducer:
+        return DiffRateReducer(SCORES[self.score], self._prune_kept(site), self.pruned)
+
+    def plan(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
+        if self.merge_kept is None:
+            return super().plan(depth, keep, range(min(1, depth - 1), depth) if at is None else at)
+        if keep is not None or at is not None:
+            raise ValueError("diffrate: merge_kept says how many tokens every block leaves; give no keep and no at with it")
+        prune_kept = self.prune_kept or self.merge_kept
+        if not len(self.merge_kept) == len(prune_kept) == depth:
+            raise ValueError(
+                f"diffrate: {len(prune_kept)} counts in prune_kept and {len(self.merge_kept)} in merge_kept for {depth} "
+                "blocks; give one for each block"
+            )
+        least = map(min, self.merge_kept, prune_kept)
+        return Schedule.leaving({block: count - 1 for block, count in enumerate(least)})
+
+    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+        merged = after_pruning(before, after, self._prune_kept(site), self.pruned) - after
+        return {"head_mean": before, "matmul": merged * after * site.dim}
+
+    def _prune_kept(self, site: Site) -> int | None:
+        if self.prune_kept is None:
+            return None
+        if site.block >= len(self.prune_kept):
+            raise ValueError(f"diffrate: prune_kept has {len(self.prune_kept)} counts, none for block {site.block}")
+        return self.prune_kept[site.block] - 1

@@ -1,0 +1,148 @@
+"""IA-RED2: Interpretability-Aware Redundancy Reduction for Vision Transformers (Pan et al., NeurIPS 2021, arXiv:2106.12620).
+
+Before each group of blocks a multi-head interpreter says how informative every patch token is: the mean over its heads of
+sigmoid(q . k / sqrt(C / heads)), q of the class token and k of the token, both of the tokens' LayerNorm without parameters
+(sec. 3.2). It has ``heads`` heads, six at every width.
+
+* Inference: a token stays if that is above ``threshold``; what has left stays out.
+* Training: who stays is drawn by these probabilities. Nothing flows through a draw: interpreters learn by REINFORCE,
+  rewarded by few tokens where the answer is right (sec. 3.3). The draws' log-probabilities and the shares of patches kept
+  are noted (`LOG_PROBABILITY`, `KEPT`: [B, groups so far]) for `laconic.training.policy_gradient`.
+
+The authors released a tool for inference and no training code. As there, the projection has a third part that nothing
+uses, so that its weights fit. ``score="mean-query"`` asks with the mean patch query, where there is no class token.
+
+A keep rate is what `laconic.summary` reckons with; the interpreters decide alone, and 1 switches a group off.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from laconic.deciding import Deciding, DecidingReducer
+from laconic.parts import SCORES, ScoreName
+from laconic.reducer import Reducer, Site, choice, method
+from laconic.tokens import Tokens
+
+LOG_PROBABILITY, KEPT = "log-probability of the draw", "share of the patches kept"
+
+
+class InterpreterReducer(DecidingReducer):
+    """One interpreter, and its policy."""
+
+    straight_through = False
+
+    def __init__(self, dim: int, config: IARED) -> None:
+        super().__init__()
+        self.config, self.qk = config, nn.Linear(dim, 3 * dim)
+        nn.init.trunc_normal_(self.qk.weight, std=0.02)
+        nn.init.zeros_(self.qk.bias)
+
+    def before(self, tokens: Tokens, n: int) -> Tokens:
+        there = torch.ones_like(tokens.size) if tokens.alive is None else tokens.alive.detach()
+        informative = self.informative(tokens, there)
+        stays = (draw(informative) if self.training else (informative > self.config.threshold).to(there.dtype)) * there
+        news = {KEPT: stays.sum(1, keepdim=True) / tokens.where.shape[1]}
+        if self.training:
+            p = informative.clamp(1e-6, 1 - 1e-6)
+            log = torch.where(stays > 0, p.log(), (-p).log1p()) * there
+            news[LOG_PROBABILITY] = log.sum(1, keepdim=True)
+        tokens = self.leave(tokens, stays)
+        old = tokens.notes
+        notes = {name: torch.cat([old[name], new], 1) if name in old else new for name, new in news.items()}
+        return tokens.replace(notes={**old, **notes})
+
+    def informative(self, tokens: Tokens, there: Tensor) -> Tensor:
+        """How informative each patch token is, from 0 to 1, [B, L]."""
+        x = F.layer_norm(tokens.x.to(self.qk.weight.dtype), tokens.x.shape[2:])
+        (wq, wk, _), (bq, bk, _) = self.qk.weight.chunk(3), self.qk.bias.chunk(3)
+        if self.config.score == "class":
+            asking = F.linear(self._class_token(tokens, x), wq, bq).float()
+        else:
+            every = F.linear(x[:, tokens.prefix :], wq, bq).float()
+            asking = (every * there.unsqueeze(2)).sum(1) / there.sum(1, keepdim=True).clamp_min(1.0)
+        keys = F.linear(x[:, tokens.prefix :], wk, bk).float()
+        logits = (keys * asking.unsqueeze(1)).reshape(*keys.shape[:2], self.config.heads, -1).sum(3)
+        return (logits * (self.config.heads / keys.shape[2]) ** 0.5).sigmoid().mean(2)
+
+    @staticmethod
+    def _class_token(tokens: Tokens, x: Tensor) -> Tensor:
+        if not tokens.has_cls:
+            raise LookupError(
+                "this backbone has no class token, so there is no class query to interpret with; pass score='mean-query' (the "
+                "mean patch query), or take a method with a score of its own (tome, dynamicvit, spvit)"
+            )
+        return x[:, 0]
+
+
+def draw(probability: Tensor) -> Tensor:
+    """1 with this probability, else 0."""
+    return torch.bernoulli(probability.detach())
+
+
+@method(
+    "iared",
+    title="IA-RED2: drop what an interpreter finds redundant",
+    paper="2106.12620",
+    moment="before",
+    score="class attention",
+    rest="dropped",
+    trained=True,
+    learns=True,
+    count="variable",
+)
+@dataclass(frozen=True)
+class IARED(Deciding):
+    """Options of ``iared``: those of the interpreters, and of `Deciding`.
+
+    Args:
+        heads: heads of each interpreter; they must divide the width of the model.
+        threshold: how informative a token must be to stay.
+        score: the query of the ``class`` token, or (without class token) the ``mean-query``.
+    """
+
+    heads: int = 6
+    threshold: float = 0.5
+    score: ScoreName = "class"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choice("iared", "score", self.score, list(SCORES))
+        if isinstance(self.heads, bool) or not isinstance(self.heads, int) or self.heads < 1:
+            raise ValueError(f"iared: heads is a number of heads, at least 1, not {self.heads!r}")
+        if not 0 <= self.threshold < 1:
+            raise ValueError(f"iared: threshold must be from 0 to below 1, not {self.threshold!r}")
+
+    def build(self, site: Site) -> Reducer:
+        if site.dim % self.heads:
+            fitting = [heads for heads in range(1, 17) if site.dim % heads == 0]
+            raise ValueError(
+                f"iared: {self.heads} heads do not divide the {site.dim} channels of this model; pass heads= one of {fitting}"
+            )
+        return InterpreterReducer(site.dim, self)
+
+    def blocks(self, depth: int) -> tuple[int, ...]:
+        """Three groups of as many blocks each."""
+        return tuple(sorted({depth * group // 3 for group in range(3)}))
+
+    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+        """As in the tool: the projection of every token in three parts, of which two are needed."""
+        width = site.dim
+        return {"matmul": (before + 1) * 3 * width * width + before * width, "layernorm": (before + 1) * width}
+
+    def official(self, weights: Mapping[str, Tensor], at: Sequence[int]) -> dict[str, Tensor]:
+        """Their blocks lie there twice; what their own code loads is those of the groups."""
+        out = dict(weights)
+        for name in weights:
+            found = re.fullmatch(r"groups\.(\d+)\.(?:agent\.(.+)|block_list\.(\d+)\.(.+))", name)
+            if found and int(found[1]) < len(at):
+                first, tensor = at[int(found[1])], out.pop(name)
+                ours = f"laconic.reducers.{first}.{found[2]}" if found[2] else f"blocks.{first + int(found[3])}.{found[4]}"
+                out[ours] = tensor
+        return out

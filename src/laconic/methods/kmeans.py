@@ -1,0 +1,83 @@
+"""k-means: similar tokens become one (a merger in table 4 of BAT, CVPR 2023, arXiv:2211.11315, with 1 and 3 iterations).
+
+Between attention and MLP, Lloyd's algorithm on the tokens' features: every token to the nearest centre, every centre to the
+mean of its tokens, so many times; then each cluster becomes its mean, sum of s_j z_j over it by the sum of s_j, as in eq. 8.
+
+The paper does not say how centres begin, nor how a cluster is averaged; there is no code. Here nothing is random: centres
+begin at the tokens of highest score, or evenly spread over the image, and the same weights make the centres and the merged
+tokens, so that the weighted sum of squared distances falls. No cluster is empty (see `laconic.parts.kmeans`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from laconic.attention import Seen
+from laconic.methods.resample import Order, Pool
+from laconic.parts import lloyd, set_out, share, strided
+from laconic.reducer import Reducer, Site, choice, method
+from laconic.tokens import Tokens, iota
+
+
+class KMeansReducer(Reducer):
+    """Clusters by k-means, averaged between attention and MLP."""
+
+    def __init__(self, options: KMeans) -> None:
+        super().__init__()
+        self.options = options
+
+    def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
+        options, weight = self.options, tokens.size
+        if options.weights == "importance":
+            weight = options.scored(tokens, seen)
+        elif options.weights == "even":
+            weight = torch.ones_like(tokens.size)
+        order: Order = "score" if options.init == "top-score" else "raster"
+        kept, rest = options.part(tokens, seen, n, order)
+        clusters = n - kept.shape[1]
+        first = iota(rest[:, :clusters]) if options.init == "top-score" else strided(rest, clusters)
+        found = lloyd(tokens.rows(rest), weight.gather(1, rest), first, options.iterations)
+        dst, lead = set_out(kept, rest, *found)
+        return tokens.merge(dst, share(weight, dst, n), lead)
+
+
+@method(
+    "kmeans",
+    title="k-means: merge clusters of tokens",
+    paper="2211.11315",
+    moment="between",
+    score="class attention",
+    rest="k-means clusters",
+    trained=False,
+)
+@dataclass(frozen=True)
+class KMeans(Pool):
+    """Options of ``kmeans``: those of `Pool`, and of the clustering.
+
+    Args:
+        iterations: of Lloyd's algorithm; the paper has 1 and 3.
+        init: centres begin at the tokens of highest score (``top-score``), or evenly spread in raster order (``strided``).
+        weights: of the means, by ``importance`` (the score, as BAT's eq. 8), by ``size`` (patches held) or ``even``.
+    """
+
+    iterations: int = 3
+    init: Literal["top-score", "strided"] = "top-score"
+    weights: Literal["importance", "size", "even"] = "importance"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choice("kmeans", "init", self.init, ("top-score", "strided"))
+        choice("kmeans", "weights", self.weights, ("importance", "size", "even"))
+        if self.iterations < 1:
+            raise ValueError(f"kmeans: iterations must be at least 1, not {self.iterations!r}")
+
+    def build(self, site: Site) -> Reducer:
+        return KMeansReducer(self)
+
+    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+        _, rest, clusters = self.parts(before, after)
+        scored = self.pooled == "inattentive" or self.init == "top-score" or self.weights == "importance"
+        return {"pairwise": self.iterations * rest * clusters * site.dim, "head_mean": before * scored}

@@ -1,0 +1,56 @@
+"""PatchMerger: Learning to Merge Tokens in Vision Transformers (Renggli et al., 2022, arXiv:2202.12015).
+
+Before the block, on patch tokens alone: n learned queries W attend to the layer-normalised tokens (their eq. 1),
+
+    Y = softmax(W LN(X)^T) LN(X).
+
+As in the benchmark of Haurum et al. (ICCV Workshops 2023, arXiv:2308.04657) the logits are not scaled, the class token
+goes around, and there is one merger at each reducing block (the paper has one, in mid-depth).
+
+Departure: queries start with a standard deviation of 1 / sqrt(C), so that logits start with one of about 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from laconic.parts import Mixer, Slots
+from laconic.reducer import Reducer, Site, method
+from laconic.tokens import Tokens
+
+
+class PatchMergerReducer(Mixer):
+    """Attention of learned queries."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__("patchmerger", site)
+        self.norm = nn.LayerNorm(site.dim)  # torch's own eps of 1e-5
+        self.queries = nn.Parameter(torch.randn(self.slots, site.dim) * site.dim**-0.5)
+
+    def matrix(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        x = self.norm(x)
+        return (self.queries @ x.transpose(1, 2)).float().softmax(2), x
+
+
+@method(
+    "patchmerger",
+    title="PatchMerger: learned queries attend to the tokens",
+    paper="2202.12015",
+    moment="before",
+    score="learned queries",
+    rest="mixed by attention of the queries",
+    trained=True,
+    learns=True,
+)
+@dataclass(frozen=True)
+class PatchMerger(Slots):
+    """``patchmerger`` has no options."""
+
+    def build(self, site: Site) -> Reducer:
+        return PatchMergerReducer(site)
+
+    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+        return {"matmul": before * after * (2 * site.dim + 1), "layernorm": before * site.dim}

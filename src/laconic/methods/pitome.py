@@ -1,0 +1,88 @@
+"""PiToMe: Accelerating Transformers with Spectrum-Preserving Token Merging (Tran et al., NeurIPS 2024, arXiv:2405.16148).
+
+Between attention and MLP, on keys (mean over heads). The energy of a token says how much company it has: the mean over
+all patch tokens of ELU(cosine - margin), where the margin falls from block to block, 0.75 (1 - block / depth). Tokens of
+high energy are merged, those of low energy are protected. In the first half of the blocks all tokens stand in line by
+falling energy, those at even places of the line are matched to those at odd places, and the r best matches merge. In
+the second half only the 2r tokens of highest energy stand in line, and all r at even places merge. Merged tokens are means
+weighted by size; out come the protected tokens first, then the hosts.
+
+Each block keeps a share of its tokens: r = floor(L - keep L) of L patch tokens, by default in every block.
+
+As in the published code sizes weigh the means but not the attention; ``proportional`` is ToMe's. Written from a description
+alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from laconic.attention import Seen
+from laconic.parts import cosine, lay, share, soft_matching, split
+from laconic.reducer import Method, Reducer, Site, method
+from laconic.schedule import Schedule
+from laconic.tokens import Tokens, iota
+
+
+class PiToMeReducer(Reducer):
+    """Energy ranks the tokens; those with most of it are matched and merged."""
+
+    def __init__(self, margin: float, early: bool, proportional: bool) -> None:
+        super().__init__()
+        self.margin, self.early, self.proportional = margin, early, proportional
+
+    def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
+        energy = F.elu(cosine(seen.keys, seen.keys) - self.margin).mean(2)
+        r = len(tokens) - n
+        line, protected = split(energy, len(tokens) if self.early else min(2 * r, len(tokens)))
+        merged, stay, into = soft_matching(seen.keys, line[:, ::2], line[:, 1::2], r, "similarity")
+        lead = torch.cat([protected, stay], 1)
+        dst = lay(lead, merged, iota(lead), into + protected.shape[1])
+        tokens = tokens.merge(dst, share(tokens.size, dst, n), lead)
+        return tokens.replace(gate=tokens.size) if self.proportional else tokens
+
+
+@method(
+    "pitome",
+    title="PiToMe: merge the tokens that have most company",
+    paper="2405.16148",
+    moment="between",
+    score="energy of key similarities",
+    rest="merged by size",
+    trained=False,
+)
+@dataclass(frozen=True)
+class PiToMe(Method):
+    """Options of ``pitome``: the margin of similarity at the first block, and proportional attention.
+
+    Args:
+        margin: similarity that counts as company at block 0; it falls to nothing linearly over the depth.
+        proportional: add log(size) to the attention towards a token, as ToMe does (the published code does not).
+    """
+
+    margin: float = 0.75
+    proportional: bool = False
+
+    def build(self, site: Site) -> Reducer:
+        margin = self.margin * (1 - site.block / max(site.depth, site.block + 1))
+        return PiToMeReducer(margin, _early(site), self.proportional)
+
+    def plan(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
+        return super().plan(depth, keep, range(depth) if at is None else at)
+
+    def leaves(self, rates: Sequence[float], n: int, patches: int) -> int:
+        return max(n - math.floor(n - rates[-1] * n), n - n // 2)
+
+    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+        r = before - after
+        matched = (before // 2) * (before - before // 2) if _early(site) else r * r
+        return {"matmul": (before * before + matched) * (site.dim // site.heads)}
+
+
+def _early(site: Site) -> bool:
+    return site.block < (site.depth + 1) // 2

@@ -1,0 +1,52 @@
+"""Spatial pooling: cells of the image become their means (a merger in table 4 of BAT, CVPR 2023, arXiv:2211.11315).
+
+Between attention and MLP the grid of patches is cut into h' x w' cells, as an adaptive average pool does whose windows do
+not overlap, and each becomes the mean over its patches, wherever in the sequence they are. Patches that are not there
+(holes) do not count.
+
+The paper says no more; there is no code. Exactly n tokens have to be left, so h' x w' is the largest such grid of at most n
+cells (none more than twice as long as wide), and what is missing of n, cells in holes included, comes from cutting up the
+fullest cells (see `laconic.parts.cells`). 14 x 14 patches at keep rate 0.5 are 7 x 14 cells, then 7 x 7, then 5 x 5.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from laconic.attention import Seen
+from laconic.methods.resample import Pool
+from laconic.parts import cells, check_grid, set_out, share
+from laconic.reducer import Reducer, Site, method
+from laconic.tokens import Tokens
+
+
+class SpatialPoolReducer(Reducer):
+    """Cells of the grid, averaged between attention and MLP."""
+
+    def __init__(self, options: Pool, site: Site) -> None:
+        super().__init__()
+        self.options, self.grid = options, site.grid
+
+    def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
+        check_grid("spatial-pool", tokens, self.grid)
+        kept, rest = self.options.part(tokens, seen, n, "raster")
+        group, first = cells(tokens.place.gather(1, rest), self.grid, n - kept.shape[1])
+        dst, lead = set_out(kept, rest, group, first)
+        return tokens.merge(dst, share(tokens.size, dst, n), lead)
+
+
+@method(
+    "spatial-pool",
+    title="Spatial pooling: average cells of the image",
+    paper="2211.11315",
+    moment="between",
+    score="none",
+    rest="averaged with its cell of the grid",
+    trained=False,
+)
+@dataclass(frozen=True)
+class SpatialPool(Pool):
+    """Options of ``spatial-pool``: those of `Pool`."""
+
+    def build(self, site: Site) -> Reducer:
+        return SpatialPoolReducer(self, site)

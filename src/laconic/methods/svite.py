@@ -1,0 +1,128 @@
+"""SViTE+: Chasing Sparsity in Vision Transformers: An End-to-End Exploration (Chen et al., NeurIPS 2021, arXiv:2106.04533).
+
+This is the token selection alone; sparse weights (SViTE, S2ViTE) are `laconic.sparsity`, which knows no tokens.
+Before the first block, the position embedding added, a linear layer gives every token one score.
+
+* Training: log-softmax over all tokens, the class token among them, plus Gumbel noise, over tau; the k largest are taken
+  with straight-through gradients: x is multiplied by a mask that is 0 or 1 and has the gradient of the softmax.
+* Inference: the k highest scores. The published code draws noise here too.
+
+What becomes of the rest:
+
+* ``drop``: it leaves, in training too. The mask has a gradient at the tokens that stay (and by the softmax at all scores).
+* ``zero``, as published: it is set to zero and goes on attending, and being attended to. Zero tokens are all alike and
+  stay so, so here they are one token whose gate is their number: the same function and the same gradients, without
+  their cost (where positions come in with rotary embeddings it is an approximation). Of n tokens n - 1 are then chosen.
+
+Departure: the published top k may or may not count the class token, which always stays; here n patch tokens are left.
+tau is fixed by an option; the paper cools it linearly from 10 to 0.1: call `set_temperature` before each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from laconic.parts import split
+from laconic.reducer import Method, Reducer, Site, choice, method
+from laconic.schedule import Schedule
+from laconic.shapes import Float, Int
+from laconic.tokens import Tokens
+
+
+class TokenSelection(Reducer):
+    """A linear score before the block, and the k highest."""
+
+    def __init__(self, dim: int, rest: str, tau: float) -> None:
+        super().__init__()
+        self.scorer = nn.Linear(dim, 1)
+        self.rest, self.tau = rest, tau
+
+    def before(self, tokens: Tokens, n: int) -> Tokens:
+        count = n if self.rest == "drop" else n - 1
+        if not self.training:
+            kept, rest = split(self._score(tokens.patches), count)
+            mask = chosen(kept, tokens)
+        else:
+            log_p = self._score(tokens.x).log_softmax(-1)
+            noisy = log_p - torch.empty_like(log_p).exponential_().log()
+            kept, rest = split(noisy[:, tokens.prefix :], count)
+            soft = (noisy / self.tau).softmax(-1)[:, tokens.prefix :]
+            mask = chosen(kept, tokens) + (soft - soft.detach())
+        if self.rest == "zero":
+            return zero(tokens, kept, rest, mask)
+        weight = F.pad(mask, (tokens.prefix, 0), value=1.0).unsqueeze(-1)
+        return tokens.replace(x=tokens.x * weight.to(tokens.x.dtype)).keep(kept)
+
+    def _score(self, x: Tensor) -> Tensor:
+        return self.scorer(x.to(self.scorer.weight.dtype)).squeeze(-1).float()
+
+
+def chosen(kept: Int[Tensor, "B K"], tokens: Tokens) -> Float[Tensor, "B L"]:
+    """1 for the kept tokens, 0 for the others."""
+    return torch.zeros_like(tokens.size).scatter(1, kept, 1.0)
+
+
+def zero(tokens: Tokens, kept: Int[Tensor, "B K"], rest: Int[Tensor, "B R"], mask: Float[Tensor, "B L"]) -> Tokens:
+    """Multiply by the mask, and let one token with a gate stand for all that are zero then."""
+    gate = torch.ones_like(tokens.size) if tokens.gate is None else tokens.gate
+    many, count = gate.gather(1, rest).sum(1, keepdim=True), kept.shape[1]
+    order = torch.arange(count, device=kept.device, dtype=kept.dtype).expand_as(kept)
+    dst = torch.full_like(tokens.place, count).scatter(1, kept, order)
+    share = (gate / many).scatter(1, kept, 1.0)  # each zero token alike has its share in what the one comes to
+    out = tokens.merge(dst, mask * share, torch.cat([kept, rest[:, :1]], 1))
+    return out.replace(gate=torch.cat([gate.gather(1, kept), many], 1))
+
+
+def set_temperature(model: nn.Module, tau: float) -> None:
+    """Let every token selection in ``model`` train at temperature ``tau`` from now on."""
+    positive(tau)
+    for module in model.modules():
+        if isinstance(module, TokenSelection):
+            module.tau = tau
+
+
+def positive(tau: float) -> None:
+    """Refuse a temperature that is none."""
+    if not tau > 0:
+        raise ValueError(f"svite: tau must be above 0, not {tau!r}")
+
+
+@method(
+    "svite",
+    title="SViTE+: a learned choice of tokens before the first block",
+    paper="2106.04533",
+    moment="before",
+    score="learned linear",
+    rest="dropped",
+    trained=True,
+    learns=True,
+)
+@dataclass(frozen=True)
+class SViTE(Method):
+    """Options of ``svite``: what becomes of the ``rest``, and the temperature ``tau`` of training."""
+
+    rest: Literal["drop", "zero"] = "drop"
+    tau: float = 1.0
+
+    def __post_init__(self) -> None:
+        choice("svite", "rest", self.rest, ("drop", "zero"))
+        positive(self.tau)
+
+    def build(self, site: Site) -> Reducer:
+        return TokenSelection(site.dim, self.rest, self.tau)
+
+    def plan(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
+        return super().plan(depth, keep, (0,) if at is None else at)
+
+    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+        return {"matmul": before * site.dim}
+
+    def official(self, weights: Mapping[str, Tensor], at: Sequence[int]) -> dict[str, Tensor]:
+        ours = f"laconic.reducers.{at[0]}.scorer."
+        return {ours + n.removeprefix("gumbel.") if n.startswith("gumbel.") else n: w for n, w in weights.items()}

@@ -1,0 +1,97 @@
+"""ToFu: Token Fusion, bridging the gap between token pruning and token merging (Kim et al., WACV 2024, arXiv:2312.01026).
+
+ToMe's matching, between attention and MLP: tokens at even places of the sequence to tokens at odd places, by the cosine of
+their keys (mean over heads), the r best matches. In the early blocks the matched tokens are pruned, because a block that
+is far from linear should not be shown averages; from ``switch`` of the depth on they are merged, and the mean of a group
+is lengthened (norm-preserving merging, MLERP), as averaging shortens:
+
+* ``norm="host"``: mean * (longest of the group / host), the published form;
+* ``norm="mean"``: mean * (longest of the group / mean), so that the new token is as long as the longest of the group;
+* ``norm="none"``: the mean.
+
+Means are of tokens, not of patches, and sizes do not weigh the attention. r = floor(T - keep T) of T tokens, one class token
+counted, in every block. Written from a description of a reproduction (the authors published no code).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from laconic.attention import Seen
+from laconic.parts import by_parity, lay, share, soft_matching
+from laconic.reducer import Method, Reducer, Site, choice, method
+from laconic.schedule import Schedule
+from laconic.shapes import Float
+from laconic.tokens import Tokens, iota
+
+Norm = Literal["host", "mean", "none"]
+
+
+class ToFuReducer(Reducer):
+    """ToMe's matching; the matched are pruned, or merged with their length kept."""
+
+    def __init__(self, prune: bool, norm: Norm) -> None:
+        super().__init__()
+        self.prune, self.norm = prune, norm
+
+    def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
+        merged, stay, into = soft_matching(seen.keys, *by_parity(tokens), len(tokens) - n)
+        if self.prune:
+            return tokens.keep(stay)
+        dst, before = lay(stay, merged, iota(stay), into), _lengths(tokens)
+        longest = torch.zeros_like(tokens.size[:, :n]).scatter_reduce(1, dst, before, "amax", include_self=False)
+        tokens = tokens.merge(dst, share(torch.ones_like(tokens.size), dst, n), stay)
+        if self.norm == "none":
+            return tokens
+        now = before.gather(1, stay) if self.norm == "host" else _lengths(tokens)
+        factor = longest / now.clamp_min(torch.finfo(now.dtype).tiny)
+        x = (tokens.x * F.pad(factor, (tokens.prefix, 0), value=1.0).unsqueeze(2)).to(tokens.x.dtype)
+        return tokens.replace(x=x)
+
+
+def _lengths(tokens: Tokens) -> Float[Tensor, "B L"]:
+    return torch.linalg.vector_norm(tokens.patches.float(), dim=2)
+
+
+@method(
+    "tofu",
+    title="ToFu: prune early, merge late",
+    paper="2312.01026",
+    moment="between",
+    score="key similarity",
+    rest="dropped early, merged late",
+    trained=False,
+)
+@dataclass(frozen=True)
+class ToFu(Method):
+    """Options of ``tofu``: where pruning ends and merging begins, and how long a merged token is.
+
+    Args:
+        switch: share of the depth up to which blocks prune.
+        norm: of a merged token: the ``host`` form of the published code, the ``mean`` one (MLERP), or ``none``.
+    """
+
+    switch: float = 0.5
+    norm: Norm = "host"
+
+    def __post_init__(self) -> None:
+        choice("tofu", "norm", self.norm, ("host", "mean", "none"))
+
+    def build(self, site: Site) -> Reducer:
+        return ToFuReducer(site.block <= self.switch * max(site.depth, 1), self.norm)
+
+    def plan(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
+        return super().plan(depth, keep, range(depth) if at is None else at)
+
+    def leaves(self, rates: Sequence[float], n: int, patches: int) -> int:
+        return max(n - math.floor(n + 1 - rates[-1] * (n + 1)), n - n // 2)
+
+    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+        return {"matmul": (before // 2) * (before - before // 2) * (site.dim // site.heads)}

@@ -1,0 +1,99 @@
+"""What single images really left and cost, where a method decides for every image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from laconic import work
+from laconic.compression import compression_of
+from laconic.cost import aside, block_cost, weigh, weights_of
+from laconic.hosts import find_host
+from laconic.reducer import Site, sites_of
+from laconic.report import Observed, Spread
+from laconic.tokens import Tokens
+
+
+class Observer:
+    """Notes how many patch tokens every image has after each block, while a reduced model runs (see `observing`)."""
+
+    def __init__(self, model: nn.Module, convention: str = "matmul") -> None:
+        self.compression, self.weights = compression_of(model), weights_of(convention)
+        self.host, self.entry = find_host(model)
+        self.counts = list[list[int]]()
+        self.known = dict[tuple[int, int, int], int]()
+
+    def note(self) -> None:
+        """Add the images of the last forward."""
+        entries = [tokens for tokens in self.compression.ledger if tokens is not None]
+        self.counts += torch.stack([_live(tokens) for tokens in entries], 1).tolist()
+
+    @cached_property
+    def _sites(self) -> dict[int, Site]:
+        return sites_of(self.compression.config, self.compression.schedule, self.compression.shape)
+
+    def _cost(self, index: int, before: int, after: int) -> int:
+        """MACs of a block, or of all that is no block for index -1."""
+        if (index, before, after) not in self.known:
+            prefix, config = self.compression.prefix, self.compression.config
+            if index < 0:
+                macs = weigh(work.ends(self.host, self.entry, before + prefix, after + prefix), self.weights)
+            else:
+                block = self.entry.blocks(self.host)[index]
+                row = block_cost(index, block, prefix, config, self._sites.get(index), before, after, self.weights)
+                macs = row.macs + row.reducer_macs
+            self.known[index, before, after] = macs
+        return self.known[index, before, after]
+
+    @property
+    def result(self) -> Observed:
+        """Mean and spread over the images so far.
+
+        Raises:
+            ValueError: there were none.
+        """
+        if not self.counts:
+            raise ValueError("there are no images to observe; pass batches of them, [B, channels, height, width]")
+        macs = [
+            self._cost(-1, row[0], row[-1]) + sum(self._cost(i, *pair) for i, pair in enumerate(pairwise(row)))
+            for row in self.counts
+        ]
+        left = zip(*(row[1:] for row in self.counts), strict=True)
+        return Observed(len(macs), tuple(Spread.of(column) for column in left), Spread.of(macs))
+
+
+@contextmanager
+def observing(model: nn.Module, convention: str = "matmul") -> Iterator[Observer]:
+    """Observe every forward of a reduced model."""
+    observer = Observer(model, convention)
+    handle = observer.host.register_forward_hook(lambda *_: observer.note())
+    try:
+        yield observer
+    finally:
+        handle.remove()
+
+
+def observe(model: nn.Module, images: Iterable[Tensor] | Tensor, convention: str = "matmul") -> Observed:
+    """Tokens and multiply-adds of single images, over batches of them.
+
+    The model runs in evaluation mode; the ledger of its last forward stays as it was.
+
+    Raises:
+        ValueError: the model is not reduced, or there are no images.
+    """
+    with observing(model, convention) as observer, aside(observer.host), torch.inference_mode():
+        for batch in [images] if isinstance(images, Tensor) else images:
+            observer.host(batch)
+    return observer.result
+
+
+def _live(tokens: Tokens) -> Tensor:
+    """Patch tokens of each image that are run from here on, [B]."""
+    if tokens.alive is None:
+        return torch.full_like(tokens.place[:, 0], len(tokens))
+    return (tokens.alive > 0).sum(1)

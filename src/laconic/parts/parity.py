@@ -1,0 +1,45 @@
+"""Tokens in two halves, of which one may be merged into the other."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from laconic.parts.matching import cosine, split
+from laconic.shapes import Float, Int
+from laconic.tokens import Tokens, iota, take
+
+
+def by_parity(tokens: Tokens) -> tuple[Int[Tensor, "B M"], Int[Tensor, "B K"]]:
+    """The patch tokens at even and at odd places of the sequence, prefix tokens counted (the class token stands at 0)."""
+    place, first = iota(tokens.size), tokens.prefix % 2
+    return place[:, first::2], place[:, 1 - first :: 2]
+
+
+def soft_matching(
+    features: Float[Tensor, "B L D"],
+    a: Int[Tensor, "B M"],
+    b: Int[Tensor, "B K"],
+    count: int,
+    order: Literal["sequence", "similarity"] = "sequence",
+) -> tuple[Int[Tensor, "B Q"], Int[Tensor, "B R"], Int[Tensor, "B Q"]]:
+    """ToMe's bipartite matching of the tokens ``a`` to the tokens ``b`` by the cosine of their features.
+
+    The ``count`` of ``a`` with the most similar match leave: returns (they, the tokens that stay, the rank among these
+    of the match of each). The unmatched of ``a`` come first, in their order, then all of ``b``.
+
+    Raises:
+        ValueError: more are to leave than there are in ``a``, or there is nothing to merge into.
+    """
+    if count > a.shape[1] or not b.shape[1]:
+        raise ValueError(
+            f"one matching merges away at most half of the tokens: {count} of {a.shape[1] + b.shape[1]} were asked for; keep "
+            "more in one block, or spread the reduction over more blocks"
+        )
+    best, match = cosine(take(features, a), take(features, b)).detach().max(2)
+    chosen, others = split(best, count)
+    others = others.sort(1).values if order == "sequence" else others
+    stay = torch.cat([a.gather(1, others), b], 1)
+    return a.gather(1, chosen), stay, match.gather(1, chosen) + others.shape[1]

@@ -1,0 +1,83 @@
+"""Groups that tokens make by their place alone: runs of a sequence, cells of a grid; and which tokens are to be grouped."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from laconic.parts.matching import lay, split
+from laconic.shapes import Int
+from laconic.tokens import Tokens, add_rows, iota
+
+
+def runs(like: Tensor, count: int) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B M"]]:
+    """A sequence [B, L, ...] cut into ``count`` runs of as equal length as can be: each token's run, their first tokens."""
+    length = like.shape[1]
+    return iota(like) * count // length, (iota(like[:, :count]) * length + count - 1) // count
+
+
+def cells(place: Int[Tensor, "B L"], grid: tuple[int, int], count: int) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B M"]]:
+    """The grid of patches cut into ``count`` cells with tokens in each: the cell of each token, and their first tokens.
+
+    Cells are those of `tiling`. Where that has fewer than ``count``, or some without a token, cells are cut up (along the
+    raster): the cut that is still due goes to the cell whose parts are the largest then (highest averages, ties: the
+    first). So every image has ``count`` of them, wherever its tokens stand. They come in the order of their first tokens.
+    """
+    (height, width), (rows, columns) = grid, tiling(grid, count)
+    cell = (place // width) * rows // height * columns + (place % width) * columns // width
+    order = (cell * (height * width) + place).argsort(dim=1, stable=True)
+    cell = cell.gather(1, order)
+
+    def in_cells(values: Tensor) -> Tensor:  # sums by cell
+        return add_rows(values.float().unsqueeze(-1), cell, rows * columns).squeeze(-1).long()
+
+    held = in_cells(torch.ones_like(cell))
+    tokens = held.gather(1, cell)
+    rank = iota(cell) - (held.cumsum(1) - held).gather(1, cell)  # inside its cell
+    due = split(tokens / rank, count)[0]  # the first of each cell: infinite
+    parts = in_cells(torch.zeros_like(cell).scatter(1, due, 1))
+    group = (parts.cumsum(1) - parts).gather(1, cell) + rank * parts.gather(1, cell) // tokens
+    new = torch.cat([torch.ones_like(group[:, :1]), group[:, 1:] - group[:, :-1]], 1)  # 1 where a group begins, else 0
+    first = order.gather(1, new.sort(dim=1, descending=True, stable=True).indices[:, :count])
+    lead, by = first.sort(dim=1)
+    group = by.argsort(dim=1).gather(1, group)
+    return torch.empty_like(group).scatter(1, order, group), lead
+
+
+def tiling(grid: tuple[int, int], count: int) -> tuple[int, int]:
+    """(rows, columns) of at most ``count`` cells on a grid: as many as can be, none more than twice as long as wide."""
+    best, out = (False, 0, 0.0), (1, 1)
+    for rows in range(1, min(grid[0], count) + 1):
+        columns = min(grid[1], count // rows)
+        aspect = grid[0] * columns / (grid[1] * rows)
+        stretch = max(aspect, 1 / aspect)
+        fit = (stretch < 2.001, rows * columns, -stretch)
+        if fit > best:
+            best, out = fit, (rows, columns)
+    return out
+
+
+def check_grid(owner: str, tokens: Tokens, grid: tuple[int, int]) -> None:
+    """Refuse images of another shape than the grid says: places would mean something else.
+
+    Raises:
+        ValueError: so many patches do not fill that grid.
+    """
+    patches = tokens.where.shape[1]
+    if patches != grid[0] * grid[1]:
+        raise ValueError(
+            f"{owner} pools on the host's own grid of {grid[0]} x {grid[1]} patches, and these images have {patches}; make the "
+            "model for their size (img_size=...)"
+        )
+
+
+def by_place(tokens: Tokens, index: Int[Tensor, "B K"]) -> Int[Tensor, "B K"]:
+    """The tokens ``index``, in the order of their places."""
+    return index.gather(1, tokens.place.gather(1, index).argsort(dim=1, stable=True))
+
+
+def set_out(
+    kept: Int[Tensor, "B K"], rest: Int[Tensor, "B R"], group: Int[Tensor, "B R"], lead: Int[Tensor, "B Q"]
+) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B M"]]:
+    """(dst, lead) of all tokens, where those kept stay alone and come first; ``group`` and ``lead`` are of the rest."""
+    return lay(kept, rest, iota(kept), group + kept.shape[1]), torch.cat([kept, rest.gather(1, lead)], 1)

@@ -1,0 +1,71 @@
+"""Soft mixing: every new token is a learned weighted sum of all the old ones, x' = M x."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from laconic.reducer import Method, Reducer, Site
+from laconic.schedule import of_the_initial
+from laconic.shapes import Float
+from laconic.tokens import Tokens
+
+
+class Mixer(Reducer):
+    """Before the block: mix the patch tokens into as many new ones as were learned, one row of M for each."""
+
+    def __init__(self, name: str, site: Site) -> None:
+        super().__init__()
+        self.name, self.slots = name, site.after
+
+    def matrix(self, x: Float[Tensor, "B L C"], tokens: Tokens) -> tuple[Float[Tensor, "B M L"], Float[Tensor, "B L C"]]:
+        """M in float32, and what it mixes: the features as they are or as the method prepares them.
+
+        ``x`` are the patch tokens in the dtype of the parameters.
+        """
+        raise NotImplementedError
+
+    def before(self, tokens: Tokens, n: int) -> Tokens:
+        if n != self.slots:
+            raise ValueError(
+                f"{self.name}: this reducer was built to leave {self.slots} tokens, and {n} were asked for; its weights fix "
+                "the count, so use the image size and the schedule that it was built with (no keep-rate warm-in), or, for "
+                "images of any size, schedule=Schedule.leaving({block: count})"
+            )
+        matrix, features = self.matrix(tokens.patches.to(next(self.parameters()).dtype), tokens)
+        x = torch.cat([tokens.x[:, : tokens.prefix], features.to(tokens.x.dtype)], 1)
+        return tokens.replace(x=x).mix(matrix)
+
+
+class Slots(Method):
+    """A method whose parameters lie in ``cluster_layers.{stage}`` of the benchmark's checkpoints (arXiv:2308.04657)."""
+
+    def leaves(self, rates: Sequence[float], n: int, patches: int) -> int:
+        return of_the_initial(rates, n, patches)
+
+    def official(self, weights: Mapping[str, Tensor], at: Sequence[int]) -> dict[str, Tensor]:
+        return by_stage(weights, at)
+
+
+def by_stage(weights: Mapping[str, Tensor], at: Sequence[int], part: str = "cluster_layers") -> dict[str, Tensor]:
+    """The weights with ``{part}.{stage}.…`` renamed to our reducer of block ``at[stage]``; a stage too many keeps its name."""
+    renamed = {}
+    for name, tensor in weights.items():
+        head, _, rest = name.partition(".")
+        stage, _, tail = rest.partition(".")
+        if head == part and stage.isdigit() and int(stage) < len(at):
+            name = f"laconic.reducers.{at[int(stage)]}.{tail}"
+        renamed[name] = tensor
+    return renamed
+
+
+def transport(scores: Float[Tensor, "B M L"], eps: float, iterations: int) -> Float[Tensor, "B M L"]:
+    """exp(scores / eps) scaled by rows and columns until (nearly) all of them sum to one; the columns do exactly."""
+    log = scores / eps
+    rows, columns = torch.zeros_like(log[:, :, :1]), torch.zeros_like(log[:, :1])
+    for _ in range(iterations):
+        rows = -(log + columns).logsumexp(2, keepdim=True)
+        columns = -(log + rows).logsumexp(1, keepdim=True)
+    return (log + rows + columns).exp()

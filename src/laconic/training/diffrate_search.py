@@ -1,0 +1,181 @@
+"""DiffRate's own training (arXiv:2305.17997): how many tokens each block prunes and merges is learned, the model is not.
+
+Every count is the mean of candidates under a softmax of learned logits, rounded up. During the search no token leaves: those
+beyond the count are hidden, with the probability of staying as their straight-through gradient. The loss is the cross-entropy
+plus weight * (GMACs - target)^2. Published: AdamW at 1e-2 on the logits alone, weight 5, a candidate every 4 tokens, 3 epochs.
+
+    found = search(model, batches, gmacs=2.9)          # batches of (images, labels)
+    laconic.reduce_(model, found)
+
+As in the published code a merged token weighs at least one patch in the search; afterwards it may weigh less. How logits
+start is not published: here, high for the candidates that keep much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from laconic import work
+from laconic.attach import reduce_, restore_
+from laconic.attention import Seen
+from laconic.compression import compression_of
+from laconic.cost import summary
+from laconic.hosts import find_host
+from laconic.methods import DiffRate
+from laconic.parts import SCORES, Score, ScoreName, cosine, split
+from laconic.reducer import Reducer
+from laconic.shapes import Float
+from laconic.tokens import Tokens, add_rows, iota
+
+SLOPE = 10.0  # by how much the logit of keeping all starts above that of keeping none
+
+
+class Count(nn.Module):
+    """A learned number of tokens, from 1 to ``patches``."""
+
+    candidates: Tensor
+
+    def __init__(self, patches: int, every: int) -> None:
+        super().__init__()
+        self.patches = patches
+        self.register_buffer("candidates", torch.arange(patches, 0, -every).flip(0).float(), persistent=False)
+        self.logits = nn.Parameter(SLOPE * self.candidates / patches)
+
+    def forward(self) -> tuple[Float[Tensor, ""], Float[Tensor, " P"]]:
+        """The count, and for every place in the line whether it is within; both with straight-through gradients."""
+        probability = self.logits.softmax(0)
+        mean = (probability * self.candidates).sum()
+        count = mean + ((mean - 1e-3).ceil().clamp(1, self.patches) - mean).detach()
+        place = torch.arange(self.patches, device=mean.device)
+        stays = (probability * (place.unsqueeze(1) < self.candidates)).sum(1)
+        return count, (place < count.detach().round()) + stays - stays.detach()
+
+
+class SearchReducer(Reducer):
+    """`DiffRateReducer` with learned counts, hiding where that one removes."""
+
+    def __init__(self, score: Score, patches: int, every: int) -> None:
+        super().__init__()
+        self.score, self.prune, self.merge = score, Count(patches, every), Count(patches, every)
+
+    def active(self, before: int, n: int) -> bool:
+        return True
+
+    def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
+        alive = torch.ones_like(tokens.size) if tokens.alive is None else tokens.alive
+        # those that are hidden already stand at the end of the line
+        line, _ = split(self.score(tokens, seen) + 2 * alive.detach(), len(tokens))
+        rank = torch.empty_like(line).scatter(1, line, iota(line))
+        kept = alive * self.prune()[1][rank]
+        within = self.merge()[1][rank]
+        head, tail = kept * within, kept * (1 - within)
+        others = torch.eye(len(tokens), dtype=torch.bool, device=head.device) | (head == 0).unsqueeze(1)
+        best, host = cosine(tokens.patches, tokens.patches).masked_fill(others, -2.0).max(2)
+        best = best.masked_fill(best < -1.5, 0.0)  # no other head
+        gate = torch.ones_like(tokens.size) if tokens.gate is None else tokens.gate
+        whole = 1 + add_rows(tail.unsqueeze(2), host, len(tokens))
+        patches = tokens.patches + add_rows(tokens.patches * tail.unsqueeze(2), host, len(tokens))
+        grown = gate + add_rows((gate * best * tail).unsqueeze(2), host, len(tokens)).squeeze(2)
+        tokens = tokens.fade(head, torch.where(head > 0, iota(head), torch.where(tail > 0, host, -1)))
+        return tokens.replace(
+            x=torch.cat([tokens.x[:, : tokens.prefix], patches / whole], 1).to(tokens.x.dtype), gate=grown.clamp_min(1.0)
+        )
+
+
+class DiffRateSearch:
+    """An unreduced model that is being searched; `finish` gives it back as it was, with what was found.
+
+    Args:
+        model: a supported model with trained weights; it is put into evaluation mode, and its parameters are frozen.
+        gmacs: what the reduced model is to cost, in billions of multiply-adds (matrix products; the matching not counted).
+        weight: of the squared distance to ``gmacs`` in the loss.
+        every: tokens between two candidates of a count.
+        score: what tokens are sorted by.
+    """
+
+    def __init__(
+        self, model: nn.Module, gmacs: float, *, weight: float = 5.0, every: int = 4, score: ScoreName = "class"
+    ) -> None:
+        if weight <= 0 or every < 1:
+            raise ValueError(f"weight must be positive and every at least 1; got weight={weight}, every={every}")
+        whole = summary(model).macs / 1e9
+        if not 0 < gmacs < whole:
+            raise ValueError(f"gmacs must be less than the {whole:.4g} of the unreduced model, and more than 0; got {gmacs}")
+        self.model, self.gmacs, self.weight, self.score = model, gmacs, weight, score
+        self.frozen = [p for p in model.parameters() if p.requires_grad]
+        host, entry = find_host(model)
+        self.blocks = entry.blocks(host)
+        reduce_(model, DiffRate(score=score), keep=1.0)
+        compression = compression_of(model.eval())
+        self.prefix, self.patches = compression.prefix, compression.grid[0] * compression.grid[1]
+        tokens, device = self.prefix + self.patches, next(model.parameters()).device
+        self.rest = whole - sum(work.block(block, tokens, tokens)["matmul"] for block in self.blocks) / 1e9
+        for parameter in self.frozen:
+            parameter.requires_grad_(False)
+        for block in compression.reducers:
+            compression.reducers[block] = SearchReducer(SCORES[score], self.patches, every).to(device)
+        self.reducers: dict[int, Any] = {int(block): reducer for block, reducer in compression.reducers.items()}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is learned: the logits."""
+        return [p for reducer in self.reducers.values() for p in reducer.parameters()]
+
+    def cost(self) -> Float[Tensor, ""]:
+        """GMACs of the model with the counts as they are, with a gradient."""
+        left, total = (self.parameters()[0].new_tensor(value) for value in (float(self.patches), self.rest))
+        for index, block in enumerate(self.blocks):
+            at_attention = left + self.prefix
+            if index in self.reducers:
+                left = torch.minimum(left, torch.minimum(self.reducers[index].prune()[0], self.reducers[index].merge()[0]))
+            total = total + _block_macs(block, at_attention, left + self.prefix) / 1e9
+        return total
+
+    def loss(self, images: Tensor, labels: Tensor) -> Float[Tensor, ""]:
+        """Cross-entropy, and how far the cost is from the target."""
+        return F.cross_entropy(self.model(images).float(), labels) + self.weight * (self.cost() - self.gmacs).square()
+
+    @torch.no_grad()
+    def found(self) -> DiffRate:
+        """The method with the counts as they are."""
+        prune_kept, merge_kept, left = list[int](), list[int](), self.patches
+        for index in range(len(self.blocks)):
+            pruned = left
+            if index in self.reducers:
+                pruned = min(left, round(float(self.reducers[index].prune()[0])))
+                left = min(pruned, round(float(self.reducers[index].merge()[0])))
+            prune_kept.append(pruned + 1)
+            merge_kept.append(left + 1)
+        return DiffRate(prune_kept=tuple(prune_kept), merge_kept=tuple(merge_kept), score=self.score)
+
+    def finish(self) -> DiffRate:
+        """Give the model back, unreduced and trainable, and say what was found."""
+        found = self.found()
+        restore_(self.model)
+        for parameter in self.frozen:
+            parameter.requires_grad_(True)
+        return found
+
+
+def search(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], gmacs: float, lr: float = 1e-2, **options: Any
+) -> DiffRate:
+    """Learn the counts in one step for each of ``batches``; ``options`` are those of `DiffRateSearch`."""
+    run = DiffRateSearch(model, gmacs, **options)
+    optimizer = torch.optim.AdamW(run.parameters(), lr=lr, weight_decay=0.0)
+    for images, labels in batches:
+        optimizer.zero_grad()
+        torch.autograd.backward(run.loss(images, labels))
+        optimizer.step()
+    return run.finish()
+
+
+def _block_macs(block: nn.Module, at_attention: Tensor, at_mlp: Tensor) -> Tensor:
+    """`work.block` for counts that have gradients: quadratic in the tokens at the attention, linear in those at the MLP."""
+    one, two, mlp = (work.block(block, *counts)["matmul"] for counts in ((1, 0), (2, 0), (0, 1)))
+    square = (two - 2 * one) / 2
+    return square * at_attention.square() + (one - square) * at_attention + mlp * at_mlp

@@ -1,0 +1,144 @@
+"""How IA-RED2's interpreters learn (Pan et al., NeurIPS 2021, arXiv:2106.12620, sec. 3.3): by REINFORCE, group after group.
+
+An image is answered twice: with tokens drawn by the interpreters' probabilities, and with those of inference. For each
+group, where a share u of the patches stays, the reward is 1 - u^2 if the answer is right, else -penalty; what the first
+answer is rewarded with beyond the second multiplies the gradient of the log-probability of its draws (self-critical
+baseline). The baseline does not depend on the draws, so the gradient's expectation is that of the expected reward.
+
+The authors' training code is not public. Here all groups in training share in the sum of their rewards: whether the answer
+is right, each of them has a part in. ``penalty`` is the 1 that their tool for inference leaves behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from laconic.compression import Compression, compression_of
+from laconic.hosts import HOSTS
+from laconic.methods.iared import IARED, KEPT, LOG_PROBABILITY
+from laconic.schedule import Schedule
+
+WORKS = 0.5  # any keep rate but 1 says that a group works
+
+
+@dataclass(frozen=True)
+class PolicyStep:
+    """A loss whose gradient is the policy gradient, and what it was made of."""
+
+    loss: Tensor
+    logits: Tensor  # of the answer by draws, [B, classes], for a cross-entropy beside it
+    reward: Tensor  # of the draws, [B, groups]
+    baseline: Tensor  # of the decisions of inference, [B, groups]
+
+
+def policy_step(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    penalty: float | Sequence[float] = 1.0,
+    groups: Sequence[int] | None = None,
+) -> PolicyStep:
+    """One self-critical step on a model in training mode that `iared` reduces; the ledger is that of the draws.
+
+    Args:
+        model: the reduced model.
+        images: [B, channels, height, width].
+        labels: class numbers [B].
+        penalty: what a wrong answer costs, for all groups or for each of those in training.
+        groups: those in training, counted from 0 (default: all that are not switched off).
+
+    Raises:
+        ValueError: the model is not reduced by iared, or in evaluation mode; no such group works.
+    """
+    compression = _reduced_by_iared(model)
+    if not compression.training:
+        raise ValueError("iared draws tokens in training mode only, and this model is in evaluation mode; call model.train()")
+    with torch.no_grad(), _evaluating(model):
+        greedy = _answer(model, images)
+        greedy_kept = _noted(compression, KEPT)
+    logits = _answer(model, images)
+    kept, log_probability = _noted(compression, KEPT), _noted(compression, LOG_PROBABILITY)
+    chosen, working = list(range(kept.shape[1]) if groups is None else groups), kept.shape[1]
+    if not chosen or any(group not in range(working) for group in chosen):
+        raise ValueError(f"groups {chosen} are to be trained, and {working} groups are at work, counted from 0")
+    reward = rewards(logits.argmax(1) == labels, kept[:, chosen], penalty)
+    baseline = rewards(greedy.argmax(1) == labels, greedy_kept[:, chosen], penalty)
+    return PolicyStep(policy_loss(log_probability[:, chosen], reward, baseline), logits, reward, baseline)
+
+
+def rewards(correct: Tensor, share: Tensor, penalty: float | Sequence[float]) -> Tensor:
+    """What answers [B] that kept these shares of the patches [B, groups] are rewarded with, [B, groups]."""
+    wrong = torch.as_tensor(penalty, dtype=share.dtype, device=share.device)
+    if wrong.dim() and len(wrong) != share.shape[1]:
+        raise ValueError(f"penalty has {len(wrong)} values, and {share.shape[1]} groups are in training")
+    return torch.where(correct.unsqueeze(1), 1 - share.square(), -wrong)
+
+
+def policy_loss(log_probability: Tensor, reward: Tensor, baseline: Tensor) -> Tensor:
+    """Minus (what is gained over the baseline, by all groups together) times the log-probability of all draws; a mean."""
+    gain = (reward - baseline).sum(1, keepdim=True).detach()
+    return -(gain * log_probability).sum(1).mean()
+
+
+def curriculum(model: nn.Module, group: int | None, part: Literal["interpreter", "blocks"] = "interpreter") -> None:
+    """Set a model up for one phase: groups up to ``group`` work, and nothing learns but the interpreter or the blocks of that one.
+
+    The paper trains the groups one after the other, each interpreter for 10 epochs and then attention and MLPs for 20. None:
+    all groups work and everything learns, as before.
+
+    Raises:
+        ValueError: the model is not reduced by iared; there is no such group or part.
+    """
+    compression = _reduced_by_iared(model)
+    at, blocks = compression.schedule.at, HOSTS[compression.host_path].blocks(compression.model)
+    if part not in ("interpreter", "blocks"):
+        raise ValueError(f"part must be 'interpreter' or 'blocks', not {part!r}")
+    if group is None:
+        compression.set_schedule(Schedule.deciding(at))
+        model.requires_grad_(True)
+        return
+    if group not in range(len(at)):
+        raise ValueError(f"this model has groups 0 to {len(at) - 1}, and no group {group}")
+    compression.set_schedule(Schedule.rates([WORKS if other <= group else 1.0 for other in range(len(at))], at))
+    model.requires_grad_(False)
+    learning = blocks[at[group] : (*at, len(blocks))[group + 1]]
+    for module in learning if part == "blocks" else [compression.reducers[str(at[group])]]:
+        module.requires_grad_(True)
+
+
+def _reduced_by_iared(model: nn.Module) -> Compression:
+    compression = compression_of(model)
+    if not isinstance(compression.config, IARED):
+        raise ValueError(f"this model is reduced by {compression.config.row.name}; the policy gradient is for iared")
+    return compression
+
+
+def _answer(model: Any, images: Tensor) -> Tensor:
+    out = model(images)
+    logits: Tensor = torch.stack(out).mean(0) if isinstance(out, tuple) else out  # of two heads: as at inference
+    return logits.float()
+
+
+def _noted(compression: Compression, name: str) -> Tensor:
+    notes = compression.entry(compression.depth).notes
+    if name not in notes:
+        raise ValueError("no group of this model is at work: all keep rates are 1; see curriculum(model, None)")
+    return notes[name]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,548 @@
+"""Methods that merge by matching: ToMe, PiToMe, ToFu, MCTF, DiffRate. Official outputs, and plain Python beside ours."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import golden_init
+import laconic
+from families import AT, images, make
+from laconic.attention import Seen
+from laconic.methods import diffrate
+from laconic.methods.diffrate import FLOOR, DiffRateReducer
+from laconic.methods.mctf import LEAST, MCTFReducer, fuse
+from laconic.methods.pitome import PiToMeReducer
+from laconic.methods.tofu import ToFuReducer
+from laconic.parts import SCORES, by_parity, cosine, soft_matching
+from laconic.tokens import Tokens
+from laconic.training.diffrate_search import SLOPE, Count, DiffRateSearch, search
+from test_goldens import HERE, LOGITS, close, golden, picture, reduced
+
+CLOSE = dict(rtol=1e-5, atol=1e-5)
+OPTIONS = {"pitome_0.9": ("pitome", dict(keep=0.9)), "tofu_0.9": ("tofu", dict(keep=0.9))}
+
+
+def published(name="diffrate_0.8"):
+    config = json.loads((HERE / f"{name}.json").read_text())["config"]
+    return laconic.DiffRate(prune_kept=tuple(config["prune_kept"]), merge_kept=tuple(config["merge_kept"]))
+
+
+def forward(model, x):
+    with torch.no_grad():
+        return model(x)
+
+
+# ------------------------------------------------------------------------------------------------ goldens
+@pytest.mark.parametrize("name", list(OPTIONS))
+def test_official_merging(name):
+    method, options = OPTIONS[name]
+    z, model = golden(name), reduced(method, golden_init.crc32_v1, **options)
+    close(forward(model, picture()), z["logits"], LOGITS)
+    for k in range(12):
+        stage, before = laconic.provenance(model).stages[k], model.laconic.entry(k)
+        assert 1 + stage.size.shape[1] == z["tokens_after_block"][k]
+        assignment = torch.from_numpy(z[f"assign_block{k}"])[:, 1:] - 1
+        there = before.where >= 0
+        ours = assignment.gather(1, before.where.clamp_min(0))
+        # of a pruned token the official map says where it would have gone
+        left = stage.where >= 0
+        assert torch.equal(ours[left], stage.where[left])
+        assert method == "tofu" or (there.all() and left.all())
+
+
+def test_official_diffrate():
+    z, model = golden("diffrate_0.8"), reduced(published(), golden_init.crc32_v1)
+    close(forward(model, picture()), z["logits"], LOGITS)
+    tokens = model.laconic.entry(12)
+    assert [1 + n for n in model.laconic.counts(196)] == z["tokens_after_block"].tolist()
+    close(tokens.gate, z["final_size"][:, 1:], 1e-5)
+    group = torch.from_numpy(z["final_group_of_input_token"])[:, 1:]
+    assert torch.equal(torch.where(group < 0, -1, group - 1), tokens.where)
+    # the published cost leaves the matching out, and counts the class token at the patch embedding
+    cost = laconic.summary(model)
+    assert cost.macs - sum(row.reducer_macs for row in cost.blocks) + 3 * 16 * 16 * 192 == z["flops"].item()
+
+
+def test_official_mctf():
+    z, model = golden("mctf_r16_all"), reduced("mctf", golden_init.crc32_v1, r=16)
+    close(forward(model, picture()), z["logits"], LOGITS)
+    final = laconic.provenance(model).final
+    assert [1 + n for n in model.laconic.counts(196)] == z["tokens_after_block"].tolist()
+    assert torch.equal(final.where + 1, torch.from_numpy(z["final_group_of_input_token"])[:, 1:])
+    close(F.pad(final.size, (1, 0), value=1.0), z["final_size"], 0)
+
+
+# ------------------------------------------------------------------------------------------------ counts
+@pytest.mark.parametrize(
+    ("config", "keep", "counts"),
+    [
+        (laconic.PiToMe(), 0.9, [177, 160, 144, 130, 117, 106, 96, 87, 79, 72, 65, 59]),
+        (laconic.ToFu(), 0.9, [177, 160, 144, 130, 117, 106, 96, 87, 79, 71, 64, 58]),
+        (laconic.PiToMe(), 0.925, [182, 169, 157, 146, 136, 126, 117, 109, 101, 94, 87, 81]),
+        (laconic.PiToMe(), 0.3, [98, 49, 25, 13, 7, 4, 2, 1, 1, 1, 1, 1]),
+        (laconic.ToMe(r=13), None, [196 - 13 * i for i in range(1, 13)]),
+        (laconic.ToMe(r=16), None, [*(196 - 16 * i for i in range(1, 12)), 10]),
+        # from 32 down to 0 in twelve steps
+        (laconic.ToMe(r=(16, -1.0)), None, [164, 135, 109, 86, 66, 49, 35, 24, 16, 11, 9, 9]),
+        (laconic.ToMe(r=(16, -1)), None, [164, 135, 109, 86, 66, 49, 35, 24, 16, 11, 9, 9]),
+        (laconic.MCTF(r=16), None, [196, *(196 - 16 * i for i in range(1, 12))]),
+        (laconic.MCTF(r=30), None, [196, 166, 136, 106, 76, 46, 23, 12, 9, 9, 9, 9]),
+        (laconic.MCTF(r=tuple(range(11))), None, [196, 196, 195, 193, 190, 186, 181, 175, 168, 160, 151, 141]),
+        (laconic.MCTF(), 0.65, [196, 196, 196, 128, 128, 128, 83, 83, 83, 54, 54, 54]),
+        (laconic.ToMe(), 0.7, [196, 196, 196, 137, 137, 137, 96, 96, 96, 67, 67, 67]),
+        (laconic.ToMe(), 0.3, [196, 196, 196, 98, 98, 98, 49, 49, 49, 25, 25, 25]),
+        (laconic.DiffRate(), 0.9, [196, 177, 160, 144, 130, 117, 106, 96, 87, 79, 72, 65]),
+        (published(), None, [196, 195, 189, 171, 153, 124, 106, 95, 83, 77, 69, 2]),
+    ],
+    ids=str,
+)
+def test_counts(config, keep, counts):
+    assert list(config.counts(config.plan(12, keep, None), 12, 196)) == counts
+
+
+def test_never_fewer_than_ten_tokens_unless_told():
+    config = laconic.MCTF()
+    assert config.leaves([0.5], 10, 196) == LEAST
+    assert config.leaves([0.5], 5, 196) == 5
+    assert config.counts(laconic.Schedule.leaving({1: 4}), 2, 8) == (8, 4)
+    assert laconic.MCTF(r=4).counts(laconic.Schedule.removing({0: 4}), 1, 6) == (6,)
+
+
+# ------------------------------------------------------------------------------------------------ by hand
+def slowly(model, x, reduce, proportional, blocks=AT):
+    """A plain vision transformer, one image at a time; ``reduce(x, keys, size, b)`` gives new tokens as {old: weight}."""
+    out = []
+    for image in x:
+        t, prefix = model._pos_embed(model.patch_embed(image[None]))[0], model.num_prefix_tokens
+        size = torch.ones(len(t))
+        for b, block in enumerate(model.blocks):
+            q, k, v = block.attn.qkv(block.norm1(t)).unflatten(1, (3, 3, 16)).permute(1, 2, 0, 3)
+            logits = q @ k.transpose(1, 2) * 16**-0.5 + (size.log() if proportional else 0)
+            t = t + block.attn.proj((logits.softmax(2) @ v).transpose(0, 1).flatten(1))
+            if b in blocks:
+                groups = reduce(t[prefix:], k[:, prefix:].mean(0), size[prefix:], b)
+                t = torch.cat([t[:prefix], torch.stack([sum(w * t[prefix + i] for i, w in g.items()) for g in groups])])
+                size = torch.cat([size[:prefix], torch.stack([sum(size[prefix + i] for i in g) for g in groups])])
+            t = t + block.mlp(block.norm2(t))
+        out.append(model.head(model.norm(t)[0]))
+    return torch.stack(out)
+
+
+def similar(keys, i, j):
+    return torch.cosine_similarity(keys[i], keys[j], dim=0).item()
+
+
+def matched(keys, a, b, r):
+    """{token of a: its host in b} for the r best, by falling similarity."""
+    pairs = [(max(b, key=lambda j: similar(keys, i, j)), i) for i in a]
+    best = sorted(pairs, key=lambda p: -similar(keys, *p))[:r]
+    return {i: j for j, i in best}
+
+
+def by_size(groups, size):
+    return [{i: size[i] / sum(size[j] for j in g) for i in g} for g in groups]
+
+
+@pytest.mark.parametrize("proportional", [True, False])
+def test_tome_by_hand(proportional):
+    def reduce(x, keys, size, b):
+        a, hosts = list(range(1, len(x), 2)), list(range(0, len(x), 2))  # the class token stands at 0
+        went = matched(keys, a, hosts, 7)
+        stay = [i for i in a if i not in went]
+        return by_size([[i] for i in stay] + [[j, *(i for i, h in went.items() if h == j)] for j in hosts], size)
+
+    model, x = make("plain"), images("plain")
+    with torch.no_grad():
+        expected = slowly(model, x, reduce, proportional)
+    laconic.reduce_(model, "tome", r=7, at=AT, proportional=proportional)
+    torch.testing.assert_close(forward(model, x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("proportional", [True, False])
+def test_pitome_by_hand(proportional):
+    def reduce(x, keys, size, b):
+        count, r = len(x), math.floor(len(x) - 0.7 * len(x))
+        margin = 0.6 * (1 - b / 4)
+        energy = [sum(F.elu(torch.tensor(similar(keys, i, j) - margin)).item() for j in range(count)) for i in range(count)]
+        line = sorted(range(count), key=lambda i: -energy[i])
+        line, protected = (line, []) if b < 2 else (line[: 2 * r], line[2 * r :])
+        went = matched(keys, line[::2], line[1::2], r)
+        protected += [i for i in line[::2] if i not in went]
+        return by_size([[i] for i in protected] + [[j, *(i for i in went if went[i] == j)] for j in line[1::2]], size)
+
+    model, x = make("plain"), images("plain")
+    with torch.no_grad():
+        expected = slowly(model, x, reduce, proportional)
+    laconic.reduce_(model, "pitome", keep=0.7, at=AT, margin=0.6, proportional=proportional)
+    torch.testing.assert_close(forward(model, x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("norm", ["host", "mean", "none"])
+@pytest.mark.parametrize("switch", [0.25, 0.5, 1.0])
+def test_tofu_by_hand(norm, switch):
+    def reduce(x, keys, size, b):
+        a, hosts = list(range(1, len(x), 2)), list(range(0, len(x), 2))
+        went = matched(keys, a, hosts, math.floor(len(x) + 1 - 0.7 * (len(x) + 1)))
+        groups = [[i] for i in a if i not in went]
+        prune = b <= switch * 4
+        groups += [[j, *(i for i in went if went[i] == j and not prune)] for j in hosts]
+        out = []
+        for g in groups:
+            mean, longest = x[g].mean(0), x[g].norm(dim=1).max()
+            factor = {"host": longest / x[g[0]].norm(), "mean": longest / mean.norm(), "none": 1.0}[norm]
+            out.append({i: factor / len(g) for i in g})
+        return out
+
+    model, x = make("plain"), images("plain")
+    with torch.no_grad():
+        expected = slowly(model, x, reduce, False)
+    laconic.reduce_(model, "tofu", keep=0.7, at=AT, switch=switch, norm=norm)
+    torch.testing.assert_close(forward(model, x), expected, rtol=1e-4, atol=1e-4)
+    dropped = laconic.provenance(model).final.where < 0
+    assert dropped.any() == (switch >= 0.25)
+    assert (laconic.provenance(model).stages[-1].where < 0).sum() == (laconic.provenance(model).stages[-2].where < 0).sum() or (
+        switch == 1.0
+    )
+
+
+def some(batch=2, patches=20, channels=8, **more):
+    return Tokens.start(torch.randn(batch, 1 + patches, channels), 1, True, **more)
+
+
+def look(t, bias=None, heads=2):
+    q, k, v = torch.randn(3, len(t.x), heads, t.x.shape[1], 4)
+    return Seen(q, k, v, bias, 0.5, t.prefix, t.has_cls)
+
+
+def equal(t):
+    return t.replace(x=t.x[:, :1].expand_as(t.x).clone())
+
+
+REDUCERS = {
+    "pitome early": (PiToMeReducer(0.75, True, True), "between"),
+    "pitome late": (PiToMeReducer(0.2, False, False), "between"),
+    "tofu early": (ToFuReducer(True, "host"), "between"),
+    "tofu late": (ToFuReducer(False, "host"), "between"),
+    "tofu mean": (ToFuReducer(False, "mean"), "between"),
+    "mctf": (MCTFReducer((1.0, 20.0, 40.0), "both"), "ahead"),
+    "diffrate": (DiffRateReducer(SCORES["class"], None, 0.5), "between"),
+}
+
+
+@pytest.mark.parametrize("name", list(REDUCERS))
+@pytest.mark.parametrize("n", [19, 13, 10])
+def test_equal_tokens_are_a_fixed_point(name, n):
+    reducer, moment = REDUCERS[name]
+    t = equal(some())
+    out = getattr(reducer, moment)(t, look(t), n)
+    torch.testing.assert_close(out.x, t.x[:, : n + 1])
+
+
+@pytest.mark.parametrize("name", list(REDUCERS))
+def test_half_precision_stays(name):
+    reducer, moment = REDUCERS[name]
+    t = some()
+    t = t.replace(x=t.x.to(torch.bfloat16))
+    assert getattr(reducer, moment)(t, look(t), 12).x.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("prune_kept", [None, 20, 15, 12, 3])
+@pytest.mark.parametrize("sizes", [False, True])
+def test_diffrate_by_hand(prune_kept, sizes):
+    t, n = some(), 12
+    if sizes:
+        t = t.replace(gate=torch.rand(2, 20) * 3)
+    seen = look(t)
+    out = DiffRateReducer(SCORES["class"], prune_kept, 0.25).between(t, seen, n)
+    p = 18 if prune_kept is None else max(n, prune_kept)  # a quarter of the eight that leave is pruned
+    for b in range(2):
+        line = sorted(range(20), key=lambda i: -seen.cls[b, i].item())
+        head, tail = line[:n], line[n:p]
+        groups, grown = {j: [j] for j in head}, {j: t.gate[b, j].item() if sizes else 1.0 for j in head}
+        for i in tail:
+            c = {j: torch.cosine_similarity(t.patches[b, i], t.patches[b, j], dim=0).item() for j in head}
+            host = max(head, key=c.__getitem__)
+            groups[host].append(i)
+            grown[host] += c[host] * (t.gate[b, i].item() if sizes else 1.0)
+        for new, j in enumerate(head):
+            torch.testing.assert_close(out.patches[b, new], t.patches[b, groups[j]].mean(0), **CLOSE)
+            assert all(out.where[b, i] == new for i in groups[j])
+            if tail:
+                assert out.gate[b, new].item() == pytest.approx(max(grown[j], FLOOR), rel=1e-4)
+        assert all(out.where[b, i] == -1 for i in line[p:])
+
+
+def test_unlike_tokens_take_weight_away_but_never_all():
+    t = some(patches=3, channels=2)
+    t = t.replace(x=torch.tensor([[[0.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [-2.0, 0.0]]]).expand(2, -1, -1))
+    seen = look(t)
+    seen.k.zero_()  # equal attention: they stand in line as they are
+    out = DiffRateReducer(SCORES["class"], None, 0.0).between(t, seen, 1)
+    torch.testing.assert_close(out.gate, torch.full((2, 1), FLOOR))
+    torch.testing.assert_close(out.patches[:, 0], torch.tensor([[-2 / 3, 0.0]] * 2))
+    assert torch.equal(out.size, torch.full((2, 1), 3.0))
+
+
+def test_counts_above_what_there_is_do_nothing():
+    """A schedule of all tokens is the model itself; a count that comes too high is passed over."""
+    model, x = make("plain"), images("plain")
+    expected = forward(model, x)
+    laconic.reduce_(model, laconic.DiffRate(prune_kept=(37,) * 4, merge_kept=(99,) * 4))
+    assert torch.equal(forward(model, x), expected)
+    config = laconic.DiffRate(prune_kept=(37, 20, 30, 15), merge_kept=(37, 18, 25, 30))
+    assert config.plan(4, None, None) == laconic.Schedule.leaving({0: 36, 1: 17, 2: 24, 3: 14})
+    laconic.reduce_(laconic.restore_(model), config)
+    assert model.laconic.counts(36) == (36, 17, 17, 14)
+    forward(model, x)
+    stages = laconic.provenance(model).stages
+    # block 1 prunes 17 and merges 2, block 2 does nothing, block 3 prunes 3 and merges none
+    assert torch.equal((stages[-1].where >= 0).sum(1), stages[-1].size.sum(1).long())
+    assert ((model.laconic.entry(2).where < 0).sum(1) == 17).all()
+    assert torch.equal(model.laconic.entry(2).where, model.laconic.entry(3).where)
+
+
+def slow_match(x, received, size, r, tau, both):
+    """MCTF's groups for one image, as old tokens, and the order they come out in."""
+    a, b = list(range(1, len(x), 2)), list(range(0, len(x), 2))
+    power = [1 / t if t else 0 for t in tau]
+
+    def score(i, j):
+        alike = ((torch.cosine_similarity(x[i], x[j], dim=0) + 1) / 2).item()
+        return (
+            alike ** power[0]
+            * (1 / (received[i] * received[j])).item() ** power[1]
+            * (1 / (size[i] * size[j])).item() ** power[2]
+        )
+
+    def best(sources, hosts, count):
+        pairs = [(max(hosts, key=lambda j: score(i, j)), i) for i in sources]
+        pairs.sort(key=lambda p: -score(p[1], p[0]))
+        return {i: j for j, i in pairs[:count]}, [i for _, i in pairs[count:]]
+
+    there, _ = best(a, b, r // 2 if both else r)
+    stay_a = [i for i in a if i not in there]
+    back, stay_b = best(b, stay_a, r - len(there)) if both else ({}, b)
+    into = {i: back.get(j, j) for i, j in there.items()} | back
+    return [[j, *(i for i in into if into[i] == j)] for j in stay_a + stay_b]
+
+
+@pytest.mark.parametrize("direction", ["both", "one"])
+@pytest.mark.parametrize("tau", [(1.0, 20.0, 40.0), (2.0, 1.0, 3.0), (0.0, 1.0, 0.0), (1.0, 0.0, 0.0)])
+@pytest.mark.parametrize("r", [1, 6, 7, 10])
+def test_mctf_by_hand(direction, tau, r):
+    t = some()
+    t = t.replace(size=torch.randint(1, 5, (2, 20)).float())
+    t = t.replace(gate=t.size)
+    seen = look(t, F.pad(t.gate.log(), (1, 0))[:, None, None])
+    out = MCTFReducer(tau, direction).ahead(t, seen, 20 - r)
+    for b in range(2):
+        received = seen.matrix[b].mean((0, 1))[1:]
+        groups = slow_match(t.patches[b], received, t.size[b], r, tau, direction == "both")
+        assert len(groups) == 20 - r
+        matrix = torch.zeros(21 - r, 21)
+        matrix[0, 0] = 1
+        for new, g in enumerate(groups):
+            assert all(out.where[b, i] == new for i in g)
+            weight = received[g] * t.size[b, g]
+            matrix[1 + new, [1 + i for i in g]] = weight / weight.sum()
+            assert out.gate[b, new] == out.size[b, new] == t.size[b, g].sum()
+        torch.testing.assert_close(out.x[b], matrix @ t.x[b], **CLOSE)
+        torch.testing.assert_close(out.attention[b], matrix @ seen.matrix[b] @ (matrix > 0).float().T, **CLOSE)
+
+
+def test_merged_attention_is_attention():
+    attention = torch.randn(2, 3, 7, 7).softmax(-1)
+    dst, weight = torch.tensor([[0, 1, 0, 2, 0]] * 2), torch.tensor([[0.5, 1.0, 0.2, 1.0, 0.3]] * 2)
+    merged = fuse(attention, dst, weight, 3)
+    assert merged.shape == (2, 3, 5, 5)
+    torch.testing.assert_close(merged.sum(-1), torch.ones(2, 3, 5))
+    assert torch.equal(merged[:, :, :2, :2], attention[:, :, :2, :2])  # prefix tokens keep to themselves
+    torch.testing.assert_close(merged[:, :, 0, 2], attention[:, :, 0, [2, 4, 6]].sum(-1))
+    torch.testing.assert_close(
+        merged[:, :, 2, 3], 0.5 * attention[:, :, 2, 3] + 0.2 * attention[:, :, 4, 3] + 0.3 * attention[:, :, 6, 3]
+    )
+
+
+def test_mctf_looks_one_step_ahead():
+    """The block of a merge uses attention of the unmerged tokens; without it the answer differs."""
+    model, x = make("plain"), images("plain")
+    laconic.reduce_(model, "mctf", keep=0.6, at=AT)
+    answer = forward(model, x)
+    for reducer in model.laconic.reducers.values():
+        ahead = reducer.ahead
+        reducer.ahead = lambda tokens, seen, n, ahead=ahead: ahead(tokens, seen, n).replace(attention=None)
+    assert (forward(model, x) - answer).abs().max() > 1e-3
+    assert model.laconic.entry(4).attention is None
+
+
+# ------------------------------------------------------------------------------------------------ parts
+def test_parity_counts_prefix_tokens():
+    for prefix, even in ((0, [0, 2, 4]), (1, [1, 3]), (2, [0, 2, 4]), (5, [1, 3])):
+        a, b = by_parity(Tokens.start(torch.zeros(1, prefix + 5, 2), prefix, prefix > 0))
+        assert a[0].tolist() == even
+        assert sorted(a[0].tolist() + b[0].tolist()) == list(range(5))
+
+
+@pytest.mark.parametrize("order", ["sequence", "similarity"])
+def test_soft_matching(order):
+    t = some()
+    a, b = by_parity(t)
+    gone, stay, into = soft_matching(t.patches, a, b, 4, order)
+    c = cosine(t.patches, t.patches)
+    for image in range(2):
+        best = {i: max(c[image, i, j].item() for j in b[image].tolist()) for i in a[image].tolist()}
+        falling = sorted(best, key=lambda i: -best[i])
+        assert gone[image].tolist() == falling[:4]
+        assert stay[image].tolist() == (sorted(falling[4:]) if order == "sequence" else falling[4:]) + b[image].tolist()
+        for i, host in zip(gone[image], stay[image][into[image]], strict=True):
+            assert c[image, i, host].item() == pytest.approx(best[i.item()])
+
+
+def test_ties_go_to_the_lower_index():
+    t = equal(some())
+    gone, stay, into = soft_matching(t.patches, *by_parity(t), 3)
+    assert gone[0].tolist() == [1, 3, 5]
+    assert stay[0, into[0]].tolist() == [0, 0, 0]
+
+
+# ------------------------------------------------------------------------------------------------ errors
+@pytest.mark.parametrize("method", ["tome", "pitome", "tofu", "mctf"])
+def test_more_than_half_at_once(method):
+    model = make("plain")
+    with pytest.raises(ValueError, match="at most half"):
+        laconic.reduce_(model, method, schedule=laconic.Schedule.leaving({1: 12}))
+    assert not hasattr(model, "laconic")
+
+
+@pytest.mark.unchecked
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("tofu", dict(norm="max"), "tofu: norm must be one of"),
+        ("mctf", dict(direction="up"), "mctf: direction must be one of"),
+        ("mctf", dict(tau_info=-1.0), "tau_info must be 0 .off. or a positive temperature"),
+        ("mctf", dict(r=(3, 4)), "2 values of r for 3 blocks"),
+        ("diffrate", dict(score="value"), "diffrate: score must be one of"),
+        ("diffrate", dict(pruned=1.5), "pruned is a share"),
+        ("diffrate", dict(merge_kept=(37, 1, 1, 1)), "merge_kept are counts of tokens"),
+        ("diffrate", dict(prune_kept=(37, 30.5)), "prune_kept are counts of tokens"),
+        ("diffrate", dict(merge_kept=(37, 30)), "2 in merge_kept for 4 blocks"),
+        ("diffrate", dict(merge_kept=(37,) * 4, prune_kept=(37,) * 3), "3 counts in prune_kept and 4 in merge_kept"),
+        ("diffrate", dict(prune_kept=(37, 30), keep=0.7), "prune_kept has 2 counts, none for block 2"),
+        ("diffrate", dict(merge_kept=(37,) * 4, keep=0.7), "give no keep and no at"),
+        ("diffrate", dict(merge_kept=(37,) * 4, at=AT), "give no keep and no at"),
+        ("diffrate", dict(), "say how many tokens to keep"),
+        ("mctf", dict(r=4, keep=0.5), "either r .* or keep"),
+    ],
+)
+def test_refusals(method, options, message):
+    with pytest.raises(ValueError, match=message):
+        laconic.reduce_(make("plain"), method, **options)
+
+
+def test_where_they_work_by_default():
+    for method, blocks in (("pitome", (0, 1, 2, 3)), ("tofu", (0, 1, 2, 3)), ("diffrate", (1, 2, 3)), ("mctf", (1, 2, 3))):
+        assert laconic.reduce_(make("plain"), method, keep=0.9).laconic.schedule.at == blocks
+    assert laconic.reduce_(make("plain"), "mctf", r=3).laconic.schedule == laconic.Schedule.removing({1: 3, 2: 3, 3: 3})
+    for method, at in (("pitome", 3), ("tofu", 3)):
+        deep = laconic.reduce_(make("plain", depth=7), method, keep=0.9).laconic.reducers
+        early = [r.early if method == "pitome" else r.prune for r in deep.values()]
+        assert early == [True] * (at + 1) + [False] * (6 - at)
+    margins = [r.margin for r in laconic.reduce_(make("plain"), "pitome", keep=0.9).laconic.reducers.values()]
+    assert margins == pytest.approx([0.75, 0.5625, 0.375, 0.1875])
+
+
+# ------------------------------------------------------------------------------------------------ the search of DiffRate
+def test_a_learned_count():
+    count = Count(36, 4)
+    assert count.candidates.tolist() == [4, 8, 12, 16, 20, 24, 28, 32, 36]
+    with torch.no_grad():
+        count.logits.fill_(-99.0)[3:5] = 0.0
+    number, stays = count()
+    assert number.item() == 18
+    assert stays.detach().tolist() == pytest.approx([1.0] * 18 + [0.0] * 18)
+    # one more token within costs probability of the lower candidate: the gradient of a place is that of its probability
+    (slope,) = torch.autograd.grad(stays[17], count.logits, retain_graph=True)
+    assert slope[4].item() == pytest.approx(0.25)
+    assert slope[3].item() == pytest.approx(-0.25)
+    (slope,) = torch.autograd.grad(number, count.logits)
+    assert slope[3:5].tolist() == pytest.approx([-1.0, 1.0])
+    whole = Count(7, 3)
+    assert whole.candidates.tolist() == [1, 4, 7]
+    assert torch.equal(whole.logits.detach(), SLOPE * whole.candidates / 7)
+
+
+@pytest.fixture
+def toy():
+    model, x = make("plain"), images("plain", 8)
+    return model, x, forward(model, x).argmax(1)
+
+
+def scatter_counts(run):
+    """Counts that prune and merge something everywhere."""
+    with torch.no_grad():
+        for block, reducer in run.reducers.items():
+            for count, target in ((reducer.prune, 34 - 6 * block), (reducer.merge, 31 - 6 * block)):
+                count.logits.copy_(-(count.candidates - target).square())
+
+
+def test_hiding_is_removing(toy, monkeypatch):
+    """With the counts fixed the search computes what the reduced model does."""
+    monkeypatch.setattr(diffrate, "FLOOR", 1.0)  # as in the search
+    model, x, _ = toy
+    run = DiffRateSearch(model, gmacs=0.004)
+    scatter_counts(run)
+    hidden, last = forward(model, x), model.laconic.entry(4)
+    cost = run.cost().item()
+    found = run.finish()
+    assert found.merge_kept[1] < found.prune_kept[1] < 37
+    assert all(a >= b for a, b in zip(found.merge_kept, found.merge_kept[1:], strict=False))
+    laconic.reduce_(model, found)
+    torch.testing.assert_close(forward(model, x), hidden, rtol=1e-4, atol=1e-4)
+    removed = model.laconic.entry(4)
+    assert torch.equal(last.where < 0, removed.where < 0)
+    assert torch.equal((last.alive > 0).sum(1), torch.full((8,), len(removed)))
+    whole = laconic.summary(model)
+    assert cost * 1e9 == pytest.approx(whole.macs - sum(row.reducer_macs for row in whole.blocks), rel=1e-5)
+
+
+def test_every_count_learns(toy):
+    model, x, labels = toy
+    run = DiffRateSearch(model, gmacs=0.004, every=1)
+    scatter_counts(run)
+    F.cross_entropy(model(x), labels).backward()
+    # what the last block does to patch tokens the class token does not see: there only the cost learns
+    assert all(p.grad.abs().max() > 0 for block in (1, 2) for p in run.reducers[block].parameters())
+    run.loss(x, labels).backward()
+    assert all(p.grad.abs().max() > 0 for p in run.reducers[3].merge.parameters())
+    assert all(p.grad is None for name, p in model.named_parameters() if not name.startswith("laconic."))
+
+
+def test_the_search_finds_its_cost_and_gives_the_model_back(toy):
+    model, x, labels = toy
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    expected, whole = forward(model, x), laconic.summary(model).macs / 1e9
+    found = search(model, [(x, labels)] * 40, gmacs=0.7 * whole, lr=0.3, weight=20 / whole**2, every=2)
+    assert torch.equal(forward(model, x), expected)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+    laconic.reduce_(model, found)
+    cost = laconic.summary(model)
+    assert (cost.macs - sum(row.reducer_macs for row in cost.blocks)) / 1e9 == pytest.approx(0.7 * whole, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(gmacs=9.0), "gmacs must be less than"),
+        (dict(gmacs=0.0), "gmacs must be less than"),
+        (dict(gmacs=0.004, weight=0.0), "weight must be positive"),
+        (dict(gmacs=0.004, every=0), "every at least 1"),
+    ],
+)
+def test_a_search_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        DiffRateSearch(make("plain"), **options)
