@@ -228,6 +228,7 @@ def test_training_hides_and_removes_nothing(method):
         assert ((entry.alive == 0) | (entry.alive == 1)).all()
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
@@ -562,6 +563,7 @@ def test_the_curriculum():
     assert model.laconic.schedule == Schedule.deciding(AT)
 
 
+@pytest.mark.unchecked
 def test_what_the_policy_gradient_refuses():
     model, x, labels = reduced("iared", "plain"), images("plain"), torch.zeros(3, dtype=torch.long)
     with pytest.raises(ValueError, match=r"in evaluation mode; call model\.train\(\)"):

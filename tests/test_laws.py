@@ -34,12 +34,10 @@ from laconic.tokens import iota
 every_pair = pytest.mark.parametrize(("method", "family"), PAIRS)
 DROPS = {name for name, row in laconic.methods().items() if row.rest == "dropped"}
 BOTH = {name for name, row in laconic.methods().items() if row.rest.startswith("dropped ")}  # it drops some and merges some
-IN_SEQUENCE = {"tome", "avg-pool", "random", "tofu", "mctf", "ltmp", "patch-slimming"} | {
-    "max-pool",
-    "spatial-pool",
-    "conv-pool",
-    "mlp-pool",
-}  # these go by the place of a token in the sequence, by definition
+# these go by the place of a token, in the sequence or on the grid, by definition
+IN_SEQUENCE = {"tome", "tofu", "mctf", "ltmp", "random", "patch-slimming", "heuristic"}
+IN_SEQUENCE |= {"avg-pool", "max-pool", "spatial-pool", "conv-pool", "mlp-pool"}
+SAMPLED = {"iared"}  # its decisions are learned from rewards, see tests/test_deciding_learned.py
 
 
 def served_on(*families):
@@ -238,7 +236,7 @@ def test_gradients_reach_every_parameter(method, family):
     loss = (loss[0] if isinstance(loss, tuple) else loss).square().mean() + sum(laconic.losses(model).values())
     loss.backward()
     for name, p in model.named_parameters():
-        if name.startswith("laconic.") or name.startswith("blocks."):
+        if (name.startswith("laconic.") and method not in SAMPLED) or name.startswith("blocks."):
             assert p.grad is not None, name
             assert p.grad.isfinite().all(), name
     assert next(p for n, p in model.named_parameters() if n.endswith("patch_embed.proj.weight")).grad.abs().sum() > 0

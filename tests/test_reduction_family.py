@@ -15,7 +15,19 @@ import golden_init
 import laconic
 from families import AT, images, make, reduced
 from laconic.methods.kmedoids import RECEIVED
-from laconic.parts import agglomerate, by_stage, cosine, distances, medoids_of, ring, share, spread, transport
+from laconic.parts import (
+    agglomerate,
+    by_stage,
+    cosine,
+    distances,
+    medoids_of,
+    precise,
+    ring,
+    share,
+    spread,
+    squared_distances,
+    transport,
+)
 from laconic.reducer import Site
 from laconic.tokens import Tokens, iota
 from test_goldens import HERE, LOGITS, close, golden, picture
@@ -614,3 +626,21 @@ def test_work_of_the_convolutions_and_of_learned_maps():
         cost = laconic.summary(model, count=True)
         assert cost.macs == cost.counted_macs
         assert cost.parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.unchecked
+def test_a_compiler_sees_one_operator_that_agrees_with_the_plain_loop():
+    x = torch.randn(2, 12, 5)
+    d = 1 - cosine(x, x)
+    torch.library.opcheck(torch.ops.laconic.agglomerate.default, (d, 5, "average"))
+    compiled = torch.compile(agglomerate, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(d, 5, "complete"), agglomerate(d, 5, "complete"))
+
+
+def test_double_precision_is_kept_where_it_is_asked_for():
+    """One part in 10^9 nearer: float32 cannot tell, and takes the earlier."""
+    x = torch.tensor([[[0.0, 0.0], [1 + 1e-9, 0.0], [0.0, 1.0]]], dtype=torch.float64)
+    assert squared_distances(precise(x)).diff(dim=2)[0, 0, 1] < 0
+    assert squared_distances(x.float()).diff(dim=2)[0, 0, 1] == 0
+    assert precise(torch.zeros(1, 2, 3)).dtype == torch.float64
+    assert squared_distances(torch.zeros(1, 2, 3, dtype=torch.bfloat16)).dtype == torch.float32

@@ -31,6 +31,7 @@ from laconic.compression import Compression, attach, compression_of, detach
 from laconic.hosts import HOSTS
 from laconic.impact import Batch, back, record
 from laconic.methods.patch_slimming import PatchSlimming
+from laconic.modes import evaluating
 from laconic.schedule import Schedule
 
 Images = Tensor | Iterable[Any]
@@ -194,14 +195,11 @@ def _unreduced(model: nn.Module, compression: Compression) -> Iterator[None]:
     host: Any = compression.model
     entry = HOSTS[compression.host_path]
     detach(host, entry)
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         attach(host, entry, compression)
-        for module, mode in modes:
-            module.training = mode
 
 
 def _batches(compression: Compression, images: Images) -> Iterator[Tensor]:

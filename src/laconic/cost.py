@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from laconic import work
 from laconic.compression import find_compression
 from laconic.hosts import find_host, halves_of, path_of
+from laconic.modes import evaluating
 from laconic.reducer import Method, Shape, Site, sites_of
 from laconic.report import BlockCost, Summary
 from laconic.schedule import Schedule
@@ -147,14 +148,12 @@ def counted(model: nn.Module) -> int:
 @contextmanager
 def aside(host: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while, and what the last forward left behind is put back afterwards."""
-    modes, compression = [(m, m.training) for m in host.modules()], find_compression(host)
+    compression = find_compression(host)
     ledger = list(compression.ledger) if compression else []
-    host.eval()
     try:
-        yield
+        with evaluating(host):
+            yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         if compression is not None:
             compression.ledger = ledger
 

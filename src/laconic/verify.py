@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 from laconic.attention import Watch
 from laconic.compression import Compression, attach, detach
 from laconic.hosts import Host, halves_of, path_of
+from laconic.modes import evaluating
 from laconic.tokens import Tokens
 
 TOLERANCE = 1e-3  # of the size of what a block adds; on one machine the difference is usually exactly 0
@@ -27,7 +26,7 @@ def verify(host: nn.Module, entry: Host, compression: Compression, example: Tens
     """
     image = _image(host, entry, example)
     blocks = entry.blocks(host)
-    with _evaluating(host):
+    with evaluating(host), torch.no_grad():
         _refuse_patched(host, blocks)
         base, records = _record(host, blocks, image)
         for index, (block, record) in enumerate(zip(blocks, records, strict=True)):
@@ -57,18 +56,6 @@ def _image(host: nn.Module, entry: Host, example: Tensor | None) -> Tensor:
         found = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
         raise ValueError(f"example must be an image batch [B, channels, height, width], got {found}")
     return example.to(reference.device, reference.dtype)
-
-
-@contextmanager
-def _evaluating(host: nn.Module) -> Iterator[None]:
-    modes = [(m, m.training) for m in host.modules()]
-    host.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _refuse_patched(host: nn.Module, blocks: list[nn.Module]) -> None:

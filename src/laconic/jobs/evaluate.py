@@ -6,8 +6,7 @@ processes share the work: the numbers of all images meet in one table, which is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from laconic.checkpoints import unwrapped
 from laconic.data import ImageSet, Prepared
 from laconic.hosts import find_host
 from laconic.jobs.accuracy import ALONE, COLUMNS, Accuracy, Answers, Processes
+from laconic.modes import evaluating
 
 __all__ = ["ALONE", "Accuracy", "Answers", "Processes", "answers", "evaluate", "make_loader", "transform_for"]
 
@@ -74,7 +74,7 @@ def answers(
     table = torch.zeros(len(prepared), len(COLUMNS), dtype=torch.float64)
     rows, kept = list[Tensor](), list[Tensor]()
     run = Run(model, reference, autocast, len(prepared.images.classes))
-    with _evaluating(model, reference), torch.no_grad():
+    with evaluating(model, reference), torch.no_grad():
         for pixels, labels, index, failed in _progress(loader, title):
             table[failed[failed >= 0], COLUMNS.index("failed")] = 1
             good = failed < 0
@@ -143,20 +143,6 @@ class Run:
             return known.logits[[known.place[number] for number in index.tolist()]]
         except KeyError as error:
             raise ValueError(f"the reference was not asked about image {error.args[0]}; take the same images") from error
-
-
-@contextmanager
-def _evaluating(*models: Any) -> Iterator[None]:
-    """Evaluation mode for a while; every module's own mode is put back."""
-    asked = [model for model in models if isinstance(model, nn.Module)]
-    modes = [(module, module.training) for model in asked for module in model.modules()]
-    for model in asked:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _progress(loader: DataLoader[Any], title: str) -> Iterable[Any]:

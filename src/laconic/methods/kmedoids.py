@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from laconic.attention import Seen
-from laconic.parts import medoids_of, nearest_medoid, split, spread, squared_distances
+from laconic.parts import medoids_of, nearest_medoid, precise, split, spread, squared_distances
 from laconic.reducer import Method, Reducer, Site, choice, method
 from laconic.schedule import of_the_initial
 from laconic.tokens import Tokens
@@ -51,7 +51,7 @@ class KMedoidsReducer(Reducer):
                 "before the first; reduce at a later block (at=...), or pass weights='equal'"
             )
         weight = columns.pop(RECEIVED)
-        distance = squared_distances(tokens.patches.detach()).sqrt()
+        distance = squared_distances(precise(tokens.patches.detach())).sqrt()
         medoids = medoids_of(distance, weight, split(weight, n)[0], self.iterations, self.cost)
         return stand_for(tokens.replace(columns=columns), distance, medoids)
 
@@ -64,7 +64,7 @@ class EqualKMedoidsReducer(Reducer):
         self.iterations, self.cost = iterations, cost
 
     def before(self, tokens: Tokens, n: int) -> Tokens:
-        distance = squared_distances(tokens.patches.detach()).sqrt()
+        distance = squared_distances(precise(tokens.patches.detach())).sqrt()
         medoids = medoids_of(distance, torch.ones_like(tokens.size), spread(distance, n), self.iterations, self.cost)
         return stand_for(tokens, distance, medoids)
 

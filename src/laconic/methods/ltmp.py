@@ -163,6 +163,10 @@ class LTMP(Deciding):
         """All."""
         return tuple(range(depth))
 
+    def loss_weights(self) -> Mapping[str, float]:
+        """As published."""
+        return {"flops": 10.0}
+
     def target(self, schedule: Schedule, site: Site, tokens: Tokens) -> float:
         """The share of the work to aim at: ``flops``, or what the counts of a schedule would cost."""
         if schedule.unit == "decide":

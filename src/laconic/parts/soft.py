@@ -40,7 +40,7 @@ class Mixer(Reducer):
 
 
 class Slots(Method):
-    """A method whose parameters lie in ``cluster_layers.{stage}`` of the benchmark's checkpoints (arXiv:2308.04657)."""
+    """What the configs of mixers share: the counts and the names of weights of the benchmark (arXiv:2308.04657)."""
 
     def leaves(self, rates: Sequence[float], n: int, patches: int) -> int:
         return of_the_initial(rates, n, patches)

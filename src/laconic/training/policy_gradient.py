@@ -11,8 +11,7 @@ is right, each of them has a part in. ``penalty`` is the 1 that their tool for i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from laconic.compression import Compression, compression_of
 from laconic.hosts import HOSTS
 from laconic.methods.iared import IARED, KEPT, LOG_PROBABILITY
+from laconic.modes import evaluating
 from laconic.schedule import Schedule
 
 WORKS = 0.5  # any keep rate but 1 says that a group works
@@ -60,7 +60,7 @@ def policy_step(
     compression = _reduced_by_iared(model)
     if not compression.training:
         raise ValueError("iared draws tokens in training mode only, and this model is in evaluation mode; call model.train()")
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         greedy = _answer(model, images)
         greedy_kept = _noted(compression, KEPT)
     logits = _answer(model, images)
@@ -88,7 +88,7 @@ def policy_loss(log_probability: Tensor, reward: Tensor, baseline: Tensor) -> Te
 
 
 def curriculum(model: nn.Module, group: int | None, part: Literal["interpreter", "blocks"] = "interpreter") -> None:
-    """Set a model up for one phase: groups up to ``group`` work, and nothing learns but the interpreter or the blocks of that one.
+    """Set a model up for one phase: groups up to ``group`` work, and only that group's interpreter, or its blocks, learn.
 
     The paper trains the groups one after the other, each interpreter for 10 epochs and then attention and MLPs for 20. None:
     all groups work and everything learns, as before.
@@ -131,14 +131,3 @@ def _noted(compression: Compression, name: str) -> Tensor:
     if name not in notes:
         raise ValueError("no group of this model is at work: all keep rates are 1; see curriculum(model, None)")
     return notes[name]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

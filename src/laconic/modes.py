@@ -1,0 +1,23 @@
+"""Training and evaluation mode, put back as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+
+@contextmanager
+def evaluating(*models: Any) -> Iterator[None]:
+    """Evaluation mode for a while; every module's own mode is put back. What is no module is passed over."""
+    asked = [model for model in models if isinstance(model, nn.Module)]
+    modes = [(module, module.training) for model in asked for module in model.modules()]
+    for model in asked:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
