@@ -17,7 +17,9 @@ class Stage:
     """The tokens that one reducing block left.
 
     ``where[b, p]`` is the patch token that holds patch p (-1: dropped), ``size[b, j]`` the patches token j holds,
-    ``kept[b, j]`` the patch in whose place token j stands. ``alive`` is set in training where decisions are soft.
+    ``kept[b, j]`` the patch in whose place token j stands. ``alive`` is set where some tokens are seen by nobody: softly
+    removed ones in training, and what fills up the images of a batch that have fewer tokens than others (their size is 0).
+    Patches that are parked for a while (Evo-ViT) are -1 until they are back.
     """
 
     block: int

@@ -41,6 +41,7 @@ BASE, SMALLER = "scenes_vit_small", "scenes_vit_tiny"
 BATCH = 32
 TESTED = 2000  # images of the test split
 LEAVING = {2: 50, 4: 25, 6: 12}  # patch tokens that blocks leave of 100, where methods are compared at one budget
+HALVERS = ("tome", "tofu", "mctf")  # they take away half of the tokens of a block at most
 POLICIES = ("etps", "evit", "dtps", "dynamicvit")  # methods whose random policy is tested beside
 FINE_TUNING = (  # the same for all: scorers learn ten times as fast as the backbone
     f"optimization.batch_size={BATCH}",
@@ -152,7 +153,7 @@ def _model(cell: Cell) -> nn.Module:
     if cell.method in ("attended-once", "others-once"):
         return split_once(model, cell.keep, others=cell.method == "others-once")
     reduced = reduce_(model, cell.method, **_budget(cell), **dict(cell.options))
-    if METHODS[cell.method].learns and not load_scorer(reduced, BASE) and cell.budget == "keep":
+    if METHODS[cell.method].learns and not load_scorer(reduced, BASE) and cell.method in POLICIES:
         raise Refusal(f"the scorer of {cell.method} is not there; make it with laconic train --recipe scenes_{cell.method}")
     return reduced
 
@@ -161,7 +162,10 @@ def _budget(cell: Cell) -> dict[str, Any]:
     """How `reduce_` is told of the budget."""
     if cell.budget == "keep":
         return {"keep": cell.keep}
-    return {} if METHODS[cell.method].count == "variable" else {"schedule": Schedule.leaving(LEAVING)}
+    if METHODS[cell.method].count == "variable":
+        return {}
+    halved = {6: 13} if cell.method in HALVERS else {}
+    return {"schedule": Schedule.leaving(LEAVING | halved)}
 
 
 def _fine_tune(model: nn.Module, cell: Cell) -> None:

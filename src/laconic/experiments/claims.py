@@ -25,6 +25,17 @@ LENGTHS = (10, 120)  # other lengths of fine-tuning
 DIGITS_STEPS = 80  # two epochs of the 1,297 digits
 DIGITS = ("unreduced", "etps", "evit", "dtps", "bat", "random")
 DIVERSITY, CLUSTER = (("steps", "diversity"),), (("steps", "cluster"),)
+INATTENTIVE = (("pooled", "inattentive"),)
+MERGERS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {  # of the inattentive tokens, BAT's table 4
+    "average pooling": ("bat", (("merger", "avg-pool"),)),
+    "max pooling": ("bat", (("merger", "max-pool"),)),
+    "spatial pooling": ("bat", (("merger", "spatial-pool"),)),
+    "convolution": ("conv-pool", INATTENTIVE),
+    "MLP": ("mlp-pool", INATTENTIVE),
+    "k-means, 1 iteration": ("bat", (("merger", "kmeans-1"),)),
+    "k-means, 3 iterations": ("bat", (("merger", "kmeans-3"),)),
+    "density peaks (bat)": ("bat", ()),
+}
 CUTS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 
@@ -66,7 +77,8 @@ def _diversity(seeds: Sequence[int]) -> list[Cell]:
 def _steps(seeds: Sequence[int]) -> list[Cell]:
     keeps = (0.7, 0.5)
     clustered = [Cell("bat", keep, CLUSTER, STEPS, seed) for seed, keep in product(seeds, keeps)]
-    return swept(("topk", "evit", "bat"), seeds, keeps) + clustered
+    merged = [Cell(m, ABLATED, options, STEPS, seed) for seed, (m, options) in product(seeds, MERGERS.values())]
+    return swept(("topk", "evit", "bat"), seeds, keeps) + clustered + merged
 
 
 def _toy(seeds: Sequence[int]) -> list[Cell]:

@@ -18,6 +18,7 @@ from laconic.experiments.claims import (
     DIVERSITY,
     KEEPS,
     LENGTHS,
+    MERGERS,
     SEEDS,
     STEPS,
     TRAINING_FREE,
@@ -189,7 +190,17 @@ def steps(read: Reader) -> str:
         rows.append(row)
     references = [[name, a, "", "", b, "", ""] for name, a, b in _references(read, (0.7, 0.5))]
     header = ["", "keep 0.7", "against the first", "M MACs", "keep 0.5", "against the first", "M MACs"]
-    return markdown(header, [*rows, *references])
+    return f"{markdown(header, [*rows, *references])}\n\n{_mergers(read)}"
+
+
+def _mergers(read: Reader) -> str:
+    """BAT's table 4: what the inattentive tokens are merged by."""
+    ours = ("bat", ABLATED)
+    rows = []
+    for label, (method, options) in MERGERS.items():
+        cell = (method, ABLATED, options)
+        rows.append([label, read.accuracy(*cell), signed(read.difference(cell, ours)) if cell[2] else "", read.macs(*cell)])
+    return markdown([f"merger of the inattentive, keep {ABLATED:g}", "top-1, %", "against density peaks", "M MACs"], rows)
 
 
 def toy(read: Reader) -> str:
