@@ -30,7 +30,10 @@ def test_one_graph(method, family):
             torch.testing.assert_close(compiled(x), eager, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["dynamicvit", "dtps", "bat"])
+SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("dynamicvit", "bat")]
+
+
+@pytest.mark.parametrize("method", ["dtps", *SLOW])
 def test_training_compiles(method):
     model = reduced(method, "plain").train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -398,6 +398,7 @@ def test_gradients_of_switches():
     torch.testing.assert_close(halves.grad[:, 0], out.sum(2))
 
 
+@pytest.mark.slow
 @pytest.mark.unchecked
 def test_adavit_compiles():
     model, x = full(), images("plain")

@@ -15,7 +15,7 @@ model = timm.create_model("vit_tiny_patch16_224", img_size=96, depth=4).eval()
 print("loudest" in laconic.methods())
 laconic.reduce_(model, "loudest", keep=0.5, at=[2])
 model(torch.randn(2, 3, 96, 96))
-print(laconic.provenance(model).final.size.shape[1], "loudest" in str(laconic.doctor(model)))
+print(laconic.provenance(model).final.size.shape[1])
 """
 
 
@@ -27,7 +27,7 @@ def python(code, path):
 @pytest.mark.unchecked
 def test_a_method_of_another_package():
     done = python(CODE, PLUGIN)
-    assert done.stdout.split() == ["True", "18", "True"], done.stderr
+    assert done.stdout.split() == ["True", "18"], done.stderr
     listed = python("from laconic.cli import main; main(['list', '--json'])", PLUGIN)
     assert '"loudest"' in listed.stdout, listed.stderr
 

@@ -518,6 +518,7 @@ def test_mergers_in_a_model(merger):
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.slow
 @pytest.mark.unchecked
 @pytest.mark.parametrize("merger", ["kmeans-3", "max-pool", "spatial-pool"])
 def test_mergers_compile(merger):
@@ -527,6 +528,7 @@ def test_mergers_compile(merger):
     torch.testing.assert_close(forward(compiled, x), forward(model, x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.unchecked
 @pytest.mark.parametrize(
     "config",
