@@ -84,6 +84,12 @@ def reduced(method, family, keep=0.6, **changes):
 
 SITE = laconic.Site(0, 1, 48, 3, 0.6, before=36, after=21, grid=(6, 6), depth=4, schedule=laconic.Schedule.rates(0.6, AT))
 WIDE = {"topk", "etps", "dtps", "bat", "tome", "ats"}  # each uses the seam with the host in another way
-QUICK = {"plain", "siglip"}
 EVERY = bool(os.environ.get("LACONIC_EVERY_PAIR"))  # every method on every family: make test-slow
-PAIRS = [(m, f) for m in METHODS for f in FAMILIES if serves(m, f) and (EVERY or m in WIDE or f in QUICK)]
+
+
+def pairs(*families):
+    """Every method on these families, and those of `WIDE` on all."""
+    return [(m, f) for m in METHODS for f in FAMILIES if serves(m, f) and (EVERY or m in WIDE or f in families)]
+
+
+PAIRS, PAIRS_TOO = pairs("plain"), pairs("plain", "siglip")

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import sys
 import time
 import urllib.error
 
@@ -59,6 +60,15 @@ def test_doctor_says_what_a_model_is(small):
     assert "self-test:     passed" in str(report)
 
 
+@pytest.fixture
+def few_methods(monkeypatch):
+    """The whole registry is tried in test_doctor_says_what_a_model_is."""
+    chosen = ("avg-pool", "bat", "dtps", "dynamicvit", "etps", "tome", "topk")
+    known = {name: row for name, row in laconic.methods().items() if name in chosen}
+    monkeypatch.setattr(sys.modules["laconic.doctor"], "methods", lambda: known)
+
+
+@pytest.mark.usefixtures("few_methods")
 def test_doctor_leaves_the_model_and_the_generator_alone(small):
     before, state = small(torch.zeros(1, 3, 96, 96)), torch.random.get_rng_state()
     doctor(small)
@@ -66,6 +76,7 @@ def test_doctor_leaves_the_model_and_the_generator_alone(small):
     assert torch.equal(small(torch.zeros(1, 3, 96, 96)), before)
 
 
+@pytest.mark.usefixtures("few_methods")
 def test_doctor_finds_the_stand_in_for_a_class_token():
     model = timm.create_model("vit_base_patch16_siglip_224", img_size=64, depth=4, embed_dim=48, num_heads=3).eval()
     trials = {t.method: t for t in doctor(model).trials}
@@ -74,6 +85,7 @@ def test_doctor_finds_the_stand_in_for_a_class_token():
     assert trials["dtps"].options == {}
 
 
+@pytest.mark.usefixtures("few_methods")
 def test_doctor_gives_the_reason_why_not():
     model = timm.create_model("vit_base_patch16_xp_224", img_size=64, depth=4, embed_dim=48, num_heads=3).eval()
     trials = {t.method: t for t in doctor(model).trials}
@@ -83,6 +95,7 @@ def test_doctor_gives_the_reason_why_not():
     assert trials["dynamicvit"].works
 
 
+@pytest.mark.usefixtures("few_methods")
 def test_doctor_examines_a_reduced_model_as_it_was(small):
     assert doctor(laconic.reduce_(twin(small), "bat", keep=0.5)).to_json() == doctor(small).to_json()
 

@@ -16,6 +16,7 @@ from families import (
     MIXERS,
     NO_CLASS_TOKEN,
     PAIRS,
+    PAIRS_TOO,
     PARKING,
     VARIABLE,
     images,
@@ -23,7 +24,6 @@ from families import (
     options,
     rate,
     reduced,
-    serves,
 )
 from laconic.attention import Watch
 from laconic.methods import dynamicvit
@@ -32,6 +32,7 @@ from laconic.reducer import Reducer
 from laconic.tokens import iota
 
 every_pair = pytest.mark.parametrize(("method", "family"), PAIRS)
+more_pairs = pytest.mark.parametrize(("method", "family"), PAIRS_TOO)
 DROPS = {name for name, row in laconic.methods().items() if row.rest == "dropped"}
 BOTH = {name for name, row in laconic.methods().items() if row.rest.startswith("dropped ")}  # it drops some and merges some
 # these go by the place of a token, in the sequence or on the grid, by definition
@@ -42,7 +43,7 @@ SAMPLED = {"iared"}  # its decisions are learned from rewards, see tests/test_de
 
 def served_on(*families):
     """Every method on those of the families that it serves."""
-    return pytest.mark.parametrize(("method", "family"), [(m, f) for m in METHODS for f in families if serves(m, f)])
+    return pytest.mark.parametrize(("method", "family"), [(m, f) for m in METHODS for f in families if (m, f) in PAIRS])
 
 
 def run(model, x):
@@ -50,7 +51,7 @@ def run(model, x):
         return model(x)
 
 
-@every_pair
+@more_pairs
 def test_keep_1_is_the_identity(method, family):
     model, x = make(family), images(family)
     expected = run(model, x)
@@ -58,7 +59,7 @@ def test_keep_1_is_the_identity(method, family):
     assert torch.equal(run(model, x), expected)
 
 
-@every_pair
+@more_pairs
 def test_tokens_leave_as_scheduled_and_every_patch_is_accounted_for(method, family):
     model, moments = reduced(method, family), []
     model.laconic.observer = lambda before, after: moments.append((before, after))
@@ -91,7 +92,7 @@ def test_tokens_leave_as_scheduled_and_every_patch_is_accounted_for(method, fami
         assert torch.equal(before.x[:, : before.prefix], after.x[:, : after.prefix])
 
 
-@every_pair
+@more_pairs
 def test_a_batch_equals_its_images_one_by_one(method, family):
     model, x = reduced(method, family), images(family)
     singles = torch.cat([run(model, image.unsqueeze(0)) for image in x])
