@@ -42,6 +42,14 @@ def test_ats_of_its_authors(execution):
         assert held[image].nonzero().flatten().tolist() == theirs
 
 
+def test_ats_files_of_its_authors():
+    plain = deit_tiny()
+    weights = plain.state_dict() | {f"blocks.{i}.attn.out_zero_mask": torch.zeros(1, 192) for i in range(3, 12)}
+    model = laconic.import_checkpoint({"model": weights}, "ats")
+    assert model.laconic.schedule.at == tuple(range(3, 12))
+    assert torch.equal(model.blocks[5].attn.qkv.weight, plain.blocks[5].attn.qkv.weight)
+
+
 def test_ats_of_equal_scores_loses_the_lowest_alone():
     score, there = torch.ones(2, 10), torch.ones(2, 10, dtype=torch.bool)
     assert sorted_sample(score, there, 9).tolist() == [[0.0] + [1.0] * 9] * 2

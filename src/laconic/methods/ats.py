@@ -17,6 +17,7 @@ order, points in the middle of K cells.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -103,6 +104,10 @@ class ATS(Deciding):
     def blocks(self, depth: int) -> tuple[int, ...]:
         """From a quarter of the depth on, at every block."""
         return tuple(range(depth // 4, depth))
+
+    def official(self, weights: Mapping[str, Tensor], at: Sequence[int]) -> dict[str, Tensor]:
+        """Their files hold the value of padding too, a row of zeros."""
+        return {name: tensor for name, tensor in weights.items() if not name.endswith(".out_zero_mask")}
 
     def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
         return {"head_mean": before, "elementwise": before}
