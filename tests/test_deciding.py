@@ -7,7 +7,7 @@ import torch
 import golden_init
 import laconic
 from families import AT, FAMILIES, images, make, options, reduced
-from laconic.deciding import DecidingReducer
+from laconic.jobs.executions import Given
 from laconic.methods.ats import raster_sample, sorted_sample
 from laconic.packing import Packing
 from laconic.parts import SCORES
@@ -95,17 +95,6 @@ def test_all_executions_give_the_same_answer(family):
         torch.testing.assert_close(answers[execution], answers["packed"], rtol=1e-4, atol=1e-4)
 
 
-class Given(DecidingReducer):
-    """Every image keeps its first so many tokens."""
-
-    def __init__(self, counts):
-        super().__init__()
-        self.counts = torch.tensor(counts)
-
-    def between(self, tokens, seen, n):
-        return self.leave(tokens, (torch.arange(len(tokens)) < self.counts.unsqueeze(1)).float())
-
-
 @pytest.mark.parametrize("family", ["plain", "dinov2-reg", "dinov3", "siglip", "gap", "rope-mixed"])
 @pytest.mark.parametrize("counts", [(1, 20, 36), (36, 36, 36), (7, 7, 7), (0, 5, 30)])
 def test_an_image_is_answered_as_if_it_were_alone(family, counts):
@@ -116,7 +105,7 @@ def test_an_image_is_answered_as_if_it_were_alone(family, counts):
     out = {}
     for execution in EXECUTIONS:
         model = laconic.reduce_(make(family), "ats", at=[1], execution=execution, **options("ats", family))
-        model.laconic.reducers["1"] = Given(counts)
+        model.laconic.reducers["1"] = Given(torch.tensor(counts))
         model.laconic.reducers["1"].site = laconic.Site(0, 1, 48, 3, None)
         with torch.no_grad():
             out[execution] = model(x)
@@ -126,7 +115,7 @@ def test_an_image_is_answered_as_if_it_were_alone(family, counts):
         alone = laconic.reduce_(
             make(family), "topk", schedule=laconic.Schedule.leaving({1: max(1, count)}), **options("topk", family)
         )
-        alone.laconic.reducers["1"] = Given((count,))
+        alone.laconic.reducers["1"] = Given(torch.tensor([count]))
         alone.laconic.reducers["1"].site = laconic.Site(0, 1, 48, 3, None)
         with torch.no_grad():
             expected = alone(x[image : image + 1])
@@ -135,7 +124,7 @@ def test_an_image_is_answered_as_if_it_were_alone(family, counts):
 
 def test_packed_execution_runs_the_tokens_there_are_and_no_others():
     model, rows = laconic.reduce_(make("plain"), "ats", at=[1]), []
-    model.laconic.reducers["1"] = Given((3, 10, 20))
+    model.laconic.reducers["1"] = Given(torch.tensor([3, 10, 20]))
     model.laconic.reducers["1"].site = laconic.Site(0, 1, 48, 3, None)
     for block in model.blocks[1:]:
         block.mlp.register_forward_pre_hook(lambda _, args: rows.append(tuple(args[0].shape[:2])))
@@ -182,7 +171,7 @@ def test_training_hides_and_removes_nothing():
 
 def test_a_summary_says_what_single_images_cost():
     model, x = laconic.reduce_(make("plain"), "ats", at=[1]), images("plain")
-    model.laconic.reducers["1"] = Given((3, 10, 20))
+    model.laconic.reducers["1"] = Given(torch.tensor([3, 10, 20]))
     model.laconic.reducers["1"].site = laconic.Site(0, 1, 48, 3, None)
     found = laconic.summary(model, images=[x, x]).observed
     assert found.images == 6

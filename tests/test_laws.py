@@ -29,7 +29,7 @@ from laconic.attention import Watch
 from laconic.methods import dynamicvit
 from laconic.parts import arbitrary, class_attention, mean_query_attention, split
 from laconic.reducer import Reducer
-from laconic.tokens import iota
+from laconic.rows import iota
 
 every_pair = pytest.mark.parametrize(("method", "family"), PAIRS)
 more_pairs = pytest.mark.parametrize(("method", "family"), PAIRS_TOO)

@@ -14,7 +14,8 @@ from laconic.methods.pool import AvgPoolReducer
 from laconic.methods.squeeze import NOTED
 from laconic.parts import Predictor, cosine, density_peaks, greedy_pairs, one_to_one, share, split
 from laconic.reducer import Site
-from laconic.tokens import Tokens, iota
+from laconic.rows import iota
+from laconic.tokens import Tokens
 
 SITE = Site(stage=0, block=3, dim=8, heads=2, keep=0.7)
 

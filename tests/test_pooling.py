@@ -18,7 +18,8 @@ from laconic.parts import cells, lloyd, runs, share, split, strided
 from laconic.parts.kmeans import _fill as fill_empty
 from laconic.parts.pooling import tiling
 from laconic.reducer import Site
-from laconic.tokens import Tokens, iota
+from laconic.rows import iota
+from laconic.tokens import Tokens
 
 POOLS = (AvgPool, MaxPool, SpatialPool, ConvPool, MLPPool, KMeans)
 MERGERS = CHOICES["merger"]

@@ -29,7 +29,8 @@ from laconic.parts import (
     transport,
 )
 from laconic.reducer import Site
-from laconic.tokens import Tokens, iota
+from laconic.rows import iota
+from laconic.tokens import Tokens
 from test_goldens import HERE, LOGITS, close, golden, picture
 
 BLOCKS = (3, 6, 9)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from laconic.tokens import Tokens, add_rows, take
+from laconic.rows import add_rows, take
+from laconic.tokens import Tokens
 
 
 def tokens(batch=2, patches=6, channels=3, prefix=1):

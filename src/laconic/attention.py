@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from laconic.rows import take
 from laconic.shapes import Float, Int
-from laconic.tokens import Tokens, take
+from laconic.tokens import Tokens
 
 # What a softly removed token still weighs, so that the logarithm and its gradient stay finite. It must be far below any
 # ratio of two attention weights, or an outlier shines through; float16 cannot carry the gradient of so little.
@@ -53,9 +54,13 @@ class Watch(TorchFunctionMode):
         """The attention itself."""
         if self.weights is None:
             return func(**call)
-        values = call["value"]
-        groups = self.weights.shape[1] // values.shape[1]
-        return self.weights.to(values.dtype) @ (values if groups == 1 else values.repeat_interleave(groups, 1))
+        return self.weights.to(call["value"].dtype) @ per_query(call["value"], self.weights.shape[1])
+
+
+def per_query(heads: Float[Tensor, "B G N D"], count: int) -> Float[Tensor, "B H N D"]:
+    """Keys or values once for each of ``count`` query heads (grouped queries share theirs)."""
+    groups = count // heads.shape[1]
+    return heads if groups == 1 else heads.repeat_interleave(groups, 1)
 
 
 class SoftLog(torch.autograd.Function):
@@ -104,7 +109,7 @@ def shown_of(tokens: Tokens) -> Tensor | None:
     """Whether others see each token, prefix tokens among them: [B, N] as a factor, or None where all are seen."""
     if tokens.alive is None and tokens.shown is None:
         return None
-    patches = torch.ones_like(tokens.size) if tokens.alive is None else tokens.alive
+    patches = tokens.there
     if tokens.shown is None:
         return F.pad(patches, (tokens.prefix, 0), value=1.0)
     return torch.cat([tokens.shown.to(patches.dtype), patches], 1)
@@ -147,13 +152,7 @@ class Seen:
         Raises:
             LookupError: the host has no class token.
         """
-        if not self.has_cls:
-            raise LookupError(
-                "this backbone has no class token, so there is no class attention to score with; pass "
-                "score='mean-query' (the attention of the mean patch query), or take a method with a score of its own "
-                "(dtps, dynamicvit, tome)"
-            )
-        return self._row(self.q[:, :, 0])
+        return self.cls_heads.mean(1)
 
     @property
     def cls_heads(self) -> Float[Tensor, "B H L"]:
@@ -163,24 +162,27 @@ class Seen:
             LookupError: the host has no class token.
         """
         if not self.has_cls:
-            raise LookupError("this backbone has no class token, so its heads have no class attention; pass score='mean-query'")
+            raise LookupError(
+                "this backbone has no class token, so there is no class attention to score with; pass "
+                "score='mean-query' (the attention of the mean patch query), or take a method with a score of its own "
+                "(dtps, dynamicvit, tome)"
+            )
         return self._row_heads(self.q[:, :, 0])
 
     @property
     def value_lengths(self) -> Float[Tensor, "B H L"]:
         """Length of each patch token's value, of each head."""
-        groups = self.q.shape[1] // self.v.shape[1]
-        lengths = torch.linalg.vector_norm(self.v[:, :, self.prefix :].float(), dim=-1)
-        return lengths if groups == 1 else lengths.repeat_interleave(groups, 1)
+        return torch.linalg.vector_norm(per_query(self.v, self.q.shape[1])[:, :, self.prefix :].float(), dim=-1)
 
     @property
     def mean_query(self) -> Float[Tensor, "B L"]:
         """Attention of the mean patch query, mean over heads: a stand-in where there is no class token."""
         queries = self.q[:, :, self.prefix :].float()
         if self.alive is None:
-            return self._row(queries.mean(2), first=False)
+            return self._row_heads(queries.mean(2), first=False).mean(1)
         count = self.alive.unsqueeze(1).unsqueeze(3).detach()
-        return self._row((queries * count).sum(2) / count.sum(2).clamp_min(1e-6), first=False)
+        mean = (queries * count).sum(2) / count.sum(2).clamp_min(1e-6)
+        return self._row_heads(mean, first=False).mean(1)
 
     @property
     def keys(self) -> Float[Tensor, "B L D"]:
@@ -205,9 +207,7 @@ class Seen:
     @property
     def values(self) -> Float[Tensor, "B L E"]:
         """Value of each patch token, heads side by side."""
-        groups = self.q.shape[1] // self.v.shape[1]
-        v = self.v if groups == 1 else self.v.repeat_interleave(groups, 1)
-        return v[:, :, self.prefix :].float().transpose(1, 2).flatten(2)
+        return per_query(self.v, self.q.shape[1])[:, :, self.prefix :].float().transpose(1, 2).flatten(2)
 
     def rows(self, index: Int[Tensor, "B M"]) -> Float[Tensor, "B M L"]:
         """Attention of the patch queries ``index`` to all patch tokens, mean over heads: M rows of the full matrix."""
@@ -220,11 +220,7 @@ class Seen:
         return logits.softmax(-1).mean(1)[..., self.prefix :]
 
     def _keys_per_query(self) -> Tensor:
-        groups = self.q.shape[1] // self.k.shape[1]
-        return self.k if groups == 1 else self.k.repeat_interleave(groups, 1)
-
-    def _row(self, q: Tensor, *, first: bool = True) -> Tensor:
-        return self._row_heads(q, first=first).mean(1)
+        return per_query(self.k, self.q.shape[1])
 
     def _row_heads(self, q: Tensor, *, first: bool = True) -> Tensor:
         # multiply and sum reads the strided keys once; a matmul would copy them first

@@ -49,6 +49,7 @@ class Compression(nn.Module):
         self.to(reference.device, reference.dtype)
         self.train(model.training)
         self.ledger: list[Tokens | None] = [None] * (self.depth + 1)
+        self._with_gradient = [False] * (self.depth + 1)  # was the entry written while gradients were recorded?
         self.observer: Callable[[Tokens, Tokens], None] | None = None  # sees the tokens before and after each moment
 
     # -------------------------------------------------------------------------------------------- schedule
@@ -98,6 +99,7 @@ class Compression(nn.Module):
         return tokens.x
 
     def _note(self, index: int, tokens: Tokens) -> None:
+        self._with_gradient[index] = torch.is_grad_enabled()
         # everything but the features: those would keep every activation alive
         self.ledger[index] = tokens.replace(x=tokens.x.new_empty(tokens.x.shape[0], 0, tokens.x.shape[2]))
 
@@ -107,12 +109,8 @@ class Compression(nn.Module):
             self._note(0, start)
             return start
         tokens = self.entry(index)
-        lost = tokens.alive is not None and torch.is_grad_enabled() and not tokens.alive.requires_grad
-        if lost and self.training and self._learns():
-            raise RuntimeError(
-                "the keep decisions have lost their gradient: re-entrant gradient checkpointing cannot carry them; use "
-                "use_reentrant=False (timm.layers.set_reentrant_ckpt(False))"
-            )
+        if self.training and torch.is_grad_enabled() and x.requires_grad and not self._with_gradient[index]:
+            self._refuse_lost(tokens)
         if x.shape[:2] != (tokens.size.shape[0], self.prefix + len(tokens)):
             raise RuntimeError(
                 f"block {index} got {tuple(x.shape)}, but the block before it left {tokens.size.shape[0]} images of "
@@ -127,9 +125,15 @@ class Compression(nn.Module):
             raise RuntimeError("this reduced model has not run forward yet; run it on a batch of images first")
         return tokens
 
-    def _learns(self) -> bool:
-        through = any(getattr(reducer, "straight_through", True) for reducer in self.reducers.children())
-        return through and any(p.requires_grad for p in self.reducers.parameters())
+    def _refuse_lost(self, tokens: Tokens) -> None:
+        """Features that carry a gradient have met state without one: a block is run again, and what came with them is lost."""
+        through = any(isinstance(reducer, Reducer) and reducer.straight_through for reducer in self.reducers.children())
+        decides = tokens.alive is not None and through and any(p.requires_grad for p in self.reducers.parameters())
+        if decides or tokens.notes or tokens.aside is not None:
+            raise RuntimeError(
+                f"what {self.config.row.name} hands from block to block beside the features has lost its gradient: re-entrant "
+                "gradient checkpointing cannot carry it; use use_reentrant=False (timm.layers.set_reentrant_ckpt(False))"
+            )
 
     def reducer(self, index: int) -> Reducer | None:
         """The reducer of block ``index``, if it has one."""

@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from laconic.reducer import Method, Reducer, choice
+from laconic.rows import iota
 from laconic.schedule import Schedule, of_the_initial
-from laconic.tokens import Tokens, iota
+from laconic.tokens import Tokens
 
 Execution = Literal["packed", "padded", "masked"]
 
 
 class DecidingReducer(Reducer):
     """It says who stays by `leave`: at inference the house takes the others out, in training nobody sees them."""
-
-    straight_through: ClassVar[bool] = True  # do gradients flow through its decisions in training?
 
     def active(self, before: int, n: int) -> bool:
         return self.site.keep != 1

@@ -84,8 +84,7 @@ def import_checkpoint(
     )
     compression = compression_of(model)
     try:
-        at = compression.schedule.at
-        renamed = _renamed(config.official(weights, at), at)
+        renamed = config.official(weights, compression.schedule.at)
         load_strictly(compression.model, renamed, source, _advice(renamed, compression))
     except ValueError:
         restore_(model)
@@ -158,24 +157,14 @@ def _said_by_evit(args: Any, source: str) -> dict[str, Any]:
     return said
 
 
-def _renamed(weights: Mapping[str, Tensor], at: Sequence[int]) -> dict[str, Tensor]:
-    """The predictor of stage k is that of block at[k]; one stage too many keeps its name, and will not fit."""
-    renamed = {}
-    for name, tensor in weights.items():
-        match = re.fullmatch(r"score_predictor\.(\d+)\.(.+)", name)
-        if match and int(match[1]) < len(at):
-            name = f"laconic.reducers.{at[int(match[1])]}.predictor.{match[2]}"
-        renamed[name] = tensor
-    return renamed
-
-
 def _advice(weights: Mapping[str, Tensor], compression: Compression) -> str:
     name, learned = compression.config.row.name, any(key.startswith(("laconic.", "score_predictor.")) for key in weights)
     if learned and not compression.config.row.learns:
         return f"\nThe file has a learned score, which {name} has not; dynamicvit and dtps have."
     if compression.config.row.learns and not learned:
         return f"\nThe file has no learned score, which {name} needs: load the weights first, then laconic.reduce_ and train."
-    if learned and any(key.startswith("score_predictor.") for key in weights):
+    ours = any(".predictor." in key for key in compression.state_dict(prefix="."))
+    if ours and any(key.startswith("score_predictor.") for key in weights):
         return f"\nThe file has more stages than the blocks {list(compression.schedule.at)}; pass as many in at=."
     return "\nIf the file is of another architecture or input size, build that model and pass it as model=."
 

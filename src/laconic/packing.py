@@ -36,7 +36,7 @@ class Packing:
         index = run.flatten().nonzero().flatten()
         bias = None
         if tokens.gate is not None or tokens.shown is not None:  # a prefix token that nobody sees is run, and seen by nobody
-            gate = torch.ones_like(tokens.size) if tokens.gate is None else tokens.gate
+            gate = tokens.gates
             factor = shown * F.pad(gate, (tokens.prefix, 0), value=1.0)
             bias = factor.clamp_min(SOFT_FLOOR).log().flatten()[index]
         return cls(index, tuple(run.sum(1).tolist()), bias, (run.shape[0], run.shape[1]))

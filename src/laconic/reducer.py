@@ -32,6 +32,7 @@ class Reducer(nn.Module):
     """
 
     site: Site
+    straight_through: ClassVar[bool] = True  # do gradients flow through its decisions in training?
 
     def before(self, tokens: Tokens, n: int) -> Tokens:
         """At the input of the block (inter-block methods)."""
@@ -94,6 +95,7 @@ class Method:
 
     row: ClassVar[Row]
     takes_keep: ClassVar[bool] = True  # is there a keep rate to give it?
+    halves: ClassVar[bool] = False  # does it take away half of a block's tokens at most?
     official_model: ClassVar[Mapping[str, Any]] = {}  # how the authors' model differs from a plain DeiT, for timm
 
     def build(self, site: Site) -> Reducer:

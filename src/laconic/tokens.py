@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from laconic.rows import add_rows, follow, iota, take
 from laconic.shapes import Float, Int
 from laconic.switches import Switches
 
@@ -68,6 +69,16 @@ class Tokens:
     def rows(self, index: Int[Tensor, "B K"]) -> Float[Tensor, "B K C"]:
         """The features of the patch tokens ``index``."""
         return take(self.x, index + self.prefix)
+
+    @property
+    def there(self) -> Float[Tensor, "B L"]:
+        """Who is still there: ``alive``, or 1 for every patch token."""
+        return torch.ones_like(self.size) if self.alive is None else self.alive
+
+    @property
+    def gates(self) -> Float[Tensor, "B L"]:
+        """``gate``, or 1 for every patch token."""
+        return torch.ones_like(self.size) if self.gate is None else self.gate
 
     @property
     def place(self) -> Int[Tensor, "B L"]:
@@ -148,6 +159,15 @@ class Tokens:
         """Let the next block use its halves and heads by these factors (see `Switches`); every token goes on."""
         return self.replace(switches=Switches(halves, None if heads is None else heads.unsqueeze(2)))
 
+    def note(self, **notes: Tensor) -> Tokens:
+        """Remember something of every image, [B, ...], in place of what there was under these names."""
+        return self.replace(notes={**self.notes, **notes})
+
+    def note_more(self, **columns: Float[Tensor, "B M"]) -> Tokens:
+        """Remember more of every image: new columns at the end of the notes of these names."""
+        old = self.notes
+        return self.note(**{n: torch.cat([old[n], new], 1) if n in old else new for n, new in columns.items()})
+
     def append(self, x: Float[Tensor, "B M C"], place: Int[Tensor, "B M"]) -> Tokens:
         """New tokens at the end, in the places of these patches. They hold no patch yet (`fade` may hand them some)."""
         new = torch.ones_like(x[..., 0], dtype=self.size.dtype)
@@ -195,31 +215,3 @@ class Tokens:
             alive=of_lead(self.alive),
             columns={name: take(c, lead) for name, c in self.columns.items()},
         )
-
-
-def iota(like: Tensor) -> Tensor:
-    """[B, L] of 0 .. L-1 for a tensor [B, L, ...]."""
-    return torch.arange(like.shape[1], device=like.device).expand(like.shape[0], -1)
-
-
-def follow(where: Tensor, dst: Tensor) -> Tensor:
-    """Send every patch on: from the token that held it to where that token went."""
-    return torch.where(where < 0, -1, dst.gather(1, where.clamp_min(0)))
-
-
-def take(values: Tensor, index: Tensor) -> Tensor:
-    """Rows ``index`` [B, K] of ``values`` [B, L, ...], as one flat row gather (many times quicker than an expanded one)."""
-    start = torch.arange(values.shape[0], device=index.device).unsqueeze(1) * values.shape[1]
-    return values.flatten(0, 1).index_select(0, (index + start).flatten()).reshape(*index.shape, *values.shape[2:])
-
-
-def add_rows(values: Tensor, dst: Tensor, count: int) -> Tensor:
-    """Sum the rows of ``values`` [B, L, C] into ``count`` rows by ``dst`` [B, L]; the same sum on every run."""
-    batch = values.shape[0]
-    if values.device.type == "cpu":
-        start = torch.arange(batch, device=dst.device).unsqueeze(1) * count
-        out = values.new_zeros(batch * count, values.shape[2])
-        return out.index_add(0, (dst + start).flatten(), values.flatten(0, 1)).view(batch, count, -1)
-    # index_add is atomic, hence not repeatable, on other devices: there a one-hot product does the same
-    chosen = dst.unsqueeze(1) == torch.arange(count, device=dst.device).view(1, count, 1)
-    return chosen.to(values.dtype) @ values

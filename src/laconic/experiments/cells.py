@@ -41,7 +41,6 @@ BASE, SMALLER = "scenes_vit_small", "scenes_vit_tiny"
 BATCH = 32
 TESTED = 2000  # images of the test split
 LEAVING = {2: 50, 4: 25, 6: 12}  # patch tokens that blocks leave of 100, where methods are compared at one budget
-HALVERS = ("tome", "tofu", "mctf")  # they take away half of the tokens of a block at most
 POLICIES = ("etps", "evit", "dtps", "dynamicvit")  # methods whose random policy is tested beside
 FINE_TUNING = (  # the same for all: scorers learn ten times as fast as the backbone
     f"optimization.batch_size={BATCH}",
@@ -164,7 +163,7 @@ def _budget(cell: Cell) -> dict[str, Any]:
         return {"keep": cell.keep}
     if METHODS[cell.method].count == "variable":
         return {}
-    halved = {6: 13} if cell.method in HALVERS else {}
+    halved = {6: 13} if METHODS[cell.method].config.halves else {}
     return {"schedule": Schedule.leaving(LEAVING | halved)}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from laconic.experiments.cells import Cell
-from laconic.jobs.output import write_atomically
+from laconic.jobs.output import json_lines, write_atomically
 
 Results = dict[Cell, dict[str, Any]]
 
@@ -17,11 +17,7 @@ Results = dict[Cell, dict[str, Any]]
 def read(path: Path, weights: str) -> Results:
     """The results that belong to these weights, by cell; a line that was cut off is left out."""
     out: Results = {}
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
+    for row in json_lines(path):
         if row["weights"] == weights:
             options = tuple((name, value) for name, value in row["options"].items())
             out[Cell(row["method"], row["keep"], options, row["steps"], row["seed"], row["data"])] = row

@@ -17,8 +17,9 @@ from laconic.jobs.measure import Quartiles, Setting
 from laconic.jobs.models import create
 from laconic.jobs.output import markdown
 from laconic.observed import observe
+from laconic.rows import iota
 from laconic.schedule import Schedule
-from laconic.tokens import Tokens, iota
+from laconic.tokens import Tokens
 
 BLOCK = 3
 SPREADS = {"much alike": (105, 140), "very different": (50, 196)}  # the fewest and the most patch tokens of an image

@@ -7,7 +7,6 @@ the same short fine-tuning; cost and speed are on DeiT-S, where every method lea
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from laconic.jobs.compare import compare
 from laconic.jobs.executions import executions, section
 from laconic.jobs.measure import Setting
 from laconic.jobs.models import create
-from laconic.jobs.output import markdown, write_atomically
+from laconic.jobs.output import json_lines, markdown, write_atomically
 from laconic.jobs.variants import as_reduced, unreduced
 from laconic.reducer import Row, methods, resolve
 from laconic.schedule import Schedule
@@ -78,14 +77,7 @@ def accuracy(name: str, steps: int) -> dict[str, Any]:
 
 def read(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
     """What is there, by method and kind; a line that was cut off is left out."""
-    out = {}
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        out[row["method"], row["kind"]] = row
-    return out
+    return {(row["method"], row["kind"]): row for row in json_lines(path)}
 
 
 def measure(path: Path, names: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import tempfile
 from abc import ABC, abstractmethod
@@ -69,6 +70,17 @@ class Report(ABC):
             console.width = max(console.width, NARROWEST)
         for part in self.parts():
             console.print(part.draw() if isinstance(part, Table) else part, soft_wrap=not isinstance(part, Table))
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file of one JSON object a line, without lines that were cut off; none where there is no file."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -60,16 +60,15 @@ class AdaViTReducer(DecidingReducer):
         logits = self.tokens(self.norm(tokens.patches.to(self.tokens.weight.dtype))).squeeze(2)
         used = self.decide(logits.float(), self.config.threshold)
         every = F.pad(used, (tokens.prefix, 0), value=1.0)
-        notes = {**tokens.notes, **_noted(tokens, TOKENS, every)}
-        halves, heads = every.unsqueeze(1), None
+        halves, heads, shares = every.unsqueeze(1), None, {TOKENS: every.mean(1, keepdim=True)}
         if self.layers is not None:
             layers_on = self.decide(self.by_class(self.layers, tokens), 0.5)
-            halves, notes = halves * layers_on.unsqueeze(2), {**notes, **_noted(tokens, LAYERS, layers_on)}
+            halves, shares[LAYERS] = halves * layers_on.unsqueeze(2), layers_on.mean(1, keepdim=True)
         if self.heads is not None:
             heads = self.decide(self.by_class(self.heads, tokens), 0.5)
-            notes = {**notes, **_noted(tokens, HEADS, heads)}
-        columns = {**tokens.columns, USED: used}
-        return tokens.replace(alive=used.detach(), columns=columns, notes=notes).switch(halves, heads)
+            shares[HEADS] = heads.mean(1, keepdim=True)
+        tokens = tokens.replace(alive=used.detach(), columns={**tokens.columns, USED: used})
+        return tokens.note_more(**shares).switch(halves, heads)
 
     def after(self, tokens: Tokens, n: int) -> Tokens:
         return tokens.replace(alive=tokens.columns[USED])  # for the ledger, and with gradients; the next block decides anew
@@ -104,11 +103,6 @@ class Everything(DecidingReducer):
 
     def before(self, tokens: Tokens, n: int) -> Tokens:
         return tokens.replace(alive=None)
-
-
-def _noted(tokens: Tokens, name: str, used: Tensor) -> dict[str, Tensor]:
-    share = used.mean(1, keepdim=True)
-    return {name: torch.cat([tokens.notes[name], share], 1) if name in tokens.notes else share}
 
 
 @method(

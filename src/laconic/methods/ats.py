@@ -39,7 +39,7 @@ class ATSReducer(DecidingReducer):
         self.config = config
 
     def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
-        there = torch.ones_like(tokens.size) if tokens.alive is None else tokens.alive
+        there = tokens.there
         score = self.score(tokens, seen) * there
         sample = sorted_sample if self.config.sampling == "sorted" else raster_sample
         return self.leave(tokens, sample(score.detach(), there > 0, n))

@@ -21,7 +21,7 @@ of them. There halted tokens, set to zero, still have a score, that of what thei
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -63,20 +63,14 @@ class AViTReducer(DecidingReducer):
         own = weight[:, :prefix].unsqueeze(-1) * tokens.x[:, :prefix].float()
         blocks = there * torch.where(on > 0, 1.0, 2 - spent)
         everyone = prefix + tokens.where.shape[1]  # those that have left, too
-        noted = {
-            PONDER: _added(notes, PONDER, blocks.sum(1) / everyone),
-            HALTING: _joined(notes, HALTING, (h * there).sum(1, keepdim=True) / everyone),
-        }
-        answer = _added(notes, ANSWER, own)
+        answer, ponder = notes.get(ANSWER, 0.0) + own, notes.get(PONDER, 0.0) + blocks.sum(1) / everyone
+        tokens = tokens.note(**{PONDER: ponder}).note_more(**{HALTING: (h * there).sum(1, keepdim=True) / everyone})
         if self.last:
-            x = torch.cat([answer.to(tokens.x.dtype), tokens.patches], 1)
-            return tokens.replace(x=x, notes={**notes, **noted})
+            return tokens.replace(x=torch.cat([answer.to(tokens.x.dtype), tokens.patches], 1))
         spent = torch.where(on > 0, spent + h, spent)
-        return self.leave(tokens, on[:, prefix:]).replace(
-            shown=on[:, :prefix],
-            columns={**tokens.columns, SPENT: spent[:, prefix:]},
-            notes={**notes, **noted, ANSWER: answer, SPENT: spent[:, :prefix]},
-        )
+        tokens = tokens.note(**{ANSWER: answer, SPENT: spent[:, :prefix]})
+        columns = {**tokens.columns, SPENT: spent[:, prefix:]}
+        return self.leave(tokens, on[:, prefix:]).replace(shown=on[:, :prefix], columns=columns)
 
     def losses(self, tokens: Tokens, rate: float) -> dict[str, Tensor]:
         schedule = self.site.schedule
@@ -85,14 +79,6 @@ class AViTReducer(DecidingReducer):
         target = depth_target(self.site.depth, self.config.target_depth, schedule.at, tokens.notes[HALTING])
         divergence = halting_divergence(tokens.notes[HALTING].mean(0), target)
         return {"ponder": tokens.notes[PONDER].mean(), "distribution": divergence}
-
-
-def _added(notes: Mapping[str, Tensor], name: str, value: Tensor) -> Tensor:
-    return notes[name] + value if name in notes else value
-
-
-def _joined(notes: Mapping[str, Tensor], name: str, value: Tensor) -> Tensor:
-    return torch.cat([notes[name], value], 1) if name in notes else value
 
 
 def depth_target(depth: int, center: int, blocks: Sequence[int], like: Tensor) -> Tensor:

@@ -43,7 +43,8 @@ from laconic.parts import (
     split,
 )
 from laconic.reducer import Method, Site, choice
-from laconic.tokens import Tokens, iota
+from laconic.rows import iota
+from laconic.tokens import Tokens
 
 Amount = int | float | tuple[int | float, ...] | None
 LOGGED = {0.7: 0, 0.6: -1, 0.5: 3, 0.4: 3, 0.3: 1, 0.2: 1}  # clusters less pairs that fit the authors' logs, by keep rate

@@ -24,8 +24,9 @@ import torch
 from laconic.attention import Seen
 from laconic.parts import SCORES, Score, ScoreName, cosine, share, split
 from laconic.reducer import Method, Reducer, Site, choice, method
+from laconic.rows import add_rows, iota
 from laconic.schedule import Schedule
-from laconic.tokens import Tokens, add_rows, iota
+from laconic.tokens import Tokens
 
 FLOOR = 1e-3
 
@@ -52,7 +53,7 @@ class DiffRateReducer(Reducer):
         similarity, host = cosine(tokens.patches[:, n:], tokens.patches[:, :n]).max(2)
         head = iota(tokens.size[:, :n])
         dst = torch.cat([head, host], 1)
-        gate = torch.ones_like(tokens.size) if tokens.gate is None else tokens.gate
+        gate = tokens.gates
         grown = gate * torch.cat([torch.ones_like(gate[:, :n]), similarity], 1)
         tokens = tokens.merge(dst, share(torch.ones_like(tokens.size), dst, n), head)
         return tokens.replace(gate=add_rows(grown.unsqueeze(2), dst, n).squeeze(2).clamp_min(FLOOR))

@@ -18,8 +18,9 @@ from laconic.methods.dynamicvit import LearnedPrune, predictor_macs
 from laconic.methods.squeeze import NOTED, Squeeze
 from laconic.parts import arbitrary
 from laconic.reducer import Reducer, Site, method
+from laconic.rows import iota
 from laconic.schedule import of_the_initial
-from laconic.tokens import Tokens, iota
+from laconic.tokens import Tokens
 
 
 class WatchfulPrune(LearnedPrune):

@@ -13,7 +13,7 @@ fused attention goes on; denominators are clamped where it divides by zero when 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from laconic.methods.topk import drop
-from laconic.parts import Predictor, gumbel_keep, shuffled
+from laconic.parts import Predictor, by_stage, gumbel_keep, shuffled
 from laconic.reducer import Method, Reducer, Site, choice, method
+from laconic.rows import iota
 from laconic.schedule import of_the_initial
-from laconic.tokens import Tokens, iota
+from laconic.tokens import Tokens
 
 Rest = Callable[[Tokens, Tensor, int], Tokens]  # (tokens, score, n): reduce, at inference
 SoftRest = Callable[[Tokens, Tensor, Tensor], Tokens]  # (tokens, keep, gone): the same with soft decisions, in training
@@ -43,7 +44,7 @@ class LearnedPrune(Reducer):
         log_probs = self.predictor(tokens.patches, tokens.alive)
         if not self.training:
             return self.rest(tokens, log_probs[..., 0], n)
-        alive = torch.ones_like(tokens.size) if tokens.alive is None else tokens.alive
+        alive = tokens.there
         keep = gumbel_keep(log_probs) * alive
         return self.soft_rest(tokens, keep, (1 - keep) * alive)
 
@@ -99,3 +100,6 @@ class DynamicViT(Method):
 
     def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
         return predictor_macs(before, site.dim)
+
+    def official(self, weights: Mapping[str, Tensor], at: Sequence[int]) -> dict[str, Tensor]:
+        return by_stage(weights, at, "score_predictor", "predictor.")

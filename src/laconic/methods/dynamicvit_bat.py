@@ -7,14 +7,15 @@ no ratio loss, distillation of logits and tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from laconic.methods.decouple import Decouple
 from laconic.methods.dynamicvit import predictor_macs
-from laconic.parts import Predictor
+from laconic.parts import Predictor, by_stage
 from laconic.reducer import Reducer, Site, method
 from laconic.schedule import of_the_initial
 from laconic.tokens import Tokens
@@ -58,3 +59,6 @@ class DynamicViTBAT(Decouple):
 
     def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
         return {**predictor_macs(before, site.dim), "pairwise": super().macs(before, after, site)["pairwise"]}
+
+    def official(self, weights: Mapping[str, Tensor], at: Sequence[int]) -> dict[str, Tensor]:
+        return by_stage(weights, at, "score_predictor", "predictor.")

@@ -23,7 +23,8 @@ from laconic.attention import Seen
 from laconic.methods.topk import drop
 from laconic.parts import SCORES, ScoreName, lay, shuffled, split
 from laconic.reducer import Method, Prune, Reducer, Site, choice, method
-from laconic.tokens import Tokens, iota
+from laconic.rows import iota
+from laconic.tokens import Tokens
 
 
 def pack(tokens: Tokens, score: Tensor, n: int) -> Tokens:

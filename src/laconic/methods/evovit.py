@@ -26,8 +26,9 @@ from torch import Tensor
 from laconic.attention import Seen
 from laconic.parts import SCORES, ScoreName, split
 from laconic.reducer import Method, Reducer, Site, choice, method
+from laconic.rows import iota, take
 from laconic.schedule import Schedule, of_the_initial
-from laconic.tokens import Tokens, iota, take
+from laconic.tokens import Tokens
 
 EVOLVED, ENTERED = "evolved attention", "representative"
 
@@ -52,7 +53,7 @@ class EvoViTReducer(Reducer):
             share = take(score, parked).unsqueeze(1)
             mean = (share / share.sum(2, keepdim=True)) @ aside.patches.float()
             tokens = tokens.append(mean, aside.place[:, :1])
-            tokens = tokens.replace(notes={**tokens.notes, ENTERED: tokens.patches[:, -1:]})
+            tokens = tokens.note(**{ENTERED: tokens.patches[:, -1:]})
         return tokens.replace(aside=aside)
 
     def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:

@@ -45,7 +45,7 @@ class InterpreterReducer(DecidingReducer):
         nn.init.zeros_(self.qk.bias)
 
     def before(self, tokens: Tokens, n: int) -> Tokens:
-        there = torch.ones_like(tokens.size) if tokens.alive is None else tokens.alive.detach()
+        there = tokens.there.detach()
         informative = self.informative(tokens, there)
         stays = (draw(informative) if self.training else (informative > self.config.threshold).to(there.dtype)) * there
         news = {KEPT: stays.sum(1, keepdim=True) / tokens.where.shape[1]}
@@ -53,10 +53,7 @@ class InterpreterReducer(DecidingReducer):
             p = informative.clamp(1e-6, 1 - 1e-6)
             log = torch.where(stays > 0, p.log(), (-p).log1p()) * there
             news[LOG_PROBABILITY] = log.sum(1, keepdim=True)
-        tokens = self.leave(tokens, stays)
-        old = tokens.notes
-        notes = {name: torch.cat([old[name], new], 1) if name in old else new for name, new in news.items()}
-        return tokens.replace(notes={**old, **notes})
+        return self.leave(tokens, stays).note_more(**news)
 
     def informative(self, tokens: Tokens, there: Tensor) -> Tensor:
         """How informative each patch token is, from 0 to 1, [B, L]."""

@@ -19,7 +19,8 @@ from laconic.attention import Seen
 from laconic.methods.resample import Order, Pool
 from laconic.parts import lloyd, set_out, share, strided
 from laconic.reducer import Reducer, Site, choice, method
-from laconic.tokens import Tokens, iota
+from laconic.rows import iota
+from laconic.tokens import Tokens
 
 
 class KMeansReducer(Reducer):

@@ -25,7 +25,8 @@ from laconic.attention import Seen
 from laconic.methods.resample import InSequence
 from laconic.parts import runs, set_out, share
 from laconic.reducer import Reducer, Site, choice, method
-from laconic.tokens import Tokens, take
+from laconic.rows import take
+from laconic.tokens import Tokens
 
 FIXED = "its weights fix the counts, so use the image size and the schedule that it was built with (no keep-rate warm-in)"
 

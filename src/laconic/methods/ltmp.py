@@ -37,8 +37,9 @@ from laconic.attention import Seen
 from laconic.deciding import Deciding, DecidingReducer
 from laconic.parts import by_parity, cosine
 from laconic.reducer import Reducer, Site, method
+from laconic.rows import add_rows, iota, take
 from laconic.schedule import Schedule
-from laconic.tokens import Tokens, add_rows, iota, take
+from laconic.tokens import Tokens
 
 WORK = "share of the work"
 Count = TypeVar("Count", int, Tensor)
@@ -58,7 +59,7 @@ class LTMPReducer(DecidingReducer):
         holes = self.training or self.config.execution == "masked"
         before, importance = tokens, seen.matrix.mean((1, 2))[:, tokens.prefix :] if holes else seen.received
         merges, into = self.matches(tokens, seen)
-        gate = torch.ones_like(tokens.size) if tokens.gate is None else tokens.gate
+        gate = tokens.gates
         # what each token gets of others: sizes, and features times sizes
         given, rows = merges * gate, tokens.patches.float()
         size = add_rows(given.unsqueeze(2), into, len(tokens))
@@ -69,7 +70,7 @@ class LTMPReducer(DecidingReducer):
         tokens = self.leave(tokens.replace(x=x, gate=gate + size.squeeze(2)), 1 - merges, into)
         tokens = self.leave(tokens, self.above(importance, self.pruning))
         if self.training:
-            tokens = tokens.replace(notes={**tokens.notes, WORK: self.work(before, tokens)})
+            tokens = tokens.note(**{WORK: self.work(before, tokens)})
         rank = (iota(tokens.size) + tokens.prefix) % 2
         if tokens.alive is not None and not holes:
             rank = rank + 2 * (tokens.alive <= 0)
@@ -113,7 +114,7 @@ class LTMPReducer(DecidingReducer):
 
 def present(tokens: Tokens) -> Tensor:
     """How many patch tokens there are, [B]."""
-    return (torch.ones_like(tokens.size) if tokens.alive is None else tokens.alive).sum(1)
+    return tokens.there.sum(1)
 
 
 def cost(attended: Count, passed: Count, dim: int) -> Count:

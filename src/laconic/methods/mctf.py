@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +30,10 @@ from torch import Tensor
 from laconic.attention import Seen
 from laconic.parts import bipartite, by_parity, cosine, lay, share, split
 from laconic.reducer import Method, Reducer, Site, choice, method
+from laconic.rows import add_rows, iota, take
 from laconic.schedule import Schedule
 from laconic.shapes import Float, Int
-from laconic.tokens import Tokens, add_rows, iota, take
+from laconic.tokens import Tokens
 
 LEAST = 9
 Direction = Literal["both", "one"]
@@ -125,6 +126,8 @@ class MCTF(Method):
     tau_info: float = 20.0
     tau_size: float = 40.0
     direction: Direction = "both"
+
+    halves: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         choice("mctf", "direction", self.direction, ("both", "one"))

@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from laconic.attention import Seen
 from laconic.parts import cosine, lay, share, soft_matching, split
 from laconic.reducer import Method, Reducer, Site, method
+from laconic.rows import iota
 from laconic.schedule import Schedule
-from laconic.tokens import Tokens, iota
+from laconic.tokens import Tokens
 
 
 class PiToMeReducer(Reducer):

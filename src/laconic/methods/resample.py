@@ -17,7 +17,8 @@ from torch import Tensor
 from laconic.attention import Seen
 from laconic.parts import SCORES, ScoreName, by_place, runs, set_out, split
 from laconic.reducer import Method, Site, choice
-from laconic.tokens import Tokens, iota
+from laconic.rows import iota
+from laconic.tokens import Tokens
 
 Order = Literal["raster", "score"]
 

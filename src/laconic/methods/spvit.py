@@ -32,8 +32,9 @@ from torch import Tensor
 from laconic.deciding import Deciding, DecidingReducer
 from laconic.parts import Selector, gumbel_keep
 from laconic.reducer import Reducer, Site, choice, method
+from laconic.rows import iota
 from laconic.schedule import of_the_initial, quarters
-from laconic.tokens import Tokens, iota
+from laconic.tokens import Tokens
 
 LOG = logging.getLogger(__name__)
 PACKAGE = "package"  # the column that is 1 for package tokens
@@ -47,7 +48,7 @@ class SPViTReducer(DecidingReducer):
         self.selector, self.package, self.ratio = Selector(site.dim, site.heads), package, ratio
 
     def before(self, tokens: Tokens, n: int) -> Tokens:
-        there = torch.ones_like(tokens.size) if tokens.alive is None else tokens.alive
+        there = tokens.there
         packages = tokens.columns.get(PACKAGE, torch.zeros_like(there))
         log, scores = self.selector(tokens.patches, there)
         keep = self.decide(log)

@@ -28,7 +28,8 @@ from torch import Tensor
 from laconic.attention import Seen
 from laconic.parts import cosine, lay, one_to_one, split
 from laconic.reducer import Method, choice
-from laconic.tokens import Tokens, iota, take
+from laconic.rows import iota, take
+from laconic.tokens import Tokens
 
 NOTED = "attention before"  # column [B, L, L]: head-mean attention of the block before, patch tokens only
 CHOICES = {

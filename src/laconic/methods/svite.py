@@ -70,7 +70,7 @@ def chosen(kept: Int[Tensor, "B K"], tokens: Tokens) -> Float[Tensor, "B L"]:
 
 def zero(tokens: Tokens, kept: Int[Tensor, "B K"], rest: Int[Tensor, "B R"], mask: Float[Tensor, "B L"]) -> Tokens:
     """Multiply by the mask, and let one token with a gate stand for all that are zero then."""
-    gate = torch.ones_like(tokens.size) if tokens.gate is None else tokens.gate
+    gate = tokens.gates
     many, count = gate.gather(1, rest).sum(1, keepdim=True), kept.shape[1]
     order = torch.arange(count, device=kept.device, dtype=kept.dtype).expand_as(kept)
     dst = torch.full_like(tokens.place, count).scatter(1, kept, order)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +27,10 @@ from torch import Tensor
 from laconic.attention import Seen
 from laconic.parts import by_parity, lay, share, soft_matching
 from laconic.reducer import Method, Reducer, Site, choice, method
+from laconic.rows import iota
 from laconic.schedule import Schedule
 from laconic.shapes import Float
-from laconic.tokens import Tokens, iota
+from laconic.tokens import Tokens
 
 Norm = Literal["host", "mean", "none"]
 
@@ -80,6 +81,8 @@ class ToFu(Method):
 
     switch: float = 0.5
     norm: Norm = "host"
+
+    halves: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         choice("tofu", "norm", self.norm, ("host", "mean", "none"))

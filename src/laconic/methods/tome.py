@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from laconic.attention import Seen
 from laconic.parts import by_parity, lay, share, soft_matching
 from laconic.reducer import Method, Reducer, Site, method
+from laconic.rows import iota
 from laconic.schedule import Schedule, of_the_initial
-from laconic.tokens import Tokens, iota
+from laconic.tokens import Tokens
 
 
 class ToMeReducer(Reducer):
@@ -55,6 +57,8 @@ class ToMe(Method):
 
     r: int | tuple[int | float, ...] | None = None
     proportional: bool = True
+
+    halves: ClassVar[bool] = True
 
     def build(self, site: Site) -> Reducer:
         return ToMeReducer(self.proportional)

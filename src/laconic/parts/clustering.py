@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from laconic.parts.matching import split
+from laconic.rows import iota, take
 from laconic.shapes import Float, Int
-from laconic.tokens import iota, take
 
 
 def squared_distances(x: Float[Tensor, "B M C"]) -> Float[Tensor, "B M M"]:

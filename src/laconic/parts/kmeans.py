@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from laconic.parts.matching import share
+from laconic.rows import add_rows, iota, take
 from laconic.shapes import Float, Int
-from laconic.tokens import add_rows, iota, take
 
 
 def lloyd(

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from laconic.rows import iota
 from laconic.shapes import Float, Int
-from laconic.tokens import iota
 
 Linkage = Literal["average", "complete", "single"]
 _exporting = getattr(torch.compiler, "is_exporting", bool)  # since torch 2.7

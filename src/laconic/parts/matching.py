@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from laconic.rows import add_rows, iota
 from laconic.shapes import Float, Int
-from laconic.tokens import add_rows, iota
 
 
 def split(score: Float[Tensor, "B L"], count: int) -> tuple[Int[Tensor, "B K"], Int[Tensor, "B R"]]:

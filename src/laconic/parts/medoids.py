@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from laconic.rows import iota, take
 from laconic.shapes import Float, Int
-from laconic.tokens import iota, take
 
 
 def spread(distance: Float[Tensor, "B L L"], count: int) -> Int[Tensor, "B M"]:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from laconic.parts.matching import cosine, split
+from laconic.rows import iota, take
 from laconic.shapes import Float, Int
-from laconic.tokens import Tokens, iota, take
+from laconic.tokens import Tokens
 
 
 def by_parity(tokens: Tokens) -> tuple[Int[Tensor, "B M"], Int[Tensor, "B K"]]:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from laconic.parts.matching import lay, split
+from laconic.rows import add_rows, iota
 from laconic.shapes import Int
-from laconic.tokens import Tokens, add_rows, iota
+from laconic.tokens import Tokens
 
 
 def runs(like: Tensor, count: int) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B M"]]:

@@ -49,14 +49,19 @@ class Slots(Method):
         return by_stage(weights, at)
 
 
-def by_stage(weights: Mapping[str, Tensor], at: Sequence[int], part: str = "cluster_layers") -> dict[str, Tensor]:
-    """The weights with ``{part}.{stage}.…`` renamed to our reducer of block ``at[stage]``; a stage too many keeps its name."""
+def by_stage(
+    weights: Mapping[str, Tensor], at: Sequence[int], part: str = "cluster_layers", ours: str = ""
+) -> dict[str, Tensor]:
+    """The weights with ``{part}.{stage}.…`` renamed to (``ours`` in) our reducer of block ``at[stage]``.
+
+    A stage too many keeps its name, and will not fit.
+    """
     renamed = {}
     for name, tensor in weights.items():
         head, _, rest = name.partition(".")
         stage, _, tail = rest.partition(".")
         if head == part and stage.isdigit() and int(stage) < len(at):
-            name = f"laconic.reducers.{at[int(stage)]}.{tail}"
+            name = f"laconic.reducers.{at[int(stage)]}.{ours}{tail}"
         renamed[name] = tensor
     return renamed
 

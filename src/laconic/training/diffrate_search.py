@@ -29,8 +29,9 @@ from laconic.hosts import find_host
 from laconic.methods import DiffRate
 from laconic.parts import SCORES, Score, ScoreName, cosine, split
 from laconic.reducer import Reducer
+from laconic.rows import add_rows, iota
 from laconic.shapes import Float
-from laconic.tokens import Tokens, add_rows, iota
+from laconic.tokens import Tokens
 
 SLOPE = 10.0  # by how much the logit of keeping all starts above that of keeping none
 
@@ -67,7 +68,7 @@ class SearchReducer(Reducer):
         return True
 
     def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
-        alive = torch.ones_like(tokens.size) if tokens.alive is None else tokens.alive
+        alive = tokens.there
         # those that are hidden already stand at the end of the line
         line, _ = split(self.score(tokens, seen) + 2 * alive.detach(), len(tokens))
         rank = torch.empty_like(line).scatter(1, line, iota(line))
@@ -77,7 +78,7 @@ class SearchReducer(Reducer):
         others = torch.eye(len(tokens), dtype=torch.bool, device=head.device) | (head == 0).unsqueeze(1)
         best, host = cosine(tokens.patches, tokens.patches).masked_fill(others, -2.0).max(2)
         best = best.masked_fill(best < -1.5, 0.0)  # no other head
-        gate = torch.ones_like(tokens.size) if tokens.gate is None else tokens.gate
+        gate = tokens.gates
         whole = 1 + add_rows(tail.unsqueeze(2), host, len(tokens))
         patches = tokens.patches + add_rows(tokens.patches * tail.unsqueeze(2), host, len(tokens))
         grown = gate + add_rows((gate * best * tail).unsqueeze(2), host, len(tokens)).squeeze(2)

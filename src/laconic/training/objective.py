@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from laconic.compression import find_compression
 from laconic.distill import logit_distillation, token_distillation
 from laconic.recipe import LossPart
-from laconic.tokens import take
+from laconic.rows import take
 from laconic.training.token_labels import TokenLabels
 
 

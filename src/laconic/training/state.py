@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from laconic.compression import find_compression
-from laconic.jobs.output import Refusal, write_atomically
+from laconic.jobs.output import Refusal, json_lines, write_atomically
 from laconic.recipe import Recipe
 
 LOG = logging.getLogger(__name__)
@@ -97,13 +97,7 @@ class Metrics:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run so far; a last line that was cut off is left out."""
-    path, rows = folder / METRICS, list[dict[str, Any]]()
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    return json_lines(folder / METRICS)
 
 
 def save_weights(model: nn.Module, folder: Path, options: Mapping[str, Any]) -> None:
