@@ -15,9 +15,9 @@ from families import AT, images, make, reduced
 from laconic.attention import Seen
 from laconic.methods import iared, spvit
 from laconic.methods.iared import KEPT, LOG_PROBABILITY
-from laconic.methods.ltmp import WORK, cost
 from laconic.methods.spvit import PACKAGE
 from laconic.parts import Predictor, Selector
+from laconic.parts.work import WORK, cost
 from laconic.schedule import Schedule
 from laconic.tokens import Tokens
 from laconic.training.policy_gradient import curriculum, policy_loss, policy_step, rewards

@@ -11,7 +11,10 @@ import golden_init
 import laconic
 from families import AT, images, make
 from laconic.methods.evovit import ENTERED, EVOLVED, EvoViT
+from laconic.parts import CLASS_LOGITS, joined, last_copies, renamed
+from laconic.recipe import LossPart
 from laconic.tokens import Tokens
+from laconic.training.objective import Objective
 from test_goldens import HERE, LOGITS, close, golden, picture
 
 
@@ -125,6 +128,165 @@ def test_what_is_kept_evolves_and_what_is_parked_keeps_its_score():
     assert (looks[0] > chosen.columns[EVOLVED] / 2).all()  # half of the old, and half of an attention above zero
 
 
+# ------------------------------------------------------------------------------------------------ the second head
+def with_second_head(keep=0.5, classes=7, **options):
+    return laconic.reduce_(make("plain"), "evovit", keep=keep, at=[1, 3], second_head=classes, **options)
+
+
+@pytest.mark.parametrize("keep", [0.5, 1.0])
+@pytest.mark.parametrize("update", ["parked", "fast"])
+def test_the_second_head_reads_the_class_token_in_training(update, keep):
+    model, seen = with_second_head(keep, update=update), []
+    model.laconic.observer = lambda before, after: seen.append(after.x[:, 0])
+    head = model.laconic.reducers["3"].second_head
+    with torch.no_grad():
+        expected = model(images("plain"))
+        assert CLASS_LOGITS not in model.laconic.entry(4).notes  # nothing is computed at inference
+        torch.nn.init.normal_(head.norm.weight)
+        torch.nn.init.normal_(head.head.bias)
+    logits = model.train()(images("plain"))
+    torch.testing.assert_close(logits.detach(), expected)
+    noted, x = model.laconic.entry(4).notes[CLASS_LOGITS], seen[-1]
+    by_hand = (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + 1e-6).sqrt()
+    by_hand = (by_hand * head.norm.weight + head.norm.bias) @ head.head.weight.T + head.head.bias
+    assert noted.shape == (3, 7)
+    torch.testing.assert_close(noted, by_hand, rtol=1e-4, atol=1e-5)
+    assert set(model.laconic.entry(4).notes) == {CLASS_LOGITS}
+    torch.nn.functional.cross_entropy(noted, torch.tensor([0, 1, 2])).backward()
+    for name, p in model.named_parameters():
+        if name.startswith(("laconic.", "blocks.0.")):
+            assert p.grad.isfinite().all(), name
+            assert p.grad.abs().sum() > 0 or name.endswith("attn.qkv.bias"), name
+    assert [name for name, _ in model.laconic.named_children()] == ["reducers"]
+
+
+def test_without_a_second_head_nothing_is_added():
+    model = laconic.reduce_(make("plain"), "evovit", keep=0.5, at=[1, 3])
+    assert set(model.state_dict()) == set(make("plain").state_dict())
+    assert model.laconic.config.loss_weights() == {}
+    model = with_second_head()
+    added = {
+        name.removeprefix("laconic.reducers.3.second_head."): tuple(t.shape) for name, t in model.laconic.named_parameters()
+    }
+    assert set(model.state_dict()) - set(make("plain").state_dict()) == {
+        f"laconic.reducers.3.second_head.{name}" for name in ("norm.weight", "norm.bias", "head.weight", "head.bias")
+    }
+    assert added["reducers.3.second_head.head.weight"] == (7, 48)
+    assert model.laconic.config.loss_weights() == {"cross_entropy": 0.5, CLASS_LOGITS: 0.5}
+
+
+def test_the_second_head_of_a_checkpoint():
+    z, weights = golden("evovit_stagewise"), official_weights("evovit_stagewise")
+    model = laconic.import_checkpoint({"model": weights}, "evovit", second_head=len(weights["head_cls.weight"]))
+    with torch.no_grad():
+        close(model(picture()), z["logits"], LOGITS)
+    own = model.laconic.reducers["11"].second_head
+    for theirs, ours in (("norm_cls", own.norm), ("head_cls", own.head)):
+        assert torch.equal(ours.weight, weights[f"{theirs}.weight"])
+        assert torch.equal(ours.bias, weights[f"{theirs}.bias"])
+    with pytest.raises(ValueError, match=r"second_head\.head\.weight"):
+        laconic.import_checkpoint({"model": weights}, "evovit", second_head=3)
+    del weights["head_cls.bias"]
+    with pytest.raises(ValueError, match=r"second_head\.head\.bias"):
+        laconic.import_checkpoint({"model": weights}, "evovit", second_head=1000)
+
+
+def test_half_of_the_loss_is_the_second_heads():
+    """Published: half the cross-entropy of each head; the trainer finds the logits among the notes."""
+    model, x = with_second_head(classes=10).train(), images("plain")
+    for target in (torch.tensor([0, 1, 4]), torch.eye(10)[[0, 1, 4]] * 0.9 + 0.01):
+        parts = Objective(model, None, LossPart())(x, target)
+        noted = model.laconic.entry(4).notes[CLASS_LOGITS].detach()
+        assert set(parts) == {"loss", "cross_entropy", CLASS_LOGITS}
+        torch.testing.assert_close(parts[CLASS_LOGITS], torch.nn.functional.cross_entropy(noted, target))
+        torch.testing.assert_close(parts["loss"].detach(), (parts["cross_entropy"] + parts[CLASS_LOGITS]) / 2)
+        parts["loss"].backward()
+        assert model.laconic.reducers["3"].second_head.head.weight.grad.abs().sum() > 0
+    assert set(Objective(model.eval(), None, LossPart())(x, target)) == {"loss", "cross_entropy"}
+
+
+def test_a_second_head_is_saved(tmp_path):
+    model = with_second_head()
+    with torch.no_grad():
+        model.laconic.reducers["3"].second_head.head.bias.fill_(2.0)
+    laconic.save(model, tmp_path, model_args="omit")
+    again = laconic.load(tmp_path, model=make("plain"))
+    assert again.laconic.config.second_head == 7
+    assert (again.laconic.reducers["3"].second_head.head.bias == 2).all()
+
+
+@pytest.mark.unchecked
+def test_what_a_second_head_needs():
+    with pytest.raises(ValueError, match="evovit: second_head is a number of classes, or None, not 0"):
+        EvoViT(second_head=0)
+    with pytest.raises(LookupError, match="no class token, and a second head would read it; leave second_head away"):
+        laconic.reduce_(make("gap"), "evovit", keep=0.5, at=AT, score="mean-query", second_head=5)
+
+
+# ------------------------------------------------------------------------------------------------ counts
+@pytest.mark.parametrize("stages", ["scheduled", "block"])
+@pytest.mark.parametrize("update", ["parked", "fast"])
+@pytest.mark.parametrize(
+    ("schedule", "slow"),
+    [
+        (laconic.Schedule.rates((1.0, 0.5), (1, 3)), (36, 36, 36, 18)),
+        (laconic.Schedule.rates((0.5, 1.0), (1, 2)), (36, 18, 36, 36)),
+        (laconic.Schedule.removing({1: 1}), (36, 35, 35, 35)),
+        (laconic.Schedule.leaving({2: 1}), (36, 36, 1, 1)),
+        (laconic.Schedule.leaving({1: 99, 3: 5}), (36, 36, 36, 5)),
+    ],
+)
+def test_stages_that_park_much_little_or_nothing(schedule, slow, update, stages):
+    model = laconic.reduce_(make("plain"), "evovit", schedule=schedule, stages=stages, update=update)
+    run = []
+    for block in model.blocks:
+        block.attn.register_forward_pre_hook(lambda _, args: run.append(args[0].shape[1] - 1))
+    with torch.no_grad():
+        assert model(images("plain")).isfinite().all()
+    assert run == [count + (update == "fast" and count < 36) for count in slow]
+    left = [len(entry) for entry in model.laconic.ledger[1:]]
+    assert tuple(left) == model.laconic.config.counts(schedule, 4, 36)
+    assert left[3] == 36
+
+
+def test_counting_builds_nothing(monkeypatch):
+    config = EvoViT()
+    schedule = config.plan(12, None, None)
+    monkeypatch.setattr(laconic.Site, "__init__", lambda *args, **kwargs: pytest.fail("a Site was built"))
+    assert config.counts(schedule, 12, 196)[4] == 98
+
+
+# ------------------------------------------------------------------------------------------------ names of weights
+def test_rules_for_names():
+    a, b, c = torch.zeros(1), torch.ones(1), torch.full((1,), 2.0)
+    theirs = {"x.1.w": a, "new.1.w": b, "other": c}
+    assert renamed(theirs, (r"x\.(\d)\.(.)", r"new.\1.\2")) == {"new.1.w": a, "other": c}  # takes the place of b
+    assert list(renamed(theirs, ("other", "one", "two"), ("o.*", "never"))) == ["x.1.w", "new.1.w", "one", "two"]
+    assert list(renamed(theirs, ("other",), (r"x\.1", "not the whole name"))) == ["x.1.w", "new.1.w"]
+    assert list(renamed(theirs, (r"x\.(\d)\.w", lambda m: f"y{int(m[1]) + 1}"))) == ["new.1.w", "other", "y2"]
+
+
+def test_layers_that_are_put_together():
+    theirs = {"b.0.k.w": torch.tensor([2.0]), "b.0.q.w": torch.tensor([1.0]), "b.1.q.w": torch.tensor([3.0])}
+    ours = joined(theirs, ("q", "k"), "qk")
+    assert ours["b.0.qk.w"].tolist() == [1.0, 2.0]
+    assert set(ours) == {"b.0.qk.w", "b.1.q.w"}  # one without its counterpart stays, and will not fit
+    weights = official_weights("evovit_stagewise")
+    del weights["vs.3.v.weight"]
+    with pytest.raises(ValueError, match=r"blocks\.3\.attn\.qk\.weight"):
+        laconic.import_checkpoint(weights, "evovit")
+
+
+def test_the_last_of_copies_is_taken(caplog):
+    theirs = {"p.0.w": torch.zeros(1), "p.1.w": torch.zeros(1), "q.0.w": torch.zeros(1)}
+    assert set(last_copies(theirs, r"(p)\.\d+\.(.+)")) == {"p.w", "q.0.w"}
+    assert not caplog.text
+    ours = last_copies({**theirs, "p.2.w": torch.ones(1)}, r"(p)\.\d+\.(.+)")
+    assert ours["p.w"] == 1
+    assert "copies of p differ; taken is the last" in caplog.text
+
+
+# ------------------------------------------------------------------------------------------------ as a whole
 @pytest.mark.unchecked
 def test_counts_and_refusals():
     config = EvoViT()

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import pytest
 import timm
@@ -15,6 +16,8 @@ import laconic
 from families import fill, images, make
 from laconic.methods.adavit import TOKENS, USED
 from laconic.methods.avit import ANSWER, HALTING, PONDER, SPENT, depth_target, halting_divergence
+from laconic.parts.usage import LOGITS as NOTED
+from laconic.parts.usage import diverse_use, mean_entropy, use_losses
 from laconic.recipe import LossPart
 from laconic.reducer import Site
 from laconic.switches import Switches
@@ -372,6 +375,77 @@ def test_decisions_in_training_are_those_of_two_gumbels():
     assert reducer.decide(logits, 0.5).tolist() == [0, 1, 1, 1]
 
 
+@pytest.mark.parametrize(("diverse", "entropy"), [(0.1, 0.0), (0.0, 0.2), (0.3, 0.5)])
+def test_diverse_and_undecided_by_hand(diverse, entropy):
+    model, x, logits = full(diverse=diverse, entropy=entropy), images("plain", 8), {"heads": [], "layers": []}
+
+    def look(before, after):
+        if before.switches is None and after.switches is not None:
+            own = model.laconic.reducers[str(len(logits["heads"]) + len(firsts))]
+            if own.heads is None:
+                firsts.append(own)
+            else:
+                logits["heads"].append(own.heads(before.x[:, 0]))
+                logits["layers"].append(own.layers(before.x[:, 0]))
+
+    firsts = []
+    model.laconic.observer = look
+    run(model, x)
+    assert (len(firsts), len(logits["heads"])) == (1, 3)
+    losses = laconic.losses(model)
+    assert set(losses) == {"used_tokens"} | {
+        f"{kind}_{part}"
+        for kind, weight in (("used", 1), ("diverse", diverse), ("entropy", entropy))
+        for part in ("heads", "layers")
+        if weight
+    }
+    for part, of_blocks in logits.items():
+        apart, undecided = [], []
+        for of_block in of_blocks:
+            on = (of_block.sigmoid() > 0.5).float()
+            columns = [on[:, i : i + 1] for i in range(3)] if part == "heads" else [on]  # a block is one layer
+            apart += [abs(sum(sum(row) for row in column.tolist()) / column.numel() - 0.5) for column in columns]
+            for p in of_block.sigmoid().double().flatten().tolist():
+                undecided.append(-p * math.log(p) - (1 - p) * math.log(1 - p))
+        assert len(apart) == {"heads": 9, "layers": 3}[part]
+        if diverse:
+            assert losses[f"diverse_{part}"].item() == pytest.approx(diverse * sum(apart) / len(apart), rel=1e-5)
+        if entropy:
+            assert losses[f"entropy_{part}"].item() == pytest.approx(-entropy * sum(undecided) / len(undecided), rel=1e-5)
+
+
+def test_what_diverse_and_entropy_ask_for():
+    """Half of the heads for all images are as many as all heads for half of the images, and not as diverse."""
+    same, turns = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    for use, apart in ((same, 0.5), (turns, 0.0)):
+        losses = use_losses({"used_heads": use}, 0.5, 2.0, 0.0)
+        assert losses["used_heads"] == 0
+        assert losses["diverse_heads"] == 2 * apart
+    assert diverse_use(same, 0.5, 2) == 0  # the halves of a block are one layer
+    logits = torch.tensor([[-8.0, -1.0, 0.5, 40.0]], requires_grad=True)
+    use_losses({"used_heads": torch.ones(1, 4), NOTED["used_heads"]: logits}, 0.5, 0.0, 1.0)["entropy_heads"].backward()
+    assert torch.equal(logits.grad[:, :3].sign(), logits.detach()[:, :3].sign())  # down: towards one half
+    assert mean_entropy(torch.zeros(3)).item() == pytest.approx(math.log(2))
+    assert mean_entropy(torch.tensor([200.0, -200.0])) == 0
+
+
+def test_terms_that_are_off_note_nothing():
+    model = full()
+    run(model, images("plain"))
+    assert set(laconic.losses(model)) == {"used_tokens", "used_heads", "used_layers"}
+    assert not any(name in model.laconic.entry(4).notes for name in NOTED.values())
+
+
+def test_diverse_and_entropy_are_trained():
+    model = full(diverse=0.1, entropy=0.2).train()
+    model(images("plain"))
+    losses = laconic.losses(model)
+    sum(value for name, value in losses.items() if not name.startswith("used")).backward()
+    for name, p in model.laconic.named_parameters():
+        if ".heads." in name or ".layers." in name:
+            assert p.grad.abs().sum() > 0, name
+
+
 def test_gradients_reach_all_policies():
     model, x = full().train(), images("plain")
     (model(x).square().mean() + laconic.losses(model)["used_tokens"]).backward()
@@ -485,6 +559,8 @@ def test_avit_needs_a_class_token_that_is_read():
         ({"threshold": 1.0}, "threshold must be in"),
         ({"tau": 0.0}, "tau above 0"),
         ({"target": 0.0}, "target in"),
+        ({"diverse": -0.1}, "terms not below 0"),
+        ({"entropy": -0.1}, "terms not below 0"),
     ],
 )
 def test_what_adavit_refuses(options, words):

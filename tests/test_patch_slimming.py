@@ -281,6 +281,107 @@ def test_a_larger_tolerance_prunes_more():
     assert len(set(totals)) >= 4
 
 
+# ------------------------------------------------------------------------------------------------ fine-tuning
+def off(model, x):
+    """Squared distance of the answer from the unreduced model's."""
+    return (run(model, x) - run(make("plain"), x)).square().sum().item()
+
+
+def altered(model):
+    """Blocks that have other weights than at first."""
+    pairs = zip(model.blocks, make("plain").blocks, strict=True)
+    return [
+        i
+        for i, (a, b) in enumerate(pairs)
+        if any(not torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    ]
+
+
+def test_fine_tuning_restores_what_the_next_block_puts_out():
+    """One block prunes: what its successor puts out at the patches it keeps is nearer to the unreduced model's, and so the answer."""
+    x, schedule, errors = images("plain", 6), Schedule.leaving({1: 9}), []
+    expected = []
+    for tuning in (0, 30):
+        outputs = []
+        plain = make("plain")
+        plain.blocks[2].register_forward_hook(lambda m, a, out, outputs=outputs: outputs.append(out))
+        run(plain, x)
+        model = laconic.calibrate(slim(schedule=schedule), x, tuning=tuning, lr=1e-3)
+        positions = kept(model)[1]
+        expected.append(positions)
+        laconic.restore_(model)
+        # block 2 on the tokens that are left, really removed
+        index = torch.tensor([0, *(1 + p for p in positions)])
+        made = []
+        model.blocks[1].register_forward_hook(lambda m, a, out, made=made: made.append(out))
+        run(model, x)
+        with torch.no_grad():
+            got = model.blocks[2](made[0][:, index])
+        true = outputs[0][:, index]
+        errors.append(((got - true).square().sum() / true.square().sum()).item())
+        assert altered(model) == ([1] if tuning else [])
+    assert expected[0] == expected[1]  # positions are found before anything is trained
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_fine_tuned_answers_are_nearer_to_those_of_the_unreduced_model():
+    x, schedule = images("plain", 6), Schedule.leaving({0: 24, 1: 16, 2: 9})
+    plain, tuned = (laconic.calibrate(slim(schedule=schedule), x, tuning=tuning, lr=1e-3) for tuning in (0, 30))
+    assert altered(tuned) == [0, 1, 2]
+    assert off(tuned, x) < 0.7 * off(plain, x)
+
+
+def test_with_fine_tuning_the_same_tolerance_is_kept_by_fewer_patches():
+    x = images("plain", 4)
+    plain, tuned = (laconic.calibrate(slim(), x, tolerance=0.1, step=3, tuning=tuning, lr=1e-3) for tuning in (0, 10))
+    assert sum(tuned.laconic.counts(36)) < sum(plain.laconic.counts(36))
+    assert altered(plain) == []
+    assert all(p.grad is None and p.requires_grad for p in tuned.parameters())
+
+
+def test_a_block_that_loses_nothing_is_as_it_was():
+    model = laconic.calibrate(slim(), images("plain"), tolerance=0.0, step=12, tuning=2, lr=1e-3)
+    assert model.laconic.counts(36) == (36, 36, 36, 1)
+    assert altered(model) == []
+
+
+def test_a_block_below_sees_the_fine_tuned_one():
+    """Scores of the blocks below go through the attention that the fine-tuned block has now."""
+    x, schedule = images("plain", 4), Schedule.leaving({1: 30, 2: 6})
+    model = laconic.calibrate(slim(schedule=schedule), x, tuning=40, lr=3e-2)
+    tuned = make("plain")
+    tuned.blocks[2].load_state_dict(model.blocks[2].state_dict())
+    matrices, inputs = seen_by_hand(tuned, x)
+    matrices[3] = seen_by_hand(make("plain"), x)[0][3]  # what is above has been looked at already
+    masks = [torch.ones(37) for _ in range(4)]
+    masks[2][1:], masks[3][1:] = 0, 0
+    masks[2][1 + torch.tensor(kept(model)[2])] = 1
+    scores = torch.zeros(37)
+    g = [torch.eye(37)] * 4
+    for layer in (3, 2):
+        g = [
+            back(one.unsqueeze(0), m[layer].unsqueeze(0), masks[layer])[0]
+            for one, m in zip(g, matrices_by_image(matrices), strict=True)
+        ]
+    for one, m, b in zip(g, matrices_by_image(matrices), range(4), strict=True):
+        scores += one.diagonal() * (m[1] @ inputs[1][b].abs()).square().sum((0, 2))
+    order = kept(model)[2]
+    best = [i for i in scores[1:].argsort(descending=True).tolist() if i not in order]
+    assert kept(model)[1] == [*order, *best[: 30 - len(order)]]
+    assert kept(model) != kept(laconic.calibrate(slim(schedule=schedule), x))
+
+
+def matrices_by_image(matrices):
+    return [[m[b] for m in matrices] for b in range(len(matrices[0]))]
+
+
+def test_a_frozen_block_cannot_be_fine_tuned():
+    model = slim()
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="block 2 cannot be fine-tuned: none of its parameters requires gradients"):
+        laconic.calibrate(model, images("plain"), tuning=1)
+
+
 # ------------------------------------------------------------------------------------------------ what travels
 @pytest.mark.parametrize("tolerance", [None, 0.1])
 def test_positions_are_saved_and_loaded(tolerance, tmp_path):
@@ -363,6 +464,8 @@ def test_other_methods_are_refused():
         (dict(images=["cat.png"]), r"images must be batches \[B, channels, height, width\], got str"),
         (dict(tolerance=-0.1), "tolerance must be None or a relative squared error of at least 0, not -0.1"),
         (dict(tolerance=math.nan), "not nan"),
+        (dict(tuning=-1), "tuning must be a number of steps, 0 or more, and lr positive; got tuning=-1"),
+        (dict(tuning=1, lr=0.0), "lr positive; got tuning=1, lr=0.0"),
         (dict(step=0), "step must be a whole number of patches, at least 1; got 0"),
     ],
     ids=str,

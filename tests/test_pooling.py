@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import typing
 
 import pytest
 import torch
@@ -13,16 +14,16 @@ from laconic.attention import Seen
 from laconic.cost import counted, estimate, summary
 from laconic.jobs import tables
 from laconic.methods import BAT, AvgPool, ConvPool, KMeans, MaxPool, MLPPool, SpatialPool
-from laconic.methods.decouple import CHOICES
 from laconic.parts import cells, lloyd, runs, share, split, strided
 from laconic.parts.kmeans import _fill as fill_empty
+from laconic.parts.mergers import Merger
 from laconic.parts.pooling import tiling
 from laconic.reducer import Site
 from laconic.rows import iota
 from laconic.tokens import Tokens
 
 POOLS = (AvgPool, MaxPool, SpatialPool, ConvPool, MLPPool, KMeans)
-MERGERS = CHOICES["merger"]
+MERGERS = typing.get_args(Merger)
 BOTH = ("all", "inattentive")
 every_pool = pytest.mark.parametrize("config", POOLS, ids=lambda c: c.row.name)
 both = pytest.mark.parametrize("pooled", BOTH)

@@ -13,7 +13,7 @@ from torch import nn
 
 import golden_init
 import laconic
-from families import AT, images, make, reduced
+from families import AT, fill, images, make, reduced
 from laconic.methods.kmedoids import RECEIVED
 from laconic.parts import (
     agglomerate,
@@ -463,6 +463,112 @@ def test_tokenlearner_leaves_16_tokens_three_quarters_into_the_depth():
     assert laconic.TokenLearner().plan(12, 0.5, [6]) == laconic.Schedule.rates(0.5, [6])
 
 
+def fused(version="1.1", at=(2, 3), family="plain", keep=0.25, **changes):
+    model = laconic.reduce_(make(family, **changes), "tokenlearner", keep=keep, at=at, after="fused", version=version)
+    return model, fill(model.laconic)
+
+
+def normed(x, layer):
+    return F.layer_norm(x, (48,), layer.weight, layer.bias, 1e-6)
+
+
+@pytest.mark.parametrize("version", ["1.1", "1"])
+def test_the_token_fuser_by_hand(version):
+    """Nine tokens go through a block of their own, and all 36 places take of them."""
+    model, x = fused(version)[0], images("plain")
+    y = model._pos_embed(model.patch_embed(x))
+    for index, block in enumerate(model.blocks):
+        reducer = model.laconic.reducers[str(index)] if index >= 2 else None
+        if reducer is None:
+            y = block.attn(block.norm1(y)) + y
+            y = block.mlp(block.norm2(y)) + y
+            continue
+        grid = y[:, 1:]
+        learner, f = reducer.learner, reducer.fuser
+        maps = learner.norm(grid)
+        if version == "1.1":
+            weights = learner.maps(maps).softmax(1).transpose(1, 2)
+        else:
+            weights = learner.maps(maps.transpose(1, 2).reshape(3, 48, 6, 6)).sigmoid().flatten(2)
+        z = torch.cat([y[:, :1], weights @ grid], 1)
+        z = z + block.attn(block.norm1(z))
+        z = z + block.mlp(block.norm2(z))
+        assert z.shape == (3, 10, 48)
+        tokens = torch.einsum("bsc,ts->btc", normed(z[:, 1:], f.before), f.mix.weight) + f.mix.bias[:, None]
+        hidden = F.gelu(normed(grid, f.norm) @ f.maps[0].weight.T + f.maps[0].bias, approximate="tanh")
+        take = (hidden @ f.maps[2].weight.T + f.maps[2].bias).sigmoid()
+        y = torch.cat([z[:, :1], grid + torch.einsum("bns,bsc->bnc", take, normed(tokens, f.after))], 1)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), model.head(model.norm(y)[:, 0]), rtol=1e-4, atol=1e-4)
+    final = laconic.provenance(model).final
+    assert torch.equal(final.where, torch.arange(36).expand(3, -1))
+    assert model.laconic.entry(4).aside is None
+    assert not model.laconic.entry(4).merged
+
+
+def test_places_take_nothing_at_first():
+    """Only the class token has gone through the blocks; what places take grows from the linear layer at zero."""
+    model = laconic.reduce_(make("gap"), "tokenlearner", keep=0.25, at=(2, 3), after="fused")
+    x = images("gap")
+    y = model._pos_embed(model.patch_embed(x))
+    for block in model.blocks[:2]:
+        y = block(y)
+    torch.testing.assert_close(model.forward_features(x), model.norm(y))
+    model.train()(x).square().mean().backward()
+    assert all(reducer.fuser.mix.weight.grad is not None for reducer in model.laconic.reducers.values())
+
+
+def test_where_tokens_are_fused():
+    config = laconic.TokenLearner(after="fused")
+    assert config.plan(12, None, None) == laconic.Schedule.leaving({9: 16, 10: 16, 11: 16})
+    assert config.plan(12, 0.5, [6]) == laconic.Schedule.rates(0.5, [6])
+    for schedule in (laconic.Schedule.leaving({2: 9}), laconic.Schedule.removing({2: 27}), laconic.Schedule.rates(0.25, [2])):
+        model = laconic.reduce_(make("plain"), "tokenlearner", schedule=schedule, after="fused")
+        assert model.laconic.counts(36) == (36,) * 4
+        assert model.laconic.reducers["2"].learner.slots == 9
+        assert [row.attention_tokens for row in laconic.summary(model).blocks] == [37, 37, 10, 37]
+    model.laconic.set_schedule(laconic.Schedule.rates(1 / 3, [2]))
+    with pytest.raises(ValueError, match="built to leave 9 tokens, and 12 were asked for"):
+        model(images("plain"))
+    plain, x = make("plain"), images("plain")
+    with torch.no_grad():
+        expected = plain(x)
+        assert torch.equal(laconic.reduce_(plain, "tokenlearner", keep=1.0, after="fused")(x), expected)
+
+
+@pytest.mark.parametrize("version", ["1.1", "1"])
+def test_work_of_the_fuser(version):
+    model, _ = fused(version)
+    cost, compression = laconic.summary(model, count=True), model.laconic
+    sites = [compression.reducer(block).site for block in (2, 3)]
+    own = sum(compression.config.macs(36, 36, site)["matmul"] for site in sites)
+    assert cost.counted_macs == cost.macs - sum(row.reducer_macs for row in cost.blocks) + own
+    assert cost.parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["dinov2-reg", "siglip"])
+def test_fused_images_are_alone_and_half_precision_stays(family):
+    model, x = fused(family=family)[0], images(family)
+    with torch.no_grad():
+        together = model(x)
+        torch.testing.assert_close(torch.cat([model(one[None]) for one in x]), together, rtol=1e-4, atol=1e-4)
+        assert model.to(torch.bfloat16)(x.to(torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_fused_tokens_are_saved(tmp_path):
+    model, x = fused()[0], images("plain")
+    laconic.save(model, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(laconic.load(tmp_path)(x), model(x))
+
+
+@pytest.mark.unchecked
+def test_fused_tokens_compile():
+    model, x = fused()[0], images("plain")
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), model(x))
+
+
 @pytest.mark.parametrize("method", MIXING)
 def test_the_count_of_a_mixer_is_part_of_it(method):
     config = laconic.methods()[method].config()
@@ -598,6 +704,7 @@ def test_the_nearest_ring_is_the_smaller_of_two_as_near():
         (partial(laconic.Sinkhorn, eps=0), "sinkhorn: eps must be positive"),
         (partial(laconic.Sinkhorn, iterations=0), "sinkhorn: iterations must be at least 1"),
         (partial(laconic.TokenLearner, version="2"), "tokenlearner: version must be one of '1.1', '1'"),
+        (partial(laconic.TokenLearner, after="nothing"), "tokenlearner: after must be one of 'tokens', 'fused'"),
         (partial(laconic.Heuristic, norm="l3"), "heuristic: norm must be one of 'l1', 'l2', 'linf'"),
         (partial(laconic.Heuristic, count="all"), "heuristic: count must be one of"),
         (partial(laconic.Heuristic, smallest=-1), "smallest must be a radius"),

@@ -286,6 +286,7 @@ def go(name, settings, data="", resume=False, **changes):
     say(name, None if report is None else report.to_json())
 go("evit", given["evit"])
 go("warm", given["warm"], accumulate=2)
+go("drawn", given["drawn"])
 go("norm", given["norm"])
 stop[0] = 4
 try:
@@ -306,9 +307,23 @@ def test_two_processes_are_one(tmp_path):
     data = folder(tmp_path / "data", broken=("train/b/2.png", "train/a/0.png"))
     evit = [*BASE, *EVIT, "optimization.ema=0.5"]
     warm = [*BASE, *DTPS, "method.warm_in_start=0.5", "method.warm_in_epochs=0.5", "optimization.epochs=1"]
+    drawn = [
+        *BASE,
+        "method.name=iared",
+        "method.options.heads=3",
+        *(f"step.options.{part}_epochs=0.333" for part in ("interpreter", "blocks")),
+    ]
     norm = [*BASE, "model.name=scenes_vit_tiny", "model.options={}", "optimization.ema=0.5"]
     of_folder = [*BASE, "data.name=", "data.train_images=0", "data.val_images=0", "optimization.epochs=1"]
-    given = {"output": str(tmp_path), "data": str(data), "evit": evit, "warm": warm, "norm": norm, "folder": of_folder}
+    given = {
+        "output": str(tmp_path),
+        "data": str(data),
+        "evit": evit,
+        "warm": warm,
+        "drawn": drawn,
+        "norm": norm,
+        "folder": of_folder,
+    }
     (tmp_path / "two.py").write_text(TWO)
     launch = "-m torch.distributed.run --standalone --nproc_per_node 2"  # accelerate's own needs MPI where there is no GPU
     command = [sys.executable, *launch.split(), str(tmp_path / "two.py"), json.dumps(given)]
@@ -317,8 +332,9 @@ def test_two_processes_are_one(tmp_path):
     reports, others = (dict(map(json.loads, (tmp_path / f"said-{rank}").read_text().splitlines())) for rank in (0, 1))
     odd = reports.pop("odd")
     assert others.pop("odd") == odd
-    assert [type(report) for report in reports.values()] == [dict] * 5
-    assert others == dict.fromkeys(["evit", "warm", "norm", "stopped", "folder"])
+    assert [type(report) for report in reports.values()] == [dict] * 6
+    assert others == dict.fromkeys(["evit", "warm", "drawn", "norm", "stopped", "folder"])
+    assert ["policy" in row for row in rows(tmp_path / "drawn") if "loss" in row] == [True, False] * 3  # group after group
 
     report = go(tmp_path / "alone", *evit[len(BASE) :])
     assert report.accuracy.images == reports["evit"]["accuracy"]["images"] == 8

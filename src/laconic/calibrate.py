@@ -26,19 +26,22 @@ import torch
 from torch import Tensor, nn
 
 from laconic.attach import reduce_, restore_
-from laconic.attention import Watch
-from laconic.compression import Compression, attach, compression_of, detach
+from laconic.compression import Compression, compression_of
 from laconic.hosts import HOSTS
 from laconic.impact import Batch, back, record
+from laconic.mending import Mending, Pair
 from laconic.methods.patch_slimming import PatchSlimming
 from laconic.modes import evaluating
 from laconic.schedule import Schedule
+from laconic.seams import attach, detach
 
 Images = Tensor | Iterable[Any]
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, images: Images, *, tolerance: float | None = None, step: int = 10) -> nn.Module:
+def calibrate(
+    model: nn.Module, images: Images, *, tolerance: float | None = None, step: int = 10, tuning: int = 0, lr: float = 1e-4
+) -> nn.Module:
     """Choose the patches that a model reduced by ``patch-slimming`` keeps, in place; the same object is returned.
 
     The positions become buffers of the model, so `laconic.save` writes them. The whole attention of the unreduced model
@@ -53,21 +56,31 @@ def calibrate(model: nn.Module, images: Images, *, tolerance: float | None = Non
             for this relative squared error, |Z' - Z|^2 / |Z|^2. 0 prunes nothing but what is not read; the last block,
             of which the class token alone is read, always keeps one patch, and with infinity so do all others.
         step: how many patches more are tried at a time (the paper's r').
+        tuning: steps of fine-tuning of each block that loses patches, before its error is measured: the paper's remedy, see
+            `laconic.mending`. How many is not published; 0 finds positions only and leaves all weights as they are.
+        lr: learning rate of the fine-tuning; not published either.
 
-    The fine-tuning of each block between two trials, which the paper can do, is left out: fine-tune the whole afterwards.
+    The paper goes on from the weights of the trial before and aims at the features of the original model. Here each trial
+    starts from the block's own weights, and the block below aims at what the fine-tuned block makes of all its tokens.
+    Fine-tune the whole afterwards, as the paper does.
 
     Raises:
         ValueError: the model is not reduced, or by another method; images of another size, or none; a tolerance below 0,
-            or one for a model that reads all its tokens.
+            or one for a model that reads all its tokens; a block to be fine-tuned has nothing to train.
     """
     compression = compression_of(model)
     _check(compression, tolerance, step)
+    if not isinstance(tuning, int) or tuning < 0 or not lr > 0:
+        raise ValueError(f"tuning must be a number of steps, 0 or more, and lr positive; got tuning={tuning!r}, lr={lr!r}")
     built: Any = {int(block): reducer for block, reducer in compression.reducers.items()}
     counts = None if tolerance is not None else {block: len(reducer.kept) for block, reducer in built.items()}
     sites = set(range(compression.depth)) if counts is None else set(counts)
-    search = Search(compression, counts, math.inf if tolerance is None else tolerance, step)
+    search = Search(compression, counts, math.inf if tolerance is None else tolerance, step, Mending(tuning, lr))
     with _unreduced(model, compression):
-        batches = [record(model, compression, batch, min(sites), counts is None) for batch in _batches(compression, images)]
+        batches = [
+            record(model, compression, batch, min(sites), counts is None or tuning > 0)
+            for batch in _batches(compression, images)
+        ]
         if not batches:
             raise ValueError("there are no images to calibrate with; pass a batch [B, channels, height, width], or some")
         kept = search.run(batches, sites)
@@ -91,6 +104,7 @@ class Search:
     counts: dict[int, int] | None
     tolerance: float
     step: int
+    mending: Mending
 
     def run(self, batches: list[Batch], sites: set[int]) -> dict[int, list[int]]:
         """Block -> the positions it keeps."""
@@ -113,19 +127,32 @@ class Search:
 
     def _choose(self, block: int, above: list[int], ranking: list[int], mask: Tensor, batches: list[Batch]) -> list[int]:
         """``above``, and the best others: as many as the schedule says, or as the tolerance needs."""
+        last = block == self.compression.depth - 1
         if self.counts is not None:
-            return _longer(above, ranking, self.counts[block])
-        if block == self.compression.depth - 1:
+            order = _longer(above, ranking, self.counts[block])
+            if not last and len(order) < len(ranking):
+                self.mending.mend(self._pair(block, order, mask), batches)
+            return order
+        if last:
             return ranking[:1]
         tried = 0
         for r in range(0, len(ranking) + self.step, self.step):
             order = _longer(above, ranking[:r], len(ranking))
+            pair = self._pair(block, order, mask)
             if len(order) == len(ranking):
+                self.mending.undo(pair, batches)
                 break
-            if len(order) > tried and self._error(block + 1, order, mask, batches) <= self.tolerance:
-                break
+            if len(order) > tried:
+                self.mending.mend(pair, batches)
+                if pair.error(batches) <= self.tolerance:
+                    break
             tried = len(order)
         return order
+
+    def _pair(self, block: int, order: list[int], read: Tensor) -> Pair:
+        """A block and the next one, which gets the tokens ``order`` alone."""
+        blocks = HOSTS[self.compression.host_path].blocks(self.compression.model)
+        return Pair(block, blocks[block], blocks[block + 1], self._mask(order, read), read)
 
     def _mask(self, order: list[int], like: Tensor) -> Tensor:
         mask = torch.zeros_like(like)
@@ -142,19 +169,6 @@ class Search:
         if kind not in ("token", "none") and not prefix_too:
             mask[: self.compression.prefix] = 0
         return mask
-
-    def _error(self, block: int, order: list[int], read: Tensor, batches: list[Batch]) -> float:
-        """How far the outputs ``read`` of a block are from the true ones if it gets the tokens ``order`` alone."""
-        hidden = self._mask(order, read).log()  # 0, or minus infinity: for the others as if they were not there
-        module, rows = HOSTS[self.compression.host_path].blocks(self.compression.model)[block], read > 0
-        off = size = 0.0
-        for batch in batches:
-            x, keywords = batch.inputs[block]
-            true = batch.inputs[block + 1][0][:, rows].float()
-            with Watch([], hidden.view(1, 1, 1, -1)):
-                got = module(x, **keywords)[:, rows].float()
-            off, size = off + float((got - true).square().sum()), size + float(true.square().sum())
-        return off / size
 
 
 def _longer(above: list[int], ranking: list[int], count: int) -> list[int]:

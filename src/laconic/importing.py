@@ -159,7 +159,7 @@ def _said_by_evit(args: Any, source: str) -> dict[str, Any]:
 
 def _advice(weights: Mapping[str, Tensor], compression: Compression) -> str:
     name, learned = compression.config.row.name, any(key.startswith(("laconic.", "score_predictor.")) for key in weights)
-    if learned and not compression.config.row.learns:
+    if learned and not any(True for _ in compression.parameters()):
         return f"\nThe file has a learned score, which {name} has not; dynamicvit and dtps have."
     if compression.config.row.learns and not learned:
         return f"\nThe file has no learned score, which {name} needs: load the weights first, then laconic.reduce_ and train."

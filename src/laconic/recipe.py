@@ -13,7 +13,7 @@ from typing import Any
 
 from laconic.fitting import build
 from laconic.reducer import nearest_names
-from laconic.settings import About, AugmentationPart, DataPart, LossPart, MethodPart, ModelPart, OptimizationPart
+from laconic.settings import About, AugmentationPart, DataPart, LossPart, MethodPart, ModelPart, OptimizationPart, StepPart
 
 __all__ = [
     "About",
@@ -24,6 +24,7 @@ __all__ = [
     "ModelPart",
     "OptimizationPart",
     "Recipe",
+    "StepPart",
     "from_json",
     "names",
     "read",
@@ -41,6 +42,7 @@ class Recipe:
     augmentation: AugmentationPart = field(default_factory=AugmentationPart)
     optimization: OptimizationPart = field(default_factory=OptimizationPart)
     loss: LossPart = field(default_factory=LossPart)
+    step: StepPart = field(default_factory=StepPart)
     seed: int = 0
 
     def __post_init__(self) -> None:

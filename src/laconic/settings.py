@@ -27,6 +27,13 @@ def _at_least_one(**values: int | float | None) -> None:
     _refuse_unless(lambda value: value >= 1, "at least 1", **values)
 
 
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
 @dataclass(frozen=True)
 class About:
     """Whose row it is, and what was published for it. Not used in training."""
@@ -52,16 +59,30 @@ class ModelPart:
 
 @dataclass(frozen=True)
 class MethodPart:
-    """The reduction; no name: none. Epochs of the keep-rate warm-in may be fractions."""
+    """The reduction; no name: none. Epochs of the keep-rate warm-in may be fractions.
+
+    Options may change in training: ``later`` has for an epoch (counted from 0) those that are others from there on, ``ramps``
+    those that go linearly from one number to another, over all steps.
+    """
 
     name: str = ""
     keep: float | tuple[float, ...] | None = None
     at: tuple[int, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
+    later: dict[str, Any] = field(default_factory=dict)
+    ramps: dict[str, Any] = field(default_factory=dict)
     warm_in_start: float = 0.0
     warm_in_epochs: float = 0.0
 
     def __post_init__(self) -> None:
+        for epoch, options in self.later.items():
+            if not (_is_number(epoch) and isinstance(options, dict)):
+                raise ValueError(
+                    f"method.later must have a table of options for an epoch, as 200 = {{...}}, not {epoch} = {options!r}"
+                )
+        for option, ends in self.ramps.items():
+            if not (isinstance(ends, list | tuple) and len(ends) == 2 and all(isinstance(end, int | float) for end in ends)):
+                raise ValueError(f"method.ramps.{option} must be two numbers, as [10.0, 0.1], not {ends!r}")
         for keep in self.keep if isinstance(self.keep, tuple) else (self.keep,):
             _refuse_unless(lambda value: 0 < value <= 1, "above 0 and at most 1", method__keep=keep)
         _not_negative(method__warm_in_start=self.warm_in_start, method__warm_in_epochs=self.warm_in_epochs)
@@ -129,9 +150,10 @@ class OptimizationPart:
     ``batch_size`` is of one step, over all processes. ``lr`` is multiplied by batch_size / lr_base_size (0: it is absolute).
     ``warmup``: the cosine has begun ``within`` the warm-up (as timm has it), or begins where the warm-up ends (``before``).
     ``update``: the learning rate changes with every step, with every epoch, or with every epoch but one epoch late (as the
-    published code of EViT does). The backbone's learning rate is ``backbone_lr_scale`` times that of the scorers, and 0 in
-    the first ``freeze_backbone_epochs``. ``fixed`` names parameters that are never trained; ``eval_mode`` trains with the
-    model in evaluation mode (no drop path).
+    published code of EViT does). The backbone's learning rate is ``backbone_lr_scale`` times that of the scorers, at most
+    ``backbone_lr_cap``, and 0 in the first ``freeze_backbone_epochs``. ``lr_scales`` are factors for parameters whose names
+    end so. ``fixed`` names parameters that are never trained; ``eval_mode`` trains with the model in evaluation mode (no
+    drop path).
     """
 
     epochs: int = 1
@@ -150,6 +172,8 @@ class OptimizationPart:
     decay_all: bool = False  # biases and norms too
     layer_decay: float | None = None
     backbone_lr_scale: float = 1.0
+    backbone_lr_cap: float | None = None
+    lr_scales: dict[str, Any] = field(default_factory=dict)
     freeze_backbone_epochs: int = 0
     fixed: tuple[str, ...] = ()
     clip_grad: float = 0.0
@@ -162,12 +186,18 @@ class OptimizationPart:
         _at_least_one(optimization__epochs=self.epochs, optimization__batch_size=self.batch_size)
         _refuse_unless(lambda value: value > 0, "positive", optimization__lr=self.lr)
         _refuse_unless(lambda value: 0 < value <= 1, "above 0 and at most 1", optimization__layer_decay=self.layer_decay)
+        _refuse_unless(lambda value: value > 0, "positive", optimization__backbone_lr_cap=self.backbone_lr_cap)
         _refuse_unless(lambda value: 0 <= value < 1, "at least 0 and below 1", optimization__ema=self.ema)
         for beta in self.betas:
             _refuse_unless(lambda value: 0 <= value < 1, "at least 0 and below 1", optimization__betas=beta)
         names = ("lr_base_size", "min_lr", "warmup_epochs", "warmup_lr", "cooldown_epochs", "weight_decay", "clip_grad")
         for name in (*names, "backbone_lr_scale", "freeze_backbone_epochs"):
             _not_negative(**{f"optimization__{name}": getattr(self, name)})
+        for ending, scale in self.lr_scales.items():
+            if not (isinstance(scale, int | float) and math.isfinite(scale) and scale >= 0):
+                raise ValueError(
+                    f"optimization.lr_scales must have a factor of 0 or more for a parameter's name, not {ending} = {scale!r}"
+                )
         most = self.epochs - (self.warmup == "before")
         if self.warmup_epochs > most:
             raise ValueError(
@@ -189,3 +219,11 @@ class LossPart:
     def __post_init__(self) -> None:
         _not_negative(loss__ratio=self.ratio, loss__logits=self.logits, loss__tokens=self.tokens)
         _not_negative(loss__token_labels=self.token_labels)
+
+
+@dataclass(frozen=True)
+class StepPart:
+    """How a step is made, by a name in `laconic.training.steps`, with options of its own; none: as the method is trained."""
+
+    kind: str = ""
+    options: dict[str, Any] = field(default_factory=dict)

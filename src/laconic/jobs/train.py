@@ -21,11 +21,12 @@ from laconic.jobs.models import create
 from laconic.jobs.output import Refusal, Report, Table, write_atomically
 from laconic.jobs.weights import load
 from laconic.recipe import Recipe, read
-from laconic.training.checks import check, tuples
+from laconic.training.checks import check
 from laconic.training.feeding import train_transform
 from laconic.training.loop import Loop
 from laconic.training.running import Run, Running
 from laconic.training.state import CHECKPOINT, METRICS, RECIPE
+from laconic.training.warming import tuples
 
 MODELS = {"val": "Validation", "val_ema": "Validation of the moving average"}
 
@@ -51,7 +52,8 @@ class TrainReport(Report):
 
     def parts(self) -> Iterator[str | Table]:
         method = self.recipe.method
-        what = f"{self.recipe.model.name}{f' with {method.name}, keep {method.keep}' if method.name else ''}"
+        keep = "" if method.keep is None else f", keep {method.keep}"
+        what = f"{self.recipe.model.name}{f' with {method.name}{keep}' if method.name else ''}"
         yield f"{what}: {self.steps} steps, {self.macs / 1e9:.3f} GMACs (unreduced {self.base_macs / 1e9:.3f})."
         yield f"{self.weights[0].upper()}{self.weights[1:]}."
         for name, found in self.accuracies.items():

@@ -5,6 +5,7 @@ from laconic.methods.atc import ATC
 from laconic.methods.ats import ATS
 from laconic.methods.avit import AViT
 from laconic.methods.bat import BAT
+from laconic.methods.conv_pool import ConvPool
 from laconic.methods.diffrate import DiffRate
 from laconic.methods.dpc_knn import DPCKNN
 from laconic.methods.dtps import DTPS
@@ -18,9 +19,9 @@ from laconic.methods.heuristic import Heuristic
 from laconic.methods.iared import IARED
 from laconic.methods.kmeans import KMeans
 from laconic.methods.kmedoids import KMedoids
-from laconic.methods.learned_pool import ConvPool, MLPPool
 from laconic.methods.ltmp import LTMP
 from laconic.methods.mctf import MCTF
+from laconic.methods.mlp_pool import MLPPool
 from laconic.methods.patch_slimming import PatchSlimming
 from laconic.methods.patchmerger import PatchMerger
 from laconic.methods.pitome import PiToMe

@@ -21,16 +21,15 @@ of them. There halted tokens, set to zero, still have a score, that of what thei
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from laconic.attention import shown_of
 from laconic.deciding import DecidingReducer
-from laconic.parts import Alone
+from laconic.masking import shown_of
+from laconic.parts import Everywhere, demand, depth_target, halting_divergence
 from laconic.reducer import Reducer, Site, method
 from laconic.schedule import Schedule
 from laconic.tokens import Tokens
@@ -81,20 +80,6 @@ class AViTReducer(DecidingReducer):
         return {"ponder": tokens.notes[PONDER].mean(), "distribution": divergence}
 
 
-def depth_target(depth: int, center: int, blocks: Sequence[int], like: Tensor) -> Tensor:
-    """The wished halting score of each of ``blocks``: a Gaussian, of which the first ``center`` blocks have 0.98."""
-    places = torch.arange(depth, device=like.device, dtype=torch.float32)
-    log = -(places - center).square() / 2
-    picked = torch.stack([log[block] for block in blocks])
-    return 0.98 * (picked - log[:center].logsumexp(0)).exp()
-
-
-def halting_divergence(score: Tensor, target: Tensor) -> Tensor:
-    """KL(target || shares of the scores) over the number of blocks, and not below zero (the target does not sum to one)."""
-    share = (score / score.sum().clamp_min(torch.finfo(score.dtype).tiny)).clamp(0.01, 0.99)
-    return (torch.xlogy(target, target) - target * share.log()).mean().clamp_min(0)
-
-
 @method(
     "avit",
     title="A-ViT: tokens halt when their scores sum to one",
@@ -107,7 +92,7 @@ def halting_divergence(score: Tensor, target: Tensor) -> Tensor:
     class_readout=True,
 )
 @dataclass(frozen=True)
-class AViT(Alone):
+class AViT(Everywhere):
     """Options of ``avit``: the halting score, the block that most are to halt at, the losses' weights; and `Deciding`'s."""
 
     gate_scale: float = 10.0
@@ -121,24 +106,16 @@ class AViT(Alone):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.eps < 1:
-            raise ValueError(f"avit: eps must be between 0 and 1, not {self.eps!r}")
-        if self.target_depth < 1:
-            raise ValueError(f"avit: target_depth must be a block from 1 on, not {self.target_depth!r}")
+        demand("avit", "eps", self.eps, 0 < self.eps < 1, "must be between 0 and 1")
+        demand("avit", "target_depth", self.target_depth, self.target_depth >= 1, "must be a block from 1 on")
 
     def build(self, site: Site) -> Reducer:
         return AViTReducer(self)
 
-    def blocks(self, depth: int) -> tuple[int, ...]:
-        """Every block."""
-        return tuple(range(depth))
-
     def counts(self, schedule: Schedule, depth: int, patches: int) -> tuple[int, ...]:
         if schedule.at[-1] != depth - 1:
-            raise ValueError(
-                f"avit gives its answer after the model's last block, where all tokens halt: at must end with {depth - 1}, not "
-                f"with {schedule.at[-1]}"
-            )
+            where = f"at must end with {depth - 1}, not with {schedule.at[-1]}"
+            raise ValueError(f"avit gives its answer after the model's last block, where all tokens halt: {where}")
         return super().counts(schedule, depth, patches)
 
     def loss_weights(self) -> dict[str, float]:

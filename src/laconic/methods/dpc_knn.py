@@ -46,7 +46,7 @@ class DPCKNNReducer(Reducer):
         if self.score is None:
             return torch.ones_like(tokens.size)
         score = self.score(tokens.patches.to(self.score.weight.dtype)).squeeze(-1).float()
-        peak = score.new_full((len(score), n), -torch.inf).scatter_reduce(1, cluster, score.detach(), "amax")
+        peak = score.new_full((score.shape[0], n), -torch.inf).scatter_reduce(1, cluster, score.detach(), "amax")
         return (score - peak.gather(1, cluster)).exp()
 
 

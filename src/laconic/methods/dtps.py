@@ -7,7 +7,7 @@ tokens are masked afterwards. Losses: "ratio" as in DynamicViT, and distillation
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from laconic.attention import Seen
 from laconic.methods.dynamicvit import LearnedPrune, predictor_macs
 from laconic.methods.squeeze import NOTED, Squeeze
-from laconic.parts import arbitrary
+from laconic.parts import arbitrary, by_stage
 from laconic.reducer import Reducer, Site, method
 from laconic.rows import iota
 from laconic.schedule import of_the_initial
@@ -61,6 +61,9 @@ class DTPS(Squeeze):
 
     def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
         return dict(Counter(predictor_macs(before, site.dim)) + Counter(self.squeeze_macs(before, after, site.dim)))
+
+    def official(self, weights: Mapping[str, Tensor], at: Sequence[int]) -> dict[str, Tensor]:
+        return by_stage(weights, at, "score_predictor", "predictor.")
 
 
 def _forget(tokens: Tokens) -> Tokens:

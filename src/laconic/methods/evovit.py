@@ -11,23 +11,25 @@ again. Its published model reads the mean over all patches, placeholders among t
 * ``stages="block"`` chooses anew before every block (the first 200 epochs of its training), ``"scheduled"`` at the
   schedule's blocks: by default after a third and two thirds of the depth.
 
-Training is the same operation. The published loss has a second head on the class token; that is up to the trainer.
+Training is the same operation. With ``second_head``, a number of classes, a norm and a linear layer read the class token
+after the last block as well, as in the published training: the loss is half the cross-entropy of each. Inference has no use
+for it, and a checkpoint is read with it or without.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from laconic.attention import Seen
-from laconic.parts import SCORES, ScoreName, split
-from laconic.reducer import Method, Reducer, Site, choice, method
+from laconic.parts import CLASS_LOGITS, SCORES, ClassHead, ScoreName, SlowPath, check_choices, demand, joined, renamed, split
+from laconic.reducer import Reducer, Site, method
 from laconic.rows import iota, take
-from laconic.schedule import Schedule, of_the_initial
+from laconic.schedule import Schedule
 from laconic.tokens import Tokens
 
 EVOLVED, ENTERED = "evolved attention", "representative"
@@ -36,18 +38,23 @@ EVOLVED, ENTERED = "evolved attention", "representative"
 class EvoViTReducer(Reducer):
     """Choose, part, evolve the scores, bring together: whatever is due at this block."""
 
-    def __init__(self, config: EvoViT) -> None:
+    def __init__(self, config: EvoViT, site: Site) -> None:
         super().__init__()
-        self.config = config
+        read = config.second_head is not None and site.block == site.depth - 1
+        self.config, self.second_head = config, ClassHead(site.dim, config.second_head or 0) if read else None
 
     def active(self, before: int, n: int) -> bool:
-        return self.site.schedule is not None and any(value != 1 for value in self.site.schedule.values)
+        schedule = self.site.schedule
+        reduces = schedule is not None and (schedule.unit != "keep" or any(value != 1 for value in schedule.values))
+        return reduces or (self.second_head is not None and self.training)
 
     def before(self, tokens: Tokens, n: int) -> Tokens:
-        if not self.config.chooses(self.site):
+        schedule, block, patches = self.site.schedule, self.site.block, tokens.where.shape[1]
+        count = self.config.slow(schedule, block, patches)
+        if count == patches or not self.config.chooses(schedule, block):
             return tokens
-        score, patches = tokens.columns[EVOLVED], tokens.where.shape[1]
-        slow, parked = split(score, self.config.chosen(self.site, patches))
+        score = tokens.columns[EVOLVED]
+        slow, parked = split(score, count)
         aside, tokens = tokens.keep(parked), tokens.keep(slow)
         if self.config.update == "fast":
             share = take(score, parked).unsqueeze(1)
@@ -62,14 +69,14 @@ class EvoViTReducer(Reducer):
 
     def after(self, tokens: Tokens, n: int) -> Tokens:
         aside = tokens.aside
-        if aside is None or not self.config.restores(self.site):
-            return tokens
-        if self.config.update == "fast":
-            added = tokens.patches[:, -1:] - tokens.notes[ENTERED]
-            tokens = tokens.keep(iota(tokens.size)[:, :-1])
-            aside = aside.replace(x=torch.cat([aside.x[:, : aside.prefix], aside.patches + added], 1))
-        notes = {name: note for name, note in tokens.notes.items() if name != ENTERED}
-        return tokens.join(aside).replace(aside=None, notes=notes)
+        if aside is not None and self.config.restores(self.site.schedule, self.site.block, self.site.depth):
+            if self.config.update == "fast":
+                added = tokens.patches[:, -1:] - tokens.notes[ENTERED]
+                tokens = tokens.keep(iota(tokens.size)[:, :-1])
+                aside = aside.replace(x=torch.cat([aside.x[:, : aside.prefix], aside.patches + added], 1))
+            notes = {name: note for name, note in tokens.notes.items() if name != ENTERED}
+            tokens = tokens.join(aside).replace(aside=None, notes=notes)
+        return tokens if self.second_head is None else self.second_head(tokens)
 
 
 @method(
@@ -82,72 +89,36 @@ class EvoViTReducer(Reducer):
     trained=True,
 )
 @dataclass(frozen=True)
-class EvoViT(Method):
-    """Options of ``evovit``: what becomes of placeholders, when tokens are chosen, and what attention scores them."""
+class EvoViT(SlowPath):
+    """Options of ``evovit``: what becomes of placeholders, when tokens are chosen, what scores them, a head for training."""
 
-    update: Literal["parked", "fast"] = "parked"
-    stages: Literal["scheduled", "block"] = "scheduled"
     score: ScoreName = "class"
+    second_head: int | None = None  # number of classes
 
     official_model: ClassVar[Mapping[str, Any]] = {"global_pool": "avg"}
 
     def __post_init__(self) -> None:
-        choice("evovit", "update", self.update, ("parked", "fast"))
-        choice("evovit", "stages", self.stages, ("scheduled", "block"))
-        choice("evovit", "score", self.score, list(SCORES))
+        check_choices(self)
+        fits = self.second_head is None or self.second_head >= 1
+        demand("evovit", "second_head", self.second_head, fits, "is a number of classes, or None")
 
     def build(self, site: Site) -> Reducer:
-        return EvoViTReducer(self)
+        return EvoViTReducer(self, site)
 
-    # ---------------------------------------------------------------------------------------------- the schedule
+    def loss_weights(self) -> dict[str, float]:
+        return {} if self.second_head is None else {"cross_entropy": 0.5, CLASS_LOGITS: 0.5}
+
     def plan(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
         blocks = (depth // 3, 2 * depth // 3) if at is None else tuple(at)
         if blocks and blocks[0] == 0:
             raise ValueError("evovit chooses by the attention of the block before; at must not name block 0")
         return Schedule.rates(0.5 if keep is None else keep, blocks)
 
-    def works_at(self, schedule: Schedule, depth: int) -> Sequence[int]:
-        return range(max(0, schedule.at[0] - 1), depth)
-
-    def chooses(self, site: Site) -> bool:
-        """Whether tokens are chosen before this block."""
-        at = site.schedule.at if site.schedule is not None else ()
-        return site.block >= at[0] if self.stages == "block" else site.block in at
-
-    def restores(self, site: Site) -> bool:
-        """Whether the placeholders come back after this block."""
-        at = site.schedule.at if site.schedule is not None else ()
-        return self.stages == "block" or site.block + 1 in (*at, site.depth)
-
-    def chosen(self, site: Site, patches: int) -> int:
-        """Patch tokens on the slow path at this block: of all patches, since all have come back."""
-        schedule = site.schedule
-        if schedule is None or site.block < schedule.at[0]:
-            return patches
-        value = schedule.values[sum(block <= site.block for block in schedule.at) - 1]
-        if schedule.unit == "keep":
-            return max(1, of_the_initial((value,), patches, patches))
-        return min(patches, int(value)) if schedule.unit == "leave" else max(1, patches - int(value))
-
-    def counts(self, schedule: Schedule, depth: int, patches: int) -> tuple[int, ...]:
-        sites = [Site(0, block, 0, 0, None, depth=depth, schedule=schedule) for block in range(depth)]
-        return tuple(patches if self.restores(site) else self.inside(patches, patches, site, patches)[0] for site in sites)
-
-    def inside(self, before: int, after: int, site: Site, patches: int | None = None) -> tuple[int, int]:
-        whole = site.grid[0] * site.grid[1] if patches is None else patches
-        count = self.chosen(site, whole)
-        count += self.update == "fast" and count < whole
-        return count, count
-
-    # ---------------------------------------------------------------------------------------------- the authors' names
     def official(self, weights: Mapping[str, Tensor], at: Sequence[int]) -> dict[str, Tensor]:
-        """Their q, k and v lie apart, their norms and projections beside the blocks; their second head is for training."""
-        out = {name: w for name, w in weights.items() if not name.startswith(("qks.", "vs.", "norm_cls.", "head_cls."))}
-        for name, qk in weights.items():
-            if name.startswith("qks."):
-                _, block, _, kind = name.split(".")
-                out[f"blocks.{block}.attn.qkv.{kind}"] = torch.cat([qk, weights[f"vs.{block}.v.{kind}"]])
-        for theirs, ours in (("norms.", "norm1"), ("projs.", "attn.proj")):
-            for name in [name for name in out if name.startswith(theirs)]:
-                out[f"blocks.{name.split('.')[1]}.{ours}.{name.rpartition('.')[2]}"] = out.pop(name)
-        return {name.replace("norm.", "fc_norm.", 1) if name.startswith("norm.") else name: w for name, w in out.items()}
+        """Their q, k and v lie apart, their norms and projections beside the blocks, and so does the second head."""
+        last = max((int(name.split(".")[1]) for name in weights if name.startswith("norms.")), default=0)
+        second = [rf"laconic.reducers.{last}.second_head.\1.\2"] if self.second_head is not None else []
+        layers = [(r"(?:qks|vs)\.(\d+)\.(.+)", r"blocks.\1.attn.\2"), (r"norm\.(.+)", r"fc_norm.\1")]
+        beside = [(r"norms\.(\d+)\.(.+)", r"blocks.\1.norm1.\2"), (r"projs\.(\d+)\.(.+)", r"blocks.\1.attn.proj.\2")]
+        ours = renamed(weights, *layers, *beside, (r"(norm|head)_cls\.(.+)", *second))
+        return joined(ours, ("attn.qk", "attn.v"), "attn.qkv")

@@ -17,7 +17,6 @@ A keep rate is what `laconic.summary` reckons with; the interpreters decide alon
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from laconic.deciding import Deciding, DecidingReducer
-from laconic.parts import SCORES, ScoreName
-from laconic.reducer import Reducer, Site, choice, method
+from laconic.parts import ScoreName, by_stage, check_choices, demand, demand_class_token, renamed, start_small
+from laconic.reducer import Reducer, Site, method
 from laconic.tokens import Tokens
 
 LOG_PROBABILITY, KEPT = "log-probability of the draw", "share of the patches kept"
@@ -41,8 +40,7 @@ class InterpreterReducer(DecidingReducer):
     def __init__(self, dim: int, config: IARED) -> None:
         super().__init__()
         self.config, self.qk = config, nn.Linear(dim, 3 * dim)
-        nn.init.trunc_normal_(self.qk.weight, std=0.02)
-        nn.init.zeros_(self.qk.bias)
+        start_small(self)
 
     def before(self, tokens: Tokens, n: int) -> Tokens:
         there = tokens.there.detach()
@@ -60,22 +58,14 @@ class InterpreterReducer(DecidingReducer):
         x = F.layer_norm(tokens.x.to(self.qk.weight.dtype), tokens.x.shape[2:])
         (wq, wk, _), (bq, bk, _) = self.qk.weight.chunk(3), self.qk.bias.chunk(3)
         if self.config.score == "class":
-            asking = F.linear(self._class_token(tokens, x), wq, bq).float()
+            demand_class_token(tokens, "so there is no class query to interpret with; pass score='mean-query'")
+            asking = F.linear(x[:, 0], wq, bq).float()
         else:
             every = F.linear(x[:, tokens.prefix :], wq, bq).float()
             asking = (every * there.unsqueeze(2)).sum(1) / there.sum(1, keepdim=True).clamp_min(1.0)
         keys = F.linear(x[:, tokens.prefix :], wk, bk).float()
         logits = (keys * asking.unsqueeze(1)).reshape(*keys.shape[:2], self.config.heads, -1).sum(3)
         return (logits * (self.config.heads / keys.shape[2]) ** 0.5).sigmoid().mean(2)
-
-    @staticmethod
-    def _class_token(tokens: Tokens, x: Tensor) -> Tensor:
-        if not tokens.has_cls:
-            raise LookupError(
-                "this backbone has no class token, so there is no class query to interpret with; pass score='mean-query' (the "
-                "mean patch query), or take a method with a score of its own (tome, dynamicvit, spvit)"
-            )
-        return x[:, 0]
 
 
 def draw(probability: Tensor) -> Tensor:
@@ -96,32 +86,24 @@ def draw(probability: Tensor) -> Tensor:
 )
 @dataclass(frozen=True)
 class IARED(Deciding):
-    """Options of ``iared``: those of the interpreters, and of `Deciding`.
+    """Options of ``iared``: those of the interpreters, and of `Deciding`."""
 
-    Args:
-        heads: heads of each interpreter; they must divide the width of the model.
-        threshold: how informative a token must be to stay.
-        score: the query of the ``class`` token, or (without class token) the ``mean-query``.
-    """
-
-    heads: int = 6
-    threshold: float = 0.5
-    score: ScoreName = "class"
+    heads: int = 6  # of each interpreter; they must divide the width of the model
+    threshold: float = 0.5  # how informative a token must be to stay
+    score: ScoreName = "class"  # the query of the class token, or (without class token) the mean-query
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choice("iared", "score", self.score, list(SCORES))
-        if isinstance(self.heads, bool) or not isinstance(self.heads, int) or self.heads < 1:
-            raise ValueError(f"iared: heads is a number of heads, at least 1, not {self.heads!r}")
-        if not 0 <= self.threshold < 1:
-            raise ValueError(f"iared: threshold must be from 0 to below 1, not {self.threshold!r}")
+        check_choices(self)
+        whole = isinstance(self.heads, int) and not isinstance(self.heads, bool)
+        demand("iared", "heads", self.heads, whole and self.heads >= 1, "is a number of heads, at least 1")
+        demand("iared", "threshold", self.threshold, 0 <= self.threshold < 1, "must be from 0 to below 1")
 
     def build(self, site: Site) -> Reducer:
         if site.dim % self.heads:
             fitting = [heads for heads in range(1, 17) if site.dim % heads == 0]
-            raise ValueError(
-                f"iared: {self.heads} heads do not divide the {site.dim} channels of this model; pass heads= one of {fitting}"
-            )
+            unfit = f"{self.heads} heads do not divide the {site.dim} channels of this model"
+            raise ValueError(f"iared: {unfit}; pass heads= one of {fitting}")
         return InterpreterReducer(site.dim, self)
 
     def blocks(self, depth: int) -> tuple[int, ...]:
@@ -135,11 +117,8 @@ class IARED(Deciding):
 
     def official(self, weights: Mapping[str, Tensor], at: Sequence[int]) -> dict[str, Tensor]:
         """Their blocks lie there twice; what their own code loads is those of the groups."""
-        out = dict(weights)
-        for name in weights:
-            found = re.fullmatch(r"groups\.(\d+)\.(?:agent\.(.+)|block_list\.(\d+)\.(.+))", name)
-            if found and int(found[1]) < len(at):
-                first, tensor = at[int(found[1])], out.pop(name)
-                ours = f"laconic.reducers.{first}.{found[2]}" if found[2] else f"blocks.{first + int(found[3])}.{found[4]}"
-                out[ours] = tensor
-        return out
+        return renamed(
+            by_stage(weights, at, "groups"),
+            (r"(laconic\.reducers\.\d+)\.agent\.(.+)", r"\1.\2"),
+            (r"laconic\.reducers\.(\d+)\.block_list\.(\d+)\.(.+)", lambda m: f"blocks.{int(m[1]) + int(m[2])}.{m[3]}"),
+        )

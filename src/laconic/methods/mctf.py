@@ -13,8 +13,8 @@ At the input of a block, with the attention A that the block would compute of th
 
 Sizes weigh the attention (proportional attention). Out come the even tokens in order, then the odd ones by falling score
 (in order, where matching goes ``one`` way).
-At least `LEAST` patch tokens and the class token stay. Published numbers are of models fine-tuned for 30 epochs, with a
-consistency loss between two merging rates that is not here: train with soft distillation from the unreduced model instead.
+At least `LEAST` patch tokens and the class token stay. Published numbers are of models fine-tuned for 30 epochs with
+`laconic.training.consistency`: two passes, of which the one that merges less teaches the other.
 """
 
 from __future__ import annotations
@@ -24,32 +24,18 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from laconic.attention import Seen
-from laconic.parts import bipartite, by_parity, cosine, lay, share, split
-from laconic.reducer import Method, Reducer, Site, choice, method
-from laconic.rows import add_rows, iota, take
+from laconic.parts import both_ways, by_parity, check_choices, cosine, demand, fuse, share, soften, taking_away
+from laconic.reducer import Method, Reducer, Site, method
+from laconic.rows import take
 from laconic.schedule import Schedule
-from laconic.shapes import Float, Int
+from laconic.shapes import Float
 from laconic.tokens import Tokens
 
 LEAST = 9
 Direction = Literal["both", "one"]
-
-
-def fuse(
-    attention: Float[Tensor, "B H N N"], dst: Int[Tensor, "B L"], weight: Float[Tensor, "B L"], count: int
-) -> Float[Tensor, "B H M M"]:
-    """Attention among merged tokens: rows averaged by ``weight``, columns summed; prefix tokens are as they are."""
-    batch, heads, before, _ = attention.shape
-    prefix, total = before - dst.shape[1], before - dst.shape[1] + count
-    every = torch.cat([torch.arange(prefix, device=dst.device).expand(batch, -1), dst + prefix], 1)
-    rows = attention * F.pad(weight, (prefix, 0), value=1.0).unsqueeze(1).unsqueeze(3)
-    rows = add_rows(rows.transpose(1, 2).flatten(2), every, total).view(batch, total, heads, before)
-    columns = add_rows(rows.permute(0, 3, 2, 1).flatten(2), every, total)
-    return columns.view(batch, total, heads, total).permute(0, 2, 3, 1)
 
 
 class MCTFReducer(Reducer):
@@ -60,27 +46,15 @@ class MCTFReducer(Reducer):
         self.tau, self.direction = tau, direction
 
     def ahead(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
-        attention = seen.matrix
+        r, (a, b), attention = len(tokens) - n, by_parity(tokens), seen.matrix
+        if r > len(tokens) // 2:
+            raise ValueError(f"mctf merges away at most half of the tokens of a block: {r} of {len(tokens)} were asked for")
         received = attention.mean((1, 2))[:, tokens.prefix :]
-        dst, lead = self.match(tokens, received, len(tokens) - n)
+        there = r // 2 if self.direction == "both" else r
+        dst, lead = both_ways(self.score(tokens, received, a, b), a, b, there, r - there)
         weight = share(received * tokens.size, dst, n)
         tokens = tokens.merge(dst, weight, lead)
         return tokens.replace(gate=tokens.size, attention=fuse(attention, dst, weight, n))
-
-    def match(self, tokens: Tokens, received: Float[Tensor, "B L"], r: int) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B M"]]:
-        """Where each token goes, and the tokens that stay."""
-        a, b = by_parity(tokens)
-        if r > len(tokens) // 2:
-            raise ValueError(f"mctf merges away at most half of the tokens of a block: {r} of {len(tokens)} were asked for")
-        score = self.score(tokens, received, a, b)
-        gone_a, stay_a, match = bipartite(score, r // 2 if self.direction == "both" else r)
-        gone_b, stay_b, host = b[:, :0], iota(b), b
-        if self.direction == "both":
-            best, host = take(score, stay_a).max(1)
-            gone_b, stay_b = split(best, r - gone_a.shape[1])
-        of_b = lay(stay_b, gone_b, iota(stay_b) + stay_a.shape[1], host.gather(1, gone_b))
-        of_a = lay(stay_a, gone_a, iota(stay_a), of_b.gather(1, match))
-        return lay(a, b, of_a, of_b), torch.cat([a.gather(1, stay_a), b.gather(1, stay_b)], 1)
 
     def score(self, tokens: Tokens, received: Tensor, a: Tensor, b: Tensor) -> Float[Tensor, "B M K"]:
         """How well each token of ``a`` goes with each of ``b``."""
@@ -91,11 +65,6 @@ class MCTFReducer(Reducer):
             little = soften(much.amin(1, keepdim=True) / much, tau)
             score = score * little.gather(1, a).unsqueeze(2) * little.gather(1, b).unsqueeze(1)
         return score
-
-
-def soften(criterion: Tensor, tau: float) -> Tensor:
-    """criterion^(1 / tau); tau 0 leaves it out."""
-    return criterion.pow(1 / tau) if tau else torch.ones_like(criterion)
 
 
 @method(
@@ -130,10 +99,10 @@ class MCTF(Method):
     halves: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        choice("mctf", "direction", self.direction, ("both", "one"))
+        check_choices(self)
         for name in ("tau_sim", "tau_info", "tau_size"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"mctf: {name} must be 0 (off) or a positive temperature, not {getattr(self, name)!r}")
+            tau = getattr(self, name)
+            demand("mctf", name, tau, tau >= 0, "must be 0 (off) or a positive temperature")
 
     def build(self, site: Site) -> Reducer:
         return MCTFReducer((self.tau_sim, self.tau_info, self.tau_size), self.direction)
@@ -141,13 +110,7 @@ class MCTF(Method):
     def plan(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
         if self.r is None:
             return super().plan(depth, keep, at)
-        if keep is not None:
-            raise ValueError("mctf: give either r (tokens taken away in every block) or keep, not both")
-        blocks = range(min(1, depth - 1), depth) if at is None else at
-        r = (self.r,) * len(blocks) if isinstance(self.r, int) else self.r
-        if len(r) != len(blocks):
-            raise ValueError(f"mctf: {len(r)} values of r for {len(blocks)} blocks")
-        return Schedule.removing(dict(zip(blocks, r, strict=True)))
+        return taking_away("mctf", self.r, keep, range(min(1, depth - 1), depth) if at is None else at)
 
     def leaves(self, rates: Sequence[float], n: int, patches: int) -> int:
         return max(n - int((n + 1) * (1 - rates[-1]) + 1e-9), n - n // 2, min(n, LEAST))

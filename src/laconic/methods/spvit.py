@@ -1,26 +1,22 @@
 """SPViT: Enabling Faster Vision Transformers via Latency-aware Soft Token Pruning (Kong et al., ECCV 2022, arXiv:2112.13890).
 
-Before a block, a selector asks every head about every token. One small network, the same for all heads, maps a head's part
-of the token (a local half, and a global half averaged over the tokens that are there) to the logarithms of keeping and of
-dropping it; a second one weighs the heads, token by token, by the means of their channels. Weighted means over heads of
-the log-probabilities decide, of the probabilities score (sec. 3.2). The tokens that leave at a stage become one package
-token at the end, the sum of their features by their probabilities of being kept; package tokens are asked along with the
-others at later stages, and never leave (sec. 3.3).
+Before a block a selector asks every head about every token. One small network, the same for all heads, maps a head's part of
+the token (a local half, and a global half averaged over the tokens that are there) to the logarithms of keeping and of
+dropping it; a second one weighs the heads, token by token, by the means of their channels. Weighted means over heads of the
+log-probabilities decide, of the probabilities score (sec. 3.2). The tokens that leave at a stage become one package token at
+the end: the sum of their features by their probabilities of being kept. Packages are asked later on, too, and stay (sec. 3.3).
 
 * Inference: a token stays if keeping is at least as likely as dropping, so that every image keeps a number of its own.
 * Training: a hard Gumbel-softmax decision with straight-through gradients; those that leave are hidden. Loss "ratio":
-  (share of patches kept, mean over the batch - rho)^2, with rho of each stage from ``ratios``, or with keep rates their
-  product so far.
+  (share of patches kept, mean over the batch - rho)^2, rho from ``ratios``, or with keep rates their product so far.
 
-Departures: the published code draws Gumbel noise in evaluation too; here inference has none, and the same image gives
-the same answer twice. There the sum is not divided by its weights, as with ``package="sum"``; ``"mean"`` is the paper's
-(where nothing leaves, zero in both cases). Its softmax in training adds 1e-6 to every attention weight; none leaks here.
+Departures: the published code draws Gumbel noise in evaluation too; here inference has none, and an image always gets the
+same answer. There the sum is not divided by its weights, as with ``package="sum"``; ``"mean"`` is the paper's (where nothing
+leaves, zero in both cases). Its softmax in training adds 1e-6 to every attention weight; none leaks here.
 """
 
 from __future__ import annotations
 
-import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -30,13 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from laconic.deciding import Deciding, DecidingReducer
-from laconic.parts import Selector, gumbel_keep
-from laconic.reducer import Reducer, Site, choice, method
+from laconic.parts import Selector, by_stage, check_choices, demand, gumbel_keep, last_copies, renamed
+from laconic.reducer import Reducer, Site, method
 from laconic.rows import iota
 from laconic.schedule import of_the_initial, quarters
 from laconic.tokens import Tokens
 
-LOG = logging.getLogger(__name__)
 PACKAGE = "package"  # the column that is 1 for package tokens
 
 
@@ -51,8 +46,7 @@ class SPViTReducer(DecidingReducer):
         there = tokens.there
         packages = tokens.columns.get(PACKAGE, torch.zeros_like(there))
         log, scores = self.selector(tokens.patches, there)
-        keep = self.decide(log)
-        keep = torch.where(packages > 0, 1.0, keep)
+        keep = torch.where(packages > 0, 1.0, self.decide(log))
         gone, score = (1 - keep) * there, scores[..., 0]
         weight = score * gone
         if self.package == "mean":
@@ -91,29 +85,22 @@ class SPViTReducer(DecidingReducer):
 )
 @dataclass(frozen=True)
 class SPViT(Deciding):
-    """Options of ``spvit``: how tokens are packaged, what share of the patches to aim at, and those of `Deciding`.
+    """Options of ``spvit``: how tokens are packaged, what share of the patches to aim at, and those of `Deciding`."""
 
-    Args:
-        package: by the ``sum`` of what leaves, weighted by its scores, or by the weighted ``mean``.
-        ratios: shares of the patches that training aims at, one for each stage, where no keep rates are given.
-    """
-
-    package: Literal["sum", "mean"] = "sum"
-    ratios: tuple[float, ...] = (0.617, 0.369, 0.137)
+    package: Literal["sum", "mean"] = "sum"  # of what leaves, weighted by its scores
+    ratios: tuple[float, ...] = (0.617, 0.369, 0.137)  # aims of training, one for each stage, where no keep rates are given
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choice("spvit", "package", self.package, ("sum", "mean"))
-        if not all(0 < ratio <= 1 for ratio in self.ratios):
-            raise ValueError(f"spvit: ratios are shares of the patches to keep, above 0 and up to 1, not {self.ratios}")
+        check_choices(self)
+        shares = all(0 < ratio <= 1 for ratio in self.ratios)
+        demand("spvit", "ratios", self.ratios, shares, "are shares of the patches to keep, above 0 and up to 1")
 
     def build(self, site: Site) -> Reducer:
         alone = site.keep is None and (site.schedule is None or site.schedule.unit == "decide")
         if alone and site.stage >= len(self.ratios):
-            raise ValueError(
-                f"spvit: ratios has {len(self.ratios)} shares to aim at, and block {site.block} is stage {site.stage + 1}; "
-                "give ratios= for every reducing block, or keep= (their product so far is aimed at)"
-            )
+            short = f"ratios has {len(self.ratios)} shares to aim at, and block {site.block} is stage {site.stage + 1}"
+            raise ValueError(f"spvit: {short}; give ratios= for all blocks, or keep= (their product so far is aimed at)")
         if site.dim % (2 * site.heads):
             raise ValueError(f"spvit parts the channels of each head in two halves; {site.dim} of {site.heads} heads are odd")
         return SPViTReducer(site, self.package, self.ratios[site.stage] if alone else None)
@@ -128,25 +115,11 @@ class SPViT(Deciding):
     def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
         d, narrow = site.dim // site.heads, max(1, site.heads // 2)
         linear = d * d + d * (d // 2) + (d // 2) * (d // 4) + (d // 4) * 2
-        return {
-            "matmul": before * site.heads * (linear + 2 * narrow),
-            "layernorm": before * site.dim,
-            "elementwise": before * (site.dim // 2 + site.dim),  # the global halves, and the package
-        }
+        sums = before * (site.dim // 2 + site.dim)  # the global halves, and the package
+        return {"matmul": before * site.heads * (linear + 2 * narrow), "layernorm": before * site.dim, "elementwise": sums}
 
     def official(self, weights: Mapping[str, Tensor], at: Sequence[int]) -> dict[str, Tensor]:
         """Their network lies there once for every head, of which their own code takes the last."""
-        out, differing = dict[str, Tensor](), set[str]()
-        for name, tensor in weights.items():
-            found = re.fullmatch(r"score_predictor\.(\d+)\.(?:(senet)|(in_conv|out_conv)\.\d+)\.(.+)", name)
-            if found and int(found[1]) < len(at):
-                part = found[2] or f"predictor.{found[3]}"
-                name = f"laconic.reducers.{at[int(found[1])]}.selector.{part}.{found[4]}"
-                if name in out and not torch.equal(out[name], tensor):
-                    differing.add(f"score_predictor.{found[1]}.{found[3]}")
-            out[name] = tensor
-        if differing:
-            LOG.warning(
-                "the heads' copies of %s differ; taken is the last, as by the authors' code", ", ".join(sorted(differing))
-            )
-        return out
+        last = last_copies(weights, r"(score_predictor\.\d+\.(?:in|out)_conv)\.\d+\.(.+)")
+        layer = r"(laconic\.reducers\.\d+\.selector)\.((?:in|out)_conv\..+)"
+        return renamed(by_stage(last, at, "score_predictor", "selector."), (layer, r"\1.predictor.\2"))

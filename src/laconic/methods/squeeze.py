@@ -26,19 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from laconic.attention import Seen
-from laconic.parts import cosine, lay, one_to_one, split
-from laconic.reducer import Method, choice
+from laconic.parts import check_choices, cosine, demand, lay, one_to_one, split
+from laconic.reducer import Method
 from laconic.rows import iota, take
 from laconic.tokens import Tokens
 
 NOTED = "attention before"  # column [B, L, L]: head-mean attention of the block before, patch tokens only
-CHOICES = {
-    "similarity": ("cosine", "previous-attention"),
-    "features": ("full", "content", "position"),
-    "matching": ("many-to-one", "one-to-one"),
-    "fusing": ("weighted", "average"),
-    "policy": ("original", "random"),
-}
 
 
 @dataclass(frozen=True)
@@ -65,10 +58,8 @@ class Squeeze(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for option, allowed in CHOICES.items():
-            choice(self.row.name, option, getattr(self, option), allowed)
-        if not self.temperature > 0:
-            raise ValueError(f"{self.row.name}: temperature must be positive, not {self.temperature!r}")
+        check_choices(self)
+        demand(self.row.name, "temperature", self.temperature, self.temperature > 0, "must be positive")
 
     def view(self, tokens: Tokens, index: Tensor) -> Tensor:
         """What the cosine compares of the tokens ``index``, [B, K, C]."""
@@ -117,9 +108,8 @@ class Squeeze(Method):
         own = math.e if self.fusing == "weighted" else 1.0
         pull = (chosen * best.unsqueeze(2)).exp() * chosen if self.fusing == "weighted" else chosen
         total = own + pull.sum(1)
-        patches = (own / total).unsqueeze(2) * tokens.patches + (pull / total.unsqueeze(1)).transpose(1, 2) @ tokens.patches.to(
-            c.dtype
-        )
+        guests = (pull / total.unsqueeze(1)).transpose(1, 2) @ tokens.patches.to(c.dtype)
+        patches = (own / total).unsqueeze(2) * tokens.patches + guests
         x = torch.cat([tokens.x[:, : tokens.prefix], patches.to(tokens.x.dtype)], 1)
         return tokens.replace(x=x).fade(keep, dst)
 

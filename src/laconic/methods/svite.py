@@ -28,8 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from laconic.parts import split
-from laconic.reducer import Method, Reducer, Site, choice, method
+from laconic.parts import check_choices, demand, split
+from laconic.reducer import Method, Reducer, Site, method
+from laconic.rows import iota
 from laconic.schedule import Schedule
 from laconic.shapes import Float, Int
 from laconic.tokens import Tokens
@@ -71,9 +72,8 @@ def chosen(kept: Int[Tensor, "B K"], tokens: Tokens) -> Float[Tensor, "B L"]:
 def zero(tokens: Tokens, kept: Int[Tensor, "B K"], rest: Int[Tensor, "B R"], mask: Float[Tensor, "B L"]) -> Tokens:
     """Multiply by the mask, and let one token with a gate stand for all that are zero then."""
     gate = tokens.gates
-    many, count = gate.gather(1, rest).sum(1, keepdim=True), kept.shape[1]
-    order = torch.arange(count, device=kept.device, dtype=kept.dtype).expand_as(kept)
-    dst = torch.full_like(tokens.place, count).scatter(1, kept, order)
+    many = gate.gather(1, rest).sum(1, keepdim=True)
+    dst = torch.full_like(tokens.place, kept.shape[1]).scatter(1, kept, iota(kept))
     share = (gate / many).scatter(1, kept, 1.0)  # each zero token alike has its share in what the one comes to
     out = tokens.merge(dst, mask * share, torch.cat([kept, rest[:, :1]], 1))
     return out.replace(gate=torch.cat([gate.gather(1, kept), many], 1))
@@ -81,16 +81,10 @@ def zero(tokens: Tokens, kept: Int[Tensor, "B K"], rest: Int[Tensor, "B R"], mas
 
 def set_temperature(model: nn.Module, tau: float) -> None:
     """Let every token selection in ``model`` train at temperature ``tau`` from now on."""
-    positive(tau)
+    demand("svite", "tau", tau, tau > 0, "must be above 0")
     for module in model.modules():
         if isinstance(module, TokenSelection):
             module.tau = tau
-
-
-def positive(tau: float) -> None:
-    """Refuse a temperature that is none."""
-    if not tau > 0:
-        raise ValueError(f"svite: tau must be above 0, not {tau!r}")
 
 
 @method(
@@ -111,8 +105,8 @@ class SViTE(Method):
     tau: float = 1.0
 
     def __post_init__(self) -> None:
-        choice("svite", "rest", self.rest, ("drop", "zero"))
-        positive(self.tau)
+        check_choices(self)
+        demand("svite", "tau", self.tau, self.tau > 0, "must be above 0")
 
     def build(self, site: Site) -> Reducer:
         return TokenSelection(site.dim, self.rest, self.tau)

@@ -7,9 +7,11 @@ places of its own, from the layer-normalised tokens, and sums the tokens as they
 * ``version="1"`` (sec. 2, eqs. 1-2): the maps are sigmoids of four 3x3 convolutions to S channels (no bias, GELU between
   them), and the sum is not normalised. It needs all patches on their grid.
 
+``after="fused"`` is the paper's TokenFuser: at every block from there on S tokens are learned, and after the block all places
+come back, each with what it takes, by sigmoid maps of its own, of what became of these tokens (nothing, at first).
+
 GELU is the tanh approximation, as in the published code. Departures: the published model has no class token, here prefix
-tokens go around; TokenFuser, which the paper has as an option, is left out, and tokens do not come back. S is the count of
-the schedule; without a keep rate it is their 16.
+tokens go around; its dropout is left out. S is the count of the schedule; without a keep rate it is their 16.
 """
 
 from __future__ import annotations
@@ -20,13 +22,12 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from laconic.parts import Mixer, Slots
-from laconic.reducer import Reducer, Site, choice, method
+from laconic.parts import HIDDEN, Fused, Mixer, Slots, check_choices, learned_at, learning, mapping
+from laconic.reducer import Reducer, Site, method
 from laconic.schedule import Schedule
 from laconic.tokens import Tokens
 
 LEARNED = 16  # tokens, in the published configuration
-HIDDEN = 64
 
 
 class TokenLearnerReducer(Mixer):
@@ -35,9 +36,7 @@ class TokenLearnerReducer(Mixer):
     def __init__(self, site: Site) -> None:
         super().__init__("tokenlearner", site)
         self.norm = nn.LayerNorm(site.dim, eps=1e-6)
-        self.maps = nn.Sequential(
-            nn.Linear(site.dim, HIDDEN), nn.GELU(approximate="tanh"), nn.Linear(HIDDEN, max(1, self.slots))
-        )
+        self.maps = mapping(site.dim, self.slots)
 
     def matrix(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         return self.maps(self.norm(x)).float().softmax(1).transpose(1, 2), tokens.patches
@@ -79,20 +78,41 @@ class ConvolutionalReducer(Mixer):
 )
 @dataclass(frozen=True)
 class TokenLearner(Slots):
-    """Options of ``tokenlearner``: ``version``, ``1.1`` (an MLP, softmax) or ``1`` (convolutions, sigmoid; one block only)."""
+    """Options of ``tokenlearner``.
+
+    Args:
+        version: ``1.1`` (an MLP, softmax) or ``1`` (convolutions, sigmoid; where all places are there).
+        after: what a block leaves: the learned ``tokens``, or all places, ``fused`` with them.
+    """
 
     version: Literal["1.1", "1"] = "1.1"
+    after: Literal["tokens", "fused"] = "tokens"
 
     def __post_init__(self) -> None:
-        choice("tokenlearner", "version", self.version, ("1.1", "1"))
+        check_choices(self)
 
     def build(self, site: Site) -> Reducer:
-        return TokenLearnerReducer(site) if self.version == "1.1" else ConvolutionalReducer(site)
+        site = learning(site) if self.after == "fused" else site
+        learner = TokenLearnerReducer(site) if self.version == "1.1" else ConvolutionalReducer(site)
+        return learner if self.after == "tokens" else Fused(learner, site.dim)
 
     def plan(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
-        blocks = (depth * 3 // 4,) if at is None else tuple(at)
+        first = depth * 3 // 4
+        blocks = tuple(range(first, depth if self.after == "fused" else first + 1) if at is None else at)
         return Schedule.leaving(dict.fromkeys(blocks, LEARNED)) if keep is None else Schedule.rates(keep, blocks)
 
+    def counts(self, schedule: Schedule, depth: int, patches: int) -> tuple[int, ...]:
+        return (patches,) * depth if self.after == "fused" else super().counts(schedule, depth, patches)
+
+    def inside(self, before: int, after: int, site: Site) -> tuple[int, int]:
+        learned = learned_at(site, before) if self.after == "fused" else after
+        return learned, learned
+
     def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
-        one = (site.dim + after) * HIDDEN if self.version == "1.1" else 9 * (site.dim * after + 3 * after * after)
-        return {"matmul": before * one + before * after * (site.dim + 1), "layernorm": before * site.dim}
+        slots = self.inside(before, after, site)[0]
+        one = (site.dim + slots) * HIDDEN if self.version == "1.1" else 9 * (site.dim * slots + 3 * slots * slots)
+        work = {"matmul": before * one + before * slots * (site.dim + 1), "layernorm": before * site.dim}
+        if self.after == "fused":
+            work["matmul"] += before * (site.dim + slots) * HIDDEN + before * slots * site.dim + slots * slots * site.dim
+            work["layernorm"] += (before + 2 * slots) * site.dim
+        return work

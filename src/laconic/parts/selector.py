@@ -28,5 +28,5 @@ class Selector(nn.Module):
         weight = self.senet(parts.mean(3)).float().sigmoid().unsqueeze(3)
         weight = weight / weight.sum(2, keepdim=True)
         log = self.predictor(parts.transpose(1, 2).flatten(0, 1), alive.repeat_interleave(self.heads, 0))
-        log = log.view(len(x), self.heads, *log.shape[1:]).transpose(1, 2)
+        log = log.view(x.shape[0], self.heads, *log.shape[1:]).transpose(1, 2)
         return (weight * log).sum(2), (weight * log.exp()).sum(2)

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from laconic.recipe import Recipe
 from laconic.reducer import resolve
+from laconic.training.steps import asked_for
+from laconic.training.warming import in_order, options_at, tuples
 
 
 def check(recipe: Recipe) -> None:
     """Refuse a recipe whose parts contradict each other.
 
     Raises:
-        LookupError: no such method. TypeError: no such option of it. ValueError: keys that do not go together.
+        LookupError: no such method or kind of step. TypeError: no such option of it. ValueError: keys that do not go together.
     """
     method, part, loss = recipe.method, recipe.optimization, recipe.loss
     learns = False
     if method.name:
         learns = resolve(method.name, tuples(method.options)).row.learns
+        _check_changes(recipe)
     else:
-        given = [name for name in ("keep", "at", "options", "warm_in_start", "warm_in_epochs") if getattr(method, name)]
+        given = [
+            name
+            for name in ("keep", "at", "options", "later", "ramps", "warm_in_start", "warm_in_epochs")
+            if getattr(method, name)
+        ]
         if given:
             raise ValueError(f"method.{given[0]} is set and method.name is not; set method.name too, for example to evit")
     if method.warms_in and method.keep is None:
@@ -32,6 +37,7 @@ def check(recipe: Recipe) -> None:
     if part.eval_mode and learns:
         raise ValueError(f"optimization.eval_mode: {method.name} learns its decisions in training mode only; set it to false")
     apart = {"freeze_backbone_epochs": part.freeze_backbone_epochs > 0, "backbone_lr_scale": part.backbone_lr_scale != 1}
+    apart["backbone_lr_cap"] = part.backbone_lr_cap is not None
     for name, wanted in apart.items():
         if wanted and not learns:
             raise ValueError(f"optimization.{name} is for methods that add parameters; {_named(method.name)} adds none")
@@ -45,11 +51,19 @@ def check(recipe: Recipe) -> None:
             raise ValueError(f"loss.{name} distils from the unreduced model, and there is no method; set one of them")
         if getattr(loss, name) and not recipe.model.pretrained:
             raise ValueError(f"loss.{name} distils from the unreduced model, which would be random; set model.pretrained")
+    asked_for(recipe)
 
 
-def tuples(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of a method as its dataclass takes them: arrays as tuples."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+def _check_changes(recipe: Recipe) -> None:
+    """The options of every time of the run are options of the method, and all have their time."""
+    method, epochs = recipe.method, recipe.optimization.epochs
+    changes = in_order(method)
+    for start, _ in changes:
+        if not 0 <= start < epochs:
+            raise ValueError(f"method.later: options are to change in epoch {start:g}, and optimization.epochs is {epochs}")
+    for count in range(len(changes) + 1):
+        for share in (0.0, 1.0):
+            options_at(method, [options for _, options in changes[:count]], share)
 
 
 def _named(method: str) -> str:

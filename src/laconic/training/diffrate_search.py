@@ -7,12 +7,14 @@ plus weight * (GMACs - target)^2. Published: AdamW at 1e-2 on the logits alone, 
     found = search(model, batches, gmacs=2.9)          # batches of (images, labels)
     laconic.reduce_(model, found)
 
-As in the published code a merged token weighs at least one patch in the search; afterwards it may weigh less. How logits
-start is not published: here, high for the candidates that keep much.
+In ``laconic train`` it is the step ``rate-search`` (`laconic.training.searching`). As in the published code a merged token
+weighs at least one patch in the search; afterwards it may weigh less. How logits start is not published: here, high for the
+candidates that keep much.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -140,18 +142,9 @@ class DiffRateSearch:
         """Cross-entropy, and how far the cost is from the target."""
         return F.cross_entropy(self.model(images).float(), labels) + self.weight * (self.cost() - self.gmacs).square()
 
-    @torch.no_grad()
     def found(self) -> DiffRate:
         """The method with the counts as they are."""
-        prune_kept, merge_kept, left = list[int](), list[int](), self.patches
-        for index in range(len(self.blocks)):
-            pruned = left
-            if index in self.reducers:
-                pruned = min(left, round(float(self.reducers[index].prune()[0])))
-                left = min(pruned, round(float(self.reducers[index].merge()[0])))
-            prune_kept.append(pruned + 1)
-            merge_kept.append(left + 1)
-        return DiffRate(prune_kept=tuple(prune_kept), merge_kept=tuple(merge_kept), score=self.score)
+        return found_in(self.model, self.score)
 
     def finish(self) -> DiffRate:
         """Give the model back, unreduced and trainable, and say what was found."""
@@ -160,6 +153,22 @@ class DiffRateSearch:
         for parameter in self.frozen:
             parameter.requires_grad_(True)
         return found
+
+
+@torch.no_grad()
+def found_in(model: nn.Module, score: ScoreName) -> DiffRate:
+    """DiffRate with the counts of a model that is being searched, or of a copy of it."""
+    compression = compression_of(model)
+    reducers: Any = compression.reducers
+    prune_kept, merge_kept, left = list[int](), list[int](), math.prod(compression.grid)
+    for block in range(compression.depth):
+        pruned = left
+        if str(block) in reducers:
+            pruned = min(left, round(float(reducers[str(block)].prune()[0])))
+            left = min(pruned, round(float(reducers[str(block)].merge()[0])))
+        prune_kept.append(pruned + 1)
+        merge_kept.append(left + 1)
+    return DiffRate(prune_kept=tuple(prune_kept), merge_kept=tuple(merge_kept), score=score)
 
 
 def search(

@@ -19,14 +19,15 @@ from laconic.compression import find_compression
 from laconic.jobs.evaluate import Accuracy, Processes, evaluate
 from laconic.training.batches import Batch, Batches
 from laconic.training.feeding import mixer, seed_everything
-from laconic.training.objective import Objective
+from laconic.training.objective import Change, Objective, Step
 from laconic.training.optimization import LearningRate, make_optimizer
 from laconic.training.processes import agree, gather_names, join
 from laconic.training.running import Run
 from laconic.training.soundness import check_loss, check_weights
 from laconic.training.state import Metrics, Progress, load_checkpoint, save_checkpoint, save_weights
+from laconic.training.steps import asked_for
 from laconic.training.token_labels import head_for
-from laconic.training.warming import KeepRate
+from laconic.training.warming import KeepRate, Options
 
 
 class Loop:
@@ -37,16 +38,18 @@ class Loop:
         # a softly dropped token weighs 1e-30: times a small gradient that is a denormal number, and a CPU multiplies those
         # so slowly that a step takes three times as long
         torch.set_flush_denormal(True)
+        kind, options = asked_for(run.recipe)
         compression = find_compression(run.model)
         learns = compression is not None and next(compression.parameters(), None) is not None
         unused = learns and run.recipe.method.warms_in  # while all tokens are kept nobody is scored
-        self.accelerator = join(run.recipe, run.running, run.output, unused=unused)
+        self.accelerator = join(run.recipe, run.running, run.output, unused=unused or options.unused)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.model = run.model.to(self.accelerator.device)
         if run.teacher is not None:
             run.teacher.to(self.accelerator.device).eval().requires_grad_(False)
         seed_everything(run.recipe.seed, 2)
         self.labelled = head_for(self.model, run.recipe.loss.token_labels, len(run.train.classes))
+        self.way: Step = kind.make(Objective(self.model, run.teacher, run.recipe.loss, self.labelled), options)
         self.optimizer = make_optimizer(self.model, self.part)
         if self.labelled is not None:
             facts = {"lr": self.optimizer.param_groups[0]["lr"], "lr_scale": 1.0, "backbone": False, "weight_decay": 0.0}
@@ -56,14 +59,12 @@ class Loop:
         self.batches = Batches(run, self.rank, self.world, pinned=pinned, grid=grid)
         self.steps = self.batches.steps
         self.rate = LearningRate(self.optimizer, self.part, self.steps)
-        self.objective = self.accelerator.prepare(Objective(self.model, run.teacher, run.recipe.loss, self.labelled))
+        self.objective = self.accelerator.prepare(self.way)
         self.prepared = self.accelerator.prepare(self.optimizer)
         self.ema = self._averages()
         share = self.part.batch_size // (self.world * run.running.accumulate)
         self.mix = mixer(run.recipe.augmentation, len(run.train.classes), share)
-        averaged = [] if self.ema is None else [self.ema.module]
-        found = [find_compression(model) for model in (self.model, *averaged)]
-        self.keep = KeepRate([one for one in found if one is not None], run.recipe.method, self.steps)
+        self.changes = self._changes()
         self.progress = self._resumed() if resume else Progress()
 
     # -------------------------------------------------------------------------------------------- before the first step
@@ -71,6 +72,14 @@ class Loop:
         from timm.utils import ModelEmaV3  # type: ignore[attr-defined]
 
         return ModelEmaV3(self.model, decay=self.part.ema) if self.part.ema else None
+
+    def _changes(self) -> list[Change]:
+        """What changes from step to step, in the model and in its moving average."""
+        models = [self.model] if self.ema is None else [self.model, self.ema.module]
+        found = [one for model in models if (one := find_compression(model)) is not None]
+        method, epochs = self.run.recipe.method, self.part.epochs
+        own: list[Change] = [KeepRate(found, method, self.steps), Options(found, method, self.steps, epochs)]
+        return [*own, *self.way.changes(models, self.steps, epochs)]
 
     def _states(self) -> dict[str, Any]:
         states = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -128,7 +137,8 @@ class Loop:
 
     def _step(self, batches: Sequence[Batch]) -> dict[str, Any]:
         step, device = self.progress.step, self.accelerator.device
-        self.keep.set(step)
+        for change in self.changes:
+            change.set(step)
         rate = self.rate.set(step)
         self.objective.train(not self.part.eval_mode)
         parts = list[dict[str, Tensor]]()
@@ -170,11 +180,12 @@ class Loop:
             self.accelerator.log(plain, step=plain["step"])
 
     def _validate(self, images: Any, metrics: Metrics | None, epoch: int) -> dict[str, Accuracy]:
-        """Accuracy on the validation images; the best so far is saved, once the keep rate is the recipe's."""
+        """Accuracy on the validation images; the best so far is saved, once the method is as it will be in the end."""
         models = {"val": self.model} if self.ema is None else {"val": self.model, "val_ema": self.ema.module}
         agree(self.accelerator, *models.values())
         out = dict[str, Accuracy]()
-        for name, model in models.items():
+        for name, trained in models.items():
+            model = self.way.product(trained)
             out[name] = found = evaluate(
                 model,
                 images,
@@ -185,7 +196,7 @@ class Loop:
             )
             row = {"step": self.progress.step, "epoch": epoch, f"{name}_top1": found.top1, f"{name}_top5": found.top5}
             self._log(metrics, {**row, f"{name}_loss": found.loss})
-            if found.top1 > self.progress.best and self.keep.arrived(self.progress.step - 1):
+            if found.top1 > self.progress.best and all(change.arrived(self.progress.step - 1) for change in self.changes):
                 self.progress.best = found.top1
                 if self.accelerator.is_main_process:
                     save_weights(model, self.run.output / "best", self.run.recipe.model.options)
@@ -199,8 +210,12 @@ class Loop:
 
     def save(self) -> Path:
         """Write the trained model: its moving average where there is one, and then the model itself beside it; the path."""
-        self.keep.finish()
-        models = {"model": self.model} if self.ema is None else {"model": self.ema.module, "unaveraged": self.model}
+        for change in self.changes:
+            change.finish()
+        self.run.model = self.way.product(self.model)
+        models = {"model": self.run.model}
+        if self.ema is not None:
+            models = {"model": self.way.product(self.ema.module), "unaveraged": self.run.model}
         if self.accelerator.is_main_process:
             for name, model in models.items():
                 save_weights(model, self.run.output / name, self.run.recipe.model.options)

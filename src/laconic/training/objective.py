@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +12,60 @@ from torch import Tensor, nn
 
 from laconic.compression import find_compression
 from laconic.distill import logit_distillation, token_distillation
-from laconic.recipe import LossPart
+from laconic.methods.spvit import PACKAGE
+from laconic.parts import CLASS_LOGITS
+from laconic.recipe import LossPart, Recipe
 from laconic.rows import take
 from laconic.training.token_labels import TokenLabels
 
 
-class Objective(nn.Module):
+@runtime_checkable
+class Change(Protocol):
+    """What changes in a run from step to step, as a function of the step alone."""
+
+    def set(self, step: int) -> None:
+        """As it is in a step (from 0)."""
+
+    def arrived(self, step: int) -> bool:
+        """Whether it is in that step as it will be in the end."""
+
+    def finish(self) -> None:
+        """As it is in the end, whatever the step."""
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """What a recipe may say under ``step.options``; the ordinary step has none."""
+
+    @property
+    def unused(self) -> bool:
+        """Whether parameters may have no part in a step: processes that train together must know."""
+        return False
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse what of the recipe does not go with them (ValueError)."""
+
+
+class Step(nn.Module):
+    """How a step is made: called with images, targets and (or None) the classes of patches, it gives the loss and its parts."""
+
+    def changes(self, models: Sequence[nn.Module], steps: int, epochs: int) -> list[Change]:
+        """What it changes in the course of a run, in the model and in its moving average: ``steps`` in each of ``epochs``."""
+        return []
+
+    def product(self, model: nn.Module) -> nn.Module:
+        """What has come out for a trained model (or its moving average): what is validated, and written."""
+        return model
+
+
+class Answer(NamedTuple):
+    """What a model says: features after the last block, and logits in float32."""
+
+    features: Tensor
+    logits: Tensor
+
+
+class Objective(Step):
     """A model with its loss, as one module, so that data-parallel wrappers see the whole forward.
 
     Args:
@@ -39,13 +89,26 @@ class Objective(nn.Module):
 
         ``target`` is class numbers [B] or shares [B, classes]; ``patches`` the classes of the patches [B, P].
         """
+        return self.losses(images, self.answer(images), target, patches)
+
+    def answer(self, images: Tensor) -> Answer:
+        """What the model says of images [B, channels, height, width]."""
         model: Any = self.student
         features = model.forward_features(images)
-        logits = model.forward_head(features).float()
+        return Answer(features, model.forward_head(features).float())
+
+    def losses(self, images: Tensor, answer: Answer, target: Tensor, patches: Tensor | None) -> dict[str, Tensor]:
+        """As `forward`, for an answer that has just been given."""
+        model: Any = self.student
+        features, logits = answer
         parts = {"cross_entropy": cross_entropy(logits, target)}
         total = parts["cross_entropy"]
         if (compression := find_compression(model)) is not None:
-            own = compression.config.loss_weights()
+            own, notes = compression.config.loss_weights(), compression.entry(compression.depth).notes
+            total = own.get("cross_entropy", 1.0) * total
+            if CLASS_LOGITS in notes:
+                parts[CLASS_LOGITS] = cross_entropy(notes[CLASS_LOGITS].float(), target)
+                total = total + own.get(CLASS_LOGITS, 1.0) * parts[CLASS_LOGITS]
             for name, value in compression.losses().items():
                 parts[name] = value
                 total = total + own.get(name, self.weights.ratio) * value
@@ -72,15 +135,17 @@ class Objective(nn.Module):
         return out
 
     def _tokens(self, features: Tensor, wanted: Tensor) -> Tensor:
-        """Token distillation: every token that is left against the teacher's in the same place."""
+        """Token distillation: every token that is left and has a place of its own, against the teacher's in that place."""
         compression = find_compression(self.student)
         prefix = 0 if compression is None else compression.prefix
         own, wanted = features[:, prefix:], wanted[:, prefix:]
         alive = torch.ones_like(own[..., 0])
-        if compression is not None:
+        if compression is not None and not compression.restore:
             left = compression.entry(compression.depth)
             wanted = wanted if left.patch is None else take(wanted, left.place)
             alive = alive if left.alive is None else left.alive
+            if PACKAGE in left.columns:  # they have no place of their own
+                alive = alive * (1 - left.columns[PACKAGE])
         return token_distillation(own, wanted, alive, self.weights.token_kind)
 
 

@@ -28,6 +28,9 @@ def parameter_groups(model: nn.Module, part: OptimizationPart) -> list[dict[str,
             near = nearest_names(name, list(names)) or f" It has {', '.join(list(names)[:4])}, ..."
             raise ValueError(f"optimization.fixed: the model has no parameter {name!r}.{near}")
         names[name].requires_grad_(False)
+    for ending in part.lr_scales:
+        if not any(name.endswith(ending) for name in names):
+            raise ValueError(f"optimization.lr_scales: the name of no parameter of the model ends with {ending!r}")
     scale_of = _layer_scales(model, part) if part.layer_decay else {}
     bare = set(getattr(model, "no_weight_decay", set)())
     groups = dict[tuple[bool, float, float], dict[str, Any]]()
@@ -37,6 +40,7 @@ def parameter_groups(model: nn.Module, part: OptimizationPart) -> list[dict[str,
         backbone = not name.startswith(OWN)
         decay = part.weight_decay if part.decay_all or (parameter.ndim > 1 and name not in bare) else 0.0
         scale = scale_of.get(id(parameter), 1.0) * (part.backbone_lr_scale if backbone else 1.0)
+        scale *= next((factor for ending, factor in part.lr_scales.items() if name.endswith(ending)), 1.0)
         facts = {"params": [], "weight_decay": decay, "lr_scale": scale, "backbone": backbone}
         groups.setdefault((backbone, decay, scale), facts)["params"].append(parameter)
     if not groups:
@@ -102,7 +106,8 @@ class LearningRate:
             schedule.step(max(0, epoch - 1) if self.part.update == "epoch-late" else epoch)
         group = self.optimizer.param_groups[-1]
         rate: float = group["lr"] / group["lr_scale"] if group["lr_scale"] else 0.0
-        if epoch < self.part.freeze_backbone_epochs:
+        cap = 0.0 if epoch < self.part.freeze_backbone_epochs else self.part.backbone_lr_cap
+        if cap is not None:
             for group in self.optimizer.param_groups:
-                group["lr"] = 0.0 if group["backbone"] else group["lr"]
+                group["lr"] = min(group["lr"], cap) if group["backbone"] else group["lr"]
         return rate

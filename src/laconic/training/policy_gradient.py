@@ -6,7 +6,8 @@ answer is rewarded with beyond the second multiplies the gradient of the log-pro
 baseline). The baseline does not depend on the draws, so the gradient's expectation is that of the expected reward.
 
 The authors' training code is not public. Here all groups in training share in the sum of their rewards: whether the answer
-is right, each of them has a part in. ``penalty`` is the 1 that their tool for inference leaves behind.
+is right, each of them has a part in. ``penalty`` is the 1 that their tool for inference leaves behind. ``laconic train``
+makes steps of iared so (`laconic.training.reinforce`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from laconic.methods.iared import IARED, KEPT, LOG_PROBABILITY
 from laconic.modes import evaluating
 from laconic.schedule import Schedule
 
+Part = Literal["interpreter", "blocks"]
+Phase = tuple[int | None, Part]  # a group (None: all), and what of it learns
 WORKS = 0.5  # any keep rate but 1 says that a group works
 
 
@@ -57,19 +60,48 @@ def policy_step(
     Raises:
         ValueError: the model is not reduced by iared, or in evaluation mode; no such group works.
     """
-    compression = _reduced_by_iared(model)
+    greedy = by_inference(model, images)
+    return self_critical(model, greedy, _answer(model, images), labels, penalty=penalty, groups=groups)
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """What a model answers by the decisions of inference, and the share of the patches that each group keeps."""
+
+    logits: Tensor
+    kept: Tensor  # [B, groups]
+
+
+def by_inference(model: nn.Module, images: Tensor) -> Greedy:
+    """The answer that a model in training mode would give in evaluation mode.
+
+    Raises:
+        ValueError: as `policy_step`.
+    """
+    compression = reduced_by_iared(model)
     if not compression.training:
         raise ValueError("iared draws tokens in training mode only, and this model is in evaluation mode; call model.train()")
     with torch.no_grad(), evaluating(model):
-        greedy = _answer(model, images)
-        greedy_kept = _noted(compression, KEPT)
-    logits = _answer(model, images)
+        return Greedy(_answer(model, images), _noted(compression, KEPT))
+
+
+def self_critical(
+    model: nn.Module,
+    greedy: Greedy,
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    penalty: float | Sequence[float] = 1.0,
+    groups: Sequence[int] | None = None,
+) -> PolicyStep:
+    """As `policy_step`, with the ``logits`` [B, classes] that the model has just answered by its draws."""
+    compression = reduced_by_iared(model)
     kept, log_probability = _noted(compression, KEPT), _noted(compression, LOG_PROBABILITY)
     chosen, working = list(range(kept.shape[1]) if groups is None else groups), kept.shape[1]
     if not chosen or any(group not in range(working) for group in chosen):
         raise ValueError(f"groups {chosen} are to be trained, and {working} groups are at work, counted from 0")
     reward = rewards(logits.argmax(1) == labels, kept[:, chosen], penalty)
-    baseline = rewards(greedy.argmax(1) == labels, greedy_kept[:, chosen], penalty)
+    baseline = rewards(greedy.logits.argmax(1) == labels, greedy.kept[:, chosen], penalty)
     return PolicyStep(policy_loss(log_probability[:, chosen], reward, baseline), logits, reward, baseline)
 
 
@@ -87,7 +119,7 @@ def policy_loss(log_probability: Tensor, reward: Tensor, baseline: Tensor) -> Te
     return -(gain * log_probability).sum(1).mean()
 
 
-def curriculum(model: nn.Module, group: int | None, part: Literal["interpreter", "blocks"] = "interpreter") -> None:
+def curriculum(model: nn.Module, group: int | None, part: Part = "interpreter") -> None:
     """Set a model up for one phase: groups up to ``group`` work, and only that group's interpreter, or its blocks, learn.
 
     The paper trains the groups one after the other, each interpreter for 10 epochs and then attention and MLPs for 20. None:
@@ -96,7 +128,7 @@ def curriculum(model: nn.Module, group: int | None, part: Literal["interpreter",
     Raises:
         ValueError: the model is not reduced by iared; there is no such group or part.
     """
-    compression = _reduced_by_iared(model)
+    compression = reduced_by_iared(model)
     at, blocks = compression.schedule.at, HOSTS[compression.host_path].blocks(compression.model)
     if part not in ("interpreter", "blocks"):
         raise ValueError(f"part must be 'interpreter' or 'blocks', not {part!r}")
@@ -113,7 +145,12 @@ def curriculum(model: nn.Module, group: int | None, part: Literal["interpreter",
         module.requires_grad_(True)
 
 
-def _reduced_by_iared(model: nn.Module) -> Compression:
+def reduced_by_iared(model: nn.Module) -> Compression:
+    """The compression of a model that iared reduces.
+
+    Raises:
+        ValueError: another method does, or none.
+    """
     compression = compression_of(model)
     if not isinstance(compression.config, IARED):
         raise ValueError(f"this model is reduced by {compression.config.row.name}; the policy gradient is for iared")
