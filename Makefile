@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow check docs evidence methods clean
+.PHONY: demo test test-slow check docs evidence methods compat clean
 
 demo: $(VENV)/.demo
 	$(BIN)/laconic demo $(ARGS)
@@ -24,6 +24,7 @@ check: $(VENV)/.dev
 
 docs: $(VENV)/.demo
 	$(BIN)/python -m laconic.jobs.tables docs/macs.md
+	$(BIN)/python -m laconic.jobs.backbones docs/backbones.md
 
 # Hours on two cores; stop it and call it again as you like. What results/evidence.jsonl holds already is not run again.
 evidence: $(VENV)/.dev
@@ -32,6 +33,10 @@ evidence: $(VENV)/.dev
 # An hour on two cores; resumable as well.
 methods: $(VENV)/.dev
 	$(BIN)/python -m laconic.jobs.methods_table docs/methods.md $(ARGS)
+
+# Half an hour and more: two fresh environments under .compat, the newest supported versions and the oldest.
+compat:
+	$(PYTHON) tests/compat.py docs/compatibility.md $(ARGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -46,4 +51,4 @@ $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	touch $(VENV)/.demo $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist
+	rm -rf $(VENV) .compat .pytest_cache .mypy_cache .ruff_cache build dist

@@ -23,12 +23,16 @@ FAMILIES = {
     "eva02": ("eva02_tiny_patch14_224", dict(img_size=84)),
     "rope-mixed": ("vit_small_patch16_rope_mixed_224", dict(img_size=96)),
     "pe": ("vit_pe_core_tiny_patch16_384", dict(img_size=96)),
+    "beit": ("beit_base_patch16_224", dict(img_size=96)),
+    "beit-shared": ("beit_base_patch16_224", dict(img_size=96, use_rel_pos_bias=False, use_shared_rel_pos_bias=True)),
+    "naflex": ("naflexvit_base_patch16_gap", dict(img_size=96, pos_embed_grid_size=(6, 6))),
 }
-NO_CLASS_TOKEN = {"siglip", "gap"}
+NO_CLASS_TOKEN = {"siglip", "gap", "naflex"}
 ROTARY = {"dinov3", "eva02", "rope-mixed", "pe"}
 METHODS = sorted(laconic.methods())
 CLASS_SCORED = {name for name, row in laconic.methods().items() if row.score == "class attention"}
-AVERAGED = {"siglip", "gap", "qk-norm", "dinov3", "eva02", "pe"}  # families that do not read the class token
+# families that do not read the class token
+AVERAGED = {"siglip", "gap", "qk-norm", "dinov3", "eva02", "pe", "beit", "beit-shared", "naflex"}
 VARIABLE = {name for name, row in laconic.methods().items() if row.count == "variable"}
 PARKING = {name for name, row in laconic.methods().items() if row.rest.startswith("parked")}
 FIXED = {"conv-pool", "mlp-pool", "patchmerger", "sinkhorn", "sit", "tokenlearner"}  # learned for one number of tokens
@@ -47,7 +51,7 @@ def fill(module):
     """LayerScale, biases and scorers start at next to nothing: make every parameter matter."""
     with torch.no_grad():
         for p in module.parameters():
-            if p.dim() == 1:
+            if p.dim() < 2:
                 p.add_(torch.randn_like(p) * 0.2)
             else:
                 p.copy_(torch.randn_like(p) * (0.5 if p.dim() == 3 else 1.5 * p[0].numel() ** -0.5))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from families import METHODS, PAIRS, images, reduced
+from families import METHODS, PAIRS, VARIABLE, images, reduced
 
 pytestmark = pytest.mark.unchecked
 FAMILIES = ("plain", "dinov3", "siglip")
@@ -49,3 +49,15 @@ def test_with_inductor(method):
     compiled, x = torch.compile(model, fullgraph=True), images("plain")
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.unchecked
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=() if m in ("etps", "tome") else pytest.mark.slow) for m in METHODS if m not in VARIABLE]
+)
+def test_exported_with_a_batch_of_any_size(method):
+    model, x = reduced(method, "plain"), images("plain")
+    exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},), strict=False)
+    more = torch.randn(5, *x.shape[1:])
+    with torch.no_grad():
+        torch.testing.assert_close(exported.module()(more), model(more), rtol=1e-4, atol=1e-5)

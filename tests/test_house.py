@@ -63,6 +63,7 @@ def test_a_host_knows_no_method(path):
         "__future__",
         "collections",
         "dataclasses",
+        "functools",
         "typing",
         "torch",
         "math",

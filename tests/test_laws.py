@@ -100,7 +100,7 @@ def test_a_batch_equals_its_images_one_by_one(method, family):
 
 
 def permute_patches(model, order):
-    """Permute the patch tokens at the first block, and the rotary tables that every block gets, in the same way."""
+    """Permute the patch tokens at the first block, and the rotary tables and biases that every block gets, in the same way."""
     prefix = model.num_prefix_tokens
 
     def first(block, args, kwargs):
@@ -111,6 +111,10 @@ def permute_patches(model, order):
         rope = kwargs.get("rope")
         return args, kwargs if rope is None else {**kwargs, "rope": rope[..., order, :]}
 
+    every = torch.cat([torch.arange(prefix), order + prefix])
+    for module in model.modules():
+        if hasattr(module, "relative_position_index") and module.relative_position_index is not None:
+            module.relative_position_index = module.relative_position_index[every][:, every]
     model.blocks[0].register_forward_pre_hook(first, with_kwargs=True)
     for block in model.blocks:
         block.register_forward_pre_hook(tables, with_kwargs=True)
@@ -240,7 +244,8 @@ def test_gradients_reach_every_parameter(method, family):
         if (name.startswith("laconic.") and method not in SAMPLED) or name.startswith("blocks."):
             assert p.grad is not None, name
             assert p.grad.isfinite().all(), name
-    assert next(p for n, p in model.named_parameters() if n.endswith("patch_embed.proj.weight")).grad.abs().sum() > 0
+    stem = ("patch_embed.proj.weight", "embeds.proj.weight")
+    assert next(p for n, p in model.named_parameters() if n.endswith(stem)).grad.abs().sum() > 0
 
 
 @served_on("plain", "siglip")

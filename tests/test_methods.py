@@ -8,7 +8,8 @@ from torch import nn
 
 import laconic
 from families import AT, images, make, reduced
-from laconic.attention import Seen, Watch, bias_of
+from laconic.attention import Seen, Watch
+from laconic.masking import bias_of
 from laconic.methods.evit import pack
 from laconic.methods.pool import AvgPoolReducer
 from laconic.methods.squeeze import NOTED

@@ -55,10 +55,11 @@ def test_one_that_cannot_be_loaded_is_named_and_left_out(tmp_path, source, messa
     assert message in done.stderr
 
 
-def test_the_page_shows_the_files_as_they_are():
+@pytest.mark.parametrize(("page", "files"), [("new-method.md", 2), ("new-backbone.md", 1)])
+def test_the_page_shows_the_files_as_they_are(page, files):
     top = Path(__file__).parents[1]
-    shown = re.findall(r"<!-- (\S+) -->\n```python\n(.*?)\n```", (top / "docs" / "new-method.md").read_text(), re.S)
-    assert len(shown) == 2
+    shown = re.findall(r"<!-- (\S+) -->\n```python\n(.*?)\n```", (top / "docs" / page).read_text(), re.S)
+    assert len(shown) == files
     for name, text in shown:
         assert (top / name).read_text().rstrip() == text, name
         assert len(text.splitlines()) < 80

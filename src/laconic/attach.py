@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from laconic.compression import Compression, compression_of, detach, find_compression
-from laconic.hosts import HOSTS, find_host
+from laconic.compression import Compression, compression_of, find_compression
+from laconic.hosts import HOSTS, Host, find_host
 from laconic.reducer import Method, resolve
-from laconic.schedule import Schedule
+from laconic.schedule import Schedule, quarters
+from laconic.seams import detach
 from laconic.verify import verify
 
 
@@ -21,6 +22,7 @@ def reduce_(
     keep: float | Sequence[float] | None = None,
     at: Sequence[int] | None = None,
     schedule: Schedule | Mapping[str, Any] | None = None,
+    restore: bool | None = None,
     example: Tensor | None = None,
     **options: Any,
 ) -> nn.Module:
@@ -36,6 +38,9 @@ def reduce_(
         keep: keep rate in (0, 1] of each reducing block, as the method's paper counts it; one, or one for each block.
         at: zero-based blocks to reduce at; by default a quarter, a half and three quarters of the depth.
         schedule: a `Schedule` (or its JSON) instead of ``keep`` and ``at``.
+        restore: give every patch a token again after the last block: that of the token it went to, or, if it was dropped,
+            zeros (which no pooling counts). So dense heads and readers of ``last_hidden_state`` find as many tokens as ever;
+            it costs what is behind the blocks. By default only models whose head needs it get it.
         example: an input for the proof, [B, channels, height, width]; by default noise of the model's own input size.
         options: of the method, when it is given by name.
 
@@ -51,10 +56,23 @@ def reduce_(
         raise ValueError("this model is reduced already; laconic.restore_(model) first")
     if schedule is not None and (keep is not None or at is not None):
         raise ValueError("give either schedule, or keep (and at), not both")
-    plan = config.plan(len(entry.blocks(host)), keep, at) if schedule is None else Schedule.of(schedule)
-    compression = Compression(host, entry, config, plan)
+    plan = planned(config, entry, host, keep, at) if schedule is None else Schedule.of(schedule)
+    compression = Compression(host, entry, config, plan, restore)
     verify(host, entry, compression, example)
     return model
+
+
+def planned(
+    config: Method, entry: Host, host: nn.Module, keep: float | Sequence[float] | None, at: Sequence[int] | None = None
+) -> Schedule:
+    """The schedule of a method on a host for a keep rate.
+
+    Methods that reduce at the quarters of the depth by default do so where the papers put them on this backbone.
+    """
+    depth = len(entry.blocks(host))
+    plan = config.plan(depth, keep, at)
+    usual = at is None and entry.at is not None and plan.at == quarters(depth)
+    return config.plan(depth, keep, entry.at(host)) if usual and entry.at is not None else plan
 
 
 def restore_(model: nn.Module) -> nn.Module:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from laconic import rebuild_transformers
 from laconic.attach import reduce_, restore_
 from laconic.compression import find_compression
 from laconic.rebuild import build, describe_model, mismatch
@@ -38,8 +39,9 @@ def save(model: nn.Module, directory: Place, *, model_args: Mapping[str, Any] | 
     Args:
         model: a reduced model, or a wrapper of one.
         directory: made if it is not there; the two files in it are replaced.
-        model_args: arguments of ``timm.create_model`` beyond those that can be read off the model; ``"omit"`` does not
-            write how to build the model, and then `load` needs ``model=``. Of models that are not timm's it is never written.
+        model_args: arguments of ``timm.create_model`` (of the constructor, for a model of transformers) beyond those that can
+            be read off the model; ``"omit"`` does not write how to build the model, and then `load` needs ``model=``. Of
+            models of other libraries it is never written.
 
     Raises:
         ValueError: the model is not reduced, timm does not build it from its name and ``model_args``, or an option is not
@@ -57,8 +59,12 @@ def save(model: nn.Module, directory: Place, *, model_args: Mapping[str, Any] | 
         )
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"{directory} is a file; laconic.save takes a directory")
-    record = {"laconic": __version__, "format": FORMAT, "model": describe_model(model, compression, model_args)}
+    transformers = rebuild_transformers.knows(model) and model_args != "omit"
+    describe: Any = rebuild_transformers.describe if transformers else describe_model
+    record = {"laconic": __version__, "format": FORMAT, "model": describe(model, compression, model_args)}
     record |= {"method": compression.config.describe(), "schedule": compression.schedule.to_json()}
+    if compression.restore:
+        record["restore"] = True
     try:
         text = json.dumps(record, indent=2) + "\n"
     except TypeError as error:
@@ -90,16 +96,17 @@ def load(directory: Place, *, model: nn.Module | None = None, device: str | torc
     directory = _existing(directory)
     record = _read_record(directory / RECORD)
     config, schedule = _read_method(directory / RECORD, record)
+    restore = record.get("restore")
     weights = read_safetensors(directory / WEIGHTS)
     if model is not None:
-        reduce_(model, config, schedule=schedule)
+        reduce_(model, config, schedule=schedule, restore=restore)
         try:
             load_strictly(unwrapped(model), weights, str(directory))
         except ValueError:
             restore_(model)
             raise
         return model.eval()
-    model = reduce_(_build(directory / RECORD, record["model"]), config, schedule=schedule)
+    model = reduce_(_build(directory / RECORD, record["model"]), config, schedule=schedule, restore=restore)
     dtypes = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
     if len(dtypes) == 1:
         model.to(dtypes.pop())
@@ -192,6 +199,11 @@ def _tuples(value: Any) -> Any:
 
 
 def _build(path: Path, record: dict[str, Any]) -> nn.Module:
+    if record.get("library") == rebuild_transformers.LIBRARY:
+        try:
+            return rebuild_transformers.build(record, "cpu")
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; or give a model to fill: laconic.load(directory, model=your_model)") from error
     if record.get("library") != "timm":
         raise ValueError(
             f"{path} does not say how to build its model ({record.get('class', 'of an unknown class')}); build it yourself "

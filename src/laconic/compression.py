@@ -7,20 +7,23 @@ own forward. What has become of each patch is written into a ledger, one entry a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from laconic.deciding import Deciding
-from laconic.hosts import HOSTS, Host
+from laconic.grid import GridMap
+from laconic.hosts import HOSTS, Host, halves_of
 from laconic.passing import Step
-from laconic.pooling import pool_by_size
-from laconic.reducer import Method, Reducer, Shape, sites_of
+from laconic.reducer import Method, Reducer
 from laconic.schedule import Schedule
+from laconic.staging import Staging
 from laconic.tokens import Tokens
+
+MASKS = ("attn_mask", "attention_mask", "is_causal", "head_mask", "layer_head_mask", "output_attentions")
 
 
 class Compression(nn.Module):
@@ -31,25 +34,25 @@ class Compression(nn.Module):
 
     model: nn.Module
 
-    def __init__(self, model: nn.Module, host: Host, config: Method, schedule: Schedule) -> None:
+    def __init__(self, model: nn.Module, host: Host, config: Method, schedule: Schedule, restore: bool | None = None) -> None:
         super().__init__()
-        blocks = host.blocks(model)
-        schedule.check_depth(len(blocks))
-        self.config, self.host_path, self.depth = config, host.path, len(blocks)
+        self.staging = Staging(config, schedule, host.shapes(model))
+        self.config, self.host_path, self.depth = config, host.path, len(host.blocks(model))
         # the model owns this module, not the other way round: it must not become a child
         object.__setattr__(self, "model", model)
-        self.prefix, self.has_cls = host.prefix(model)
-        self.grid, self.pooling = host.grid(model), host.pooling(model)
-        self.shape = Shape(self.depth, host.dim(model), host.heads(model), self.grid)
-        sites = sites_of(config, schedule, self.shape)
-        self.reducers = nn.ModuleDict({str(block): config.build(site) for block, site in sites.items()})
-        self.schedule = schedule
+        last = self.staging.shapes[-1]
+        self.prefix, self.has_cls, self.grid, self.pooling = last.prefix, last.has_cls, last.grid, host.pooling(model)
+        self.reducers = nn.ModuleDict({str(block): config.build(site) for block, site in self.staging.sites().items()})
         self.set_schedule(schedule)
         reference = next(model.parameters())
         self.to(reference.device, reference.dtype)
         self.train(model.training)
         self.ledger: list[Tokens | None] = [None] * (self.depth + 1)
         self._with_gradient = [False] * (self.depth + 1)  # was the entry written while gradients were recorded?
+        self.restore = bool(restore)  # is every patch to have a token again after the last block?
+        self.in_tuples = False  # do the host's blocks give their output as the first of a tuple?
+        self.settled: dict[int, Any] = {}  # what of the host was set for as long as it is reduced, and what it was before
+        self.hooks: list[RemovableHandle] = []  # what comes before and after the host's forward
         self.observer: Callable[[Tokens, Tokens], None] | None = None  # sees the tokens before and after each moment
 
     # -------------------------------------------------------------------------------------------- schedule
@@ -61,19 +64,24 @@ class Compression(nn.Module):
         """
         if schedule.at != self.schedule.at:
             raise ValueError(f"schedule reduces at {list(schedule.at)}, but this model was built for {list(self.schedule.at)}")
-        self.schedule = schedule
-        for block, site in sites_of(self.config, schedule, self.shape).items():
+        self.staging = Staging(self.config, schedule, self.staging.shapes)
+        for block, site in self.staging.sites().items():
             reducer: Any = self.reducers[str(block)]
             reducer.site = site
 
-    def counts(self, patches: int) -> tuple[int, ...]:
-        """Patch tokens each block leaves, for an image of that many patches."""
-        return self.config.counts(self.schedule, self.depth, patches)
+    @property
+    def schedule(self) -> Schedule:
+        """How many tokens each block leaves."""
+        return self.staging.schedule
+
+    def counts(self, patches: int | None = None) -> tuple[int, ...]:
+        """Patch tokens each block leaves, for an image of that many patches (in the first stage) or of the host's own size."""
+        return self.staging.counts(patches)
 
     def losses(self) -> dict[str, Tensor]:
         """The method's own losses of the last forward, each a mean over the reducing blocks."""
-        last = self.entry(self.depth)
-        targets = self.schedule.targets(self.depth, last.where.shape[1], self.config.leaves)
+        patches = [self.entry(start + 1).where.shape[1] for start in self.staging.starts]
+        targets = self.staging.targets(patches)
         parts = [
             reducer.losses(self.entry(b + 1), rate) for b, rate in targets.items() if (reducer := self.reducer(b)) is not None
         ]
@@ -81,12 +89,11 @@ class Compression(nn.Module):
         return {name: torch.stack([part[name] for part in parts if name in part]).mean() for name in names}
 
     # -------------------------------------------------------------------------------------------- one block
-    def run(self, index: int, block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Stands in for the forward of block ``index``."""
-        if args or kwargs.get("attn_mask") is not None or kwargs.get("is_causal"):
-            raise ValueError("a reduced model takes no attention mask: a mask for all tokens does not fit those that are left")
+    def run(self, index: int, block: nn.Module, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+        """Stands in for the forward of block ``index``, whose parameters have these names."""
+        x, kwargs = by_name(names, args, kwargs, halves_of(block).own_mask)
         tokens = self._arriving(index, x)
-        n = self.counts(tokens.where.shape[1])[index]
+        n = self._leaves(index, tokens)
         reducer = self.reducer(index)
         if reducer is not None and not reducer.active(len(tokens), n):
             reducer = None
@@ -96,7 +103,18 @@ class Compression(nn.Module):
         if reducer is not None and len(tokens) != n and tokens.alive is None and self.execution is None:
             raise RuntimeError(f"{self.config.row.name} left {len(tokens)} patch tokens at block {index}; {n} were asked for")
         self._note(index + 1, tokens)
-        return tokens.x
+        x = self._handed_on(index, tokens)
+        return (x,) if self.in_tuples else x
+
+    def _leaves(self, index: int, tokens: Tokens) -> int:
+        """Patch tokens that a block is to leave of these."""
+        stage = self.staging.stage(index)
+        return self.staging.stage_counts(stage, tokens.where.shape[1])[index - self.staging.starts[stage]]
+
+    def _handed_on(self, index: int, tokens: Tokens) -> Tensor:
+        """What comes out of a block: its tokens; after the last block of a stage (of all, if asked for) the full grid."""
+        full = GridMap.of(tokens) if index + 1 in self.staging.starts or (index + 1 == self.depth and self.restore) else None
+        return tokens.x if full is None else torch.cat([tokens.x[:, : tokens.prefix], full.fill(tokens.patches)], 1)
 
     def _note(self, index: int, tokens: Tokens) -> None:
         self._with_gradient[index] = torch.is_grad_enabled()
@@ -104,17 +122,19 @@ class Compression(nn.Module):
         self.ledger[index] = tokens.replace(x=tokens.x.new_empty(tokens.x.shape[0], 0, tokens.x.shape[2]))
 
     def _arriving(self, index: int, x: Tensor) -> Tokens:
-        if index == 0:
-            start = Tokens.start(x, self.prefix, self.has_cls, self._positions(x))
-            self._note(0, start)
+        if index in self.staging.starts:
+            shape = self.staging.shapes[self.staging.stage(index)]
+            start = Tokens.start(x, shape.prefix, shape.has_cls, self._positions(x))
+            if index == 0:
+                self._note(0, start)
             return start
         tokens = self.entry(index)
         if self.training and torch.is_grad_enabled() and x.requires_grad and not self._with_gradient[index]:
             self._refuse_lost(tokens)
-        if x.shape[:2] != (tokens.size.shape[0], self.prefix + len(tokens)):
+        if x.shape[:2] != (tokens.size.shape[0], tokens.prefix + len(tokens)):
             raise RuntimeError(
                 f"block {index} got {tuple(x.shape)}, but the block before it left {tokens.size.shape[0]} images of "
-                f"{self.prefix + len(tokens)} tokens; run the blocks of a reduced model in order, one forward at a time"
+                f"{tokens.prefix + len(tokens)} tokens; run the blocks of a reduced model in order, one forward at a time"
             )
         return tokens.replace(x=x)
 
@@ -142,11 +162,12 @@ class Compression(nn.Module):
 
     def _watcher(self, index: int, tokens: Tokens) -> Reducer | None:
         reducer = self.reducer(index)
-        wanted = reducer is not None and reducer.overrides("watch")
-        return reducer if wanted and self.counts(tokens.where.shape[1])[index] < len(tokens) else None
+        if reducer is None or index in self.staging.starts or not reducer.overrides("watch"):
+            return None
+        return reducer if self._leaves(index, tokens) < len(tokens) else None
 
     def _positions(self, x: Tensor) -> Tensor | None:
-        table = HOSTS[self.host_path].positions(self.model)
+        table = HOSTS[self.host_path].positions(self.model) if len(self.staging.shapes) == 1 else None
         return table if table is not None and len(table) == x.shape[1] - self.prefix else None
 
     def _moment(self, reducer: Reducer, moment: str, tokens: Tokens, *arguments: Any) -> Tokens:
@@ -170,35 +191,30 @@ class Compression(nn.Module):
             return None
         return "masked" if torch.compiler.is_compiling() else self.config.execution
 
-    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
-        """Stands in for the pooling of the host: its own, with every token counted as often as it has patches."""
-        host: Any = self.model
-        kind, prefix_too = self.pooling
-        tokens = self.ledger[self.depth]
-        if tokens is None or not tokens.merged or x.shape[1] != self.prefix + len(tokens):
-            return type(host).pool(host, x, pool_type)
-        return pool_by_size(partial(type(host).pool, host), x, tokens, pool_type or kind, prefix_too)
-
     # -------------------------------------------------------------------------------------------- copies
     def __getstate__(self) -> dict[str, Any]:
         # a copy starts with an empty ledger: what is in it belongs to the forward (and the graph) of the original
         return {**self.__dict__, "ledger": [None] * (self.depth + 1)}
 
 
-def attach(host: Any, entry: Host, compression: Compression) -> None:
-    """Put a compression between the halves of the host's blocks."""
-    for index, block in enumerate(entry.blocks(host)):
-        block.forward = partial(compression.run, index, block)
-    host.pool = compression.pool
-    host.laconic = compression
+def by_name(
+    names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any], own_mask: str | None = None
+) -> tuple[Tensor, dict[str, Any]]:
+    """The features that a block is called with, and its other arguments by name (``names`` are those of its parameters).
 
+    A mask under the name ``own_mask`` is the model's own: if it is boolean it hides nothing, and is left out.
 
-def detach(host: Any, entry: Host) -> None:
-    """Undo `attach`."""
-    for block in entry.blocks(host):
-        block.__dict__.pop("forward", None)
-    host.__dict__.pop("pool", None)
-    del host.laconic
+    Raises:
+        ValueError: an attention mask is handed over, or attention weights are asked for: neither fits the tokens left.
+    """
+    named = {**dict(zip(names, args, strict=False)), **kwargs}
+    own = named.get(own_mask) if own_mask is not None else None
+    if own_mask is not None and own is not None and own.dtype == torch.bool:
+        named[own_mask] = None
+    for name in MASKS:
+        if name != own_mask and named.get(name) is not None and named[name] is not False:
+            raise ValueError(f"a reduced model takes no {name}: what is made for all tokens does not fit those that are left")
+    return named.pop(names[0]), named
 
 
 def find_compression(model: nn.Module) -> Compression | None:

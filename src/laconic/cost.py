@@ -3,7 +3,8 @@
 "GFLOPs" in this field are multiply-adds (MACs). Papers count different things, so a convention has a name:
 
 * ``matmul``: matrix products and convolutions, the reducer's own among them. The default.
-* ``fvcore``: what fvcore's default handlers count, 5 more for each element of a LayerNorm (TPS, DynamicViT).
+* ``fvcore``: what fvcore's default handlers count: that, 5 for each element of a LayerNorm and 2 for each of a BatchNorm
+  (TPS, DynamicViT).
 * ``torchprofile``: what torchprofile 0.0.4 counts, 1 for each element of a LayerNorm, each scaled attention logit, each
   element a reducer weighs and each averaged attention weight; it does not see pairwise distances (EViT, BAT).
 
@@ -17,22 +18,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from math import prod
 
 import torch
 from torch import Tensor, nn
 
 from laconic import work
 from laconic.compression import find_compression
-from laconic.hosts import find_host, halves_of, path_of
+from laconic.hosts import Shape, find_host, halves_of, path_of
 from laconic.modes import evaluating
-from laconic.reducer import Method, Shape, Site, sites_of
+from laconic.reducer import Method
 from laconic.report import BlockCost, Summary
 from laconic.schedule import Schedule
+from laconic.sites import Site
+from laconic.staging import Staging
 
 CONVENTIONS: dict[str, dict[str, int]] = {
     "matmul": {"matmul": 1, "pairwise": 1},
-    "fvcore": {"matmul": 1, "pairwise": 1, "layernorm": 5},
+    "fvcore": {"matmul": 1, "pairwise": 1, "layernorm": 5, "batchnorm": 2},
     "torchprofile": {"matmul": 1, "layernorm": 1, "scores": 1, "elementwise": 1, "head_mean": 1},
 }
 
@@ -92,17 +94,19 @@ def estimate(
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be a whole number of images, at least 1; got {batch_size!r}")
     host, entry = find_host(model)
-    blocks, patches, prefix = entry.blocks(host), prod(entry.grid(host)), entry.prefix(host)[0]
-    tokens, sites = (patches,) * len(blocks), dict[int, Site]()
+    blocks, shapes = entry.blocks(host), entry.shapes(host)
+    starts, sites = {sum(s.depth for s in shapes[:i]): shape for i, shape in enumerate(shapes)}, dict[int, Site]()
+    tokens = tuple(shape.patches for shape in shapes for _ in range(shape.depth))
     if config is not None and schedule is not None:
-        schedule.check_depth(len(blocks))
-        tokens = config.counts(schedule, len(blocks), patches)
-        sites = sites_of(config, schedule, Shape(len(blocks), entry.dim(host), entry.heads(host), entry.grid(host)))
-    rows, before = list[BlockCost](), patches
+        staging = Staging(config, schedule, shapes)
+        tokens, sites = staging.counts(), staging.sites()
+    rows, before, shape = list[BlockCost](), shapes[0].patches, shapes[0]
     for index, (block, left) in enumerate(zip(blocks, tokens, strict=True)):
-        rows.append(block_cost(index, block, prefix, config, sites.get(index), before, left, weights, batch_size))
+        if index in starts:
+            shape, before = starts[index], starts[index].patches
+        rows.append(block_cost(index, block, shape, config, sites.get(index), before, left, weights, batch_size))
         before = left
-    ends = weigh(work.ends(host, entry, patches + prefix, before + prefix), weights)
+    ends = weigh(work.ends(host, entry, shapes[0].patches + shapes[0].prefix, before + shape.prefix), weights)
     macs = ends * batch_size + sum(row.macs + row.reducer_macs for row in rows)
     baseline = macs if config is None else estimate(model, None, None, convention, batch_size).macs
     method, parameters = None if config is None else config.describe(), _parameters(model, config, sites)
@@ -112,7 +116,7 @@ def estimate(
 def block_cost(
     index: int,
     block: nn.Module,
-    prefix: int,
+    shape: Shape,
     config: Method | None,
     site: Site | None,
     before: int,
@@ -120,10 +124,11 @@ def block_cost(
     weights: Mapping[str, int],
     batch_size: int = 1,
 ) -> BlockCost:
-    """What one block costs that gets ``before`` patch tokens and leaves ``left``, its reducer included."""
-    at_attention, at_mlp = (n + prefix for n in _inside(block, config, site, before, left))
-    own, reducer = weigh(work.block(block, at_attention, at_mlp), weights), 0
-    if config is not None and site is not None and (left < before or config.row.count == "variable"):
+    """What one block of a stage costs that gets ``before`` patch tokens and leaves ``left``, its reducer included."""
+    at_attention, at_mlp = (n + shape.prefix for n in _inside(block, config, site, before, left))
+    own, reducer = weigh(work.block(block, at_attention, at_mlp, shape), weights), 0
+    works = left < before or (config is not None and config.row.count == "variable")
+    if config is not None and site is not None and (works or config.inside(before, left, site) != (before, before)):
         reducer = weigh(config.macs(before, left, site), weights)
     return BlockCost(index, at_attention, at_mlp, own * batch_size, reducer * batch_size)
 

@@ -138,7 +138,8 @@ def twin(model: nn.Module) -> nn.Module:
 def _positions(host: Any, entry: Host, blocks: list[nn.Module]) -> str:
     rotary = any(halves is not None and halves.rope is not None for halves in map(halves_of, blocks))
     kinds = ["absolute"] * (entry.positions(host) is not None)
-    kinds += ["rotary"] * (rotary and getattr(host, "rope", None) is not None)
+    tables = (getattr(host, name, None) for name in ("rope", "rope_embeddings"))  # timm's, transformers'
+    kinds += ["rotary"] * (rotary and any(table is not None for table in tables))
     return " and ".join(kinds) or "none"
 
 
@@ -152,8 +153,7 @@ def _try(model: nn.Module, row: Row) -> Trial:
         reduced, options = (reduced, options) if isinstance(again, str) else (again, stand_in)
     if isinstance(reduced, str):
         return Trial(row.name, False, {}, reduced, ())
-    height, width = reduced.grid
-    counts = reduced.counts(height * width)
+    counts = reduced.counts()
     return Trial(row.name, True, options, "", tuple(counts[block] for block in reduced.schedule.at))
 
 

@@ -34,12 +34,28 @@ class Batch:
     image: Tensor  # the first one
     seen: dict[int, Seen]  # q and k of each block
     energies: dict[int, Tensor]
-    inputs: dict[int, tuple[Tensor, dict[str, Any]]]  # with a tolerance: x and keywords of each block; x of depth: the end
+    inputs: dict[int, tuple[Tensor, dict[str, Any]]]  # if asked for: x and keywords of each block; x of depth: the end
+    prefix: int
+    has_cls: bool
+
+    def look(self, block: int, module: nn.Module, x: Tensor, calls: list[dict[str, Any]]) -> None:
+        """Note q and k of a block that got ``x``."""
+        seen = Seen.of(calls, Tokens.start(x, self.prefix, self.has_cls), f"block {block} ({path_of(type(module))})")
+        # clones: q, k and v are views of one tensor, which would stay whole
+        self.seen[block] = dataclasses.replace(seen, q=seen.q.clone(), k=seen.k.clone(), v=seen.v[..., :0].clone())
+
+    def pass_through(self, block: int, module: nn.Module) -> None:
+        """Run a block again that has other weights now: what it sees and puts out of what came in at first."""
+        calls, (x, keywords) = list[dict[str, Any]](), self.inputs[block]
+        with Watch(calls):
+            output = module(x, **keywords)
+        self.look(block, module, x, calls)
+        self.inputs[block + 1] = (output, self.inputs[block + 1][1])
 
 
 def record(model: nn.Module, compression: Compression, images: Tensor, lowest: int, inputs: bool) -> Batch:
     """Run a batch, and note what the blocks from ``lowest`` on see (and get, if ``inputs``)."""
-    batch, calls = Batch(images[:1], {}, {}, {}), list[dict[str, Any]]()
+    batch, calls = Batch(images[:1], {}, {}, {}, compression.prefix, compression.has_cls), list[dict[str, Any]]()
     patches, blocks = math.prod(compression.grid), HOSTS[compression.host_path].blocks(compression.model)
 
     def note(block: int, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
@@ -49,11 +65,8 @@ def record(model: nn.Module, compression: Compression, images: Tensor, lowest: i
                 f"images of {x.shape[1] - compression.prefix} patches came in, and this model was reduced for {patches}; "
                 "calibrate on images of its own size"
             )
-        tokens = Tokens.start(x, compression.prefix, compression.has_cls)
-        seen = Seen.of(calls, tokens, f"block {block} ({path_of(type(module))})")
+        batch.look(block, module, x, calls)
         calls.clear()
-        # clones: q, k and v are views of one tensor, which would stay whole
-        batch.seen[block] = dataclasses.replace(seen, q=seen.q.clone(), k=seen.k.clone(), v=seen.v[..., :0].clone())
         batch.energies[block] = energy(batch.seen[block].matrix, x)
         if inputs:
             batch.inputs[block], batch.inputs[block + 1] = (x, kwargs), (output, {})

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from laconic.compression import compression_of
+from laconic.compression import Compression, compression_of
 from laconic.shapes import Float, Int
 from laconic.tokens import Tokens
 
@@ -19,7 +19,7 @@ class Stage:
     ``where[b, p]`` is the patch token that holds patch p (-1: dropped), ``size[b, j]`` the patches token j holds,
     ``kept[b, j]`` the patch in whose place token j stands. ``alive`` is set where some tokens are seen by nobody: softly
     removed ones in training, and what fills up the images of a batch that have fewer tokens than others (their size is 0).
-    Patches that are parked for a while (Evo-ViT) are -1 until they are back.
+    Patches that are parked for a while (Evo-ViT) are -1 until they are back. ``grid``: rows and columns of the patches.
     """
 
     block: int
@@ -27,6 +27,7 @@ class Stage:
     size: Float[Tensor, "B L"]
     kept: Int[Tensor, "B L"]
     alive: Float[Tensor, "B L"] | None
+    grid: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ def provenance(model: nn.Module) -> Provenance:
 
     def stage(block: int, t: Tokens) -> Stage:
         alive = None if t.alive is None else t.alive.detach()
-        return Stage(block, t.where, t.size.detach(), t.place, alive)
+        grid = compression.staging.shapes[compression.staging.stage(block)].grid
+        return Stage(block, t.where, t.size.detach(), t.place, alive, grid)
 
     stages = tuple(stage(block, compression.entry(block + 1)) for block in compression.schedule.at)
     return Provenance(stages, compression.grid)
@@ -85,6 +87,10 @@ def restore_dense(
     """
     compression = compression_of(model)
     tokens = compression.entry(compression.depth)
+    patches = tokens.where.shape[1]
+    if features.dim() == 3 and features.shape[1] == compression.prefix + patches and patches > len(tokens):
+        dense = features[:, compression.prefix :]  # the model has given them back itself
+        return dense if layout == "NLC" else _image(compression, dense, layout)
     if features.dim() == 3 and features.shape[1] == compression.prefix + len(tokens):
         features = features[:, compression.prefix :]
     if features.dim() != 3 or features.shape[:2] != tokens.size.shape:
@@ -93,8 +99,10 @@ def restore_dense(
             f"of {compression.prefix} prefix and {len(tokens)} patch tokens"
         )
     dense = tokens.dense(features, fill)
-    if layout == "NLC":
-        return dense
+    return dense if layout == "NLC" else _image(compression, dense, layout)
+
+
+def _image(compression: Compression, dense: Tensor, layout: str) -> Tensor:
     height, width = compression.grid
     if layout != "NCHW":
         raise ValueError(f"layout must be 'NLC' or 'NCHW', not {layout!r}")

@@ -14,8 +14,8 @@ from laconic import work
 from laconic.compression import compression_of
 from laconic.cost import aside, block_cost, weigh, weights_of
 from laconic.hosts import find_host
-from laconic.reducer import Site, sites_of
 from laconic.report import Observed, Spread
+from laconic.sites import Site
 from laconic.tokens import Tokens
 
 
@@ -35,17 +35,18 @@ class Observer:
 
     @cached_property
     def _sites(self) -> dict[int, Site]:
-        return sites_of(self.compression.config, self.compression.schedule, self.compression.shape)
+        return self.compression.staging.sites()
 
     def _cost(self, index: int, before: int, after: int) -> int:
         """MACs of a block, or of all that is no block for index -1."""
         if (index, before, after) not in self.known:
-            prefix, config = self.compression.prefix, self.compression.config
+            config, staging = self.compression.config, self.compression.staging
             if index < 0:
-                macs = weigh(work.ends(self.host, self.entry, before + prefix, after + prefix), self.weights)
+                first, last = staging.shapes[0].prefix, staging.shapes[-1].prefix
+                macs = weigh(work.ends(self.host, self.entry, before + first, after + last), self.weights)
             else:
-                block = self.entry.blocks(self.host)[index]
-                row = block_cost(index, block, prefix, config, self._sites.get(index), before, after, self.weights)
+                block, shape = self.entry.blocks(self.host)[index], staging.shapes[staging.stage(index)]
+                row = block_cost(index, block, shape, config, self._sites.get(index), before, after, self.weights)
                 macs = row.macs + row.reducer_macs
             self.known[index, before, after] = macs
         return self.known[index, before, after]
@@ -59,8 +60,13 @@ class Observer:
         """
         if not self.counts:
             raise ValueError("there are no images to observe; pass batches of them, [B, channels, height, width]")
+        starts = {
+            start: shape.patches
+            for start, shape in zip(self.compression.staging.starts[1:], self.compression.staging.shapes[1:], strict=True)
+        }
         macs = [
-            self._cost(-1, row[0], row[-1]) + sum(self._cost(i, *pair) for i, pair in enumerate(pairwise(row)))
+            self._cost(-1, row[0], row[-1])
+            + sum(self._cost(i, starts.get(i, before), after) for i, (before, after) in enumerate(pairwise(row)))
             for row in self.counts
         ]
         left = zip(*(row[1:] for row in self.counts), strict=True)

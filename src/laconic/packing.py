@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from laconic.attention import SOFT_FLOOR, Watch, shown_of
+from laconic.attention import Watch
+from laconic.masking import SOFT_FLOOR, shown_of
+from laconic.rows import table_rows
 from laconic.tokens import Tokens
 
 
@@ -62,20 +64,21 @@ class Packing:
         return flat.index_copy(0, self.index, own).view(self.shape[0], 1, 1, self.shape[1])
 
     def rotary(self, table: Tensor, tokens: Tokens) -> Tensor:
-        """A rotary table [P, D] or [H, P, D] for the row without its first prefix tokens: [1, 1 or H, T - prefix, D].
+        """A rotary table [P, D] or [(B,) H, P, D] for the row without its first prefix tokens: [1, 1 or H, T - prefix, D].
 
         Hosts leave out only the prefix tokens in front; those of later images get a rotation by nothing (the tables hold
         sines, then cosines).
         """
-        heads = table.unsqueeze(0) if table.dim() == 2 else table
-        rows = heads[:, tokens.place].transpose(0, 1)  # [B, heads, L, D]
+        rows = table_rows(table, tokens.place)  # [B, heads, L, D]
         half = rows.shape[-1] // 2
         still = torch.cat([rows.new_zeros(half), rows.new_ones(half)]).expand(*rows.shape[:2], tokens.prefix, -1)
         every = torch.cat([still, rows], 2).transpose(1, 2).flatten(0, 1)  # [B N, heads, D]
         return every.index_select(0, self.index)[tokens.prefix :].transpose(0, 1).unsqueeze(0)
 
-    def watch(self, calls: list[dict[str, Any]]) -> Watch:
+    def watch(self, calls: list[dict[str, Any]], rows: Tensor | None = None) -> Watch:
         """Attention for each image alone, while active."""
+        if rows is not None:
+            raise RuntimeError("this model adds a bias for pairs of patches; take the method with execution='padded'")
         return PackedWatch(calls, self)
 
     def seen(self, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from laconic.attention import Seen, Watch, bias_of
+from laconic.attention import Seen, Watch
+from laconic.grid import GridMap
 from laconic.hosts import Halves, halves_of, path_of
+from laconic.masking import bias_of
 from laconic.packing import Packing
 from laconic.reducer import Reducer
+from laconic.rows import table_rows
 from laconic.tokens import Tokens
 
 Moment = Callable[..., Tokens]  # (reducer, name of the moment, tokens, arguments of the moment)
@@ -47,33 +51,37 @@ class Step:
         """A look at the block's attention before the block: its first half is run once more, for its q, k and v."""
         halves = halves_of(self.block)
         calls: list[dict[str, Any]] = []
-        with Watch(calls, bias_of(tokens)):
+        with Watch(calls, _bias(halves, tokens), rows=_rows(halves, tokens)):
             half = halves.attention or type(self.block).forward
-            half(self.block, tokens.x, **_rotated(halves, tokens, None, kwargs))
-        return self.moment(reducer, "ahead", tokens, Seen.of(calls, tokens, self.name), self.n)
+            half(self.block, tokens.x, **_placed(halves, tokens, None, kwargs))
+        return self.moment(reducer, "ahead", tokens, Seen.of(calls, tokens, self.name, coarse=halves.grid is not None), self.n)
 
     def _block(self, between: Reducer | None, tokens: Tokens, kwargs: dict[str, Any]) -> Tokens:
         """In two halves with the method between them, or its class's own forward."""
         block, halves = self.block, halves_of(self.block)
-        packing = Packing.of(tokens) if self.packed else None
-        bias = None if packing is not None else bias_of(tokens)
-        kwargs = _rotated(halves, tokens, packing, kwargs)
-        own = tokens.attention is not None or tokens.switches is not None
+        packing = Packing.of(tokens) if self.packs else None
+        bias, rows = None if packing is not None else _bias(halves, tokens), _rows(halves, tokens)
+        kwargs = _placed(halves, tokens, packing, kwargs)
+        again = getattr(block, "gradient_checkpointing", False) and block.training  # seams checkpoints it, its class must not
+        own = tokens.attention is not None or tokens.switches is not None or rows is not None or again
         if between is None and self.watcher is None and bias is None and packing is None and not own:
-            return tokens.replace(x=type(block).forward(block, tokens.x, **kwargs))
+            return tokens.replace(x=first_of(type(block).forward(block, tokens.x, **kwargs)))
         calls: list[dict[str, Any]] = []
         x = tokens.x if packing is None else packing.pack(tokens.x)
-        parted = between is not None or tokens.switches is not None
-        with Watch(calls, bias, tokens.attention) if packing is None else packing.watch(calls):
+        parted = between is not None or tokens.switches is not None or halves.hidden or again
+        with Watch(calls, bias, tokens.attention, rows) if packing is None else packing.watch(calls, rows):
             if parted and halves.attention is not None:
                 x = x + switched(tokens, packing, "attention", partial(halves.attention, block, **kwargs), x)
             elif tokens.switches is not None:
                 x = x + switched(tokens, packing, "whole", partial(type(block).forward, block, **kwargs), x)
             else:
-                x = type(block).forward(block, x, **kwargs)
+                x = first_of(type(block).forward(block, x, **kwargs))
+        if not calls and (bias is not None or rows is not None):
+            Seen.of(calls, tokens, self.name)  # nobody has seen the bias: it says so
         tokens = tokens.replace(x=x if packing is None else packing.unpack(x, tokens.x), attention=None)
         if self.watcher is not None or between is not None:
-            seen = Seen.of(calls if packing is None else packing.seen(calls), tokens, self.name)
+            looked = calls if packing is None else packing.seen(calls)
+            seen = Seen.of(looked, tokens, self.name, coarse=halves.grid is not None)
             if self.watcher is not None:
                 tokens = self.moment(self.watcher, "watch", tokens, seen)
             if between is not None and halves.mlp is not None:
@@ -83,11 +91,17 @@ class Step:
         return tokens.replace(switches=None)
 
     def _mlp(self, mlp: Callable[..., Tensor], tokens: Tokens) -> Tensor:
-        packing, half = Packing.of(tokens) if self.packed else None, partial(mlp, self.block)
+        packing, half = Packing.of(tokens) if self.packs else None, partial(mlp, self.block)
         if packing is None:
             return tokens.x + switched(tokens, None, "mlp", half, tokens.x)
         row = packing.pack(tokens.x)
         return packing.unpack(row + switched(tokens, packing, "mlp", half, row), tokens.x)
+
+    @property
+    def packs(self) -> bool:
+        """Whether tokens that nobody sees may be left out: not where a bias for pairs, or a grid, is made for a batch."""
+        halves = halves_of(self.block)
+        return self.packed and not halves.relative and halves.grid is None
 
     @property
     def name(self) -> str:
@@ -104,17 +118,39 @@ def switched(tokens: Tokens, packing: Packing | None, part: str, half: Callable[
     return added
 
 
-def _rotated(halves: Halves, tokens: Tokens, packing: Packing | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keywords of a block, with the rows of its rotary table that belong to the tokens there are."""
+def first_of(output: Any) -> Tensor:
+    """The features that a block gives, alone or as the first of a tuple."""
+    features: Tensor = output[0] if isinstance(output, tuple) else output
+    return features
+
+
+def _bias(halves: Halves, tokens: Tokens) -> Tensor | None:
+    """What the tokens add to the attention: nothing where its keys are of the full grid, which shows them as it should."""
+    return None if halves.grid is not None else bias_of(tokens)
+
+
+def _rows(halves: Halves, tokens: Tokens) -> Tensor | None:
+    """The tokens [B, N] of the full number that a bias made for all of them is to be read at."""
+    if not halves.relative or tokens.patch is None:
+        return None
+    first = torch.arange(tokens.prefix, device=tokens.patch.device).expand(tokens.patch.shape[0], -1)
+    return torch.cat([first, tokens.patch + tokens.prefix], 1)
+
+
+def _placed(halves: Halves, tokens: Tokens, packing: Packing | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of a block, with what says where the tokens are: rows of its rotary table, or a map of its grid."""
+    if halves.grid is not None:
+        moved = GridMap.of(tokens)
+        return kwargs if moved is None else {**kwargs, halves.grid: moved}
     table = None if halves.rope is None else kwargs.get(halves.rope)
     if halves.rope is None or table is None or (packing is None and tokens.patch is None):
         return kwargs
-    rows = _rows_of_table(table, tokens.place) if packing is None else packing.rotary(table, tokens)
-    return {**kwargs, halves.rope: rows}
+    if isinstance(table, tuple):  # cosines and sines apart (transformers); in one table for as long as it takes
+        cos, sin = table
+        rows = _rotary(torch.cat([sin, cos], -1), tokens, packing)
+        return {**kwargs, halves.rope: (rows[..., sin.shape[-1] :], rows[..., : sin.shape[-1]])}
+    return {**kwargs, halves.rope: _rotary(table, tokens, packing)}
 
 
-def _rows_of_table(table: Tensor, patch: Tensor) -> Tensor:
-    """Rotary table [P, D] or [H, P, D], shared by all images, as [B, 1 or H, L, D] for the patches in ``patch``."""
-    if table.dim() == 2:
-        return table[patch].unsqueeze(1)
-    return table[:, patch].transpose(0, 1)
+def _rotary(table: Tensor, tokens: Tokens, packing: Packing | None) -> Tensor:
+    return table_rows(table, tokens.place) if packing is None else packing.rotary(table, tokens)

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from laconic.attention import SOFT_FLOOR, Watch
+from laconic.attention import Watch
+from laconic.masking import SOFT_FLOOR
 from laconic.shapes import Float
 from laconic.tokens import Tokens
 

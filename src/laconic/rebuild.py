@@ -37,6 +37,9 @@ UNUSUAL: dict[str, Callable[[Any], Any]] = {
     "class_token": lambda m: m.has_class_token,
     "qk_norm": lambda m: not isinstance(m.blocks[0].attn.q_norm, nn.Identity),
     "dynamic_img_size": lambda m: m.dynamic_img_size,
+    "use_rel_pos_bias": lambda m: m.blocks[0].attn.relative_position_bias_table is not None,
+    "use_shared_rel_pos_bias": lambda m: m.rel_pos_bias is not None,
+    "pos_embed_grid_size": lambda m: m.embeds.pos_embed_grid_size,
 }
 
 

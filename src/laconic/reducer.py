@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from laconic.attention import Seen
 from laconic.discovery import discover
 from laconic.schedule import Schedule, quarters
-from laconic.sites import Shape as Shape
 from laconic.sites import Site as Site
 from laconic.tokens import Tokens
 
@@ -76,17 +75,6 @@ class Prune(Reducer):
 
     def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
         return self.rest(tokens, self.score(tokens, seen), n)
-
-
-def sites_of(config: Method, schedule: Schedule, host: Shape) -> dict[int, Site]:
-    """Block -> site, for every reducing block."""
-    rates = dict(zip(schedule.at, schedule.values, strict=True)) if schedule.unit == "keep" else {}
-    patches = host.grid[0] * host.grid[1]
-    counts, out = (patches, *config.counts(schedule, host.depth, patches)), {}
-    for stage, block in enumerate(config.works_at(schedule, host.depth)):
-        here = (rates.get(block), counts[block], counts[block + 1], host.grid, host.depth, schedule)
-        out[block] = Site(stage, block, host.dim, host.heads, *here)
-    return out
 
 
 @dataclass(frozen=True)

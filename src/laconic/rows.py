@@ -22,6 +22,13 @@ def take(values: Tensor, index: Tensor) -> Tensor:
     return values.flatten(0, 1).index_select(0, (index + start).flatten()).reshape(*index.shape, *values.shape[2:])
 
 
+def table_rows(table: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index`` [B, L] of a rotary table [P, D] or [H, P, D], or of one for each image [B, H, P, D]: [B, H, L, D]."""
+    if table.dim() == 4:
+        return take(table.transpose(1, 2), index).transpose(1, 2)
+    return (table.unsqueeze(0) if table.dim() == 2 else table)[:, index].transpose(0, 1)
+
+
 def add_rows(values: Tensor, dst: Tensor, count: int) -> Tensor:
     """Sum the rows of ``values`` [B, L, C] into ``count`` rows by ``dst`` [B, L]; the same sum on every run."""
     batch = values.shape[0]

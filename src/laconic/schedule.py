@@ -94,6 +94,15 @@ class Schedule:
         if beyond:
             raise ValueError(f"schedule: blocks {beyond} are out of range; the model has blocks 0 to {depth - 1}")
 
+    def part(self, start: int, stop: int) -> Schedule | None:
+        """The steps at blocks from ``start`` to before ``stop``, with ``start`` as block 0; None where there are none."""
+        if start == 0 and self.at[-1] < stop:
+            return self
+        inside = [(block - start, value) for block, value in zip(self.at, self.values, strict=True) if start <= block < stop]
+        if not inside:
+            return None
+        return Schedule(tuple(block for block, _ in inside), tuple(value for _, value in inside), self.unit)
+
     def counts(self, depth: int, patches: int, rule: CountRule) -> tuple[int, ...]:
         """Patch tokens each of ``depth`` blocks leaves; blocks without a step leave what they get."""
         steps, n, out, rates = dict(zip(self.at, self.values, strict=True)), patches, [], []

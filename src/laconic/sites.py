@@ -21,13 +21,3 @@ class Site:
     grid: tuple[int, int] = (0, 0)  # patches of such an image: rows, columns
     depth: int = 0  # blocks of the host
     schedule: Schedule | None = None
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What of a host decides the shapes of a reducer."""
-
-    depth: int
-    dim: int
-    heads: int
-    grid: tuple[int, int]

@@ -88,7 +88,7 @@ class Tokens:
     # ------------------------------------------------------------------------------------------------ verbs
     def keep(self, index: Int[Tensor, "B K"]) -> Tokens:
         """Keep the patch tokens ``index``, in that order, and drop the rest."""
-        prefix = torch.arange(self.prefix, device=index.device).expand(len(index), -1)
+        prefix = torch.arange(self.prefix, device=index.device).expand(index.shape[0], -1)
         x = take(self.x, torch.cat([prefix, index + self.prefix], 1))
         dst = torch.full_like(self.place, -1).scatter(1, index, iota(index))
         return self._follow(index, dst, x, take(self.size, index))
@@ -103,7 +103,7 @@ class Tokens:
         gone, into = dst < 0, dst.clamp_min(0)
         weight = weight.masked_fill(gone, 0.0)
         # prefix tokens go along, each to itself with weight one: a single pass without a copy to put them in front
-        every = torch.cat([torch.arange(self.prefix, device=dst.device).expand(len(dst), -1), into + self.prefix], 1)
+        every = torch.cat([torch.arange(self.prefix, device=dst.device).expand(dst.shape[0], -1), into + self.prefix], 1)
         weighted = self.x * F.pad(weight, (self.prefix, 0), value=1.0).unsqueeze(-1)
         x = add_rows(weighted, every, self.prefix + count).to(self.x.dtype)
         size = add_rows(self.size.masked_fill(gone, 0.0).unsqueeze(-1), into, count).squeeze(-1)
@@ -113,7 +113,7 @@ class Tokens:
         """The highest value of each channel over ``dst[i] == m``, without weights; all else as in `merge`."""
         gone, into = (dst < 0).unsqueeze(-1), dst.clamp_min(0)
         patches, size = self.patches.masked_fill(gone, -torch.inf), self.size.unsqueeze(-1).masked_fill(gone, 0.0)
-        new = patches.new_zeros(len(lead), lead.shape[1], patches.shape[2])
+        new = patches.new_zeros(lead.shape[0], lead.shape[1], patches.shape[2])
         new = new.scatter_reduce(1, into.unsqueeze(-1).expand_as(patches), patches, "amax", include_self=False)
         x = torch.cat([self.x[:, : self.prefix], new], 1)
         return self._follow(lead, dst, x, add_rows(size, into, lead.shape[1]).squeeze(-1)).replace(merged=True)
@@ -175,7 +175,7 @@ class Tokens:
         def longer(values: Tensor | None, more: Tensor) -> Tensor | None:
             return None if values is None else torch.cat([values, more.to(values.dtype)], 1)
 
-        columns = {n: torch.cat([c, c.new_zeros(len(x), x.shape[1], *c.shape[2:])], 1) for n, c in self.columns.items()}
+        columns = {n: torch.cat([c, c.new_zeros(x.shape[0], x.shape[1], *c.shape[2:])], 1) for n, c in self.columns.items()}
         return self.replace(
             x=torch.cat([self.x, x.to(self.x.dtype)], 1),
             size=torch.cat([self.size, torch.zeros_like(new)], 1),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from laconic.attention import Watch
-from laconic.compression import Compression, attach, detach
+from laconic.compression import Compression, by_name
 from laconic.hosts import Host, halves_of, path_of
 from laconic.modes import evaluating
+from laconic.passing import first_of
+from laconic.seams import READERS, attach, detach, names_of, settle, unsettle
 from laconic.tokens import Tokens
 
 TOLERANCE = 1e-3  # of the size of what a block adds; on one machine the difference is usually exactly 0
@@ -27,11 +30,17 @@ def verify(host: nn.Module, entry: Host, compression: Compression, example: Tens
     image = _image(host, entry, example)
     blocks = entry.blocks(host)
     with evaluating(host), torch.no_grad():
-        _refuse_patched(host, blocks)
-        base, records = _record(host, blocks, image)
-        for index, (block, record) in enumerate(zip(blocks, records, strict=True)):
-            _check_block(index, block, record)
-        _check_moments(compression, blocks)
+        _refuse_patched(host, entry, blocks)
+        compression.settled = settle(host, entry)
+        try:
+            base, records = _record(host, blocks, image)
+            compression.in_tuples = any(isinstance(output, tuple) for _, _, output, _ in records)
+            for index, (block, record) in enumerate(zip(blocks, records, strict=True)):
+                _check_block(index, block, record)
+            _check_moments(compression, blocks)
+        except BaseException:
+            unsettle(host, entry, compression.settled)
+            raise
         attach(host, entry, compression)
         try:
             reduced = _run_reduced(host, compression, image)
@@ -58,9 +67,9 @@ def _image(host: nn.Module, entry: Host, example: Tensor | None) -> Tensor:
     return example.to(reference.device, reference.dtype)
 
 
-def _refuse_patched(host: nn.Module, blocks: list[nn.Module]) -> None:
-    for module in [host, *blocks]:
-        name = "pool" if module is host else "forward"
+def _refuse_patched(host: nn.Module, entry: Host, blocks: list[nn.Module]) -> None:
+    own = [*((host, name) for name in READERS), *((module, name) for module, name, _ in entry.stand_ins(host))]
+    for module, name in [*own, *((block, "forward") for block in blocks)]:
         if name in module.__dict__:
             raise ValueError(f"{path_of(type(module))} has a {name} put on it by another tool; undo that before reducing")
 
@@ -75,7 +84,8 @@ def _record(host: nn.Module, blocks: list[nn.Module], image: Tensor) -> tuple[An
         before[0] = len(calls)
 
     def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        records.append((args[0], kwargs, output, len(calls) - before[0]))
+        x, named = by_name(names_of(module), args, kwargs, halves_of(module).own_mask)
+        records.append((x, named, output, len(calls) - before[0]))
 
     hooks = [h for b in blocks for h in (b.register_forward_pre_hook(enter), b.register_forward_hook(leave, with_kwargs=True))]
     try:
@@ -94,14 +104,22 @@ def _record(host: nn.Module, blocks: list[nn.Module], image: Tensor) -> tuple[An
 
 
 def _check_block(index: int, block: nn.Module, record: tuple[Any, Any, Any, int]) -> None:
-    x, kwargs, expected, fused = record
+    x, kwargs, output, fused = record
+    expected, halves = first_of(output), halves_of(block)
     name = f"block {index} ({path_of(type(block))})"
+    if halves.hidden and halves.attention is not None:
+        calls: list[dict[str, Any]] = []
+        with Watch(calls):
+            halves.attention(block, x, **kwargs)
+        fused = len(calls)
+    if fused > 1:
+        raise ValueError(f"{name} makes {fused} attention calls; laconic can look at blocks with exactly one only")
     if fused != 1:
         raise ValueError(
             f"{name} makes {fused} calls of scaled_dot_product_attention where laconic needs one: its attention is not fused. "
-            "Switch it on (timm.layers.set_fused_attn(True) before creating the model, or block.attn.fused_attn = True)"
+            "Switch it on (timm.layers.set_fused_attn(True) before creating the model, or block.attn.fused_attn = True; "
+            "transformers: make or load it with attn_implementation='sdpa')"
         )
-    halves = halves_of(block)
     if halves.attention is None or halves.mlp is None:
         return  # it is never parted
     y = x + halves.attention(block, x, **kwargs)
@@ -116,10 +134,12 @@ def _check_block(index: int, block: nn.Module, record: tuple[Any, Any, Any, int]
 
 def _check_moments(compression: Compression, blocks: list[nn.Module]) -> None:
     row = compression.config.row
-    if row.class_readout and (not compression.has_cls or compression.pooling[0] != "token"):
+    everywhere = all(shape.has_cls for shape in compression.staging.shapes)
+    if row.class_readout and (not everywhere or compression.pooling[0] != "token"):
+        reads = f"reads its tokens by {compression.pooling[0]!r}" if everywhere else "has none in all of its stages"
         raise LookupError(
-            f"{row.name} gives its answer in the class token, and this model reads its tokens by "
-            f"{compression.pooling[0]!r}; take a model that reads the class token, or another method (ats, dtps, dynamicvit)"
+            f"{row.name} gives its answer in the class token, and this model {reads}; take a model that reads the "
+            "class token, or another method (ats, dtps, dynamicvit)"
         )
     for index, block in enumerate(blocks):
         halves, reducer = halves_of(block), compression.reducer(index)
@@ -131,12 +151,10 @@ def _check_moments(compression: Compression, blocks: list[nn.Module]) -> None:
 
 
 def _run_reduced(host: nn.Module, compression: Compression, image: Tensor) -> Any:
-    prefix = compression.prefix
-
     def untouched(before: Tokens, after: Tokens) -> None:
         if compression.config.row.class_readout:
             return
-        if not torch.equal(before.x[:, :prefix], after.x[:, :prefix]):
+        if not torch.equal(before.x[:, : before.prefix], after.x[:, : after.prefix]):
             raise ValueError(f"{compression.config.row.name} changed a prefix token; this is a fault of the method")
 
     compression.observer = untouched
@@ -146,8 +164,10 @@ def _run_reduced(host: nn.Module, compression: Compression, image: Tensor) -> An
 
 def _works(compression: Compression) -> bool:
     """Whether any block has anything to reduce."""
-    before = int(compression.entry(compression.depth).where.shape[1])
-    for block, n in enumerate(compression.counts(before)):
+    before = 0
+    for block, n in enumerate(compression.counts(compression.entry(0).where.shape[1])):
+        if block in compression.staging.starts:
+            before = compression.entry(block + 1).where.shape[1]
         reducer = compression.reducer(block)
         if reducer is not None and reducer.active(before, n):
             return True
@@ -158,4 +178,6 @@ def _works(compression: Compression) -> bool:
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
         return torch.equal(a, b)
+    if isinstance(a, Mapping):  # what transformers' models give
+        return all(_same(x, b[name]) for name, x in a.items())
     return all(_same(x, y) for x, y in zip(a, b, strict=True)) if isinstance(a, tuple | list) else True

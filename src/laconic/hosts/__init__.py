@@ -6,13 +6,15 @@ of a host library is imported here. What an entry says is proved on the user's o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 Half = Callable[..., Tensor]
+StandIn = tuple[nn.Module, str, Callable[..., Any]]  # a module, one of its methods, and what stands in for it
+Setting = tuple[Any, str, Any]  # an object, the name of one of its attributes, and the value it must have
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,32 @@ class Halves:
     attention: Half | None = None
     mlp: Half | None = None
     rope: str | None = None  # the keyword under which rotary tables [..., P, D] reach the block
+    grid: str | None = None  # the keyword under which a `laconic.grid.GridMap` does: keys and values are of the full grid
+    relative: bool = False  # does its attention add a bias [..., N, N] that was made for all the tokens there were?
+    hidden: bool = False  # is its own attention out of sight (nn.MultiheadAttention)? Then it runs in its halves
+    mask: str | None = None  # the keyword under which an attention mask reaches the block that hides padding
+    # the keyword of a mask that the model makes itself: boolean, then it hides nothing, or a bias for all pairs of tokens
+    own_mask: str | None = None
+    after: tuple[str, ...] = ("norm2", "mlp")  # its parts that see the tokens that are left between attention and MLP
+    # rows through a layer of it, by its name, where they are not the tokens (a network that makes a bias)
+    rows: Callable[[Any, str], int | None] = lambda block, name: None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One stage of a host; most have one only. Where there are several, each but the last hands on its full grid."""
+
+    depth: int
+    dim: int
+    heads: int
+    grid: tuple[int, int]
+    prefix: int = 1
+    has_cls: bool = True
+
+    @property
+    def patches(self) -> int:
+        """Patches of an image of the host's own size."""
+        return self.grid[0] * self.grid[1]
 
 
 @dataclass(frozen=True)
@@ -38,10 +66,31 @@ class Host:
     example: Callable[[Any], Tensor]  # an input of the model's own size, batch 1
     pooling: Callable[[Any], tuple[str, bool]]  # "token" | "avg" | "map" | ..., and does it pool the prefix tokens too?
     obstacle: Callable[[Any], str | None]  # why this very model cannot be reduced, or None
+    stages: Callable[[Any], tuple[Shape, ...]] | None = None  # None: one stage, as the fields above say
+    at: Callable[[Any], tuple[int, ...]] | None = None  # where the papers reduce this model; None: at the quarters
+    # what of a model is replaced while it is reduced, beside blocks and ``pool``; called with a `laconic.reading.Reading`
+    stand_ins: Callable[[Any], list[StandIn]] = lambda m: []
+    # what has to be set for its attention to be fused, for as long as it is reduced
+    settings: Callable[[Any], list[Setting]] = lambda m: []
+    refused: tuple[str, ...] = ()  # arguments of its forward that a reduced model does not take (attention masks)
+    gives_back: bool = False  # does it hand on all its last tokens, for others to average? Then merged ones go to their patches
+    stem: Callable[[Any], nn.Module] = lambda m: m.patch_embed  # makes tokens of an image
+    # rows that pass through the layers of its other parts, by their name, of so many tokens before and after the blocks
+    rows: Callable[[Any, int, int], dict[str, int]] | None = None
+    # multiply-adds of the matrix products there that no layer makes, of so many tokens as well
+    products: Callable[[Any, int, int], int] = lambda m, before, after: 0
+
+    def shapes(self, model: Any) -> tuple[Shape, ...]:
+        """The stages of a model."""
+        if self.stages is not None:
+            return self.stages(model)
+        depth = len(self.blocks(model))
+        return (Shape(depth, self.dim(model), self.heads(model), self.grid(model), *self.prefix(model)),)
 
 
 BLOCKS: dict[str, Halves] = {}
 HOSTS: dict[str, Host] = {}
+REFUSED: dict[str, str] = {}  # classes that cannot be reduced, and why
 
 
 def register_block(path: str, halves: Halves) -> None:
@@ -52,6 +101,11 @@ def register_block(path: str, halves: Halves) -> None:
 def register_host(host: Host) -> None:
     """Add a model class by its full path."""
     HOSTS[host.path] = host
+
+
+def register_refusal(path: str, reason: str) -> None:
+    """Say of a class that is no host, by its full path, why it cannot be reduced."""
+    REFUSED[path] = reason
 
 
 def hosts() -> dict[str, tuple[str, ...]]:
@@ -73,6 +127,7 @@ def halves_of(block: nn.Module) -> Halves:
     for cls in type(block).__mro__:
         if path_of(cls) in BLOCKS:
             return BLOCKS[path_of(cls)]
+    _refuse(block.modules(), LookupError)
     raise LookupError(f"laconic does not know {path_of(type(block))}. Supported block classes: {', '.join(sorted(BLOCKS))}")
 
 
@@ -86,10 +141,14 @@ def find_host(model: nn.Module) -> tuple[nn.Module, Host]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}; create the model first (timm.create_model)")
     _refuse_compiled(model)
+    _refuse([model], TypeError)
     found = [(m, h) for m in model.modules() if (h := _entry(m)) is not None]
     if not found:
+        _refuse(model.modules(), TypeError)
         known = ", ".join(sorted(HOSTS))
         raise TypeError(f"laconic does not know {path_of(type(model))}. Supported model classes: {known}")
+    # a class of one version is but a wrapper of the supported one in another (transformers' CLIPVisionModel)
+    found = [(m, h) for m, h in found if not any(m is not other and other in m.modules() for other, _ in found)]
     if len(found) > 1:
         names = [name for name, m in model.named_modules() if any(m is f for f, _ in found)]
         raise ValueError(f"there are {len(found)} vision transformers in this model ({names}); pass the one to reduce")
@@ -98,6 +157,7 @@ def find_host(model: nn.Module) -> tuple[nn.Module, Host]:
     for i, block in enumerate(blocks):
         try:
             halves_of(block)
+            _refuse(block.modules(), LookupError)
         except LookupError as error:
             raise TypeError(f"block {i} of {type(host).__name__}: {error}") from None
     obstacle = entry.obstacle(host)
@@ -110,6 +170,13 @@ def _entry(module: nn.Module) -> Host | None:
     return next((HOSTS[path_of(cls)] for cls in type(module).__mro__ if path_of(cls) in HOSTS), None)
 
 
+def _refuse(modules: Iterable[nn.Module], error: type[Exception]) -> None:
+    for part in modules:
+        path = next((path_of(cls) for cls in type(part).__mro__ if path_of(cls) in REFUSED), None)
+        if path is not None:
+            raise error(f"{path_of(type(part))} cannot be reduced: {REFUSED[path]}")
+
+
 def _refuse_compiled(model: nn.Module) -> None:
     for module in model.modules():
         if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
@@ -118,4 +185,16 @@ def _refuse_compiled(model: nn.Module) -> None:
             )
 
 
-from laconic.hosts import timm as _timm  # noqa: E402, F401  (fills the tables)
+# what fills the tables
+from laconic.hosts import cvt as _cvt  # noqa: E402, F401
+from laconic.hosts import lvvit as _lvvit  # noqa: E402, F401
+from laconic.hosts import open_clip as _open_clip  # noqa: E402, F401
+from laconic.hosts import psvit as _psvit  # noqa: E402, F401
+from laconic.hosts import pvt as _pvt  # noqa: E402, F401
+from laconic.hosts import timm as _timm  # noqa: E402, F401
+from laconic.hosts import timm_naflex as _timm_naflex  # noqa: E402, F401
+from laconic.hosts import timm_refused as _timm_refused  # noqa: E402, F401
+from laconic.hosts import timm_relative as _timm_relative  # noqa: E402, F401
+from laconic.hosts import torchvision as _torchvision  # noqa: E402, F401
+from laconic.hosts import transformers as _transformers  # noqa: E402, F401
+from laconic.hosts import transformers_layers as _transformers_layers  # noqa: E402, F401

@@ -64,6 +64,11 @@ def _positions(m: Any) -> Tensor | None:
     return None if table is None or table.shape[1] < patches else table[0, -patches:]
 
 
+def _heads(m: Any) -> int:
+    block = m.blocks[0]
+    return block.attn.num_heads if hasattr(block, "attn") else block.num_heads
+
+
 def _example(m: Any) -> Tensor:
     reference = next(m.parameters())
     cfg = getattr(m, "pretrained_cfg", None) or {}
@@ -98,7 +103,7 @@ for _path in ("timm.models.vision_transformer.VisionTransformer", "timm.models.e
             positions=_positions,
             grid=_grid,
             dim=lambda m: m.embed_dim,
-            heads=lambda m: m.blocks[0].attn.num_heads if hasattr(m.blocks[0], "attn") else m.blocks[0].num_heads,
+            heads=_heads,
             example=_example,
             pooling=_pooling,
             obstacle=_obstacle,

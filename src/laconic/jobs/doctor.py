@@ -35,7 +35,7 @@ def doctor(model: str, /) -> DoctorReport:
     """Examine a model: its blocks and tokens, the self-test, and for every method whether it works or why not.
 
     Args:
-        model: timm name, or a directory that laconic.save wrote.
+        model: timm name, or a directory that laconic.save wrote, or save_pretrained of transformers.
 
     Raises:
         Refusal: there is no such model, or laconic cannot reduce it.

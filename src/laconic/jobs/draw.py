@@ -69,7 +69,7 @@ def maps(provenance: Provenance, image: int) -> list[Map]:
         if len(np.unique(place)) < len(place):  # soft merges may put two tokens in one place: then by their first patch
             place = np.array([np.flatnonzero(where == token).min(initial=len(where)) for token in range(len(place))])
         holder = np.where(where < 0, -1, place[where.clip(0)])
-        out.append(Map(holder, provenance.grid, stage.block, int((stage.size[image] > 0).sum())))
+        out.append(Map(holder, stage.grid, stage.block, int((stage.size[image] > 0).sum())))
     return out
 
 

@@ -41,15 +41,18 @@ def create(name: str, *, seed: int = 0, **options: Any) -> nn.Module:
 
 
 def open_model(name: str) -> nn.Module:
-    """A model by its timm name (random weights), or from a directory that ``laconic.save`` wrote."""
+    """A model by its timm name (random weights), or from a directory: laconic.save's, or transformers' save_pretrained's."""
     if not Path(name).is_dir():
         return create(name)
-    from laconic.checkpoints import load
+    from laconic.checkpoints import RECORD, load
+    from laconic.rebuild_transformers import from_directory
 
+    theirs = Path(name, "config.json").is_file() and not Path(name, RECORD).exists()
     try:
-        model: nn.Module = load(name)
+        model: nn.Module = from_directory(name) if theirs else load(name)
     except (OSError, ValueError, TypeError, LookupError, RuntimeError) as error:
-        raise Refusal(f"{name} does not hold a model that laconic saved: {error}") from error
+        whose = "transformers" if theirs else "laconic"
+        raise Refusal(f"{name} does not hold a model that {whose} saved: {error}") from error
     return model.eval()
 
 

@@ -1,3 +1,7 @@
 """Models that nobody else ships. Importing this registers them with timm."""
 
+from laconic.models import cvt as cvt
+from laconic.models import lvvit as lvvit
+from laconic.models import psvit as psvit
+from laconic.models import pvt as pvt
 from laconic.models import scenes as scenes

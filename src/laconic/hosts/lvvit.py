@@ -1,0 +1,50 @@
+"""Laconic's own LV-ViT. Its answer reads the patch tokens too: it takes the highest of their logits, class by class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from laconic.hosts import Halves, Host, register_block, register_host
+from laconic.hosts.timm import _example
+
+
+def _attention(b: Any, x: Tensor) -> Tensor:
+    return b.drop_path(b.attn(b.norm1(x))) / b.divisor
+
+
+def _mlp(b: Any, x: Tensor) -> Tensor:
+    return b.drop_path(b.mlp(b.norm2(x))) / b.divisor
+
+
+def _pool(reading: Any, x: Tensor, pool_type: str | None = None) -> Tensor:
+    """The highest of the logits is of the tokens that hold a patch: in training those softly removed are still there."""
+    model, tokens = reading.host, reading.tokens(x)
+
+    def own(x: Tensor, kind: str | None) -> Tensor:
+        out: Tensor = type(model).pool(model, x, kind)
+        return out
+
+    if tokens is None or (pool_type or model.global_pool) != "max":
+        return reading.pool(own, x, pool_type)
+    out: Tensor = model.combine(x[:, 0], x[:, 1:], tokens.size * tokens.there)
+    return out
+
+
+register_block("laconic.models.block.Block", Halves(_attention, _mlp))
+register_host(
+    Host(
+        path="laconic.models.lvvit.LVViT",
+        blocks=lambda m: list(m.blocks),
+        prefix=lambda m: (1, True),
+        positions=lambda m: m.pos_embed[0, 1:],
+        grid=lambda m: m.patch_embed.grid_size,
+        dim=lambda m: m.embed_dim,
+        heads=lambda m: m.blocks[0].attn.num_heads,
+        example=_example,
+        pooling=lambda m: (m.global_pool, False),
+        obstacle=lambda m: None,
+        stand_ins=lambda m: [(m, "pool", _pool)],
+    )
+)

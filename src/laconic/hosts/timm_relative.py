@@ -1,0 +1,73 @@
+"""timm's Beit and VisionTransformerRelPos: a bias for every pair of patches, of each block or shared by all of them.
+
+Both pool inside ``forward_head``, so that is what is stood in for.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from laconic.hosts import Halves, Host, register_block, register_host
+from laconic.hosts.timm import (
+    _block_attention,
+    _block_mlp,
+    _eva_attention,
+    _eva_mlp,
+    _example,
+    _grid,
+    _heads,
+    _obstacle,
+    _pooling,
+    _positions,
+    _post_attention,
+    _post_mlp,
+    _prefix,
+)
+
+
+def _forward_head(reading: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
+    own = partial(type(reading.host).forward_head, reading.host, pre_logits=pre_logits)
+    return reading.pool(lambda weighed, kind: own(weighed), x)
+
+
+def _bias_rows(bias: Any) -> int:
+    """Rows through the network that makes a bias of the distances of patches (there is a table instead in others)."""
+    return bias.rel_coords_log.shape[:2].numel() if hasattr(bias, "rel_coords_log") else 0
+
+
+def _block_rows(block: Any, name: str) -> int | None:
+    return _bias_rows(block.attn.rel_pos) if name.startswith("attn.rel_pos.") else None
+
+
+def _rows(m: Any, before: int, after: int) -> dict[str, int]:
+    pooled = 1 if m.global_pool else after
+    rows = {"norm": after, "fc_norm": pooled, "head": pooled}
+    return {**rows, "rel_pos_bias": 0, "shared_rel_pos": _bias_rows(getattr(m, "shared_rel_pos", None))}
+
+
+register_block("timm.models.beit.Block", Halves(_eva_attention, _eva_mlp, relative=True))
+for _path, _halves in {
+    "RelPosBlock": Halves(_block_attention, _block_mlp, relative=True, rows=_block_rows),
+    "ResPostRelPosBlock": Halves(_post_attention, _post_mlp, relative=True, rows=_block_rows),
+}.items():
+    register_block(f"timm.models.vision_transformer_relpos.{_path}", _halves)
+for _path in ("timm.models.beit.Beit", "timm.models.vision_transformer_relpos.VisionTransformerRelPos"):
+    register_host(
+        Host(
+            path=_path,
+            blocks=lambda m: list(m.blocks),
+            prefix=_prefix,
+            positions=_positions,
+            grid=_grid,
+            dim=lambda m: m.embed_dim,
+            heads=_heads,
+            example=_example,
+            pooling=_pooling,
+            obstacle=_obstacle,
+            rows=_rows,
+            stand_ins=lambda m: [(m, "forward_head", _forward_head)],
+        )
+    )

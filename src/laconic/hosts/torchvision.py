@@ -1,0 +1,45 @@
+"""torchvision's VisionTransformer: a class token that the head reads, and nn.MultiheadAttention in every block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laconic.hosts import Halves, Host, register_block, register_host
+from laconic.hosts.multihead import obstacle, self_attention
+
+
+def _attention(b: Any, x: Tensor) -> Tensor:
+    return b.dropout(self_attention(b.self_attention, b.ln_1(x)))
+
+
+def _mlp(b: Any, x: Tensor) -> Tensor:
+    return b.mlp(b.ln_2(x))
+
+
+def _example(m: Any) -> Tensor:
+    noise = torch.randn(1, 3, m.image_size, m.image_size, generator=torch.Generator().manual_seed(0))
+    return noise.to(m.class_token.device, m.class_token.dtype)
+
+
+register_block(
+    "torchvision.models.vision_transformer.EncoderBlock", Halves(_attention, _mlp, hidden=True, after=("ln_2", "mlp"))
+)
+register_host(
+    Host(
+        path="torchvision.models.vision_transformer.VisionTransformer",
+        blocks=lambda m: list(m.encoder.layers),
+        prefix=lambda m: (1, True),
+        positions=lambda m: m.encoder.pos_embedding[0, 1:],
+        grid=lambda m: (m.image_size // m.patch_size,) * 2,
+        dim=lambda m: m.hidden_dim,
+        heads=lambda m: m.encoder.layers[0].num_heads,
+        example=_example,
+        pooling=lambda m: ("token", False),
+        stem=lambda m: m.conv_proj,
+        rows=lambda m, before, after: {"encoder.ln": after, "heads": 1},
+        obstacle=lambda m: next(filter(None, (obstacle(b.self_attention) for b in m.encoder.layers)), None),
+    )
+)

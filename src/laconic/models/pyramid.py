@@ -1,0 +1,99 @@
+"""What PVT and CvT share: patches by a convolution, blocks run in turn, and a head as timm's models have it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+
+from timm.layers import global_pool_nlc, to_2tuple  # type: ignore[attr-defined]
+from timm.models import checkpoint_seq
+from torch import Tensor, nn
+
+from laconic.grid import cells_of
+from laconic.shapes import Float
+from laconic.work import Work, layers
+
+Size = tuple[int, int]
+
+
+class PatchEmbed(nn.Module):
+    """A convolution whose outputs are tokens, normed."""
+
+    def __init__(self, channels: int, dim: int, kernel: int, stride: int, padding: int, eps: float) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, dim, kernel, stride, padding)
+        self.norm = nn.LayerNorm(dim, eps=eps)
+
+    def forward(self, image: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B P D"], Size]:
+        """Tokens, row by row, and the rows and columns of their grid."""
+        patches = self.proj(image)
+        return self.norm(cells_of(patches)), (patches.shape[2], patches.shape[3])
+
+
+class Pyramid(nn.Module):
+    """The head of a model of several stages, whose last has a class token.
+
+    Args:
+        img_size: pixels of a side, or (height, width).
+        width: channels of the last stage.
+        num_classes: classes, or 0 for no head.
+        global_pool: ``token`` reads the class token, ``avg`` the mean of the patches of the last stage, ``""`` nothing.
+        eps: of the last LayerNorm.
+    """
+
+    def __init__(self, img_size: int | Sequence[int], width: int, num_classes: int, global_pool: str, eps: float) -> None:
+        super().__init__()
+        self.img_size: Size = to_2tuple(img_size)
+        self.num_classes, self.global_pool = num_classes, global_pool
+        self.num_features = self.head_hidden_size = self.embed_dim = width
+        self.num_prefix_tokens, self.grad_checkpointing = 1, False
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.head = nn.Linear(width, num_classes) if num_classes else nn.Identity()
+
+    def forward_features(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"]:
+        """The tokens of the last stage after the last norm, the class token first."""
+        raise NotImplementedError
+
+    def embeddings(self) -> list[tuple[PatchEmbed, Size]]:
+        """The patch embedding of each stage, and the grid that it makes of an image of the model's own size."""
+        raise NotImplementedError
+
+    def work_of_ends(self, before: int, after: int) -> Work:
+        """The work of all but the blocks for one image, of which ``after`` tokens leave the last block (see `laconic.work`)."""
+        ends = layers(self.norm, after) + layers(self.head, 1 if self.global_pool else after)
+        return sum((layers(embed, prod(grid)) for embed, grid in self.embeddings()), ends)
+
+    def run(self, calls: Sequence[Callable[[Tensor], Tensor]], x: Float[Tensor, "B N C"]) -> Float[Tensor, "B M C"]:
+        """The blocks of a stage, one after the other. How many tokens there are in between is nobody's business."""
+        if self.grad_checkpointing and self.training:
+            return checkpoint_seq(calls, x)
+        for call in calls:
+            x = call(x)
+        return x
+
+    def pool(self, x: Float[Tensor, "B N D"], pool_type: str | None = None) -> Tensor:
+        """What the head reads."""
+        return global_pool_nlc(x, self.global_pool if pool_type is None else pool_type, self.num_prefix_tokens)
+
+    def forward_head(self, x: Float[Tensor, "B N D"], pre_logits: bool = False) -> Tensor:
+        """Logits of the tokens of `forward_features`, or what the head reads."""
+        x = self.pool(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Tensor:
+        """Logits."""
+        return self.forward_head(self.forward_features(x))
+
+    def get_classifier(self) -> nn.Module:
+        """The head."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head, with torch's random weights."""
+        self.num_classes, self.global_pool = num_classes, self.global_pool if global_pool is None else global_pool
+        new = nn.Linear(self.embed_dim, num_classes).to(self.norm.weight) if num_classes else nn.Identity()
+        self.head = new.train(self.training)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute the inside of every block once more in the backward pass, instead of keeping it."""
+        self.grad_checkpointing = enable

@@ -1,0 +1,81 @@
+"""Backbones of several stages (PVT, CvT): each is reduced as a small vision transformer of its own.
+
+Tokens start afresh at a stage's first block, and come back as its full grid after its last one. A plain vision transformer
+is one stage. Methods see one stage at a time: its blocks, its part of the schedule and its grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from laconic.hosts import Shape
+from laconic.reducer import Method
+from laconic.schedule import Schedule
+from laconic.sites import Site
+
+
+@dataclass(frozen=True)
+class Staging:
+    """The stages of a host under a method and a schedule.
+
+    Raises:
+        ValueError: the schedule names blocks that the host does not have.
+    """
+
+    config: Method
+    schedule: Schedule
+    shapes: tuple[Shape, ...]
+
+    def __post_init__(self) -> None:
+        self.schedule.check_depth(sum(shape.depth for shape in self.shapes))
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The first block of each stage."""
+        return tuple(sum(shape.depth for shape in self.shapes[:i]) for i in range(len(self.shapes)))
+
+    def stage(self, block: int) -> int:
+        """The stage that a block belongs to."""
+        return max(i for i, start in enumerate(self.starts) if start <= block)
+
+    def part(self, stage: int) -> Schedule | None:
+        """What of the schedule is for this stage, with its own first block as block 0; None where that is nothing."""
+        start = self.starts[stage]
+        return self.schedule.part(start, start + self.shapes[stage].depth)
+
+    def stage_counts(self, stage: int, patches: int) -> tuple[int, ...]:
+        """Patch tokens that each block of a stage leaves, of so many patches."""
+        part, depth = self.part(stage), self.shapes[stage].depth
+        return (patches,) * depth if part is None else self.config.counts(part, depth, patches)
+
+    def counts(self, patches: int | None = None) -> tuple[int, ...]:
+        """Patch tokens that every block leaves, for an image of so many patches in the first stage (None: its own size)."""
+        out = list[int]()
+        for stage, shape in enumerate(self.shapes):
+            own = shape.patches if patches is None else patches * shape.patches // self.shapes[0].patches
+            out += self.stage_counts(stage, own)
+        return tuple(out)
+
+    def sites(self) -> dict[int, Site]:
+        """Block -> site, for every block with a reducer. Sites speak of their stage alone."""
+        out = dict[int, Site]()
+        for stage, (start, shape) in enumerate(zip(self.starts, self.shapes, strict=True)):
+            part = self.part(stage)
+            if part is None:
+                continue
+            rates = dict(zip(part.at, part.values, strict=True)) if part.unit == "keep" else {}
+            counts = (shape.patches, *self.stage_counts(stage, shape.patches))
+            for number, block in enumerate(self.config.works_at(part, shape.depth)):
+                here = (rates.get(block), counts[block], counts[block + 1], shape.grid, shape.depth, part)
+                out[start + block] = Site(number, block, shape.dim, shape.heads, *here)
+        return out
+
+    def targets(self, patches: Sequence[int]) -> dict[int, float]:
+        """The share of its stage's patches that each reducing block is to keep; ``patches`` of each stage."""
+        out = dict[int, float]()
+        for stage, (start, shape) in enumerate(zip(self.starts, self.shapes, strict=True)):
+            if (part := self.part(stage)) is not None:
+                found = part.targets(shape.depth, patches[stage], self.config.leaves)
+                out |= {start + block: share for block, share in found.items()}
+        return out

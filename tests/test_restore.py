@@ -1,0 +1,40 @@
+"""Every patch has a token again after the last block, where that is asked for."""
+
+import pytest
+import torch
+
+import laconic
+from families import AT, images, make, options, reduced
+
+
+@pytest.mark.parametrize("method", ["etps", "bat", "topk", "diffrate"])
+@pytest.mark.parametrize("family", ["plain", "siglip", "gap", "dinov3", "pe"])
+def test_pooled_answers_are_those_of_the_tokens_left(method, family):
+    """By class token, mean and attention pooling; dropped patches count nothing."""
+    x = images(family)
+    short = reduced(method, family)
+    whole = laconic.reduce_(make(family), method, keep=0.6, at=AT, restore=True, **options(method, family))
+    whole.load_state_dict(short.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(whole(x), short(x), rtol=1e-4, atol=1e-5)
+        features = whole.forward_features(x)
+    tokens = whole.laconic.entry(whole.laconic.depth)
+    assert features.shape[1] == tokens.prefix + tokens.where.shape[1] > tokens.prefix + len(tokens)
+
+
+def test_a_patch_has_the_features_of_the_token_it_went_to():
+    x, model = images("plain"), laconic.reduce_(make("plain"), "tome", keep=0.6, at=AT, restore=True)
+    other = laconic.reduce_(make("plain"), "tome", keep=0.6, at=AT)
+    with torch.no_grad():
+        dense = laconic.restore_dense(other, other.forward_features(x))
+        torch.testing.assert_close(model.forward_features(x)[:, 1:], dense)
+
+
+def test_it_is_saved_with_the_model(tmp_path):
+    model = laconic.reduce_(make("plain"), "etps", keep=0.6, at=AT, restore=True)
+    laconic.save(model, tmp_path)
+    again = laconic.load(tmp_path)
+    x = images("plain")
+    with torch.no_grad():
+        assert torch.equal(again.forward_features(x), model.forward_features(x))
+    assert again.laconic.restore
