@@ -15,7 +15,8 @@ test: check
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m slow
-	LACONIC_EVERY_PAIR=1 $(BIN)/python -m pytest -q -n 2 tests/test_laws.py
+	LACONIC_EVERY_PAIR=1 $(BIN)/python -m pytest -q -n 2 tests/test_laws.py tests/test_zoo.py tests/test_transformers.py \
+		tests/test_timm_families.py tests/test_torchvision.py tests/test_open_clip.py tests/test_lvvit_psvit.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check src tests

@@ -7,6 +7,18 @@ from families import METHODS, PAIRS, VARIABLE, images, reduced
 
 pytestmark = pytest.mark.unchecked
 FAMILIES = ("plain", "dinov3", "siglip")
+QUICK = (
+    "topk",
+    "bat",
+    "tome",
+    "dtps",
+    "etps",
+    "evit",
+    "ats",
+    "evovit",
+    "tokenlearner",
+    "diffrate",
+)  # the others are slow tests
 DIFFERENT = ("topk", "bat", "tome", "dtps")  # rotary tables and the want of a class token touch each in its own way
 
 
@@ -18,7 +30,12 @@ def _fresh():
 
 
 @pytest.mark.parametrize(
-    ("method", "family"), [p for p in PAIRS if p[1] == "plain" or (p[0] in DIFFERENT and p[1] in FAMILIES)]
+    ("method", "family"),
+    [
+        pytest.param(*p, marks=() if p[0] in QUICK else pytest.mark.slow)
+        for p in PAIRS
+        if p[1] == "plain" or (p[0] in DIFFERENT and p[1] in FAMILIES)
+    ],
 )
 def test_one_graph(method, family):
     model = reduced(method, family)

@@ -136,7 +136,7 @@ def test_a_scorer_for_other_blocks_is_refused(own_weights, options):
 # ---------------------------------------------------------------------------------------------------- fates
 def stage(where, kept):
     where, kept = torch.tensor(where), torch.tensor(kept)
-    return laconic.Stage(0, where, torch.ones(kept.shape), kept, None)
+    return laconic.Stage(0, where, torch.ones(kept.shape), kept, None, (2, 2))
 
 
 def test_fates_by_hand():

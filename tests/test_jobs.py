@@ -530,7 +530,8 @@ def test_painting_tints_groups_darkens_what_was_dropped_and_leaves_the_rest():
 
 def test_two_tokens_in_one_place_stay_two_groups():
     ledger = laconic.Provenance(
-        (laconic.Stage(0, torch.tensor([[0, 1, 1, 0]]), torch.tensor([[2.0, 2.0]]), torch.tensor([[3, 3]]), None),), (2, 2)
+        (laconic.Stage(0, torch.tensor([[0, 1, 1, 0]]), torch.tensor([[2.0, 2.0]]), torch.tensor([[3, 3]]), None, (2, 2)),),
+        (2, 2),
     )
     (found,) = draw.maps(ledger, 0)
     assert {place: list(patches) for place, patches in found.groups.items()} == {0: [0, 3], 1: [1, 2]}

@@ -108,7 +108,7 @@ def doctor(model: nn.Module) -> Report:
     try:
         host, entry = find_host(model)
     except (TypeError, ValueError) as error:
-        return Report(name, refusal=str(error))
+        return Report(name, refusal=str(error).removeprefix(f"{name} cannot be reduced: "))
     blocks = entry.blocks(host)
     pool, with_prefix = entry.pooling(host)
     identity = _attempt(model, IDENTITY, 1.0, {})
