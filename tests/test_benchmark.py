@@ -72,6 +72,7 @@ def top1(model, change=lambda scene: scene.picture):
         return (model(pixels).argmax(1) == labels).float().mean().item()
 
 
+@pytest.mark.slow
 def test_the_base_model_stands_where_differences_show(base):
     full = top1(base)
     assert 0.80 <= full <= 0.95

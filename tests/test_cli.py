@@ -90,6 +90,7 @@ def test_list_as_json_has_every_fact_of_a_method(laconic_):
     assert rows["etps"]["options"]["score"]["default"] == "class"
 
 
+@pytest.mark.slow
 def test_doctor_as_a_table(laconic_):
     code, out, _ = laconic_("doctor", TINY)
     assert code == 0

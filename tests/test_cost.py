@@ -126,6 +126,7 @@ def test_tome_without_its_matching(deits, r, expected):
     assert f"{(cost.macs - sum(b.reducer_macs for b in cost.blocks)) / 1e9:.2f}" == expected
 
 
+@pytest.mark.slow
 def test_the_page_is_what_the_command_writes(deits, monkeypatch, tmp_path):
     monkeypatch.setattr(tables, "deit", deits.__getitem__)
     tables.main([str(tmp_path / "macs.md")])
