@@ -328,6 +328,12 @@ def test_the_learning_rates_of_dtps():
 
 
 # ---------------------------------------------------------------------------------------------------- every one runs
+def slow_after(names, count):
+    """Some of the names, spread over all of them, as ordinary tests, and the others as slow ones."""
+    step = max(1, len(names) // count)
+    return [pytest.param(name, marks=() if i % step == 0 else pytest.mark.slow) for i, name in enumerate(names)]
+
+
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory):
     """A folder as ImageNet is one, but tiny, and weights for a tiny DeiT."""
@@ -374,7 +380,7 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", slow_after(OTHERS, 4))
 def test_one_step_of_every_other_recipe(name, imagenet, tmp_path):
     settings = [*tiny(name, imagenet), "data.val=", "augmentation.auto_augment="]
     recipe = recipes.read(name)
@@ -403,7 +409,7 @@ def run_counts(model):
     return tuple(len(entry) for entry in model.laconic.ledger[1:])
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", slow_after(TABLES, 6))
 def test_one_step_of_every_recipe(name, imagenet, tmp_path):
     report = train(recipe=name, data=str(imagenet), set=tiny(name, imagenet), output=tmp_path, running=CPU)
     row, *validated = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())

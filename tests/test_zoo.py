@@ -1,9 +1,10 @@
 """The contract of all backbones: what `laconic.reduce_` promises, on a small model of every family there is (`zoo`).
 
-LACONIC_EVERY_PAIR=1 (`make compat`) takes every method on every family; without it one is taken.
+LACONIC_EVERY_PAIR=1 takes every method on every family, LACONIC_ZOO_METHODS=etps,tome these (`make compat`); else it is one.
 """
 
 import copy
+import os
 from functools import partial
 
 import pytest
@@ -42,13 +43,20 @@ ZOO = {
     **{name: ours(test_pvt_cvt.small, name) for name in ("pvt_tiny", "cvt_13")},
     **{f"transformers-{family}": theirs(family) for family in test_transformers.FAMILIES},
 }
-METHODS = sorted(laconic.methods()) if EVERY else ["dtps"]
+CHOSEN = os.environ.get("LACONIC_ZOO_METHODS")
+METHODS = CHOSEN.split(",") if CHOSEN else sorted(laconic.methods()) if EVERY else ["dtps"]
 REFUSALS = (TypeError, ValueError, LookupError)
 PAIRS = [pytest.param(name, method, id=f"{name}/{method}") for name in ZOO for method in METHODS]
 
 
 def built(name):
-    return ZOO[name].make()
+    """A model; with LACONIC_OLDER=1 (`make compat`) a test of one that the libraries do not have yet is skipped."""
+    try:
+        return ZOO[name].make()
+    except (RuntimeError, TypeError) as error:
+        if os.environ.get("LACONIC_OLDER") and ("Unknown model" in str(error) or "unexpected keyword" in str(error)):
+            pytest.skip(f"not there: {error}")
+        raise
 
 
 def answer(name, model, x):

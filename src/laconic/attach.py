@@ -40,7 +40,8 @@ def reduce_(
         schedule: a `Schedule` (or its JSON) instead of ``keep`` and ``at``.
         restore: give every patch a token again after the last block: that of the token it went to, or, if it was dropped,
             zeros (which no pooling counts). So dense heads and readers of ``last_hidden_state`` find as many tokens as ever;
-            it costs what is behind the blocks. By default only models whose head needs it get it.
+            it costs what is behind the blocks. Models of transformers whose tokens are averaged outside get it by default
+            where tokens were merged, with the mean of the others for dropped patches, so that every mean is right.
         example: an input for the proof, [B, channels, height, width]; by default noise of the model's own input size.
         options: of the method, when it is given by name.
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from math import prod
 
-from timm.layers import global_pool_nlc, to_2tuple  # type: ignore[attr-defined]
+from timm.layers import to_2tuple  # type: ignore[attr-defined]
 from timm.models import checkpoint_seq
+from timm.models.vision_transformer import global_pool_nlc
 from torch import Tensor, nn
 
 from laconic.grid import cells_of
