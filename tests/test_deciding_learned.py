@@ -482,7 +482,10 @@ def outcomes(model, x, groups, monkeypatch, act):
         yield probability, act()
 
 
-@pytest.mark.parametrize(("groups", "trained", "penalty"), [((1,), None, 1.0), ((1, 2), None, (2.0, 0.5)), ((1, 2), [0], 3.0)])
+@pytest.mark.parametrize(
+    ("groups", "trained", "penalty"),
+    [((1,), None, 1.0), pytest.param((1, 2), None, (2.0, 0.5), marks=pytest.mark.slow), ((1, 2), [0], 3.0)],
+)
 def test_the_estimate_is_the_exact_gradient(groups, trained, penalty, monkeypatch):
     """Over all outcomes of its draws, the mean of the estimates is the gradient of the expected reward by enumeration."""
     model, x = toy(groups)

@@ -258,6 +258,7 @@ def test_bench_measures_the_alternatives_too(tmp_path):
     assert "bat: " in str(report)
 
 
+@pytest.mark.slow
 def test_bench_of_a_saved_model(tmp_path):
     from laconic.checkpoints import save
 
