@@ -69,10 +69,10 @@ VERBS = {
 
 
 LONG = ("doctor", "sweep")  # tests/test_jobs.py and tests/test_eval.py have shorter ones of these
-VERBS = [pytest.param(verb, marks=pytest.mark.slow if verb in LONG else ()) for verb in cli.VERBS]
+CASES = [pytest.param(verb, marks=pytest.mark.slow if verb in LONG else ()) for verb in cli.VERBS]
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", CASES)
 def test_json_is_all_there_is_on_stdout(laconic_, tmp_path, verb):
     code, out, _ = laconic_(verb, *(word.format(tmp=tmp_path) for word in VERBS[verb]), "--json")
     assert code == 0
