@@ -76,12 +76,14 @@ def test_unknown_models_and_blocks():
     )
     unknown = nn.Sequential(nn.Linear(2, 2))
     refused(unknown, TypeError, r"does not know torch\.nn\.modules\.container\.Sequential\. Supported.*VisionTransformer")
-    model = make("plain", block_fn=timm.models.vision_transformer.ParallelThingsBlock)
-    refused(
-        model,
-        TypeError,
-        r"block 0 of VisionTransformer: laconic does not know .*ParallelThingsBlock.*Supported block classes: .*Block",
-    )
+
+    class Unheard(timm.models.vision_transformer.Block):
+        pass
+
+    known = r"block 0 of VisionTransformer: laconic does not know .*Unheard.*Supported block classes: .*Block"
+    refused(make("plain", block_fn=Unheard), TypeError, known)
+    several = r"block 0 of VisionTransformer: timm.*ParallelThingsBlock cannot be reduced: it makes several attention calls"
+    refused(make("plain", block_fn=timm.models.vision_transformer.ParallelThingsBlock), TypeError, several)
     two = nn.ModuleList([make("plain"), make("plain")])
     refused(two, ValueError, "2 vision transformers")
 
