@@ -184,7 +184,8 @@ def test_dynamicvit_training(kind, monkeypatch):
     }
     total = ours["cls"] + 2 * ours["ratio_sum"] / 3 + 0.5 * ours["cls_kl"] + 0.5 * ours["token"]
     for name, loss in {**ours, "total": total}.items():
-        assert loss.item() == pytest.approx(expected[name], rel=1e-5), name
+        # a divergence is the small difference of large numbers: from processor to processor its sixth digit changes
+        assert loss.item() == pytest.approx(expected[name], rel=1e-5, abs=1e-6), name
     total.backward()
     gradients = {official_name(name): p.grad for name, p in model.named_parameters()}
     checked = [key.split("::")[1] for key in z.files if key.startswith(f"grad_{kind}::") and key.endswith("::norm")]

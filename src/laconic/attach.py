@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from laconic.compression import Compression, compression_of, find_compression
+from laconic.compression import Compression, Rows, compression_of, find_compression
 from laconic.hosts import HOSTS, Host, find_host
 from laconic.reducer import Method, resolve
 from laconic.schedule import Schedule, quarters
@@ -23,6 +23,7 @@ def reduce_(
     at: Sequence[int] | None = None,
     schedule: Schedule | Mapping[str, Any] | None = None,
     restore: bool | None = None,
+    rows: Rows | None = None,
     example: Tensor | None = None,
     **options: Any,
 ) -> nn.Module:
@@ -42,6 +43,10 @@ def reduce_(
             zeros (which no pooling counts). So dense heads and readers of ``last_hidden_state`` find as many tokens as ever;
             it costs what is behind the blocks. Models of transformers whose tokens are averaged outside get it by default
             where tokens were merged, with the mean of the others for dropped patches, so that every mean is right.
+        rows: which rows are computed at inference: those that are ``needed``, or ``all``. Where a model's own forward answers
+            by its class token, its last block is worked out for that token alone; where a method only drops tokens, those
+            are no queries. The answer is equal but for rounding; `forward_features`, and whoever hooks a block, get
+            everything. By default ``needed`` where something is reduced.
         example: an input for the proof, [B, channels, height, width]; by default noise of the model's own input size.
         options: of the method, when it is given by name.
 
@@ -58,7 +63,9 @@ def reduce_(
     if schedule is not None and (keep is not None or at is not None):
         raise ValueError("give either schedule, or keep (and at), not both")
     plan = planned(config, entry, host, keep, at) if schedule is None else Schedule.of(schedule)
-    compression = Compression(host, entry, config, plan, restore)
+    if rows not in (None, "needed", "all"):
+        raise ValueError(f"rows must be 'needed', 'all' or None, not {rows!r}")
+    compression = Compression(host, entry, config, plan, restore, rows)
     verify(host, entry, compression, example)
     return model
 

@@ -65,6 +65,8 @@ def save(model: nn.Module, directory: Place, *, model_args: Mapping[str, Any] | 
     record |= {"method": compression.config.describe(), "schedule": compression.schedule.to_json()}
     if compression.restore:
         record["restore"] = True
+    if compression.rows is not None:
+        record["rows"] = compression.rows
     try:
         text = json.dumps(record, indent=2) + "\n"
     except TypeError as error:
@@ -96,17 +98,17 @@ def load(directory: Place, *, model: nn.Module | None = None, device: str | torc
     directory = _existing(directory)
     record = _read_record(directory / RECORD)
     config, schedule = _read_method(directory / RECORD, record)
-    restore = record.get("restore")
+    how: dict[str, Any] = {name: record.get(name) for name in ("restore", "rows")}
     weights = read_safetensors(directory / WEIGHTS)
     if model is not None:
-        reduce_(model, config, schedule=schedule, restore=restore)
+        reduce_(model, config, schedule=schedule, **how)
         try:
             load_strictly(unwrapped(model), weights, str(directory))
         except ValueError:
             restore_(model)
             raise
         return model.eval()
-    model = reduce_(_build(directory / RECORD, record["model"]), config, schedule=schedule, restore=restore)
+    model = reduce_(_build(directory / RECORD, record["model"]), config, schedule=schedule, **how)
     dtypes = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
     if len(dtypes) == 1:
         model.to(dtypes.pop())

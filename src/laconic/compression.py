@@ -7,23 +7,26 @@ own forward. What has become of each patch is written into a ledger, one entry a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from laconic.calling import by_name
 from laconic.deciding import Deciding
 from laconic.grid import GridMap
 from laconic.hosts import HOSTS, Host, halves_of
 from laconic.passing import Step
 from laconic.reducer import Method, Reducer
 from laconic.schedule import Schedule
+from laconic.sparing import heard
 from laconic.staging import Staging
 from laconic.tokens import Tokens
 
-MASKS = ("attn_mask", "attention_mask", "is_causal", "head_mask", "layer_head_mask", "output_attentions")
+Rows = Literal["needed", "all"]
+Spared = Literal["prefix", "dropped"]
 
 
 class Compression(nn.Module):
@@ -34,7 +37,15 @@ class Compression(nn.Module):
 
     model: nn.Module
 
-    def __init__(self, model: nn.Module, host: Host, config: Method, schedule: Schedule, restore: bool | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        host: Host,
+        config: Method,
+        schedule: Schedule,
+        restore: bool | None = None,
+        rows: Rows | None = None,
+    ) -> None:
         super().__init__()
         self.staging = Staging(config, schedule, host.shapes(model))
         self.config, self.host_path, self.depth = config, host.path, len(host.blocks(model))
@@ -50,6 +61,9 @@ class Compression(nn.Module):
         self.ledger: list[Tokens | None] = [None] * (self.depth + 1)
         self._with_gradient = [False] * (self.depth + 1)  # was the entry written while gradients were recorded?
         self.restore = bool(restore)  # is every patch to have a token again after the last block?
+        self.rows = rows  # as asked for
+        self.spares = False  # are rows left out that nobody needs? `verify` says so
+        self.answering = False  # is the host's own forward running, and not one that gives its features?
         self.in_tuples = False  # do the host's blocks give their output as the first of a tuple?
         self.settled: dict[int, Any] = {}  # what of the host was set for as long as it is reduced, and what it was before
         self.hooks: list[RemovableHandle] = []  # what comes before and after the host's forward
@@ -98,13 +112,25 @@ class Compression(nn.Module):
         if reducer is not None and not reducer.active(len(tokens), n):
             reducer = None
         packed = self.execution == "packed" and not self.training
-        step = Step(index, block, reducer, self._watcher(index + 1, tokens), n, packed, self._moment)
+        spared = self._spared(index, block, reducer)
+        step = Step(index, block, reducer, self._watcher(index + 1, tokens), n, packed, spared, self._moment)
         tokens = step.run(tokens, kwargs)
         if reducer is not None and len(tokens) != n and tokens.alive is None and self.execution is None:
             raise RuntimeError(f"{self.config.row.name} left {len(tokens)} patch tokens at block {index}; {n} were asked for")
         self._note(index + 1, tokens)
         x = self._handed_on(index, tokens)
         return (x,) if self.in_tuples else x
+
+    def _spared(self, index: int, block: nn.Module, reducer: Reducer | None) -> Spared | None:
+        """Which rows of a block nobody needs: none in training, or where somebody listens to the block."""
+        if not self.spares or self.training or heard(block):
+            return None
+        if reducer is not None:
+            return "dropped" if reducer.looks == "class" and self.execution is None else None
+        if not self.answering or self.restore or index + 1 < self.depth:
+            return None
+        norm = getattr(self.model, "norm", None)
+        return None if norm is not None and heard(norm) else "prefix"
 
     def _leaves(self, index: int, tokens: Tokens) -> int:
         """Patch tokens that a block is to leave of these."""
@@ -195,26 +221,6 @@ class Compression(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # a copy starts with an empty ledger: what is in it belongs to the forward (and the graph) of the original
         return {**self.__dict__, "ledger": [None] * (self.depth + 1)}
-
-
-def by_name(
-    names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any], own_mask: str | None = None
-) -> tuple[Tensor, dict[str, Any]]:
-    """The features that a block is called with, and its other arguments by name (``names`` are those of its parameters).
-
-    A mask under the name ``own_mask`` is the model's own: if it is boolean it hides nothing, and is left out.
-
-    Raises:
-        ValueError: an attention mask is handed over, or attention weights are asked for: neither fits the tokens left.
-    """
-    named = {**dict(zip(names, args, strict=False)), **kwargs}
-    own = named.get(own_mask) if own_mask is not None else None
-    if own_mask is not None and own is not None and own.dtype == torch.bool:
-        named[own_mask] = None
-    for name in MASKS:
-        if name != own_mask and named.get(name) is not None and named[name] is not False:
-            raise ValueError(f"a reduced model takes no {name}: what is made for all tokens does not fit those that are left")
-    return named.pop(names[0]), named
 
 
 def find_compression(model: nn.Module) -> Compression | None:

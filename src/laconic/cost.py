@@ -11,6 +11,8 @@
 A reducer is counted as its paper's code does it, and what `counted` sees may differ: on a CPU Laconic merges by index_add, so
 of the two products of TPS only the similarities run as one (elsewhere every merge is a one-hot product). Attention rows
 that a method reads once more are in no convention; of these `counted` sees those of ``similarity="previous-attention"``.
+Rows that are not computed since nobody needs them (see `laconic.reduce_`) are counted all the same: costs are of the method
+as published.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from laconic import work
-from laconic.compression import find_compression
+from laconic.compression import Rows, find_compression
 from laconic.hosts import Shape, find_host, halves_of, path_of
 from laconic.modes import evaluating
 from laconic.reducer import Method
@@ -133,10 +135,12 @@ def block_cost(
     return BlockCost(index, at_attention, at_mlp, own * batch_size, reducer * batch_size)
 
 
-def counted(model: nn.Module) -> int:
+def counted(model: nn.Module, rows: Rows = "all") -> int:
     """Multiply-adds that torch's FlopCounterMode counts (half its FLOPs) while the model really runs on one image.
 
-    The model runs in evaluation mode, on noise of its own input size; the ledger of its last forward stays as it was.
+    The model runs in evaluation mode, on noise of its own input size; the ledger of its last forward stays as it was. By
+    default all rows are computed, as the closed forms of `summary` have it; with ``needed`` those that the model computes as
+    it was reduced (see `laconic.reduce_`).
 
     Raises:
         TypeError: no supported model.
@@ -145,22 +149,24 @@ def counted(model: nn.Module) -> int:
 
     host, entry = find_host(model)
     # with gradients: without, the counter fails on a pool that starts from an expanded parameter (SigLIP's)
-    with aside(host), torch.inference_mode(False), torch.enable_grad(), FlopCounterMode(display=False) as counter:
+    with aside(host, rows), torch.inference_mode(False), torch.enable_grad(), FlopCounterMode(display=False) as counter:
         host(entry.example(host))
     return counter.get_total_flops() // 2
 
 
 @contextmanager
-def aside(host: nn.Module) -> Iterator[None]:
+def aside(host: nn.Module, rows: Rows = "needed") -> Iterator[None]:
     """Evaluation mode for a while, and what the last forward left behind is put back afterwards."""
     compression = find_compression(host)
-    ledger = list(compression.ledger) if compression else []
+    ledger, spares = (list(compression.ledger), compression.spares) if compression else ([], False)
     try:
+        if compression is not None and rows == "all":
+            compression.spares = False
         with evaluating(host):
             yield
     finally:
         if compression is not None:
-            compression.ledger = ledger
+            compression.ledger, compression.spares = ledger, spares
 
 
 def _inside(block: nn.Module, config: Method | None, site: Site | None, before: int, left: int) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from laconic.masking import bias_of
 from laconic.packing import Packing
 from laconic.reducer import Reducer
 from laconic.rows import table_rows
+from laconic.sparing import Sparing
 from laconic.tokens import Tokens
 
 Moment = Callable[..., Tokens]  # (reducer, name of the moment, tokens, arguments of the moment)
@@ -26,7 +27,8 @@ Moment = Callable[..., Tokens]  # (reducer, name of the moment, tokens, argument
 class Step:
     """How one block is passed: with which reducer (if it has anything to do), and who watches its attention.
 
-    ``n`` is the number of patch tokens to leave. ``packed``: tokens that nobody sees are not run.
+    ``n`` is the number of patch tokens to leave. ``packed``: tokens that nobody sees are not run. ``spared``: rows that
+    nobody needs are not computed: of all but the prefix tokens (``prefix``), or of those that are dropped (``dropped``).
     """
 
     index: int
@@ -35,10 +37,15 @@ class Step:
     watcher: Reducer | None
     n: int
     packed: bool
+    spared: Literal["prefix", "dropped"] | None
     moment: Moment
 
     def run(self, tokens: Tokens, kwargs: dict[str, Any]) -> Tokens:
         """The block, with all moments of its reducer."""
+        if self.spared is not None and self.watcher is None:
+            spared = self._sparing(tokens, kwargs)
+            if spared is not None:
+                return spared
         if self.reducer is None:
             return self._block(None, tokens, kwargs)
         tokens = self.moment(self.reducer, "before", tokens, self.n)
@@ -46,6 +53,18 @@ class Step:
             tokens = self._ahead(self.reducer, tokens, kwargs)
         tokens = self._block(self.reducer if self.reducer.overrides("between") else None, tokens, kwargs)
         return self.moment(self.reducer, "after", tokens, self.n)
+
+    def _sparing(self, tokens: Tokens, kwargs: dict[str, Any]) -> Tokens | None:
+        """The block without the rows that nobody needs, or None where it must be run whole."""
+        halves = halves_of(self.block)
+        bias, kwargs = _bias(halves, tokens), _placed(halves, tokens, None, kwargs)
+        sparing = Sparing.of(self.block, halves, tokens, kwargs, bias)
+        if sparing is None or self.spared == "prefix":
+            return None if sparing is None else sparing.prefix_alone(tokens)
+        if sparing.parts is None or self.reducer is None:
+            return None
+        choose = partial(self.moment, self.reducer, "between")
+        return sparing.choice_first(sparing.parts, tokens, lambda tokens, seen: choose(tokens, seen, self.n))
 
     def _ahead(self, reducer: Reducer, tokens: Tokens, kwargs: dict[str, Any]) -> Tokens:
         """A look at the block's attention before the block: its first half is run once more, for its q, k and v."""

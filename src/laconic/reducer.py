@@ -32,6 +32,9 @@ class Reducer(nn.Module):
 
     site: Site
     straight_through: ClassVar[bool] = True  # do gradients flow through its decisions in training?
+    # "class": all it does is to keep tokens between the halves, by no more of `Seen` than keys, values and the class query, and
+    # by no features. Then the house may let it choose first, and spare what the others would have cost
+    looks: Literal["anywhere", "class"] = "anywhere"
 
     def before(self, tokens: Tokens, n: int) -> Tokens:
         """At the input of the block (inter-block methods)."""
@@ -67,11 +70,16 @@ class Reducer(nn.Module):
 
 
 class Prune(Reducer):
-    """Most papers are a pair: how tokens are scored, and what becomes of the rest."""
+    """Most papers are a pair: how tokens are scored, and what becomes of the rest (``looks``: see `Reducer`)."""
 
-    def __init__(self, score: Callable[[Tokens, Seen], Tensor], rest: Callable[[Tokens, Tensor, int], Tokens]) -> None:
+    def __init__(
+        self,
+        score: Callable[[Tokens, Seen], Tensor],
+        rest: Callable[[Tokens, Tensor, int], Tokens],
+        looks: Literal["anywhere", "class"] = "anywhere",
+    ) -> None:
         super().__init__()
-        self.score, self.rest = score, rest
+        self.score, self.rest, self.looks = score, rest, looks
 
     def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
         return self.rest(tokens, self.score(tokens, seen), n)

@@ -45,6 +45,8 @@ def attach(host: Any, entry: Host, compression: Compression) -> None:
     own = [(host, name, stand_in) for name, stand_in in READERS.items() if hasattr(type(host), name)]
     for module, name, stand_in in [*own, *entry.stand_ins(host)]:
         setattr(module, name, partial(stand_in, Reading(compression)))
+    if entry.reads_prefix(host) and "forward" not in host.__dict__:  # there it would be another tool's
+        host.forward = partial(answer, Reading(compression))
     if entry.refused:
         hook = partial(refuse_arguments, entry.refused, names_of(host))
         compression.hooks.append(host.register_forward_pre_hook(hook, with_kwargs=True))
@@ -65,6 +67,8 @@ def detach(host: Any, entry: Host) -> None:
         block.__dict__.pop("forward", None)
     for module, name, _ in [*((host, name, None) for name in READERS), *entry.stand_ins(host)]:
         module.__dict__.pop(name, None)
+    if getattr(host.__dict__.get("forward"), "func", None) is answer:
+        del host.forward
     while compression.hooks:
         compression.hooks.pop().remove()
     unsettle(host, entry, compression.settled)
@@ -90,6 +94,16 @@ def checkpointed(block: Any, run: Callable[..., Any], *args: Any, **kwargs: Any)
 def pool(reading: Reading, x: Tensor, pool_type: str | None = None) -> Tensor:
     """Stands in for the pooling of the host: its own, with every token counted as often as it has patches."""
     return reading.pool(partial(type(reading.host).pool, reading.host), x, pool_type)
+
+
+def answer(reading: Reading, *args: Any, **kwargs: Any) -> Any:
+    """Stands in for the forward of a host that answers by its prefix tokens: its own, and nobody reads the others."""
+    compression = reading.compression
+    compression.answering = True
+    try:
+        return type(reading.host).forward(reading.host, *args, **kwargs)
+    finally:
+        compression.answering = False
 
 
 def refuse_arguments(

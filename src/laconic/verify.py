@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,12 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from laconic.attention import Watch
-from laconic.compression import Compression, by_name
+from laconic.calling import by_name
+from laconic.compression import Compression
 from laconic.hosts import Host, halves_of, path_of
 from laconic.modes import evaluating
 from laconic.passing import first_of
 from laconic.seams import READERS, attach, detach, names_of, settle, unsettle
+from laconic.sparing import attend
 from laconic.tokens import Tokens
+
+log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-3  # of the size of what a block adds; on one machine the difference is usually exactly 0
 
@@ -38,14 +43,18 @@ def verify(host: nn.Module, entry: Host, compression: Compression, example: Tens
             for index, (block, record) in enumerate(zip(blocks, records, strict=True)):
                 _check_block(index, block, record)
             _check_moments(compression, blocks)
+            hold = compression.rows != "all" and all(map(_parts_hold, range(len(blocks)), blocks, records))
         except BaseException:
             unsettle(host, entry, compression.settled)
             raise
         attach(host, entry, compression)
         try:
             reduced = _run_reduced(host, compression, image)
-            if not _works(compression) and not _same(base, reduced):
+            works = _works(compression)
+            if not works and not _same(base, reduced):
                 raise ValueError("with nothing to reduce the output differs from the model's own; please report this model")
+            # where nothing is reduced the output stays the model's own, bit for bit, unless it was asked for
+            compression.spares = hold and (works or compression.rows == "needed")
         except BaseException:
             detach(host, entry)
             raise
@@ -130,6 +139,29 @@ def _check_block(index: int, block: nn.Module, record: tuple[Any, Any, Any, int]
             f"{name}: its two halves differ from its forward by {difference:.2g}. Laconic's entry is for another version of "
             "this class, or its forward was changed; it cannot be reduced safely"
         )
+
+
+def _parts_hold(index: int, block: nn.Module, record: tuple[Any, Any, Any, int]) -> bool:
+    """Whether the steps of a block's attention give what it adds; if not, its rows are always all computed."""
+    x, kwargs, _, _ = record
+    halves = halves_of(block)
+    parts = halves.parts(block)
+    if parts is None or halves.attention is None:
+        return True
+    whole, first = halves.attention(block, x, **kwargs), x[:, :1]
+    h = parts.norm(x)
+    alone = attend(parts, parts.norm(first), *parts.keys_values(h), None)
+    difference = (alone - whole[:, :1]).abs().max().item()
+    if difference <= max(TOLERANCE, 8 * torch.finfo(x.dtype).eps) * whole.abs().max().item():
+        return True
+    log.warning(
+        "block %d (%s): its attention in steps differs by %.2g from its own, so all rows are computed, also those that nobody "
+        "needs",
+        index,
+        path_of(type(block)),
+        difference,
+    )
+    return False
 
 
 def _check_moments(compression: Compression, blocks: list[nn.Module]) -> None:

@@ -18,6 +18,20 @@ Setting = tuple[Any, str, Any]  # an object, the name of one of its attributes, 
 
 
 @dataclass(frozen=True)
+class Parts:
+    """What attention adds to x, in its steps, so that only a few tokens need be queries.
+
+    It is ``added(scaled_dot_product_attention(queries(h), *keys_values(h)))`` with h = ``norm(x)``; all but keys and values
+    may be of some rows of x.
+    """
+
+    norm: Callable[[Tensor], Tensor]
+    queries: Callable[[Tensor], Tensor]  # [B, M, C] -> [B, H, M, D]
+    keys_values: Callable[[Tensor], tuple[Tensor, Tensor]]  # [B, N, C] -> twice [B, H, N, D]
+    added: Callable[[Tensor], Tensor]  # [B, H, M, D] -> [B, M, C]
+
+
+@dataclass(frozen=True)
 class Halves:
     """A block class: what attention adds to x, and what the MLP adds to x. None: it cannot be parted (parallel blocks)."""
 
@@ -33,6 +47,8 @@ class Halves:
     after: tuple[str, ...] = ("norm2", "mlp")  # its parts that see the tokens that are left between attention and MLP
     # rows through a layer of it, by its name, where they are not the tokens (a network that makes a bias)
     rows: Callable[[Any, str], int | None] = lambda block, name: None
+    # the attention of this very block in its steps; None where it has more to it than they say (hooks, adapters, gates)
+    parts: Callable[[Any], Parts | None] = lambda block: None
 
 
 @dataclass(frozen=True)
@@ -73,6 +89,8 @@ class Host:
     # what has to be set for its attention to be fused, for as long as it is reduced
     settings: Callable[[Any], list[Setting]] = lambda m: []
     refused: tuple[str, ...] = ()  # arguments of its forward that a reduced model does not take (attention masks)
+    # does its forward read nothing of the last block but the prefix tokens?
+    reads_prefix: Callable[[Any], bool] = lambda m: False
     gives_back: bool = False  # does it hand on all its last tokens, for others to average? Then merged ones go to their patches
     stem: Callable[[Any], nn.Module] = lambda m: m.patch_embed  # makes tokens of an image
     # rows that pass through the layers of its other parts, by their name, of so many tokens before and after the blocks

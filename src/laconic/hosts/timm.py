@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from laconic.hosts import Halves, Host, register_block, register_host
+from laconic.hosts import Halves, Host, Parts, path_of, register_block, register_host
 
 
 def _gamma(gamma: Tensor | None, x: Tensor) -> Tensor:
@@ -38,7 +39,40 @@ def _eva_mlp(b: Any, x: Tensor) -> Tensor:
     return b.drop_path2(_gamma(b.gamma_2, b.mlp(b.norm2(x))))
 
 
-register_block("timm.models.vision_transformer.Block", Halves(_block_attention, _block_mlp))
+# timm keeps it in one of two places, by its version
+_ATTENTION = ("timm.layers.attention.Attention", "timm.models.vision_transformer.Attention")
+
+
+def _untouched(layer: Any) -> bool:
+    """Whether this is a plain linear layer and nothing else: no adapter, no quantised weights, no hooks."""
+    plain = type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
+    return plain and not (layer._forward_hooks or layer._forward_pre_hooks)
+
+
+def _block_parts(b: Any) -> Parts | None:
+    attn = b.attn
+    known = path_of(type(attn)) in _ATTENTION and getattr(attn, "gate", None) is None and _untouched(attn.qkv)
+    if not known or attn._forward_hooks or attn._forward_pre_hooks or "forward" in attn.__dict__:
+        return None
+    weight, bias, width = attn.qkv.weight, attn.qkv.bias, attn.qkv.out_features // 3
+
+    def project(h: Tensor, rows: slice) -> Tensor:
+        out = F.linear(h, weight[rows], None if bias is None else bias[rows])
+        return out.reshape(*out.shape[:2], -1, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
+
+    def keys_values(h: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = project(h, slice(width, None)).unbind(0)
+        return attn.k_norm(k), v
+
+    def added(heads: Tensor) -> Tensor:
+        x = heads.transpose(1, 2).flatten(2)
+        x = attn.norm(x) if hasattr(attn, "norm") else x
+        return b.drop_path1(b.ls1(attn.proj_drop(attn.proj(x))))
+
+    return Parts(b.norm1, lambda h: attn.q_norm(project(h, slice(width))[0]), keys_values, added)
+
+
+register_block("timm.models.vision_transformer.Block", Halves(_block_attention, _block_mlp, parts=_block_parts))
 register_block("timm.models.vision_transformer.ResPostBlock", Halves(_post_attention, _post_mlp))
 register_block("timm.models.vision_transformer.ParallelScalingBlock", Halves())  # attention and MLP side by side
 register_block("timm.models.eva.EvaBlock", Halves(_eva_attention, _eva_mlp, rope="rope"))
@@ -86,6 +120,12 @@ def _pooling(m: Any) -> tuple[str, bool]:
     return kind, getattr(m, "pool_include_prefix", True)  # Eva hands all its tokens to the attention pool
 
 
+def _reads_prefix(m: Any) -> bool:
+    """A class (or distillation) token is all that its head reads, and every method on the way to it is timm's own."""
+    ways = (getattr(type(m), name) for name in ("forward", "forward_features", "forward_head", "pool"))
+    return _pooling(m)[0] == "token" and all(way.__module__.startswith("timm.models.") for way in ways)
+
+
 def _obstacle(m: Any) -> str | None:
     if not isinstance(getattr(m, "patch_drop", None), nn.Identity | None):
         return "its patch dropout already removes patches in training; create it with patch_drop_rate=0"
@@ -107,5 +147,6 @@ for _path in ("timm.models.vision_transformer.VisionTransformer", "timm.models.e
             example=_example,
             pooling=_pooling,
             obstacle=_obstacle,
+            reads_prefix=_reads_prefix,
         )
     )

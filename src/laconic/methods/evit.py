@@ -68,7 +68,9 @@ class EViT(Method):
         score = SCORES[self.score]
         if self.policy == "random":
             score = partial(_by_chance, self.score, self.seed * 1009 + site.stage)
-        return Prune(score, pack if self.fuse else drop)
+        if self.fuse:
+            return Prune(score, pack)
+        return Prune(score, drop, looks="class" if self.score == "class" else "anywhere")
 
     def leaves(self, rates: Sequence[float], n: int, patches: int) -> int:
         return math.ceil(rates[-1] * n) + self.fuse

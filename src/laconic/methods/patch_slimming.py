@@ -38,6 +38,7 @@ class StaticPrune(Reducer):
     kept: Int[Tensor, K]
     calibrated: Tensor
     others: Int[Tensor, P]
+    looks = "class"
 
     def __init__(self, site: Site) -> None:
         super().__init__()

@@ -41,7 +41,7 @@ class TopK(Method):
         choice("topk", "score", self.score, list(SCORES))
 
     def build(self, site: Site) -> Reducer:
-        return Prune(SCORES[self.score], drop)
+        return Prune(SCORES[self.score], drop, looks="class" if self.score == "class" else "anywhere")
 
     def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
         return {"head_mean": before}
@@ -49,6 +49,8 @@ class TopK(Method):
 
 class ArbitraryPrune(Reducer):
     """Keep arbitrary tokens, between attention and MLP like the others, so that the work is the same."""
+
+    looks = "class"
 
     def __init__(self, seed: int) -> None:
         super().__init__()

@@ -1,0 +1,84 @@
+"""Work that the answer does not need, left out; what comes out is equal but for rounding.
+
+* Where the host's answer comes of its prefix tokens alone, the last block works them out and no others: keys and values are of
+  all tokens, queries, projection and MLP of the prefix tokens.
+* Where a method does nothing but keep some tokens, by the attention of the class token or by less, those that it drops are
+  neither queries nor projected: keys and values first, then the choice, then the rest for the tokens that stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from laconic.attention import Seen, Watch
+from laconic.hosts import Halves, Parts
+from laconic.tokens import Tokens
+
+Choose = Callable[[Tokens, Seen], Tokens]
+
+
+@dataclass(frozen=True)
+class Sparing:
+    """One block of which not every row is needed: its two halves, and the steps of its attention if they are known.
+
+    ``bias`` is what is added to its logits towards each token.
+    """
+
+    attention: Callable[[Tensor], Tensor]
+    mlp: Callable[[Tensor], Tensor]
+    parts: Parts | None
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, block: Any, halves: Halves, tokens: Tokens, kwargs: dict[str, Any], bias: Tensor | None) -> Sparing | None:
+        """None where a block cannot be asked for some of its rows, or something is done to single ones of these tokens."""
+        special = (tokens.alive, tokens.shown, tokens.attention, tokens.switches, tokens.aside)
+        if halves.attention is None or halves.mlp is None or any(value is not None for value in special):
+            return None
+        if halves.grid is not None or halves.relative:
+            return None
+        bare = all(value is None or value is False for value in kwargs.values())
+        attention, mlp = partial(halves.attention, block, **kwargs), partial(halves.mlp, block)
+        return cls(attention, mlp, halves.parts(block) if bare else None, bias)
+
+    def prefix_alone(self, tokens: Tokens) -> Tokens:
+        """The block for the prefix tokens: the features are theirs alone, what is known of the patch tokens stays.
+
+        Where the attention has no known steps it is run whole, and the MLP is spared.
+        """
+        first = tokens.x[:, : tokens.prefix]
+        if self.parts is not None:
+            h = self.parts.norm(tokens.x)
+            return self._finish(
+                tokens, first + attend(self.parts, h[:, : tokens.prefix], *self.parts.keys_values(h), self.bias)
+            )
+        with Watch([], self.bias):
+            return self._finish(tokens, first + self.attention(tokens.x)[:, : tokens.prefix])
+
+    def choice_first(self, parts: Parts, tokens: Tokens, choose: Choose) -> Tokens:
+        """The block for the tokens that ``choose`` keeps (as they are) once it has seen the class token's attention."""
+        h = parts.norm(tokens.x)
+        k, v = parts.keys_values(h)
+        call = {"query": parts.queries(h[:, :1]), "key": k, "value": v, "attn_mask": self.bias}
+        kept = choose(tokens, Seen.of([call], tokens, "a block"))
+        return self._finish(kept, kept.x + attend(parts, parts.norm(kept.x), k, v, self.bias))
+
+    def _finish(self, tokens: Tokens, x: Tensor) -> Tokens:
+        return tokens.replace(x=x + self.mlp(x))
+
+
+def attend(parts: Parts, h: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """What attention adds to the rows that ``h`` was made of."""
+    mask = None if bias is None else bias.to(k.dtype)
+    return parts.added(F.scaled_dot_product_attention(parts.queries(h), k, v, attn_mask=mask))
+
+
+def heard(module: Any) -> bool:
+    """Whether somebody listens to a module or to what is in it, and may want all rows."""
+    return any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())

@@ -1,0 +1,229 @@
+"""Work that nobody needs is left out, and what comes out is the same."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import laconic
+from families import AT, AVERAGED, FAMILIES, FIXED, METHODS, images, make, options, rate, reduced, serves
+from laconic.cost import counted
+from laconic.hosts import halves_of
+
+CLOSE = dict(rtol=1e-5, atol=1e-5)
+READ_BY_TOKEN = sorted(set(FAMILIES) - AVERAGED)
+
+
+def whole(model):
+    """The same model with all rows computed."""
+    other = copy.deepcopy(model)
+    other.laconic.spares = False
+    return other
+
+
+def both(method, family, **changes):
+    model = reduced(method, family, **changes)
+    x = images(family)
+    with torch.no_grad():
+        return model, x, model(x), whole(model)(x)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_answers_the_same(method):
+    model, x, spared, full = both(method, "plain")
+    assert model.laconic.spares
+    torch.testing.assert_close(spared, full, **CLOSE)
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "parallel"])
+@pytest.mark.parametrize("method", ["topk", "tome"])
+def test_every_family_answers_the_same(method, family):
+    model, x, spared, full = both(method, family)
+    torch.testing.assert_close(spared, full, **CLOSE)
+    assert torch.equal(laconic.provenance(model).final.where, laconic.provenance(model).final.where)
+
+
+@pytest.mark.parametrize("family", READ_BY_TOKEN)
+def test_provenance_features_and_sizes_are_the_same(family):
+    method = "etps" if serves("etps", family) else "dtps"
+    model, x, *_ = both(method, family)
+    other = whole(model)
+    with torch.no_grad():
+        other(x)
+        assert torch.equal(laconic.provenance(model).final.where, laconic.provenance(other).final.where)
+        assert torch.equal(laconic.provenance(model).final.size, laconic.provenance(other).final.size)
+        features = model.forward_features(x)
+        assert features.shape == other.forward_features(x).shape
+        torch.testing.assert_close(features, other.forward_features(x), **CLOSE)
+        assert laconic.restore_dense(model, features).shape[1] == laconic.provenance(model).final.where.shape[1]
+
+
+def rows_through(model, layer, x):
+    seen = []
+    handle = layer.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1]))
+    with torch.no_grad():
+        model(x)
+    handle.remove()
+    return seen
+
+
+def queries_of(model, x):
+    """Rows of the queries in each call of fused attention."""
+    calls = []
+    from laconic.attention import Watch
+
+    with Watch(calls), torch.no_grad():
+        model(x)
+    return [call["query"].shape[2] for call in calls]
+
+
+def test_what_is_left_out():
+    # 36 patches and a class token; topk leaves 22, 14, 9 after blocks 1, 2, 3 of 4; etps likewise
+    drops = laconic.reduce_(make("plain"), "topk", keep=0.6, at=[0, 1])
+    merges = laconic.reduce_(make("plain"), "etps", keep=0.6, at=[0, 1])
+    x = images("plain")
+    assert queries_of(drops, x) == [23, 15, 15, 1]  # dropped tokens are no queries; at last the class token asks alone
+    assert queries_of(merges, x) == [37, 23, 15, 1]  # squeezed ones are
+    assert queries_of(laconic.reduce_(make("plain"), "etps", keep=0.6, at=[0, 1], rows="all"), x) == [37, 23, 15, 15]
+    assert queries_of(laconic.reduce_(make("distilled"), "etps", keep=0.6, at=[0, 1]), images("distilled"))[-1] == 2
+    assert queries_of(laconic.reduce_(make("siglip"), "etps", keep=0.6, at=[0, 1], score="mean-query"), x)[-2:] == [
+        14,
+        1,
+    ]  # a pool
+    assert queries_of(laconic.reduce_(make("qk-norm"), "etps", keep=0.6, at=[0, 1]), x)[-1] == 15  # it reads a mean
+    assert queries_of(laconic.reduce_(make("plain"), "etps", keep=0.6, at=[0, 1], restore=True), x)[-1] == 15
+
+
+def test_families_without_known_steps_spare_the_mlp():
+    model = laconic.reduce_(make("rope-mixed"), "etps", keep=0.6, at=[0, 1])
+    x, mlp = images("rope-mixed"), model.blocks[3].mlp
+    seen = []
+    own = mlp.forward
+    mlp.forward = lambda x: (seen.append(x.shape[1]), own(x))[1]
+    with torch.no_grad():
+        model(x)
+    assert seen == [1]
+
+
+def test_multiply_adds_that_are_run():
+    model = laconic.reduce_(make("plain"), "topk", keep=0.6, at=[0, 1])
+    assert counted(model) == laconic.summary(model).macs
+    # 48 channels; block 0: 14 of 37 rows are no queries and not projected, in block 1 8 of 23; the class row's look is extra
+    dropped = (14 + 8) * 2 * 48 * 48 + (14 * 37 + 8 * 23) * 2 * 48
+    last = 14 * (2 * 48 * 48 + 8 * 48 * 48) + 14 * 15 * 2 * 48  # queries, projection and MLP of all but the class token
+    asked = 2 * 48 * 48  # the class query once more in both blocks
+    assert counted(model) - counted(model, rows="needed") == dropped + last - asked
+
+
+def test_nothing_reduced_is_the_model_itself_unless_asked():
+    x = images("plain")
+    for rows in (None, "all"):
+        model = laconic.reduce_(make("plain"), "topk", keep=1.0, rows=rows)
+        assert not model.laconic.spares
+        assert torch.equal(model(x), make("plain")(x))
+    model = laconic.reduce_(make("plain"), "topk", keep=1.0, rows="needed")
+    assert queries_of(model, x) == [37, 37, 37, 1]
+    torch.testing.assert_close(model(x), make("plain")(x), **CLOSE)
+
+
+def test_training_computes_everything():
+    model = laconic.reduce_(make("plain"), "topk", keep=0.6, at=[0, 1]).train()
+    assert queries_of(model, images("plain")) == [37, 23, 15, 15]
+    assert queries_of(model.eval(), images("plain"))[-1] == 1
+
+
+def test_gradients_are_the_same():
+    model = reduced("topk", "plain")
+    other, x = whole(model), images("plain")
+    model(x).square().sum().backward()
+    other(x).square().sum().backward()
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("place", ["block", "inside", "norm"])
+def test_who_listens_gets_every_row(place):
+    model = laconic.reduce_(make("plain"), "etps", keep=0.6, at=[0, 1])
+    layer = {"block": model.blocks[3], "inside": model.blocks[3].norm2, "norm": model.norm}[place]
+    assert rows_through(model, layer, images("plain")) == [15]
+    assert queries_of(model, images("plain"))[-1] == 1
+
+
+def test_adapters_and_hooks_in_the_attention_are_kept():
+    """What is not a plain linear layer any more is not taken apart."""
+
+    class Adapted(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1.0
+
+    for change in ("class", "hook", "weight"):
+        model = reduced("topk", "plain")
+        qkv = model.blocks[1].attn.qkv
+        if change == "class":
+            qkv.__class__ = Adapted
+        elif change == "hook":
+            qkv.register_forward_hook(lambda module, args, out: out + 1.0)
+        else:
+            qkv.weight.data.add_(0.5)
+        with torch.no_grad():
+            torch.testing.assert_close(model(images("plain")), whole(model)(images("plain")), **CLOSE)
+        known = halves_of(model.blocks[1]).parts(model.blocks[1])
+        assert (known is None) == (change != "weight")
+
+
+def test_steps_that_do_not_hold_are_not_used(caplog):
+    """A host's attention that is more than its entry knows: its rows are all computed, and it is said."""
+    model = make("plain")
+    own = type(model.blocks[2].attn)
+
+    class More(own):
+        def forward(self, x, **kwargs):
+            return 2 * super().forward(x, **kwargs)
+
+    More.__module__, More.__qualname__ = own.__module__, own.__qualname__  # passes for the class itself
+    model.blocks[2].attn.__class__ = More
+    with caplog.at_level(logging.WARNING, logger="laconic"):
+        laconic.reduce_(model, "etps", keep=0.6, at=[0, 1])
+    assert "block 2" in caplog.text
+    assert "its attention in steps differs" in caplog.text
+    assert not model.laconic.spares
+    assert queries_of(model, images("plain"))[-1] == 15
+
+
+def test_rows_are_saved(tmp_path):
+    for rows in ("all", "needed", None):
+        laconic.save(laconic.reduce_(make("plain"), "etps", keep=0.6, at=AT, rows=rows), tmp_path / str(rows))
+        assert laconic.load(tmp_path / str(rows)).laconic.rows == rows
+
+
+def test_restoring_takes_the_forward_out_again():
+    model = reduced("etps", "plain")
+    assert "forward" in vars(model)
+    laconic.restore_(model)
+    assert "forward" not in vars(model)
+
+
+def test_another_tools_forward_is_left_alone():
+    model = make("plain")
+    model.forward = own = lambda x: type(model).forward(model, x)
+    laconic.reduce_(model, "etps", keep=0.6, at=[0, 1])
+    assert vars(model)["forward"] is own
+    assert queries_of(model, images("plain"))[-1] == 15
+    laconic.restore_(model)
+    assert vars(model)["forward"] is own
+
+
+def test_a_wrong_word_is_refused():
+    model = make("plain")
+    with pytest.raises(ValueError, match="rows must be 'needed', 'all' or None, not 'some'"):
+        laconic.reduce_(model, "etps", keep=0.6, rows="some")
+    assert not hasattr(model, "laconic")
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - FIXED))
+def test_half_precision(method):
+    model = laconic.reduce_(make("plain"), method, keep=rate(method), at=AT, **options(method, "plain")).bfloat16()
+    x = images("plain").bfloat16()
+    assert model(x).isfinite().all()
