@@ -46,7 +46,10 @@ def attach(host: Any, entry: Host, compression: Compression) -> None:
     for module, name, stand_in in [*own, *entry.stand_ins(host)]:
         setattr(module, name, partial(stand_in, Reading(compression)))
     if entry.reads_prefix(host) and "forward" not in host.__dict__:  # there it would be another tool's
-        host.forward = partial(answer, Reading(compression))
+        forward: Any = partial(answer, Reading(compression))
+        bound = inspect.signature(type(host).forward)  # exports go by the names of the arguments
+        forward.__signature__ = bound.replace(parameters=tuple(bound.parameters.values())[1:])
+        host.forward = forward
     if entry.refused:
         hook = partial(refuse_arguments, entry.refused, names_of(host))
         compression.hooks.append(host.register_forward_pre_hook(hook, with_kwargs=True))
