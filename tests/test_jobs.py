@@ -241,17 +241,18 @@ def test_bench_measures_the_alternatives_too(tmp_path):
     kinds = [(row.name, row.kind) for row in report.rows if row.batch_size == 1]
     expected = [
         ("unreduced", "base"),
+        ("unreduced, class row only", "plain"),
         ("bat", "method"),
         ("random", "plain"),
         ("avg-pool", "plain"),
         ("input 176x176", "resolution"),
     ]
     assert kinds == expected
-    assert len(report.rows) == 10
+    assert len(report.rows) == 12
     assert any("no smaller model" in note for note in report.notes)
     assert all(row.wall.median > 0 and row.cpu.median > 0 for row in report.rows)
     with (tmp_path / "new" / "r.csv").open() as file:
-        assert [line["variant"] for line in csv.DictReader(file)][:2] == ["unreduced", "bat"]
+        assert [line["variant"] for line in csv.DictReader(file)][:3] == ["unreduced", "unreduced, class row only", "bat"]
     written = json.loads((tmp_path / "new" / "r.json").read_text())
     assert written == json.loads(json.dumps(report.to_json()))
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["r.csv", "r.json"]
@@ -264,7 +265,8 @@ def test_bench_of_a_saved_model(tmp_path):
 
     save(laconic.reduce_(models.create(TINY), "evit", keep=0.5), tmp_path / "saved")
     report = bench(str(tmp_path / "saved"), batch_size=(1,), setting=QUICK)
-    assert [row.name for row in report.rows][:3] == ["unreduced", "evit as saved", "random"]
+    names = [row.name for row in report.rows][:4]
+    assert names == ["unreduced", "unreduced, class row only", "evit as saved", "random"]
 
 
 def test_every_model_is_compiled_on_its_own(monkeypatch, small):

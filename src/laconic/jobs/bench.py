@@ -16,14 +16,25 @@ from laconic.jobs.compare import Row, threads
 from laconic.jobs.measure import Setting
 from laconic.jobs.models import open_model
 from laconic.jobs.output import Refusal, Report, Table
-from laconic.jobs.variants import ALWAYS, Variant, alternatives, as_reduced, pairs, parse_methods, reduced, unreduced
+from laconic.jobs.variants import (
+    ALWAYS,
+    Variant,
+    alternatives,
+    as_reduced,
+    class_row_only,
+    pairs,
+    parse_methods,
+    reduced,
+    unreduced,
+)
 
 LOG = logging.getLogger(__name__)
 METHODS = ("etps", "bat")  # what is measured where nothing is asked for
 EXPLAINED = (
     "implied: the unreduced model's multiply-adds by this one's. measured: its time, before and after, by this one's, median "
-    "and quartiles over the rounds. efficiency: measured by implied. Images are noise, and a model named as in timm has random "
-    "weights: neither changes the speed."
+    "and quartiles over the rounds. efficiency: measured by implied; above 1 where rows that the answer does not need are left "
+    "out. Class row only: the unreduced model without those rows, the stronger base. Images are noise, and a model named as in "
+    "timm has random weights: neither changes the speed."
 )
 
 
@@ -105,11 +116,11 @@ def bench(
 def collect(
     name: str, methods: Sequence[str], keeps: Sequence[float], options: Sequence[str]
 ) -> tuple[list[Variant], list[str]]:
-    """The unreduced model first, then what a directory holds, every method at every keep rate, and the alternatives."""
+    """The unreduced model first (then without rows that nobody needs), what a directory holds, methods, and alternatives."""
     model = open_model(name)
     saved = find_compression(model)
     base = model if saved is None else restore_(twin(model))
-    variants = [unreduced("unreduced", base)]
+    variants = [row for row in (unreduced("unreduced", base), class_row_only(base)) if row is not None]
     if saved is not None:
         variants.append(as_reduced(f"{saved.config.row.name} as saved", model, None))
     wanted = methods or (METHODS if saved is None else ())

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from laconic.attach import reduce_
-from laconic.compression import find_compression
-from laconic.cost import summary
+from laconic.compression import Rows, find_compression
+from laconic.cost import counted, summary
 from laconic.doctor import twin
 from laconic.hosts import find_host
 from laconic.jobs.models import create, lower_resolution, smaller_name
@@ -125,16 +125,29 @@ def unreduced(name: str, model: Any, kind: Kind = "base", keep: float | None = N
     return Variant(name, kind, model, cost.macs, cost.parameters, (cost.tokens[0],), _image(model), keep)
 
 
+def class_row_only(model: nn.Module) -> Variant | None:
+    """The unreduced model as a row, its last block worked out for its class token alone; None where more than that is read.
+
+    It is the stronger base: exact, and free to whoever reads nothing else. Its multiply-adds are those that are run.
+    """
+    host, entry = find_host(model)
+    if not entry.reads_prefix(host):
+        return None
+    copy = reduce_(twin(model), "random", keep=1.0, rows="needed")
+    plain = unreduced("unreduced, class row only", copy, "plain")
+    return dataclasses.replace(plain, macs=counted(copy, rows="needed"))
+
+
 def pairs(configs: Sequence[Method], keeps: Sequence[float]) -> list[tuple[Method, float | None]]:
     """Every method at every keep rate; one that takes none, once."""
     return [(config, keep) for config in configs for keep in (dict.fromkeys(keeps) if config.takes_keep else (None,))]
 
 
-def reduced(model: nn.Module, config: Method, keep: float | None, kind: Kind = "method") -> Variant:
+def reduced(model: nn.Module, config: Method, keep: float | None, kind: Kind = "method", rows: Rows | None = None) -> Variant:
     """A copy of the model (with its very weights) under a method, as a row."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        copy = reduce_(twin(model), config, keep=keep)
+        copy = reduce_(twin(model), config, keep=keep, rows=rows)
     return as_reduced(config.row.name, copy, keep, kind)
 
 
