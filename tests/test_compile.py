@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from families import METHODS, PAIRS, VARIABLE, images, reduced
 
@@ -78,3 +79,18 @@ def test_exported_with_a_batch_of_any_size(method):
     more = torch.randn(5, *x.shape[1:])
     with torch.no_grad():
         torch.testing.assert_close(exported.module()(more), model(more), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "method", ["etps", "topk", *[pytest.param(m, marks=pytest.mark.slow) for m in ("bat", "tome", "dtps")]]
+)
+def test_batches_of_many_sizes_make_two_graphs_at_most(method):
+    """One for the first size, and one for any: not one for each."""
+    counter = CompileCounter()
+    model = reduced(method, "plain")
+    with torch._dynamo.config.patch(error_on_recompile=False), torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend=counter)
+        for batch in (2, 2, 4, 4, 3, 6, 2):
+            x = images("plain", batch)
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    assert counter.frame_count <= 2
