@@ -10,8 +10,8 @@ demo: $(VENV)/.demo
 
 # The shape checks of jaxtyping and beartype are on, except for torch.compile and for bad arguments.
 test: check
-	LACONIC_CHECK_SHAPES=1 $(BIN)/python -m pytest -q -n 2 -m "not unchecked and not slow"
-	$(BIN)/python -m pytest -q -n 2 -m "unchecked and not slow"
+	LACONIC_CHECK_SHAPES=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not unchecked and not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "unchecked and not slow"
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m slow

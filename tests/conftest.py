@@ -4,9 +4,9 @@ import pytest
 import torch
 
 if os.environ.get("LACONIC_CHECK_SHAPES"):  # before anything imports laconic
-    from jaxtyping import install_import_hook
+    import shape_checks
 
-    install_import_hook("laconic", "beartype.beartype")
+    shape_checks.switch_on()
 
 
 torch.set_num_threads(1)  # the models are so small that threads only wait for each other

@@ -77,9 +77,13 @@ def test_unknown_models_and_blocks():
     unknown = nn.Sequential(nn.Linear(2, 2))
     refused(unknown, TypeError, r"does not know torch\.nn\.modules\.container\.Sequential\. Supported.*VisionTransformer")
 
-    class Unheard(nn.Module):
-        def __init__(self, *args, **kwargs):
+    class Unheard(nn.Module):  # what is derived from a known block is known
+        def __init__(self, **kwargs):
             super().__init__()
+            self.block = timm.models.vision_transformer.Block(**kwargs)
+
+        def forward(self, x):
+            return self.block(x)
 
     known = r"block 0 of VisionTransformer: laconic does not know .*Unheard.*Supported block classes: .*Block"
     refused(make("plain", block_fn=Unheard), TypeError, known)

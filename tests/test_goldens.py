@@ -179,13 +179,12 @@ def test_dynamicvit_training(kind, monkeypatch):
     ours = {
         "cls": -(torch.from_numpy(z["labels"]) * logits.log_softmax(-1)).sum(-1).mean(),
         "ratio_sum": laconic.losses(model)["ratio"] * 3,
-        "cls_kl": logit_distillation(logits, their_logits),
+        "cls_kl": logit_distillation(logits.double(), their_logits.double()),  # in single precision 1e-5 off by rounding alone
         "token": token_distillation(features[:, 1:], their_features[:, 1:], alive, kind),
     }
     total = ours["cls"] + 2 * ours["ratio_sum"] / 3 + 0.5 * ours["cls_kl"] + 0.5 * ours["token"]
     for name, loss in {**ours, "total": total}.items():
-        # a divergence is the small difference of large numbers: from processor to processor its sixth digit changes
-        assert loss.item() == pytest.approx(expected[name], rel=1e-5, abs=1e-6), name
+        assert loss.item() == pytest.approx(expected[name], rel=1e-5), name
     total.backward()
     gradients = {official_name(name): p.grad for name, p in model.named_parameters()}
     checked = [key.split("::")[1] for key in z.files if key.startswith(f"grad_{kind}::") and key.endswith("::norm")]
