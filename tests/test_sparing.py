@@ -215,6 +215,7 @@ def test_another_tools_forward_is_left_alone():
     assert vars(model)["forward"] is own
 
 
+@pytest.mark.unchecked
 def test_a_wrong_word_is_refused():
     model = make("plain")
     with pytest.raises(ValueError, match="rows must be 'needed', 'all' or None, not 'some'"):
