@@ -111,6 +111,16 @@ VERBS = {
             "laconic bench deit_small_patch16_224 --method etps --options similarity=previous-attention --compile",
         ),
     ),
+    "plan": Verb(
+        "Turn a budget (multiply-adds, a speed-up, milliseconds) into a schedule.",
+        "laconic.jobs.plan:plan",
+        (
+            "laconic plan deit_small_patch16_224 --method etps --target 2.3G",
+            "laconic plan deit_small_patch16_224 --method bat --target 1.6x --batch-size 8 --threads 1",
+            "laconic plan scenes_vit_small --method tome --target 1.6x-macs --data scenes --limit 512 --output plan.json",
+            "laconic plan --check plan.json",
+        ),
+    ),
     "show": Verb(
         "Pictures of what became of every patch of a photograph.",
         "laconic.jobs.show:show",

@@ -22,12 +22,12 @@ def check(recipe: Recipe) -> None:
     else:
         given = [
             name
-            for name in ("keep", "at", "options", "later", "ramps", "warm_in_start", "warm_in_epochs")
+            for name in ("keep", "at", "schedule", "options", "later", "ramps", "warm_in_start", "warm_in_epochs")
             if getattr(method, name)
         ]
         if given:
             raise ValueError(f"method.{given[0]} is set and method.name is not; set method.name too, for example to evit")
-    if method.warms_in and method.keep is None:
+    if method.warms_in and method.keep is None and not method.schedule:
         raise ValueError("the keep-rate warm-in (method.warm_in_start and warm_in_epochs) needs method.keep, the rate to reach")
     if method.warm_in_start + method.warm_in_epochs > part.epochs:
         raise ValueError(
