@@ -25,16 +25,12 @@ from laconic.extras import missing
 from laconic.reducer import nearest_names
 
 JSON_HELP = "print the report as JSON and nothing else"
-EXTRAS = {
-    "tyro": "cli",
-    "rich": "cli",
-    "tqdm": "cli",
-    "timm": "cli",
-    "PIL": "cli",
-    "skimage": "demo",
-    "matplotlib": "demo",
-    "datasets": "datasets",
-} | dict.fromkeys(("accelerate", "sklearn", "torchvision"), "train")
+EXTRAS = (
+    dict.fromkeys(("tyro", "rich", "tqdm", "timm", "PIL"), "cli")
+    | dict.fromkeys(("skimage", "matplotlib"), "demo")
+    | dict.fromkeys(("accelerate", "sklearn", "torchvision"), "train")
+    | {"datasets": "datasets"}
+)
 
 
 @dataclass(frozen=True)

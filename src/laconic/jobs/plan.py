@@ -22,8 +22,8 @@ from laconic.jobs.record import commit
 from laconic.jobs.subject import Reading, Subject, command, digest, open_subject, parse_args
 from laconic.jobs.variants import parse_methods
 from laconic.planning.budget import Target
-from laconic.planning.planner import Planner, remarks
-from laconic.planning.result import Plan
+from laconic.planning.planner import Planner
+from laconic.planning.result import Plan, remarks
 from laconic.planning.space import Space
 from laconic.planning.timing import Measured, Measuring, measure
 from laconic.reducer import Method, resolve

@@ -132,8 +132,8 @@ class CheckReport(Report):
             return f"the schedule takes {self.macs} multiply-adds, as planned for {self.target.text}"
         raw = "" if self.raw is None or self.target.kind != "time" else f" (by the clock alone {self.raw:+.1%})"
         return (
-            f"planned for {self.target.text}, now off by {self.off:+.1%}{raw}; the unreduced model takes {1 + self.base_moved:.0%} "
-            "of what it took"
+            f"planned for {self.target.text}, now off by {self.off:+.1%}{raw}; the unreduced model takes "
+            f"{1 + self.base_moved:.0%} of what it took"
         )
 
     def parts(self) -> Iterator[str | Table]:
@@ -152,7 +152,5 @@ def checked(report: CheckReport) -> CheckReport:
         Refusal: it is off by more than 10 %.
     """
     if report.off is not None and abs(report.off) > TOLERANCE:
-        raise Refusal(
-            f"{report.path}: {report.line}. Then: {said(report.before)} Now: {said(report.now)} Plan again, or where it is quiet"
-        )
+        raise Refusal(f"{report.path}: {report.line}. Then: {said(report.before)} Now: {said(report.now)} Plan it again")
     return report

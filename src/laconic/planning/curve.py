@@ -37,18 +37,17 @@ class Curve:
         return max(0.0, y0 + (y1 - y0) * (x - x0) / (x1 - x0))
 
 
-def not_negative(rows: Sequence[Sequence[float]], values: Sequence[float]) -> tuple[float, ...]:
+def not_negative(rows: Sequence[Sequence[float]], values: Sequence[float], width: int) -> tuple[float, ...]:
     """Least-squares weights of the columns, none below zero: the best of all choices of columns whose own fit is such."""
-    width = len(rows[0]) if rows else 0
     best, least = (0.0,) * width, float("inf")
-    matrix, wanted = torch.tensor(rows, dtype=torch.float64), torch.tensor(values, dtype=torch.float64)
+    matrix, wanted = torch.tensor(rows, dtype=torch.float64).reshape(-1, width), torch.tensor(values, dtype=torch.float64)
     for size in range(width + 1):
         for chosen in itertools.combinations(range(width), size):
             weights = torch.zeros(width, dtype=torch.float64)
             if chosen:
                 columns = matrix[:, list(chosen)]
                 weights[list(chosen)] = torch.linalg.lstsq(columns, wanted[:, None], driver="gelsd").solution[:, 0]
-            error = float((matrix @ weights - wanted).square().sum()) if rows else 0.0
+            error = float((matrix @ weights - wanted).square().sum())
             if float(weights.min()) >= 0 and error < least:
                 best, least = tuple(weights.tolist()), error
     return best

@@ -24,6 +24,7 @@ from laconic.report import BlockCost, Summary
 from laconic.schedule import Schedule
 
 RATES = (0.9, 0.75, 0.6, 0.45, 0.3)  # of each of three reducing blocks; of more blocks, as many tokens in the end
+FEATURES = 3  # that the cost of a reducer depends on, see `features`
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def table_of(space: Space, summaries: Sequence[Summary], times: Mapping[str, Tim
         for block, row in features(summary, space.starts).items():
             rows.append(row)
             over.append(statistics.median([share[block] for share in measured]) - table.block(summary.blocks[block]))
-    return dataclasses.replace(table, reducer=not_negative(rows, over))
+    return dataclasses.replace(table, reducer=not_negative(rows, over, FEATURES))
 
 
 def _shares(times: Times) -> list[list[float]]:

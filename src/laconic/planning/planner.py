@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from laconic.planning.budget import Target
 from laconic.planning.fidelity import Judge, Judged, difference
 from laconic.planning.latency import Table, measure_table
-from laconic.planning.result import Comparison, Plan, off_target
+from laconic.planning.result import NEAR, Comparison, Plan, off_target, remarks
 from laconic.planning.search import Found, Search, weights_of
 from laconic.planning.space import Family, Space
 from laconic.planning.timing import Measured, Measuring, measure
 from laconic.reducer import Method, resolve
 from laconic.schedule import Schedule
 
-NEAR = 0.03  # a measured time that is farther from its target is corrected
 CORRECTIONS = 2
 FRONT = (0.9, 0.75, 0.6, 0.45)  # costs of the front, as shares of the unreduced model's
 Wrap = Callable[[Callable[[Schedule], float]], Callable[[Schedule], float]]  # remembers scores (see `laconic plan`)
@@ -223,24 +222,3 @@ class Planner:
         predicted = None if self.table is None else 1 / self.table(summary)
         facts = (self.space.config.describe(), self.target, schedule, summary.macs, self.unreduced.macs, predicted, measured)
         return Plan(*facts, notes=tuple(remarks(measured, self.target)))
-
-
-def remarks(measured: Measured | None, target: Target) -> list[str]:
-    """What is to be said of a measured time."""
-    if measured is None:
-        return []
-    off, notes = off_target(target, measured), list[str]()
-    if off is not None and abs(off) > NEAR:
-        notes.append(f"measured, it is {abs(off):.1%} {'slower' if off > 0 else 'quicker'} than the target")
-    if measured.ratio.median < 1:
-        clear = "it is SLOWER" if measured.ratio.high < 1 else "it is no quicker"
-        notes.append(
-            f"at batch {measured.batch_size} {clear} than the unreduced model ({measured.ratio.median:.2f}x): here the reducer "
-            "costs as much as it saves, or more; larger batches, larger models and longer inputs gain"
-        )
-    if measured.base_seconds.high > 1.25 * measured.base_seconds.low:
-        low, high = (1e3 * seconds for seconds in (measured.base_seconds.low, measured.base_seconds.high))
-        notes.append(
-            f"the unreduced model itself took {low:.1f} to {high:.1f} ms (quartiles): the machine had other things to do"
-        )
-    return notes

@@ -13,6 +13,8 @@ from laconic.planning.timing import Measured
 from laconic.reducer import resolve
 from laconic.schedule import Schedule
 
+NEAR = 0.03  # a measured time that is farther from its target is corrected, or remarked on
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -104,3 +106,24 @@ def off_target(target: Target, measured: Measured) -> float | None:
     if target.kind == "speedup":
         return target.value / measured.ratio.median - 1
     return measured.seconds.median / target.value - 1 if target.kind == "time" else None
+
+
+def remarks(measured: Measured | None, target: Target) -> list[str]:
+    """What is to be said of a measured time."""
+    if measured is None:
+        return []
+    off, notes = off_target(target, measured), list[str]()
+    if off is not None and abs(off) > NEAR:
+        notes.append(f"measured, it is {abs(off):.1%} {'slower' if off > 0 else 'quicker'} than the target")
+    if measured.ratio.median < 1:
+        clear = "it is SLOWER" if measured.ratio.high < 1 else "it is no quicker"
+        notes.append(
+            f"at batch {measured.batch_size} {clear} than the unreduced model ({measured.ratio.median:.2f}x): here the reducer "
+            "costs as much as it saves, or more; larger batches, larger models and longer inputs gain"
+        )
+    if measured.base_seconds.high > 1.25 * measured.base_seconds.low:
+        low, high = (1e3 * seconds for seconds in (measured.base_seconds.low, measured.base_seconds.high))
+        notes.append(
+            f"the unreduced model itself took {low:.1f} to {high:.1f} ms (quartiles): the machine had other things to do"
+        )
+    return notes

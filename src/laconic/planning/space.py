@@ -23,7 +23,7 @@ from laconic.staging import Staging
 Price = Callable[[Summary], float]  # what a schedule costs, from its tokens and multiply-adds
 Family = Callable[[float], Schedule]  # schedules by a rate in (0, 1]: the greater, the more tokens they leave
 FINE = 1e-6  # how finely a keep rate is solved
-STEPS = 40  # into which the rates are cut, to see where between two of them the budget is met
+STEPS = 10  # into which the rates are cut, to see where between two of them the budget is met
 
 
 def macs_of(summary: Summary) -> float:
