@@ -504,7 +504,8 @@ def test_the_command_writes_a_plan_that_can_be_checked(tmp_path, capsys):
     model = plan_job.create("scenes_vit_small")
     laconic.reduce_(model, printed["method"]["name"], schedule=printed["schedule"])
     assert laconic.summary(model).macs == printed["macs"]
-    assert cli.main(["plan", "--check", str(path), "--rounds", "1"]) == 0
+    assert cli.main(["plan", "--check", str(path), "--rounds", "1", "--output", str(tmp_path / "check.json")]) == 0
+    assert json.loads((tmp_path / "check.json").read_text())["before"] == printed["measured"]
     assert "as planned for 1.5x-macs" in capsys.readouterr().out
     printed["macs"] += 1
     path.write_text(json.dumps(printed))
@@ -551,7 +552,9 @@ def report(target, ratio, before=0.1, now=0.1):
 
     own = before / (1.5 if target.endswith("x") else before / 0.05)
     first = Measured(spans(before / own), spans(own), spans(before), 1, 10)
-    return CheckReport("p.json", Target.parse(target), first, Measured(spans(ratio), spans(now / ratio), spans(now), 1, 10), 1)
+    return CheckReport(
+        "p.json", Target.parse(target), first, Measured(spans(ratio), spans(now / ratio), spans(now), 1, 10), 1, {}
+    )
 
 
 def test_a_check_goes_by_ratios():

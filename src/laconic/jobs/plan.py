@@ -78,7 +78,7 @@ def plan(
         model_args: argument of timm.create_model, as NAME=VALUE.
         device: cuda where there is one, else cpu.
         dtype: of weights and images.
-        output: write the plan to this JSON file; a search that was stopped goes on when asked again.
+        output: write the plan (with --check, what was found) to this JSON file; a search that was stopped goes on when asked again.
         check: measure the plan in this file again, here and now; exit code 1 if it is off by more than 10 %.
 
     Raises:
@@ -87,7 +87,7 @@ def plan(
     """
     asked = {name: value for name, value in locals().items() if name != "model"}
     if check is not None:
-        return checked_again(check, (model, method, target, data), rounds)
+        return checked_again(check, (model, method, target, data), rounds, output)
     missing = [name for name, value in (("MODEL", model), ("--method", method), ("--target", target)) if not value]
     if missing:
         raise Refusal(f"{' and '.join(missing)} missing; e.g. laconic plan deit_small_patch16_224 --method etps --target 2.3G")
@@ -171,8 +171,8 @@ def timed(plan: Plan, base: nn.Module, config: Method, measuring: Measuring) -> 
 
 
 # ------------------------------------------------------------------------------------------------ measured again
-def checked_again(path: Path, others: Sequence[str], rounds: int | None) -> CheckReport:
-    """Measure a plan that was written before.
+def checked_again(path: Path, others: Sequence[str], rounds: int | None, output: Path | None) -> CheckReport:
+    """Measure a plan that was written before; what was found is written, and then judged.
 
     Raises:
         Refusal: the file is no plan, more was asked for, or the plan is off by more than 10 %.
@@ -193,7 +193,11 @@ def checked_again(path: Path, others: Sequence[str], rounds: int | None) -> Chec
         space = Space(model, resolve(given["name"], options))
         now = measure(space, [schedule], Measuring(before.batch_size, rounds))[0]
         summary = space.summary(schedule)
+        environment = {name: fact for name, fact in machine.environment(setting).items() if name not in ("rounds", "compiled")}
     found = None if summary is None else summary.macs
     if found != macs:
         raise Refusal(f"--check {path}: the schedule is said to take {macs} multiply-adds, and takes {found}")
-    return checked(CheckReport(str(path), target, before, now, macs))
+    report = CheckReport(path.name, target, before, now, macs, environment)
+    if output is not None:
+        write_atomically(output, json.dumps(report.to_json(), indent=2) + "\n")
+    return checked(report)

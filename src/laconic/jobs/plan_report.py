@@ -35,7 +35,8 @@ class PlanReport(Report):
         name = f"{self.about['model']}, {plan.method['name']}, {plan.target.text}"
         blocks = zip(plan.schedule.at, plan.schedule.values, strict=True)
         unit = f"patch tokens to {plan.schedule.unit}" if plan.schedule.unit != "keep" else "keep rate"
-        yield Table(name, ("block", unit), tuple((str(block), f"{value:g}") for block, value in blocks))
+        yield f"{name}:"
+        yield Table("", ("block", unit), tuple((str(block), f"{value:g}") for block, value in blocks))
         yield f"{plan.macs / 1e9:.4f} GMACs of {plan.baseline_macs / 1e9:.4f} ({plan.baseline_macs / plan.macs:.3f}x fewer)."
         if plan.measured is not None:
             yield f"{'' if plan.predicted is None else f'Predicted {plan.predicted:.2f}x. '}{said(plan.measured)}"
@@ -44,8 +45,9 @@ class PlanReport(Report):
             yield table(rows, f"Held-out images: {plan.judged[0].images} of {self.about['data']}")
             yield f"{EXPLAINED} {plan.evaluated} schedules were tried on the other images."
             yield f"Verdict: {words(plan)}"
-        weights = [self.about["weights"]] if self.about["weights"] else []
-        yield "".join(f"{note[0].upper()}{note[1:]}.\n" for note in (*weights, *self.more, *plan.notes)).rstrip()
+        notes = [note for note in (self.about["weights"], *self.more, *plan.notes) if note]
+        if notes:
+            yield "".join(f"{note[0].upper()}{note[1:]}.\n" for note in notes).rstrip()
         kind = f"{here['device']}, {threads(here)}, {here['dtype']}, torch {here['torch']}, {here['date']}"
         yield f"{kind}\n\nFor laconic train:\n{plan.recipe}"
 
@@ -107,6 +109,7 @@ class CheckReport(Report):
     before: Measured
     now: Measured
     macs: int
+    environment: Mapping[str, Any]
 
     @property
     def base_moved(self) -> float:
@@ -142,7 +145,13 @@ class CheckReport(Report):
 
     def to_json(self) -> dict[str, Any]:
         facts = {"path": self.path, "target": self.target.to_json(), "macs": self.macs, "off": self.off, "off_raw": self.raw}
-        return {**facts, "base_moved": self.base_moved, "before": self.before.to_json(), "now": self.now.to_json()}
+        return {
+            **facts,
+            "base_moved": self.base_moved,
+            "before": self.before.to_json(),
+            "now": self.now.to_json(),
+            "environment": dict(self.environment),
+        }
 
 
 def checked(report: CheckReport) -> CheckReport:
