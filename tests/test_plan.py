@@ -27,6 +27,7 @@ from laconic.planning.space import Space
 from laconic.planning.timing import Measured, Measuring, Stopwatch, measure
 from laconic.recipe import from_json
 from laconic.schedule import Schedule
+from laconic.training.checks import check
 
 pytestmark = pytest.mark.usefixtures("no_pretrained_weights")
 
@@ -464,12 +465,10 @@ def test_a_recipe_may_have_a_schedule():
 )
 def test_a_recipes_schedule_is_checked(part, words):
     with pytest.raises(ValueError, match=words):
-        from_json({"method": {"name": "etps", **part}})
+        check(from_json({"method": {"name": "etps", **part}}))
 
 
 def test_a_schedule_needs_a_method():
-    from laconic.training.checks import check
-
     with pytest.raises(ValueError, match="method.schedule is set and method.name is not"):
         check(from_json({"method": {"schedule": {"at": [1], "leave": [9]}}}))
 

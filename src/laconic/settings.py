@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from laconic.schedule import Schedule
-
 
 def _refuse_unless(good: Callable[[Any], bool], words: str, **values: int | float | None) -> None:
     """Raise ValueError for the first number that is not what the words say; a name has __ for its dot."""
@@ -90,25 +88,6 @@ class MethodPart:
         for keep in self.keep if isinstance(self.keep, tuple) else (self.keep,):
             _refuse_unless(lambda value: 0 < value <= 1, "above 0 and at most 1", method__keep=keep)
         _not_negative(method__warm_in_start=self.warm_in_start, method__warm_in_epochs=self.warm_in_epochs)
-        self._check_schedule()
-
-    def _check_schedule(self) -> None:
-        if not self.schedule:
-            return
-        given = [name for name in ("keep", "at") if getattr(self, name) not in (None, ())]
-        if given:
-            raise ValueError(
-                f"method.schedule says where and how much, and method.{given[0]} is set too; leave one of them out"
-            )
-        try:
-            unit = Schedule.of(self.schedule).unit
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"method.schedule: {error}") from None
-        if self.warms_in and unit != "keep":
-            raise ValueError(
-                f"method.schedule gives counts to {unit}, and only keep rates can be warmed in; leave out method.warm_in_start "
-                "and warm_in_epochs, or give keep rates"
-            )
 
     @property
     def warms_in(self) -> bool:

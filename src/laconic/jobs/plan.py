@@ -78,7 +78,7 @@ def plan(
         model_args: argument of timm.create_model, as NAME=VALUE.
         device: cuda where there is one, else cpu.
         dtype: of weights and images.
-        output: write the plan (with --check, what was found) to this JSON file; a search that was stopped goes on when asked again.
+        output: write the plan (with --check, what was found) to this JSON file; a stopped search goes on from there.
         check: measure the plan in this file again, here and now; exit code 1 if it is off by more than 10 %.
 
     Raises:
