@@ -53,6 +53,7 @@ from laconic.methods import (
     ToMe,
     TopK,
 )
+from laconic.planning import Plan, plan
 from laconic.reducer import Method, Prune, Reducer, Site, method, methods
 from laconic.report import Summary
 from laconic.schedule import Schedule, WarmIn
@@ -90,6 +91,7 @@ __all__ = [
     "PatchMerger",
     "PatchSlimming",
     "PiToMe",
+    "Plan",
     "Provenance",
     "Prune",
     "Random",
@@ -122,6 +124,7 @@ __all__ = [
     "losses",
     "method",
     "methods",
+    "plan",
     "provenance",
     "push_to_hub",
     "reduce_",

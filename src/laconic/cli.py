@@ -25,16 +25,12 @@ from laconic.extras import missing
 from laconic.reducer import nearest_names
 
 JSON_HELP = "print the report as JSON and nothing else"
-EXTRAS = {
-    "tyro": "cli",
-    "rich": "cli",
-    "tqdm": "cli",
-    "timm": "cli",
-    "PIL": "cli",
-    "skimage": "demo",
-    "matplotlib": "demo",
-    "datasets": "datasets",
-} | dict.fromkeys(("accelerate", "sklearn", "torchvision"), "train")
+EXTRAS = (
+    dict.fromkeys(("tyro", "rich", "tqdm", "timm", "PIL"), "cli")
+    | dict.fromkeys(("skimage", "matplotlib"), "demo")
+    | dict.fromkeys(("accelerate", "sklearn", "torchvision"), "train")
+    | {"datasets": "datasets"}
+)
 
 
 @dataclass(frozen=True)
@@ -109,6 +105,16 @@ VERBS = {
             "laconic bench deit_small_patch16_224 --method etps --method bat --keep 0.7 --keep 0.5",
             "laconic bench deit_small_patch16_224 --batch-size 1 --batch-size 8 --threads 1 --output results.csv",
             "laconic bench deit_small_patch16_224 --method etps --options similarity=previous-attention --compile",
+        ),
+    ),
+    "plan": Verb(
+        "Turn a budget (multiply-adds, a speed-up, milliseconds) into a schedule.",
+        "laconic.jobs.plan:plan",
+        (
+            "laconic plan deit_small_patch16_224 --method etps --target 2.3G",
+            "laconic plan deit_small_patch16_224 --method bat --target 1.6x --batch-size 8 --threads 1",
+            "laconic plan scenes_vit_small --method tome --target 1.6x-macs --data scenes --limit 512 --output plan.json",
+            "laconic plan --check plan.json",
         ),
     ),
     "show": Verb(

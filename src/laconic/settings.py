@@ -62,12 +62,14 @@ class MethodPart:
     """The reduction; no name: none. Epochs of the keep-rate warm-in may be fractions.
 
     Options may change in training: ``later`` has for an epoch (counted from 0) those that are others from there on, ``ramps``
-    those that go linearly from one number to another, over all steps.
+    those that go linearly from one number to another, over all steps. ``schedule`` takes the place of ``keep`` and ``at``: a
+    table such as {at = [3, 6], leave = [98, 49]} (see `laconic.Schedule.of`, and ``laconic plan``, which makes one).
     """
 
     name: str = ""
     keep: float | tuple[float, ...] | None = None
     at: tuple[int, ...] = ()
+    schedule: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     later: dict[str, Any] = field(default_factory=dict)
     ramps: dict[str, Any] = field(default_factory=dict)

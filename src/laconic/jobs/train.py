@@ -53,6 +53,7 @@ class TrainReport(Report):
     def parts(self) -> Iterator[str | Table]:
         method = self.recipe.method
         keep = "" if method.keep is None else f", keep {method.keep}"
+        keep += f", schedule {json.dumps(method.schedule)}" if method.schedule else ""
         what = f"{self.recipe.model.name}{f' with {method.name}{keep}' if method.name else ''}"
         yield f"{what}: {self.steps} steps, {self.macs / 1e9:.3f} GMACs (unreduced {self.base_macs / 1e9:.3f})."
         yield f"{self.weights[0].upper()}{self.weights[1:]}."
@@ -153,6 +154,8 @@ def _base(recipe: Recipe, classes: int) -> tuple[nn.Module, str]:
 def _reduced(model: nn.Module, recipe: Recipe) -> nn.Module:
     method = recipe.method
     torch.manual_seed(recipe.seed)
+    if method.schedule:
+        return reduce_(model, method.name, schedule=method.schedule, **tuples(method.options))
     at = list(method.at) or None
     return reduce_(model, method.name, keep=method.keep, at=at, **tuples(method.options))
 

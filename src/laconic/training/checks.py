@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from laconic.recipe import Recipe
 from laconic.reducer import resolve
+from laconic.schedule import Schedule
 from laconic.training.steps import asked_for
 from laconic.training.warming import in_order, options_at, tuples
 
@@ -19,15 +20,16 @@ def check(recipe: Recipe) -> None:
     if method.name:
         learns = resolve(method.name, tuples(method.options)).row.learns
         _check_changes(recipe)
+        _check_schedule(recipe)
     else:
         given = [
             name
-            for name in ("keep", "at", "options", "later", "ramps", "warm_in_start", "warm_in_epochs")
+            for name in ("keep", "at", "schedule", "options", "later", "ramps", "warm_in_start", "warm_in_epochs")
             if getattr(method, name)
         ]
         if given:
             raise ValueError(f"method.{given[0]} is set and method.name is not; set method.name too, for example to evit")
-    if method.warms_in and method.keep is None:
+    if method.warms_in and method.keep is None and not method.schedule:
         raise ValueError("the keep-rate warm-in (method.warm_in_start and warm_in_epochs) needs method.keep, the rate to reach")
     if method.warm_in_start + method.warm_in_epochs > part.epochs:
         raise ValueError(
@@ -64,6 +66,25 @@ def _check_changes(recipe: Recipe) -> None:
     for count in range(len(changes) + 1):
         for share in (0.0, 1.0):
             options_at(method, [options for _, options in changes[:count]], share)
+
+
+def _check_schedule(recipe: Recipe) -> None:
+    """A schedule stands alone, and only keep rates can be warmed in."""
+    method = recipe.method
+    if not method.schedule:
+        return
+    given = [name for name, value in (("keep", method.keep), ("at", method.at)) if value not in (None, ())]
+    if given:
+        raise ValueError(f"method.schedule says where and how much, and method.{given[0]} is set too; leave one of them out")
+    try:
+        unit = Schedule.of(method.schedule).unit
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"method.schedule: {error}") from None
+    if method.warms_in and unit != "keep":
+        raise ValueError(
+            f"method.schedule gives counts to {unit}, and only keep rates can be warmed in; leave out method.warm_in_start and "
+            "warm_in_epochs, or give keep rates"
+        )
 
 
 def _named(method: str) -> str:

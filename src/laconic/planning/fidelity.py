@@ -1,0 +1,137 @@
+"""How near a reduced model's answers are to those of the unreduced one, image by image."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from laconic.jobs.accuracy import NORMAL, wilson
+from laconic.planning.space import Space
+from laconic.planning.timing import reduced
+from laconic.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Of one model, for each image: the distance to the unreduced model's answer, whether the first class is the same, and
+    whether it is right (None without labels).
+
+    The distance is KL(unreduced || reduced) of class probabilities in nats, or of a model without a head 1 - cosine.
+    """
+
+    distance: tuple[float, ...]
+    agrees: tuple[bool, ...]
+    correct: tuple[bool, ...] | None
+
+    def judged(self, name: str, schedule: Schedule, macs: int, share: float | None) -> Judged:
+        """All in all; ``share`` is the predicted share of the unreduced model's time, if that is known."""
+        count = len(self.distance)
+        agreement = sum(self.agrees) / count
+        top1 = None if self.correct is None else sum(self.correct) / count
+        right = None if self.correct is None else wilson(sum(self.correct), count)
+        spans = (agreement, wilson(sum(self.agrees), count), top1, right)
+        return Judged(name, schedule, macs, share, count, Mean.of(self.distance), *spans)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over images, with half the width of its 95 % interval (normal)."""
+
+    mean: float
+    half: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean:
+        """Of one value or more."""
+        deviation = statistics.stdev(values) if len(values) > 1 else math.inf
+        return cls(statistics.fmean(values), NORMAL * deviation / math.sqrt(len(values)))
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A schedule's fidelity on some images, with 95 % intervals (Wilson's of shares); ``share`` is its predicted time."""
+
+    name: str
+    schedule: Schedule
+    macs: int
+    share: float | None
+    images: int
+    distance: Mean
+    agreement: float
+    agreement_interval: tuple[float, float]
+    top1: float | None
+    top1_interval: tuple[float, float] | None
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, as plain JSON."""
+        fields = {**vars(self), "schedule": self.schedule.to_json(), "distance": vars(self.distance)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+
+def difference(one: Answers, other: Answers) -> tuple[Mean, Mean | None]:
+    """How much farther from the unreduced model, and how much more often right, ``one`` is than ``other``: image by image."""
+    farther = Mean.of([a - b for a, b in zip(one.distance, other.distance, strict=True)])
+    if one.correct is None or other.correct is None:
+        return farther, None
+    return farther, Mean.of([float(a) - float(b) for a, b in zip(one.correct, other.correct, strict=True)])
+
+
+class Judge:
+    """Runs reduced copies of a model on images, and compares with what the unreduced model says of them.
+
+    Args:
+        space: the model and the method.
+        images: [N, channels, height, width], as the model takes them.
+        labels: [N], the numbers of their classes.
+        batch_size: images in a forward.
+
+    Raises:
+        ValueError: no images, as many labels as images there are not, a model that gives no logits or features [N, C].
+    """
+
+    def __init__(self, space: Space, images: Tensor, labels: Tensor | None = None, batch_size: int = 64) -> None:
+        if not isinstance(images, Tensor) or images.dim() != 4 or len(images) < 2:
+            found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise ValueError(f"images must be a batch of two or more [N, channels, height, width], not {found}")
+        if labels is not None and len(labels) != len(images):
+            raise ValueError(f"there are {len(images)} images and {len(labels)} labels; give a label for each image, or none")
+        self.space, self.images, self.labels, self.batch_size = space, images, labels, batch_size
+        self.features = getattr(space.model, "num_classes", None) == 0
+        self.full = self._outputs(space.model)
+
+    def _outputs(self, model: nn.Module) -> Tensor:
+        reference = next(model.parameters())
+        out = []
+        with torch.inference_mode():
+            for batch in torch.split(self.images, self.batch_size):
+                said = model.eval()(batch.to(reference.device, reference.dtype))
+                said = getattr(said, "logits", said)
+                if not isinstance(said, Tensor) or said.dim() != 2:
+                    found = tuple(said.shape) if isinstance(said, Tensor) else type(said).__name__
+                    raise ValueError(
+                        f"expected logits or features [images, C] from the model, got {found}; plan without images"
+                    )
+                out.append(said.double().cpu())
+        return torch.cat(out)
+
+    def __call__(self, schedule: Schedule) -> Answers:
+        """What the model answers under a schedule.
+
+        Raises:
+            ValueError, LookupError: as `laconic.reduce_`.
+        """
+        own, full = self._outputs(reduced(self.space, schedule)), self.full
+        if self.features:
+            distance = 1 - F.cosine_similarity(own, full)
+        else:
+            distance = (full.softmax(1) * (full.log_softmax(1) - own.log_softmax(1))).sum(1)
+        first = own.argmax(1)
+        correct = None if self.labels is None else tuple((first == self.labels.cpu()).tolist())
+        return Answers(tuple(distance.tolist()), tuple((first == full.argmax(1)).tolist()), correct)

@@ -1,0 +1,178 @@
+"""How long a schedule will take on this machine: a table of what blocks and reducers take, measured in real forwards.
+
+A few reduced models and the unreduced one run in turn, and every block is timed where it stands, with all that reduction
+costs around it. Everything is in shares of the unreduced forward that ran beside it, so that what else the machine does
+falls out; and a share is a median over the rounds. From it come, for each stage of the host, how a block's time falls with
+its tokens (a curve), what is spent outside of the blocks, and what a reducer costs on top.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from laconic import work
+from laconic.cost import CONVENTIONS, weigh
+from laconic.hosts import Shape
+from laconic.planning.curve import Curve, not_negative
+from laconic.planning.space import Family, Space
+from laconic.planning.timing import BASE, Measuring, Times, time_all
+from laconic.report import BlockCost, Summary
+from laconic.schedule import Schedule
+
+RATES = (0.9, 0.75, 0.6, 0.45, 0.3)  # of each of three reducing blocks; of more blocks, as many tokens in the end
+FEATURES = 3  # that the cost of a reducer depends on, see `features`
+
+
+@dataclass(frozen=True)
+class Table:
+    """What the parts of a forward take, in shares of the unreduced one.
+
+    Args:
+        seconds: of the unreduced forward of a batch, when the table was measured.
+        outside: what is spent outside of the blocks: patch embedding, head, and the housekeeping of reduction.
+        blocks: each block with all tokens.
+        attention: of each block, the share of its first half.
+        stages: the stage of each block.
+        starts: block -> patch tokens that come into it, for the first block of each stage.
+        curves: for each stage, tokens -> a block's time as a share of that with all tokens.
+        reducer: what a reducer costs: once, for all tokens that the first stage starts with, and for as many multiply-adds
+            as the unreduced model has.
+    """
+
+    seconds: float
+    outside: float
+    blocks: tuple[float, ...]
+    attention: tuple[float, ...]
+    stages: tuple[int, ...]
+    starts: Mapping[int, int]
+    curves: tuple[Curve, ...]
+    reducer: tuple[float, ...]
+
+    def __call__(self, summary: Summary) -> float:
+        """The predicted share of the unreduced forward."""
+        passing = sum(self.block(cost) for cost in summary.blocks)
+        rows = list(features(summary, self.starts).values())
+        return self.outside + passing + sum(_times(self.reducer, row) for row in rows)
+
+    def block(self, cost: BlockCost) -> float:
+        """What the layers of a block take, without its reducer."""
+        curve, first = self.curves[self.stages[cost.block]], self.attention[cost.block]
+        both = first * curve(cost.attention_tokens) + (1 - first) * curve(cost.mlp_tokens)
+        return self.blocks[cost.block] * both
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, as plain JSON."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        curves = [{"tokens": list(curve.x), "share": list(curve.y)} for curve in self.curves]
+        starts = {str(block): patches for block, patches in self.starts.items()}
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+        return {**plain, "starts": starts, "curves": curves}
+
+    @classmethod
+    def of_json(cls, fields: Mapping[str, Any]) -> Table:
+        """What `to_json` wrote."""
+        given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+        curves = tuple(Curve(tuple(curve["tokens"]), tuple(curve["share"])) for curve in fields["curves"])
+        starts = {int(block): patches for block, patches in fields["starts"].items()}
+        return cls(**{**given, "curves": curves, "starts": starts})
+
+
+def measure_table(space: Space, family: Family, measuring: Measuring) -> Table:
+    """Measure the table on this machine, by schedules of this family that leave many, some and few tokens."""
+    schedules = sampled(space, family)
+    times = time_all(space, schedules, measuring)
+    summaries = [summary for schedule in schedules if (summary := space.summary(schedule)) is not None]
+    return table_of(space, summaries, times)
+
+
+def sampled(space: Space, family: Family) -> list[Schedule]:
+    """The schedules that are measured."""
+    count, least = len(family(1.0).at), space.least(family)
+    rates = [max(least, rate ** (3 / count)) for rate in RATES]
+    return list(dict.fromkeys(family(rate) for rate in rates))
+
+
+def table_of(space: Space, summaries: Sequence[Summary], times: Mapping[str, Times]) -> Table:
+    """The table from what was measured of the unreduced model and of one model for each summary."""
+    base = times[BASE]
+    own = tuple(statistics.median(shares) for shares in zip(*_shares(base), strict=True))
+    stages = tuple(stage for stage, shape in enumerate(space.shapes) for _ in range(shape.depth))
+    shares = [_shares(times[str(number)]) for number in range(len(summaries))]
+    outside = [
+        statistics.median([s.own.wall / s.base.wall - sum(row) for s, row in zip(times[str(i)].samples, rows, strict=True)])
+        for i, rows in enumerate(shares)
+    ]
+    curves = tuple(_curve(number, shape, stages, own, summaries, shares) for number, shape in enumerate(space.shapes))
+    seconds = statistics.median([sample.own.wall for sample in base.samples])
+    halves = tuple(first_half(space, index) for index in range(space.depth))
+    table = Table(seconds, statistics.median(outside), own, halves, stages, space.starts, curves, ())
+    rows, over = list[tuple[float, ...]](), list[float]()
+    for summary, measured in zip(summaries, shares, strict=True):
+        for block, row in features(summary, space.starts).items():
+            rows.append(row)
+            over.append(statistics.median([share[block] for share in measured]) - table.block(summary.blocks[block]))
+    return dataclasses.replace(table, reducer=not_negative(rows, over, FEATURES))
+
+
+def _shares(times: Times) -> list[list[float]]:
+    """What each block took of the unreduced forward beside it, for each run."""
+    return [[s / sample.base.wall for s in row] for sample, row in zip(times.samples, times.blocks, strict=True)]
+
+
+def _curve(
+    stage: int,
+    shape: Shape,
+    stages: Sequence[int],
+    own: Sequence[float],
+    summaries: Sequence[Summary],
+    shares: Sequence[Sequence[Sequence[float]]],
+) -> Curve:
+    """How the time of a stage's blocks falls with their tokens, from the blocks that reduce nothing."""
+    found = dict[float, list[tuple[float, int]]]()
+    for summary, measured in zip(summaries, shares, strict=True):
+        groups = dict[int, list[int]]()
+        for cost in summary.blocks:
+            if stages[cost.block] == stage and cost.attention_tokens == cost.mlp_tokens and not cost.reducer_macs:
+                groups.setdefault(cost.mlp_tokens, []).append(cost.block)
+        for tokens, blocks in groups.items():
+            whole = sum(own[block] for block in blocks)
+            share = statistics.median([sum(row[block] for block in blocks) / whole for row in measured])
+            found.setdefault(tokens, []).append((share, len(blocks)))
+    found.setdefault(shape.patches + shape.prefix, [(1.0, 1)])
+    means = dict[float, tuple[float, float]]()
+    for number, points in found.items():
+        weight = sum(count for _, count in points)
+        means[number] = (sum(share * count for share, count in points) / weight, float(weight))
+    return Curve.through(means)
+
+
+def features(summary: Summary, starts: Mapping[int, int]) -> dict[int, tuple[float, ...]]:
+    """What the cost of a reducer may depend on, for each block that reduces: it being there, its tokens, its arithmetic."""
+    return {block: row for block, row in _features(summary, starts) if row}
+
+
+def _features(summary: Summary, starts: Mapping[int, int]) -> Iterator[tuple[int, tuple[float, ...]]]:
+    before = 0
+    for cost, left in zip(summary.blocks, summary.tokens, strict=True):
+        before = starts.get(cost.block, before)
+        works = left < before or cost.reducer_macs > 0
+        yield cost.block, (1.0, before / starts[0], cost.reducer_macs / summary.baseline_macs) if works else ()
+        before = left
+
+
+def _times(weights: Sequence[float], row: Sequence[float]) -> float:
+    return sum(weight * value for weight, value in zip(weights, row, strict=True))
+
+
+def first_half(space: Space, index: int) -> float:
+    """The share of a block's multiply-adds before its MLP."""
+    shape = next(s for start, s in zip(reversed(space.starts), reversed(space.shapes), strict=True) if index >= start)
+    whole, weights = shape.patches + shape.prefix, CONVENTIONS["matmul"]
+    few = max(1, whole // 2)
+    block = space.entry.blocks(space.host)[index]
+    total, less = (weigh(work.block(block, whole, n, shape), weights) for n in (whole, few))
+    return 1 - (total - less) * whole / ((whole - few) * total) if whole > few else 1.0

@@ -1,0 +1,180 @@
+"""Time on this machine: models side by side with the unreduced one, and what each of their blocks takes."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laconic.attach import reduce_
+from laconic.doctor import twin
+from laconic.hosts import find_host
+from laconic.jobs.measure import Quartiles, Run, Sample, Time, interleave, ratios
+from laconic.planning.progress import ticking
+from laconic.planning.space import Space
+from laconic.schedule import Schedule
+from laconic.seams import settle
+
+BASE = "unreduced"
+WARMUP = 2  # rounds that do not count
+LEAST, MOST, PATIENCE = 10, 100, 12.0  # rounds, and the seconds that all of them together may take if more than the least
+
+
+class Stopwatch(ABC):
+    """Marks points of a run, and tells the seconds between two of them."""
+
+    @abstractmethod
+    def mark(self) -> Any:
+        """Now."""
+
+    @abstractmethod
+    def between(self, begin: Any, end: Any) -> float:
+        """Seconds."""
+
+    def time(self, run: Run) -> Time:
+        """Time a whole run."""
+        begin = self.mark()
+        run()
+        wall = self.between(begin, self.mark())
+        return Time(wall, wall)
+
+
+class WallStopwatch(Stopwatch):
+    """By the clock on the wall."""
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def between(self, begin: float, end: float) -> float:
+        return end - begin
+
+
+class CudaStopwatch(Stopwatch):
+    """By events on the device."""
+
+    def mark(self) -> torch.cuda.Event:
+        event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def between(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How time is measured: images in a forward, rounds (None: as many as a few seconds allow), and by which stopwatch."""
+
+    batch_size: int = 1
+    rounds: int | None = None
+    watch: Stopwatch | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "rounds"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+
+    def stopwatch(self, device: torch.device) -> Stopwatch:
+        """The one for a device."""
+        return self.watch or (CudaStopwatch() if device.type == "cuda" else WallStopwatch())
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A reduced model beside the unreduced one: how many times quicker, and the seconds of a forward of each."""
+
+    ratio: Quartiles
+    seconds: Quartiles
+    base_seconds: Quartiles
+    batch_size: int
+    rounds: int
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, as plain JSON."""
+        spans = {name: list(vars(getattr(self, name)).values()) for name in ("ratio", "seconds", "base_seconds")}
+        return {**spans, "batch_size": self.batch_size, "rounds": self.rounds}
+
+    @classmethod
+    def of_json(cls, fields: Mapping[str, Any]) -> Measured:
+        """What `to_json` wrote."""
+        ratio, seconds, base = (Quartiles(*fields[name]) for name in ("ratio", "seconds", "base_seconds"))
+        return cls(ratio, seconds, base, fields["batch_size"], fields["rounds"])
+
+
+class Timed:
+    """One model at work on a batch, that notes when each of its blocks began and ended."""
+
+    def __init__(self, model: nn.Module, batch_size: int, watch: Stopwatch) -> None:
+        self.host, entry = find_host(model)
+        example = entry.example(self.host)
+        self.images: Tensor = example.repeat(batch_size, *[1] * (example.dim() - 1))
+        self.watch, self.marks = watch, list[list[Any]]()
+        for block in entry.blocks(self.host):
+            block.register_forward_pre_hook(lambda *_: self.marks[-1].append(watch.mark()))
+            block.register_forward_hook(lambda *_: self.marks[-1].append(watch.mark()))
+
+    def __call__(self) -> None:
+        """One forward."""
+        self.marks.append([])
+        self.host(self.images)
+
+    def rows(self, skip: int) -> list[list[float]]:
+        """Seconds of each block, for every forward but the first ones."""
+        return [[self.watch.between(a, b) for a, b in zip(marks[::2], marks[1::2], strict=True)] for marks in self.marks[skip:]]
+
+
+def reduced(space: Space, schedule: Schedule) -> nn.Module:
+    """A copy of the model, with its very weights, under a schedule."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return reduce_(twin(space.model), space.config, schedule=schedule)
+
+
+@dataclass(frozen=True)
+class Times:
+    """What was measured of one model: whole forwards, and the seconds of each block in each of them."""
+
+    samples: Sequence[Sample]
+    blocks: Sequence[Sequence[float]]
+
+
+def time_all(space: Space, schedules: Sequence[Schedule], measuring: Measuring) -> dict[str, Times]:
+    """Time the unreduced model (`BASE`) and one for each schedule (by its number), interleaved; in evaluation mode."""
+    device = next(space.host.parameters()).device
+    watch = measuring.stopwatch(device)
+    settle(space.host, space.entry)  # the unreduced model too runs fused attention
+    models = {BASE: twin(space.model), **{str(i): reduced(space, schedule) for i, schedule in enumerate(schedules)}}
+    runs = {name: Timed(model.eval(), measuring.batch_size, watch) for name, model in models.items()}
+    with torch.inference_mode():
+        begin = time.perf_counter()
+        interleave(runs, WARMUP, watch.time)
+        spent = (time.perf_counter() - begin) / WARMUP
+        skip = {name: len(run.marks) for name, run in runs.items()}
+        rounds = measuring.rounds or min(MOST, max(LEAST, round(PATIENCE / max(spent, 1e-9))))
+        forwards = rounds * len(interleave(dict.fromkeys(runs, _nothing), 1, watch.time)[BASE]) + rounds * len(schedules)
+        with ticking(forwards, "measuring", "forward") as tick:
+            samples = interleave(runs, rounds, watch.time, tick)
+    return {name: Times(samples[name], run.rows(skip[name])) for name, run in runs.items()}
+
+
+def _nothing() -> None:
+    pass
+
+
+def measure(space: Space, schedules: Sequence[Schedule], measuring: Measuring) -> list[Measured]:
+    """Real reduced models beside the unreduced one, each in turn in one process."""
+    times = time_all(space, schedules, measuring)
+    base = Quartiles.of([sample.own.wall for sample in times[BASE].samples])
+    out = []
+    for number in range(len(schedules)):
+        own = times[str(number)].samples
+        seconds = Quartiles.of([sample.own.wall for sample in own])
+        out.append(Measured(ratios(own)[0], seconds, base, measuring.batch_size, len(own)))
+    return out
