@@ -34,7 +34,9 @@ EXTRAS = {
     "skimage": "demo",
     "matplotlib": "demo",
     "datasets": "datasets",
-} | dict.fromkeys(("accelerate", "sklearn", "torchvision"), "train")
+}
+EXTRAS |= dict.fromkeys(("accelerate", "sklearn", "torchvision"), "train")
+EXTRAS |= dict.fromkeys(("onnx", "onnxscript", "onnxruntime", "openvino"), "export")
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,15 @@ VERBS = {
             "laconic bench deit_small_patch16_224 --method etps --method bat --keep 0.7 --keep 0.5",
             "laconic bench deit_small_patch16_224 --batch-size 1 --batch-size 8 --threads 1 --output results.csv",
             "laconic bench deit_small_patch16_224 --method etps --options similarity=previous-attention --compile",
+        ),
+    ),
+    "export": Verb(
+        "Reduced models as files for ONNX Runtime, OpenVINO and torch: proved, and how much of the speed-up survives.",
+        "laconic.jobs.export:export",
+        (
+            "laconic export deit_small_patch16_224 --method etps --keep 0.7 --output exported",
+            "laconic export ./my-reduced-model --to onnx --to openvino --int8 --output exported",
+            "laconic export deit_small_patch16_224 --method bat --to torch-export --batch-size 8 --output exported",
         ),
     ),
     "show": Verb(
