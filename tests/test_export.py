@@ -206,15 +206,30 @@ def tiny(monkeypatch):
 
 def test_the_command(tiny, tmp_path, capsys):
     words = ["export", "tiny", "--method", "topk", "--keep", "0.5", "--rounds", "1", "--output", str(tmp_path / "out")]
-    assert cli.main([*words, "--int8", "--record", str(tmp_path / "r.json"), "--json"]) == 0
+    assert cli.main([*words, "--record", str(tmp_path / "r.json"), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report == json.loads((tmp_path / "r.json").read_text())
-    names = {"tiny.onnx", "tiny.int8.onnx", "tiny.topk-0.5.onnx", "tiny.topk-0.5.int8.onnx"}
-    assert {p.name for p in (tmp_path / "out").iterdir()} == names
-    assert {e["variant"] for e in report["exports"]} == {"unreduced", "topk 0.5"}
-    assert {s["runtime"] for s in report["speeds"]} == {"eager PyTorch", "ONNX Runtime", "ONNX Runtime, int8"}
-    assert all(row["difference"] < 1 for row in report["int8"])
-    assert report["int8"][0]["difference"] > 1e-5  # it is int8
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"tiny.onnx", "tiny.topk-0.5.onnx"}
+    assert [e["paths"] for e in report["exports"]] == [
+        [str(tmp_path / "out" / name)] for name in ("tiny.onnx", "tiny.topk-0.5.onnx")
+    ]
+    assert [e["variant"] for e in report["exports"]] == ["unreduced", "topk 0.5"]
+    assert [(s["runtime"], s["label"]) for s in report["speeds"]] == [
+        (runtime, label) for runtime in ("eager PyTorch", "ONNX Runtime") for label in ("unreduced", "topk 0.5")
+    ]
+    assert [s["kept"] is None for s in report["speeds"]] == [True, False, True, False]
+
+
+@pytest.mark.slow
+def test_the_command_with_int8(tiny, tmp_path):
+    done = job.export("tiny", output=tmp_path, method=("topk",), keep=(0.5,), int8=True, rounds=1)
+    assert {p.name for p in tmp_path.iterdir()} == {
+        f"{name}.onnx" for name in ("tiny", "tiny.int8", "tiny.topk-0.5", "tiny.topk-0.5.int8")
+    }
+    assert all(1e-5 < row.difference < 1 for row in done.int8)  # it is int8, and no nonsense
+    assert {s.runtime for s in done.speeds} == {"eager PyTorch", "ONNX Runtime", "ONNX Runtime, int8"}
+    assert "int8 matrix products" in str(done)
+    assert export_page.page(done.to_json()).count("| topk 0.5 |") == 5
 
 
 def test_the_command_refuses_and_leaves_nothing(tiny, tmp_path, capsys):

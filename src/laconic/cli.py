@@ -26,17 +26,12 @@ from laconic.reducer import nearest_names
 
 JSON_HELP = "print the report as JSON and nothing else"
 EXTRAS = {
-    "tyro": "cli",
-    "rich": "cli",
-    "tqdm": "cli",
-    "timm": "cli",
-    "PIL": "cli",
-    "skimage": "demo",
-    "matplotlib": "demo",
+    **dict.fromkeys(("tyro", "rich", "tqdm", "timm", "PIL"), "cli"),
+    **dict.fromkeys(("skimage", "matplotlib"), "demo"),
+    **dict.fromkeys(("accelerate", "sklearn", "torchvision"), "train"),
+    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime", "openvino"), "export"),
     "datasets": "datasets",
 }
-EXTRAS |= dict.fromkeys(("accelerate", "sklearn", "torchvision"), "train")
-EXTRAS |= dict.fromkeys(("onnx", "onnxscript", "onnxruntime", "openvino"), "export")
 
 
 @dataclass(frozen=True)

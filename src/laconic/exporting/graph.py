@@ -47,9 +47,10 @@ class Graph:
     def __str__(self) -> str:
         if self.problems:
             return f"for TensorRT: {'; '.join(self.problems)}"
+        topk = f"{len(self.topk)} TopK, each with a constant k of at most {max(self.topk)}" if self.topk else "no TopK"
         return (
-            f"for TensorRT: {len(self.operators)} standard operators; all {len(self.topk)} TopK have a constant k (at most "
-            f"{max(self.topk, default=0)}); no control flow, no shape that hangs on the data, nothing dynamic but the batch"
+            f"for TensorRT: {len(self.operators)} standard operators; {topk}; no control flow, no shape that hangs on the "
+            "data, nothing dynamic but the batch"
         )
 
 

@@ -31,8 +31,8 @@ print(report)
 ```
 
 **What is promised.** A file takes its place only after its own runtime has given the answers of eager PyTorch on batches of one
-and of three images, to {tolerance:g} of the largest output (`--tolerance`); else the export is refused and no file is left. Token
-counts are constants of the graph; the batch is of any size unless you fix it (`batch=`); the image size is the model's. The
+and of three images, to {tolerance:g} of the largest output (`--tolerance`); else the export is refused and no file is left.
+Token counts are constants of the graph; the batch is of any size unless you fix it (`batch=`); the image size is the model's. The
 file says what it holds (method with options, schedule, versions, opset): `metadata_props` of ONNX, `laconic.json` in `.pt2`,
 `rt_info` of OpenVINO. The model that you hand over is not touched. The tests export every method of constant counts on a plain
 ViT, on DINOv3 with RoPE and on SigLIP without a class token (what a method cannot serve it refuses when it is reduced).
@@ -47,16 +47,17 @@ which runs every token and saves nothing. Weights that are not float32: let the 
 | `openvino` | `.xml` and `.bin`, by way of ONNX | OpenVINO | those of onnx, and openvino |
 
 **TensorRT** reads the ONNX file: `trtexec --onnx=model.onnx` with a shape profile for `images`. It was not run here; what
-can be checked without it is checked, and stands in the report: standard operators only, a constant k (at most {topk:,}) in every
-TopK, no NonZero, Loop, If or Scan, no `ScatterND` with a reduction (which TensorRT has ignored), nothing dynamic but the batch.
+can be checked without it is checked, and stands in the report: standard operators only, a constant k (at most {topk:,}) in
+every TopK, no NonZero, Loop, If or Scan, no `ScatterND` with a reduction (which TensorRT has ignored), nothing dynamic but the batch.
 
 **int8** (`--int8`) is a second ONNX file with dynamic quantization by ONNX Runtime: matrix products with constant weights in
 int8, a scale for each output channel, activations quantized as they come; all else, the choice of tokens too, in float32.
 Nothing is promised for it; how far it agrees is measured on noise, so measure it on your own images before you use it.
 """
-LEGEND = """*speed-up*: the time of the unreduced model by this one's in the same runtime, interleaved, median (quartiles). *kept*:
-that, by the speed-up in eager PyTorch; {survives} and more counts as survived. *to eager*: the time of the unreduced model in eager
-PyTorch by this one's. *difference*: the largest on the batches of the proof, as a share of the largest output. {verdict}"""
+LEGEND = """*speed-up*: the time of the unreduced model by this one's in the same runtime, interleaved, median (quartiles).
+*kept*: that, by the speed-up in eager PyTorch; {survives} and more counts as survived. *to eager*: the time of the unreduced
+model in eager PyTorch by this one's. *difference*: the largest on the batches of the proof, as a share of the largest output.
+{verdict}"""
 
 
 def page(record: dict[str, Any]) -> str:
@@ -64,13 +65,9 @@ def page(record: dict[str, Any]) -> str:
     here, verdict = record["environment"], record["verdict"]
     runtimes = ", ".join(f"{name} {here[name]}" for name in ("torch", "onnxruntime", "openvino", "timm") if name in here)
     head = HEAD.format(tolerance=TOLERANCE, opset=OPSET, topk=TOPK_LIMIT)
-    machine = f"{record['model']}, {here['device']}, threads: {here['threads']}, {here['rounds']} rounds, {runtimes}, {here['date'][:10]}."
-    parts = [
-        head,
-        f"## Does the speed-up survive?\n\n{machine}\n",
-        speeds(record),
-        LEGEND.format(survives=SURVIVES, verdict=verdict),
-    ]
+    setting = f"threads: {here['threads']}, {here['rounds']} rounds, {runtimes}, {here['date'][:10]}"
+    title = f"## Does the speed-up survive?\n\n{record['model']}, {here['device']}, {setting}.\n"
+    parts = [head, title, speeds(record), LEGEND.format(survives=SURVIVES, verdict=verdict)]
     if record["int8"]:
         parts += ["\n## int8\n", int8(record)]
     return "\n".join([*parts, "\n## Files\n", files(record)]) + "\n"
