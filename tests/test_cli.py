@@ -63,6 +63,7 @@ VERBS = {
         "--output",
         "{tmp}/s.csv",
     ],
+    "export": [TINY, "--method", "topk", "--to", "torch-export", "--rounds", "0", "--output", "{tmp}"],
     "evidence": ["--claim", "7-toy", "--minutes", "1e-9", "--output", "{tmp}/evidence.jsonl"],
     "train": [
         *(
@@ -81,7 +82,7 @@ VERBS = {
 }
 
 
-LONG = ("doctor", "sweep")  # tests/test_jobs.py and tests/test_eval.py have shorter ones of these
+LONG = ("doctor", "sweep", "export")  # tests/test_jobs.py, test_eval.py and test_export.py have shorter ones of these
 CASES = [pytest.param(verb, marks=pytest.mark.slow if verb in LONG else ()) for verb in cli.VERBS]
 
 

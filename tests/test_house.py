@@ -27,6 +27,10 @@ OPTIONAL = {
     "sklearn",
     "datasets",
     "accelerate",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "openvino",
 }
 CORE = [
     f for f in FILES if f.parent.name not in ("jobs", "models") and f.name not in ("cli.py", "mixin.py")

@@ -10,6 +10,7 @@ from laconic.checkpoints import load, save
 from laconic.cost import summary
 from laconic.diversity import diversity_score
 from laconic.doctor import doctor
+from laconic.exporting import ExportReport, export
 from laconic.hosts import hosts
 from laconic.hub import from_pretrained, push_to_hub, save_pretrained
 from laconic.importing import import_checkpoint
@@ -82,6 +83,7 @@ __all__ = [
     "EViT",
     "EViTBAT",
     "EvoViT",
+    "ExportReport",
     "Heuristic",
     "KMeans",
     "KMedoids",
@@ -117,6 +119,7 @@ __all__ = [
     "calibrate",
     "diversity_score",
     "doctor",
+    "export",
     "from_pretrained",
     "hosts",
     "import_checkpoint",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_exporting = getattr(torch.compiler, "is_exporting", bool)  # since torch 2.7
+
 
 def iota(like: Tensor) -> Tensor:
     """[B, L] of 0 .. L-1 for a tensor [B, L, ...]."""
@@ -32,10 +34,11 @@ def table_rows(table: Tensor, index: Tensor) -> Tensor:
 def add_rows(values: Tensor, dst: Tensor, count: int) -> Tensor:
     """Sum the rows of ``values`` [B, L, C] into ``count`` rows by ``dst`` [B, L]; the same sum on every run."""
     batch = values.shape[0]
-    if values.device.type == "cpu":
+    if values.device.type == "cpu" and not _exporting():
         start = torch.arange(batch, device=dst.device).unsqueeze(1) * count
         out = values.new_zeros(batch * count, values.shape[2])
         return out.index_add(0, (dst + start).flatten(), values.flatten(0, 1)).view(batch, count, -1)
-    # index_add is atomic, hence not repeatable, on other devices: there a one-hot product does the same
+    # index_add is atomic, hence not repeatable, on other devices: there a one-hot product does the same; so it does in
+    # exported files, where it would become a ScatterND with a reduction, which not every runtime heeds
     chosen = dst.unsqueeze(1) == torch.arange(count, device=dst.device).view(1, count, 1)
     return chosen.to(values.dtype) @ values

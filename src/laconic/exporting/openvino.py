@@ -1,0 +1,21 @@
+"""OpenVINO: converted from the ONNX file, so that one translation of the model has to be right, not two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from laconic.exporting.trace import Traced
+from laconic.extras import need
+
+
+def write_openvino(traced: Traced, onnx: Path, path: Path, opset: int) -> None:
+    """Write ``.xml`` and ``.bin`` in float32 from an ONNX file, with the facts as runtime information.
+
+    Raises:
+        ImportError: openvino is not installed.
+    """
+    openvino = need("openvino", "export")
+    model = openvino.convert_model(str(onnx))
+    for name, value in {**traced.facts(), "opset": str(opset)}.items():
+        model.set_rt_info(value, ["laconic", name])
+    openvino.save_model(model, str(path), compress_to_fp16=False)

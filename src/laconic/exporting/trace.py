@@ -1,0 +1,124 @@
+"""One program for all formats: `torch.export` of a copy, with static token counts and a batch of any size."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laconic.checkpoints import unwrapped
+from laconic.compression import find_compression
+from laconic.hosts import find_host, path_of
+
+BATCHES = (1, 3)  # images in the batches of the proof, where any number is allowed
+TRACED = 2  # images in the batch that is traced: torch takes 1 for a constant
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A traced copy of a model, and what it was traced from."""
+
+    model: nn.Module
+    program: Any  # torch.export.ExportedProgram
+    shape: tuple[int, ...]  # of one image
+    batch: int | None
+
+    def images(self, batch: int, seed: int = 0) -> Tensor:
+        """Noise, [batch, channels, height, width]; the same each time."""
+        return torch.randn(batch, *self.shape, generator=torch.Generator().manual_seed(1000 * seed + batch))
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Batch sizes to prove it at."""
+        return BATCHES if self.batch is None else (self.batch,)
+
+    def facts(self) -> dict[str, str]:
+        """What the file says of itself: model, method, schedule, versions."""
+        from laconic import __version__
+
+        compression = find_compression(self.model)
+        facts = {"laconic": __version__, "torch": torch.__version__, "model": path_of(type(self.model))}
+        architecture = getattr(self.model, "pretrained_cfg", None) or {}
+        if isinstance(architecture, dict) and architecture.get("architecture"):
+            facts["architecture"] = architecture["architecture"]
+        facts["input"] = " x ".join(map(str, self.shape))
+        facts["batch"] = "any" if self.batch is None else str(self.batch)
+        if compression is None:
+            return {**facts, "method": "none"}
+        facts["method"] = json.dumps(compression.config.describe())
+        facts["schedule"] = json.dumps(compression.schedule.to_json())
+        facts["patch_tokens"] = json.dumps(list(compression.counts()))
+        return facts
+
+
+def trace(model: nn.Module, example: Tensor | None = None, batch: int | None = None) -> Traced:
+    """Trace a copy of a model; the arguments and what is raised as in `laconic.export`."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if batch is not None and batch < 1:
+        raise ValueError(f"batch must be at least 1, or None for any number, not {batch}")
+    copy = copied(unwrapped(model))
+    shape = tuple(_example(copy, example).shape[1:])
+    dynamic = ({0: torch.export.Dim.DYNAMIC},) if batch is None else None
+    images = torch.randn(TRACED if batch is None else batch, *shape, generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(copy, (images,), dynamic_shapes=dynamic, strict=False)
+    except Exception as error:  # torch raises its own kinds here
+        said = " ".join(str(error).split())[:400]
+        any_ = "a batch of any size; batch=1 may do" if batch is None else f"batch {batch}"
+        raise ValueError(f"torch cannot trace this {type(model).__name__} with {any_}: {said}") from error
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of this machine
+    return Traced(copy, program, shape, batch)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode on the CPU, which shares the weights if they are there already.
+
+    Raises:
+        ValueError: weights that are not float32, a method of variable counts.
+    """
+    from laconic.doctor import twin
+
+    strange = {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}
+    if strange:
+        raise ValueError(
+            f"export takes weights in float32, and this model has {', '.join(sorted(strange))}; model.float() first"
+        )
+    compression = find_compression(model)
+    if compression is not None and compression.config.row.count == "variable":
+        raise ValueError(
+            f"{compression.config.row.name} decides for every image how many tokens it keeps. A file of constant shapes could "
+            "only hold it masked: it would run every token and save nothing, so nothing is exported. Use a method of constant "
+            "counts (laconic list names them), or run this one in PyTorch"
+        )
+    return twin(model).cpu().eval() if all(p.device.type == "cpu" for p in model.parameters()) else _on_cpu(model)
+
+
+def _on_cpu(model: nn.Module) -> nn.Module:
+    import copy
+
+    return copy.deepcopy(model).cpu().eval()
+
+
+def _example(model: nn.Module, example: Tensor | None) -> Tensor:
+    if example is None:
+        host, entry = find_host(model)
+        return entry.example(host)
+    if example.dim() != 4:
+        raise ValueError(f"example must be [B, channels, height, width], not of shape {list(example.shape)}")
+    return example
+
+
+def write_program(traced: Traced, path: Path) -> None:
+    """Save the program as ``.pt2``, with the facts in ``laconic.json`` inside."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.export.save(traced.program, path, extra_files={"laconic.json": json.dumps(traced.facts())})
