@@ -40,7 +40,7 @@ class Distances:
         return self._between(part, take(self.x, rows), take(self.norm, rows), rows.unsqueeze(1))
 
     def _between(self, part: Tensor, y: Tensor, norm: Tensor, rows: Tensor) -> Tensor:
-        x, own = self.x[:, part[0] :][:, : len(part)], self.norm[:, part]
+        x, own = self.x.index_select(1, part), self.norm.index_select(1, part)
         d2 = torch.baddbmm(own.unsqueeze(2) + norm.unsqueeze(1), x, y.transpose(1, 2), alpha=-2.0)
         return d2.clamp_min(0.0).masked_fill(part.unsqueeze(1) == rows, 0.0)
 
