@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 
 _exporting = getattr(torch.compiler, "is_exporting", bool)  # since torch 2.7
+# A matrix of similarities or distances that only its rows' best entries are wanted of is made at once while it has no more
+# than WHOLE elements an image, else ROWS rows at a time: memory is then linear in the number of tokens.
+WHOLE = 1 << 20
+ROWS = 256
 
 
 def iota(like: Tensor) -> Tensor:
@@ -31,6 +35,11 @@ def table_rows(table: Tensor, index: Tensor) -> Tensor:
     return (table.unsqueeze(0) if table.dim() == 2 else table)[:, index].transpose(0, 1)
 
 
+def in_parts(values: Tensor, width: int) -> tuple[Tensor, ...]:
+    """The rows of ``values`` [B, M, ...] in parts, such that a matrix [B, part, width] is small. Their number is static."""
+    return (values,) if values.shape[1] * width <= WHOLE else values.split(ROWS, 1)
+
+
 def add_rows(values: Tensor, dst: Tensor, count: int) -> Tensor:
     """Sum the rows of ``values`` [B, L, C] into ``count`` rows by ``dst`` [B, L]; the same sum on every run."""
     batch = values.shape[0]
@@ -40,5 +49,17 @@ def add_rows(values: Tensor, dst: Tensor, count: int) -> Tensor:
         return out.index_add(0, (dst + start).flatten(), values.flatten(0, 1)).view(batch, count, -1)
     # index_add is atomic, hence not repeatable, on other devices: there a one-hot product does the same; so it does in
     # exported files, where it would become a ScatterND with a reduction, which not every runtime heeds
-    chosen = dst.unsqueeze(1) == torch.arange(count, device=dst.device).view(1, count, 1)
-    return chosen.to(values.dtype) @ values
+    new, old = torch.arange(count, device=dst.device).unsqueeze(0), dst.unsqueeze(1)
+    return torch.cat([(old == part.unsqueeze(2)).to(values.dtype) @ values for part in in_parts(new, dst.shape[1])], 1)
+
+
+def first_least(values: Tensor, group: Tensor, count: int) -> Tensor:
+    """The row of least value (ties: the first) of each of ``count`` groups: [B, count] of ``values`` and ``group`` [B, L].
+
+    0 where a group has no row.
+    """
+    values, none = values.detach(), values.shape[1]
+    least = values.new_full((values.shape[0], count), torch.inf).scatter_reduce(1, group, values, "amin")
+    row = torch.where(values == least.gather(1, group), iota(values), none)
+    first = torch.full_like(least, none, dtype=row.dtype).scatter_reduce(1, group, row, "amin")
+    return first.masked_fill(first == none, 0)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from laconic.attention import Seen
 from laconic.deciding import Deciding, DecidingReducer
-from laconic.parts import SCORES, ScoreName
+from laconic.parts import SCORES, ScoreName, best_of_rows
 from laconic.reducer import Reducer, Site, choice, method
 from laconic.tokens import Tokens
 
@@ -61,7 +61,7 @@ def sorted_sample(score: Tensor, there: Tensor, points: int) -> Tensor:
     start = torch.where(u > 0, u, math.inf).amin(1, keepdim=True)
     start = torch.where(start.isfinite(), start, 0.0)
     steps = torch.arange(points, device=score.device, dtype=score.dtype) / max(1, points - 1)
-    hit = (u.unsqueeze(1) - (start + (1 - start) * steps).unsqueeze(2)).abs().argmin(2)
+    hit = _hit(u, start + (1 - start) * steps)
     return torch.zeros_like(score).scatter(1, order.gather(1, hit), 1.0)
 
 
@@ -70,8 +70,12 @@ def raster_sample(score: Tensor, there: Tensor, points: int) -> Tensor:
     total = score.cumsum(1)
     u = (total / total[:, -1:].clamp_min(torch.finfo(score.dtype).tiny)).masked_fill(~there, math.inf)
     middles = (torch.arange(points, device=score.device, dtype=score.dtype) + 0.5) / (points + 1)
-    hit = (u.unsqueeze(1) - middles.view(1, -1, 1)).abs().argmin(2)
-    return torch.zeros_like(score).scatter(1, hit, 1.0)
+    return torch.zeros_like(score).scatter(1, _hit(u, middles.unsqueeze(0)), 1.0)
+
+
+def _hit(u: Tensor, points: Tensor) -> Tensor:
+    """Which of ``u`` [B, L] is nearest to each of the points [B or 1, S] (ties: the first), [B, S]."""
+    return best_of_rows(points, u.shape[1], lambda part: -(u.unsqueeze(1) - part.unsqueeze(2)).abs())[1]
 
 
 @method(

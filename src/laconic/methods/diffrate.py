@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from laconic.attention import Seen
-from laconic.parts import SCORES, Score, ScoreName, cosine, share, split
+from laconic.parts import SCORES, Score, ScoreName, nearest, share, split
 from laconic.reducer import Method, Reducer, Site, choice, method
 from laconic.rows import add_rows, iota
 from laconic.schedule import Schedule
@@ -50,7 +50,7 @@ class DiffRateReducer(Reducer):
         tokens = tokens.keep(line)
         if p == n:
             return tokens
-        similarity, host = cosine(tokens.patches[:, n:], tokens.patches[:, :n]).max(2)
+        similarity, host = nearest(tokens.patches[:, n:], tokens.patches[:, :n])
         head = iota(tokens.size[:, :n])
         dst = torch.cat([head, host], 1)
         gate = tokens.gates

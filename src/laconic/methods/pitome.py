@@ -21,12 +21,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from laconic.attention import Seen
 from laconic.parts import cosine, lay, share, soft_matching, split
 from laconic.reducer import Method, Reducer, Site, method
-from laconic.rows import iota
+from laconic.rows import in_parts, iota
 from laconic.schedule import Schedule
+from laconic.shapes import Float
 from laconic.tokens import Tokens
 
 
@@ -38,14 +40,21 @@ class PiToMeReducer(Reducer):
         self.margin, self.early, self.proportional = margin, early, proportional
 
     def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
-        energy = F.elu(cosine(seen.keys, seen.keys) - self.margin).mean(2)
+        keys = seen.keys.detach()
+        energy = energies(keys, self.margin)
         r = len(tokens) - n
         line, protected = split(energy, len(tokens) if self.early else min(2 * r, len(tokens)))
-        merged, stay, into = soft_matching(seen.keys, line[:, ::2], line[:, 1::2], r, "similarity")
+        merged, stay, into = soft_matching(keys, line[:, ::2], line[:, 1::2], r, "similarity")
         lead = torch.cat([protected, stay], 1)
         dst = lay(lead, merged, iota(lead), into + protected.shape[1])
         tokens = tokens.merge(dst, share(tokens.size, dst, n), lead)
         return tokens.replace(gate=tokens.size) if self.proportional else tokens
+
+
+def energies(keys: Float[Tensor, "B L D"], margin: float) -> Float[Tensor, "B L"]:
+    """Mean of ELU(cosine - margin) to all tokens."""
+    parts = in_parts(keys, keys.shape[1])
+    return torch.cat([F.elu(cosine(part, keys) - margin).mean(2) for part in parts], 1)
 
 
 @method(

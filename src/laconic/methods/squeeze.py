@@ -22,13 +22,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from laconic.attention import Seen
-from laconic.parts import check_choices, cosine, demand, lay, one_to_one, split
+from laconic.parts import best_of_rows, check_choices, demand, lay, nearest, one_to_one, split
 from laconic.reducer import Method
-from laconic.rows import iota, take
+from laconic.rows import add_rows, iota, take
 from laconic.tokens import Tokens
 
 NOTED = "attention before"  # column [B, L, L]: head-mean attention of the block before, patch tokens only
@@ -73,19 +72,28 @@ class Squeeze(Method):
         position = tokens.positions[tokens.place.gather(1, index)]
         return position if self.features == "position" else tokens.rows(index) - position
 
-    def similarities(self, tokens: Tokens, seen: Seen | None, kept: Tensor, rest: Tensor) -> Tensor:
-        """c_ij of every pruned token (rows) to every reserved one, [B, R, K]."""
+    def hosts(
+        self, tokens: Tokens, seen: Seen | None, kept: Tensor, rest: Tensor, hidden: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Each pruned token's highest c_ij to a reserved one that is not hidden, and its rank among them, [B, R]."""
         if self.similarity == "cosine":
-            return cosine(self.view(tokens, rest), self.view(tokens, kept)) / self.temperature
+            best, host = nearest(self.view(tokens, rest), self.view(tokens, kept), hidden)
+            return best / self.temperature, host
         if seen is None and NOTED not in tokens.columns:
             raise LookupError(f"{self.row.name}: similarity='previous-attention' needs a block before the one it reduces at")
-        rows = seen.rows(rest) if seen is not None else take(tokens.columns[NOTED], rest)
-        return rows.gather(2, kept.unsqueeze(1).expand(-1, rest.shape[1], -1)) / self.temperature
+
+        def attention(part: Tensor) -> Tensor:
+            rows = seen.rows(part) if seen is not None else take(tokens.columns[NOTED], part)
+            towards = take(rows.transpose(1, 2), kept).transpose(1, 2)
+            return towards if hidden is None else towards.masked_fill(hidden.unsqueeze(1), -1.0)
+
+        best, host = best_of_rows(rest, len(tokens) * (1 if seen is None else seen.q.shape[1]), attention)
+        return best / self.temperature, host
 
     def squeeze(self, tokens: Tokens, seen: Seen | None, score: Tensor, n: int) -> Tokens:
         """Match and fuse (eqs. 4-6): n tokens, by falling score."""
         kept, rest = split(score, n)
-        c, host = self.similarities(tokens, seen, kept, rest).max(2)
+        c, host = self.hosts(tokens, seen, kept, rest)
         if self.matching == "one-to-one":
             host = one_to_one(c, host, n)
         own = math.e if self.fusing == "weighted" else 1.0
@@ -97,18 +105,16 @@ class Squeeze(Method):
     def soft_squeeze(self, tokens: Tokens, keep: Tensor, gone: Tensor) -> Tokens:
         """The same with all tokens in place: hosts (``keep``) are fused with the tokens that leave now (``gone``)."""
         everyone = iota(keep)
-        c = self.similarities(tokens, None, everyone, everyone)
-        eye = torch.eye(len(tokens), dtype=torch.bool, device=c.device)
-        c = c.masked_fill(eye | (keep == 0).unsqueeze(1), -100.0)
-        best, host = c.max(2)
+        best, host = self.hosts(tokens, None, everyone, everyone, keep == 0)
         dst = torch.where(keep > 0, everyone, torch.where((gone > 0) & (keep > 0).any(1, keepdim=True), host, -1))
         if self.matching == "one-to-one":
             dst = torch.where(gone > 0, one_to_one(best.masked_fill(gone == 0, -200.0), host, len(tokens)), dst)
-        chosen = F.one_hot(dst.clamp_min(0), len(tokens)).to(c.dtype) * (gone * (dst >= 0)).unsqueeze(2)  # [B, i, j]
+        chosen, into = (gone * (dst >= 0)).to(best.dtype), dst.clamp_min(0)
         own = math.e if self.fusing == "weighted" else 1.0
-        pull = (chosen * best.unsqueeze(2)).exp() * chosen if self.fusing == "weighted" else chosen
-        total = own + pull.sum(1)
-        guests = (pull / total.unsqueeze(1)).transpose(1, 2) @ tokens.patches.to(c.dtype)
+        pull = (chosen * best).exp() * chosen if self.fusing == "weighted" else chosen
+        total = own + add_rows(pull.unsqueeze(2), into, len(tokens)).squeeze(2)
+        weight = (pull / total.gather(1, into)).unsqueeze(2)
+        guests = add_rows(weight * tokens.patches.to(best.dtype), into, len(tokens))
         patches = (own / total).unsqueeze(2) * tokens.patches + guests
         x = torch.cat([tokens.x[:, : tokens.prefix], patches.to(tokens.x.dtype)], 1)
         return tokens.replace(x=x).fade(keep, dst)

@@ -13,9 +13,10 @@ from laconic.parts.halting import depth_target, halting_divergence
 from laconic.parts.kmeans import lloyd, strided
 from laconic.parts.learned import start_small
 from laconic.parts.linkage import agglomerate
-from laconic.parts.matching import bipartite, cosine, greedy_pairs, lay, length, one_to_one, share, split
+from laconic.parts.matching import bipartite, cosine, lay, length, one_to_one, share, split
 from laconic.parts.medoids import cheapest, medoids_of, nearest_medoid, spread
 from laconic.parts.names import joined, last_copies, renamed
+from laconic.parts.nearest import best_of_rows, greedy_pairs, nearest
 from laconic.parts.options import check_choices, taking_away
 from laconic.parts.parity import by_parity, soft_matching
 from laconic.parts.patterns import distances, evenly, ring, square, within
@@ -49,6 +50,7 @@ __all__ = [
     "absorb",
     "agglomerate",
     "arbitrary",
+    "best_of_rows",
     "bipartite",
     "both_ways",
     "by_parity",
@@ -82,6 +84,7 @@ __all__ = [
     "matches",
     "mean_query_attention",
     "medoids_of",
+    "nearest",
     "nearest_medoid",
     "one_to_one",
     "precise",

@@ -9,12 +9,44 @@ import torch
 from torch import Tensor
 
 from laconic.parts.matching import split
-from laconic.rows import iota, take
+from laconic.rows import in_parts, iota, take
 from laconic.shapes import Float, Int
 
 
+class Distances:
+    """Squared distances |x_i - x_j|^2 of rows, from the centred ones (less cancellation), with an exact zero diagonal.
+
+    In float32, or as `precise`. The whole matrix is made once where it is small, else the ``parts`` are made anew when asked
+    for: [B, part, M] for some of the rows (their numbers) at a time.
+    """
+
+    def __init__(self, x: Float[Tensor, "B M C"]) -> None:
+        x = x if x.dtype == torch.float64 else x.float()
+        self.x = x - x.mean(1, keepdim=True)
+        self.norm = self.x.square().sum(-1)
+        every = torch.arange(x.shape[1], device=x.device)
+        self.parts = [part.squeeze(0) for part in in_parts(every.unsqueeze(0), x.shape[1])]
+        self.whole = self._between(every, self.x, self.norm, every) if len(self.parts) == 1 else None
+
+    def of(self, part: Int[Tensor, " m"]) -> Float[Tensor, "B m M"]:
+        """From these rows to all."""
+        every = torch.arange(self.x.shape[1], device=self.x.device)
+        return self._between(part, self.x, self.norm, every) if self.whole is None else self.whole
+
+    def to(self, part: Int[Tensor, " m"], rows: Int[Tensor, "B Q"]) -> Float[Tensor, "B m Q"]:
+        """From these rows to some, that each image has of its own."""
+        if self.whole is not None:
+            return take(self.whole, rows).transpose(1, 2)
+        return self._between(part, take(self.x, rows), take(self.norm, rows), rows.unsqueeze(1))
+
+    def _between(self, part: Tensor, y: Tensor, norm: Tensor, rows: Tensor) -> Tensor:
+        x, own = self.x.index_select(1, part), self.norm.index_select(1, part)
+        d2 = torch.baddbmm(own.unsqueeze(2) + norm.unsqueeze(1), x, y.transpose(1, 2), alpha=-2.0)
+        return d2.clamp_min(0.0).masked_fill(part.unsqueeze(1) == rows, 0.0)
+
+
 def squared_distances(x: Float[Tensor, "B M C"]) -> Float[Tensor, "B M M"]:
-    """|x_i - x_j|^2, from the centred rows (less cancellation), with an exact zero diagonal; in float32, or as `precise`."""
+    """`Distances`, the whole matrix: for methods that are defined by it."""
     x = x if x.dtype == torch.float64 else x.float()
     x = x - x.mean(1, keepdim=True)
     norm = x.square().sum(-1)
@@ -42,24 +74,35 @@ def density_peaks(
     denser row; for the densest the largest distance, of its own row or in the whole sample. Centres are the ``count``
     largest products; a row joins the nearest centre that is denser than it (``denser``) or just the nearest.
     Of two rows of equal density the earlier counts as denser.
+
+    Memory is linear in M: of many rows the distances are computed three times and never held (see `Distances`).
     """
-    d2 = squared_distances(x.detach())
-    if density == "knn":
-        near = d2.topk(min(neighbours, x.shape[1]), dim=2, largest=False).values
-        log_density = -near.mean(2) / x.shape[2]
-    else:
-        log_density = -d2.sum(2)
-    mine, other, order = log_density.unsqueeze(2), log_density.unsqueeze(1), iota(log_density)
-    denser = (other > mine) | ((other == mine) & (order.unsqueeze(1) < order.unsqueeze(2)))  # [B, i, j]: j denser than i
-    distance = d2.sqrt()
-    gap = distance.masked_fill(~denser, math.inf).amin(2)
-    widest = distance.amax(2) if farthest == "own" else distance.amax((1, 2)).unsqueeze(1).expand_as(gap)
-    gap = torch.where(denser.any(2), gap, widest)
+    distances = Distances(x.detach())
+    near, widest, gaps = list[Tensor](), list[Tensor](), list[Tensor]()
+    for part in distances.parts:
+        d2 = distances.of(part)
+        few = d2.topk(min(neighbours, x.shape[1]), dim=2, largest=False).values if density == "knn" else None
+        near.append(-d2.sum(2) if few is None else -few.mean(2) / x.shape[2])
+        widest.append(d2.amax(2).sqrt())
+    log_density, wide = torch.cat(near, 1), torch.cat(widest, 1)
+    order = iota(log_density)
+
+    def denser(part: Tensor, rows: Tensor) -> Tensor:  # [B, m, Q]: those rows are denser than the part's
+        mine, other = log_density[:, part].unsqueeze(2), log_density.gather(1, rows).unsqueeze(1)
+        return (other > mine) | ((other == mine) & (rows.unsqueeze(1) < part.unsqueeze(1)))
+
+    for part in distances.parts:
+        gaps.append(distances.of(part).masked_fill(~denser(part, order), math.inf).amin(2).sqrt())
+    gap = torch.cat(gaps, 1)
+    wide = wide if farthest == "own" else wide.amax(1, keepdim=True)
+    gap = torch.where(gap < math.inf, gap, wide)
     centres, _ = split(log_density + gap.log(), count)
-    to_centre = take(distance, centres).transpose(1, 2)  # [B, M, count]
-    if assign == "denser":
-        allowed = take(denser.transpose(1, 2), centres).transpose(1, 2)
-        allowed = allowed | ~allowed.any(2, keepdim=True)  # nothing denser among the centres: the nearest of all
-        to_centre = to_centre.masked_fill(~allowed, math.inf)
-    cluster = to_centre.argmin(2)
-    return cluster.scatter(1, centres, iota(centres)), centres
+    cluster = list[Tensor]()
+    for part in distances.parts:
+        to_centre = distances.to(part, centres)
+        if assign == "denser":
+            allowed = denser(part, centres)
+            allowed = allowed | ~allowed.any(2, keepdim=True)  # nothing denser among the centres: the nearest of all
+            to_centre = to_centre.masked_fill(~allowed, math.inf)
+        cluster.append(to_centre.argmin(2))
+    return torch.cat(cluster, 1).scatter(1, centres, iota(centres)), centres

@@ -19,7 +19,7 @@ def both_ways(
     The ``there`` best matched of ``a`` go to their matches; then the ``back`` best matched of all ``b``, with what went to
     them, go to one of ``a`` that stayed. Without a way back ``b`` keeps its order.
     """
-    gone_a, stay_a, match = bipartite(score, there)
+    gone_a, stay_a, match = bipartite(*score.detach().max(2), there)
     gone_b, stay_b, host = b[:, :0], iota(b), b
     if back:
         best, host = take(score, stay_a).max(1)

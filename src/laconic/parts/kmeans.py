@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from laconic.parts.matching import share
-from laconic.rows import add_rows, iota, take
+from laconic.parts.nearest import best_of_rows
+from laconic.rows import add_rows, first_least, iota, take
 from laconic.shapes import Float, Int
 
 
@@ -22,15 +21,15 @@ def lloyd(
     nearest to theirs. So the sum of weight * |x - mean of its cluster|^2 never rises.
     """
     x = x.detach().float()
-    x, weight = x - x.mean(1, keepdim=True), weight.detach()  # centred: less cancellation
+    x, weight, count = x - x.mean(1, keepdim=True), weight.detach(), first.shape[1]  # centred: less cancellation
     centres = take(x, first)
     cluster, nearest = first, first
     for _ in range(iterations):
-        distance = _distances(x, centres)
-        cluster = _fill(distance, distance.argmin(2))
-        nearest = _nearest(distance, _members(cluster, first))
-        weighted = x * share(weight, cluster, first.shape[1]).unsqueeze(-1)
-        centres = add_rows(weighted, cluster, first.shape[1])
+        distance, cluster = _to_nearest(x, centres)
+        cluster = _fill(distance, cluster, count)
+        nearest = first_least(distance, cluster, count)
+        weighted = x * share(weight, cluster, count).unsqueeze(-1)
+        centres = add_rows(weighted, cluster, count)
     return cluster, nearest
 
 
@@ -39,27 +38,23 @@ def strided(like: Tensor, count: int) -> Int[Tensor, "B Q"]:
     return (2 * iota(like[:, :count]) + 1) * like.shape[1] // (2 * count)
 
 
-def _distances(x: Tensor, centres: Tensor) -> Tensor:
-    norms = x.square().sum(-1).unsqueeze(2) + centres.square().sum(-1).unsqueeze(1)
-    return torch.baddbmm(norms, x, centres.transpose(1, 2), alpha=-2.0).clamp_min(0.0)
+def _to_nearest(x: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+    """The squared distance of each row to the nearest centre, and to which."""
+    norm = centres.square().sum(-1).unsqueeze(1)
+
+    def near(part: Tensor) -> Tensor:
+        d2 = torch.baddbmm(part.square().sum(-1).unsqueeze(2) + norm, part, centres.transpose(1, 2), alpha=-2.0)
+        return -d2.clamp_min(0.0)
+
+    closeness, cluster = best_of_rows(x, centres.shape[1], near)
+    return -closeness, cluster
 
 
-def _members(cluster: Tensor, centres: Tensor) -> Tensor:
-    """[B, M, Q]: whether row m is in cluster q."""
-    return cluster.unsqueeze(2) == iota(centres).unsqueeze(1)
-
-
-def _nearest(distance: Tensor, member: Tensor) -> Tensor:
-    return distance.masked_fill(~member, math.inf).argmin(1)
-
-
-def _fill(distance: Tensor, cluster: Tensor) -> Tensor:
+def _fill(distance: Tensor, cluster: Tensor, count: int) -> Tensor:
     """Give every empty cluster one row, the farthest first; a cluster keeps its nearest row."""
-    member = _members(cluster, distance[:, 0])
-    empty = ~member.any(1)
-    stays = (member & (iota(cluster).unsqueeze(2) == _nearest(distance, member).unsqueeze(1))).any(2)
-    own = distance.gather(2, cluster.unsqueeze(2)).squeeze(2).masked_fill(stays, -1.0)
-    far = own.sort(dim=1, descending=True, stable=True).indices[:, : empty.shape[1]]
-    vacant = empty.int().sort(dim=1, descending=True, stable=True).indices  # the empty ones, then the others
-    due = iota(vacant) < empty.sum(1, keepdim=True)
+    held = torch.zeros_like(distance[:, :count]).scatter(1, cluster, 1.0)
+    stays = first_least(distance, cluster, count).gather(1, cluster) == iota(cluster)
+    far = distance.masked_fill(stays, -1.0).sort(dim=1, descending=True, stable=True).indices[:, :count]
+    vacant = held.sort(dim=1, stable=True).indices  # the empty ones, then the others
+    due = iota(vacant) < (held == 0).sum(1, keepdim=True)
     return cluster.scatter(1, far, torch.where(due, vacant, cluster.gather(1, far)))

@@ -1,13 +1,11 @@
-"""Rank, split, match, pair and share out."""
+"""Rank, split, match and share out."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
-from laconic.rows import add_rows, iota
+from laconic.rows import add_rows, first_least, iota
 from laconic.shapes import Float, Int
 
 
@@ -49,35 +47,13 @@ def share(weight: Float[Tensor, "B L"], dst: Int[Tensor, "B L"], count: int) -> 
 
 def one_to_one(similarity: Float[Tensor, "B R"], host: Int[Tensor, "B R"], count: int) -> Int[Tensor, "B R"]:
     """Of all that chose the same host only the most similar keeps it (ties: the first); the others get -1."""
-    rivals = host.unsqueeze(2) == host.unsqueeze(1)  # [B, R, R]: i and j chose the same host
-    better = similarity.unsqueeze(1) > similarity.unsqueeze(2)
-    first = (similarity.unsqueeze(1) == similarity.unsqueeze(2)) & (iota(host).unsqueeze(1) < iota(host).unsqueeze(2))
-    return host.masked_fill((rivals & (better | first)).any(2), -1)
-
-
-def greedy_pairs(x: Float[Tensor, "B K C"], count: int) -> tuple[Int[Tensor, "B Q"], Int[Tensor, "B Q"]]:
-    """The ``count`` most similar disjoint pairs (a before b): take the best pair, strike both out, repeat."""
-    size = x.shape[1]
-    a, b = torch.triu_indices(size, size, 1, device=x.device)
-    similarity = cosine(x, x).detach().flatten(1)[:, a * size + b]
-    # a pair strikes out fewer than 2 * size others, so that many times count are enough to choose from
-    enough = min(len(a), count * (2 * size - 3))
-    best = similarity.topk(enough, dim=1).indices.sort(1).values
-    similarity, a, b = similarity.gather(1, best), a[best], b[best]
-    first, second = [a[:, :0]], [b[:, :0]]
-    for _ in range(count):
-        best = similarity.argmax(1, keepdim=True)
-        i, j = a.gather(1, best), b.gather(1, best)
-        similarity = similarity.masked_fill((a == i) | (a == j) | (b == i) | (b == j), -math.inf)
-        first.append(i)
-        second.append(j)
-    return torch.cat(first, 1), torch.cat(second, 1)
+    closest = first_least(-similarity, host, count)
+    return host.masked_fill(closest.gather(1, host) != iota(host), -1)
 
 
 def bipartite(
-    similarity: Float[Tensor, "B M K"], count: int
+    best: Float[Tensor, "B M"], match: Int[Tensor, "B M"], count: int
 ) -> tuple[Int[Tensor, "B Q"], Int[Tensor, "B R"], Int[Tensor, "B Q"]]:
-    """Of the rows, the ``count`` with the highest best match: (they, the other rows in their old order, their matches)."""
-    best, match = similarity.detach().max(2)
+    """Of rows with these matches, the ``count`` with the best: (they, the other rows in their old order, their matches)."""
     chosen, others = split(best, count)
     return chosen, others.sort(1).values, match.gather(1, chosen)

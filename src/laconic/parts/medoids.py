@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from laconic.rows import iota, take
+from laconic.rows import first_least, iota, take
 from laconic.shapes import Float, Int
 
 
@@ -39,8 +39,7 @@ def medoids_of(
 
 def cheapest(price: Float[Tensor, "B L"], cluster: Int[Tensor, "B L"], count: int) -> Int[Tensor, "B M"]:
     """The member of least price of every cluster."""
-    outside = cluster.unsqueeze(1) != torch.arange(count, device=cluster.device).unsqueeze(1)
-    return price.unsqueeze(1).masked_fill(outside, math.inf).argmin(2)
+    return first_least(price, cluster, count)
 
 
 def nearest_medoid(distance: Float[Tensor, "B L L"], medoids: Int[Tensor, "B M"]) -> Int[Tensor, "B L"]:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from laconic.parts.clustering import density_peaks
 from laconic.parts.kmeans import lloyd
-from laconic.parts.matching import bipartite, cosine, greedy_pairs
+from laconic.parts.matching import bipartite
+from laconic.parts.nearest import greedy_pairs, nearest
 from laconic.parts.pooling import cells, runs
 from laconic.rows import iota
 from laconic.shapes import Float, Int
@@ -32,7 +33,7 @@ def pair_up(
     if matching == "greedy":
         first, second = greedy_pairs(x, pairs)
     else:
-        odd, _, even = bipartite(cosine(x[:, 1::2], x[:, 0::2]), pairs)
+        odd, _, even = bipartite(*nearest(x[:, 1::2], x[:, 0::2]), pairs)
         first, second = even * 2, odd * 2 + 1
     gone = torch.zeros_like(rank).scatter(1, second, 1)
     slot = rank - gone.cumsum(1)  # where a row that stays goes

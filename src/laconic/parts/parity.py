@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from laconic.parts.matching import cosine, split
+from laconic.parts.matching import split
+from laconic.parts.nearest import nearest
 from laconic.rows import iota, take
 from laconic.shapes import Float, Int
 from laconic.tokens import Tokens
@@ -39,7 +40,8 @@ def soft_matching(
             f"one matching merges away at most half of the tokens: {count} of {a.shape[1] + b.shape[1]} were asked for; keep "
             "more in one block, or spread the reduction over more blocks"
         )
-    best, match = cosine(take(features, a), take(features, b)).detach().max(2)
+    features = features.detach()
+    best, match = nearest(take(features, a), take(features, b))
     chosen, others = split(best, count)
     others = others.sort(1).values if order == "sequence" else others
     stay = torch.cat([a.gather(1, others), b], 1)

@@ -7,13 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from laconic.parts.matching import cosine
+from laconic.parts.nearest import NOBODY, nearest
 from laconic.parts.parity import by_parity
 from laconic.rows import add_rows, iota, take
 from laconic.shapes import Float, Int
 from laconic.tokens import Tokens
-
-NOBODY = -2.0  # less than any cosine
 
 
 def above(values: Tensor, threshold: Tensor, tau: float | None) -> Tensor:
@@ -36,8 +34,7 @@ def matches(
     if not a.shape[1] or not b.shape[1]:
         return none, alone
     hidden = tokens.there.detach() <= 0
-    similarity = cosine(take(keys, a), take(keys, b)).masked_fill(hidden.gather(1, b).unsqueeze(1), NOBODY)
-    best, match = similarity.max(2)
+    best, match = nearest(take(keys, a), take(keys, b), hidden.gather(1, b))
     candidates = (best > NOBODY).to(none.dtype) * ~hidden.gather(1, a)
     return none.scatter(1, a, decide(best) * candidates), alone.scatter(1, a, b.gather(1, match))
 

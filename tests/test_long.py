@@ -1,0 +1,105 @@
+"""Long sequences: the same answer in blocks of rows as at once, and no matrix of all pairs."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from laconic import rows
+from laconic.methods.pitome import energies
+from laconic.parts import cosine, density_peaks, greedy_pairs, lloyd, nearest, one_to_one
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor that an operator makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = out if isinstance(out, tuple | list) else (out,)
+        self.most = max([self.most, *(t.untyped_storage().nbytes() // t.element_size() for t in made if torch.is_tensor(t))])
+        return out
+
+
+def halves(x):
+    return nearest(x[:, ::2], x[:, 1::2])
+
+
+WORK = {
+    "nearest": halves,
+    "energy": lambda x: (energies(x, 0.5),),
+    "pairs": lambda x: greedy_pairs(x, 9),
+    "peaks": lambda x: density_peaks(x, 20),
+    "peaks of the sample": lambda x: density_peaks(x.double(), 20, "paper", "nearest", "sample"),
+    "lloyd": lambda x: lloyd(x, torch.ones_like(x[..., 0]), torch.arange(20).expand(len(x), -1), 3),
+}
+every_part = pytest.mark.parametrize("work", WORK.values(), ids=WORK)
+
+
+@pytest.fixture
+def in_blocks(monkeypatch):
+    def switch(whole=0, size=7):
+        monkeypatch.setattr(rows, "WHOLE", whole)
+        monkeypatch.setattr(rows, "ROWS", size)
+
+    return switch
+
+
+@every_part
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_give_the_same(work, dtype, in_blocks):
+    x = torch.randn(2, 61, 8).to(dtype)
+    at_once = work(x)
+    in_blocks()
+    assert len(rows.in_parts(x, 61)) == 9
+    for a, b, alone in zip(at_once, work(x), work(x[1:]), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+        assert torch.allclose(a[1:], alone, atol=1e-6)
+
+
+def test_the_first_of_equals_wins_in_blocks(in_blocks):
+    x = torch.ones(1, 40, 4)
+    in_blocks()
+    assert halves(x)[1].eq(0).all()
+
+
+def test_gradients_of_blocks(in_blocks):
+    x = torch.randn(2, 31, 8, requires_grad=True)
+    plain = torch.autograd.grad(halves(x)[0].sum(), x)[0]
+    in_blocks()
+    assert torch.allclose(plain, torch.autograd.grad(halves(x)[0].sum(), x)[0], atol=1e-6)
+
+
+def test_greedy_pairs_are_exact_over_several_lists(monkeypatch):
+    import sys
+
+    monkeypatch.setattr(sys.modules["laconic.parts.nearest"], "WINDOW", 3)
+    x = torch.randn(1, 30, 5)
+    c = cosine(x, x)[0].triu(1) + torch.full((30, 30), -9.0).tril()
+    first, second = greedy_pairs(x, 12)
+    for a, b in zip(first[0].tolist(), second[0].tolist(), strict=True):
+        assert (a, b) == divmod(int(c.argmax()), 30)
+        c[[a, b]] = c[:, [a, b]] = -9.0
+
+
+def test_one_to_one_among_many():
+    similarity, host = torch.rand(3, 50).round(decimals=1), torch.randint(0, 9, (3, 50))
+    found = one_to_one(similarity, host, 9)
+    for b in range(3):
+        for h in set(host[b].tolist()):
+            own = (host[b] == h).nonzero().flatten()
+            assert (found[b] == h).nonzero().flatten().tolist() == [int(own[similarity[b, own].argmax()])]
+
+
+@every_part
+def test_no_matrix_of_all_pairs(work, in_blocks):
+    in_blocks(size=32)
+    most = []
+    for count in (256, 1024):
+        with Largest() as made, torch.no_grad():
+            work(torch.randn(1, count, 4))
+        most.append(made.most)
+    assert most[1] < 5 * most[0]
+    assert most[1] < 1024 * 1024 // 4
