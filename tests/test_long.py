@@ -103,3 +103,13 @@ def test_no_matrix_of_all_pairs(work, in_blocks):
         most.append(made.most)
     assert most[1] < 5 * most[0]
     assert most[1] < 1024 * 1024 // 4
+
+
+@pytest.mark.unchecked
+@pytest.mark.slow
+@every_part
+def test_blocks_compile_as_one_graph(work, in_blocks):
+    in_blocks(size=16)
+    x = torch.randn(2, 40, 8)
+    compiled = torch.compile(work, fullgraph=True, backend="eager")
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(work(x), compiled(x), strict=True))

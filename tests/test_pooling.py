@@ -332,7 +332,7 @@ def test_an_empty_cluster_takes_the_farthest_token():
 
 def test_the_only_token_of_a_cluster_is_not_taken_from_it():
     distance = torch.tensor([[[0.0, 9, 9], [1, 9, 9], [50, 20, 60]]])
-    assert fill_empty(distance, distance.argmin(2)).tolist() == [[0, 2, 1]]
+    assert fill_empty(distance.amin(2), distance.argmin(2), 3).tolist() == [[0, 2, 1]]
 
 
 @pytest.mark.parametrize("weights", ["importance", "size", "even"])

@@ -37,7 +37,7 @@ def table_rows(table: Tensor, index: Tensor) -> Tensor:
 
 def in_parts(values: Tensor, width: int) -> tuple[Tensor, ...]:
     """The rows of ``values`` [B, M, ...] in parts, such that a matrix [B, part, width] is small. Their number is static."""
-    return (values,) if values.shape[1] * width <= WHOLE else values.split(ROWS, 1)
+    return (values,) if values.shape[1] * width <= WHOLE else torch.split(values, ROWS, 1)  # type: ignore[no-untyped-call]
 
 
 def add_rows(values: Tensor, dst: Tensor, count: int) -> Tensor:

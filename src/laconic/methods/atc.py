@@ -7,6 +7,8 @@ proportional attention the log of its size is added to every logit towards a tok
 
 Departures: the published code calls a library for every image on the CPU, here all images are clustered at once, on any
 device, one merge a step (see `laconic.parts.agglomerate`). Their order of tokens is arbitrary, ours by first member.
+
+It is defined by all pairs of tokens: memory O(N^2) and N - n steps over it, so it is for short sequences.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ weighted K-medoids as it is meant: the sum of w_j |x_i - x_j| over the members j
 
 Departures: with ``weights="equal"`` the published code starts from a random token; here the first medoid is the token
 nearest to all, and each next one the farthest from its nearest medoid. A medoid always belongs to its own cluster.
+
+It is defined by all distances (and the attention of all pairs): memory O(N^2), so it is for short sequences.
 """
 
 from __future__ import annotations

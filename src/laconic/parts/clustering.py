@@ -78,7 +78,9 @@ def density_peaks(
     Memory is linear in M: of many rows the distances are computed three times and never held (see `Distances`).
     """
     distances = Distances(x.detach())
-    near, widest, gaps = list[Tensor](), list[Tensor](), list[Tensor]()
+    near: list[Tensor] = []
+    widest: list[Tensor] = []
+    gaps: list[Tensor] = []
     for part in distances.parts:
         d2 = distances.of(part)
         few = d2.topk(min(neighbours, x.shape[1]), dim=2, largest=False).values if density == "knn" else None
@@ -97,7 +99,7 @@ def density_peaks(
     wide = wide if farthest == "own" else wide.amax(1, keepdim=True)
     gap = torch.where(gap < math.inf, gap, wide)
     centres, _ = split(log_density + gap.log(), count)
-    cluster = list[Tensor]()
+    cluster: list[Tensor] = []
     for part in distances.parts:
         to_centre = distances.to(part, centres)
         if assign == "denser":

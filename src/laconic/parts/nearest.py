@@ -77,7 +77,9 @@ def greedy_pairs(x: Float[Tensor, "B K C"], count: int) -> tuple[Int[Tensor, "B 
 
 def _candidates(x: Tensor, struck: Tensor, count: int) -> tuple[Float[Tensor, "B K {count}"], Int[Tensor, "B K {count}"]]:
     """The most similar partners of each row among those behind it that are not struck out, in their order."""
-    similarity, partner, start = list[Tensor](), list[Tensor](), 0
+    similarity: list[Tensor] = []
+    partner: list[Tensor] = []
+    start = 0
     for part in in_parts(x, x.shape[1]):
         begin = min(start, x.shape[1] - count)  # partners are behind their row: those before the part are not needed
         row, column = (torch.arange(b, e, device=x.device) for b, e in ((start, start + part.shape[1]), (begin, x.shape[1])))
