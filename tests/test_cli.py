@@ -206,6 +206,7 @@ def test_refusals_are_one_paragraph_on_stderr(laconic_, words, message):
 def test_a_missing_library_names_the_extra(laconic_, monkeypatch, module, extra):
     for loaded in [name for name in sys.modules if name.partition(".")[0] == module]:
         monkeypatch.setitem(sys.modules, loaded, None)
+    monkeypatch.setitem(sys.modules, module, None)  # loaded or not
     code, _, err = laconic_("bench", TINY, "--rounds", "1", "--batch-size", "1")
     assert code == 1
     assert f'pip install "laconic[{extra}]"' in err

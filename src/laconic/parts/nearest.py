@@ -75,7 +75,7 @@ def greedy_pairs(x: Float[Tensor, "B K C"], count: int) -> tuple[Int[Tensor, "B 
     return torch.cat(first, 1), torch.cat(second, 1)
 
 
-def _candidates(x: Tensor, struck: Tensor, count: int) -> tuple[Float[Tensor, "B K {count}"], Int[Tensor, "B K {count}"]]:
+def _candidates(x: Tensor, struck: Tensor, count: int) -> tuple[Float[Tensor, "B K Q"], Int[Tensor, "B K Q"]]:
     """The most similar partners of each row among those behind it that are not struck out, in their order."""
     similarity: list[Tensor] = []
     partner: list[Tensor] = []
