@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from laconic.compression import Compression, Rows, compression_of, find_compression
 from laconic.hosts import HOSTS, Host, find_host
+from laconic.paying import warn_unless_it_pays
 from laconic.reducer import Method, resolve
 from laconic.schedule import Schedule, quarters
 from laconic.seams import detach
@@ -77,6 +78,7 @@ def reduce_(
         raise ValueError(f"rows must be 'needed', 'all' or None, not {rows!r}")
     compression = Compression(host, entry, config, plan, restore, rows)
     verify(host, entry, compression, example)
+    warn_unless_it_pays(host, entry, config, plan)
     return model
 
 
