@@ -74,9 +74,21 @@ def trace(model: nn.Module, example: Tensor | None = None, batch: int | None = N
         said = " ".join(str(error).split())[:400]
         any_ = "a batch of any size; batch=1 may do" if batch is None else f"batch {batch}"
         raise ValueError(f"torch cannot trace this {type(model).__name__} with {any_}: {said}") from error
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # paths of this machine
+    _portable(program)
     return Traced(copy, program, shape, batch)
+
+
+def _portable(program: Any) -> None:
+    """Leave out paths of this machine, and strides of attention that are others where it is taken apart."""
+    aten, graph = torch.ops.aten, program.graph
+    for node in list(graph.nodes):
+        node.meta.pop("stack_trace", None)
+        if node.target in (aten.view.default, aten.reshape.default) and node.args[0].target is aten.transpose.int:
+            with graph.inserting_before(node):
+                copy = graph.call_function(aten.clone.default, node.args[:1], {"memory_format": torch.contiguous_format})
+            copy.meta = {**node.args[0].meta, "val": node.args[0].meta["val"].contiguous()}
+            node.replace_input_with(node.args[0], copy)
+    program.graph_module.recompile()
 
 
 def copied(model: nn.Module) -> nn.Module:

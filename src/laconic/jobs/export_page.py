@@ -30,12 +30,13 @@ report = laconic.export(model, "model.onnx")  # to="torch-export" for .pt2, to="
 print(report)
 ```
 
-**What is promised.** A file takes its place only after its own runtime has given the answers of eager PyTorch on batches of one
-and of three images, to {tolerance:g} of the largest output (`--tolerance`); else the export is refused and no file is left.
-Token counts are constants of the graph; the batch is of any size unless you fix it (`batch=`); the image size is the model's. The
-file says what it holds (method with options, schedule, versions, opset): `metadata_props` of ONNX, `laconic.json` in `.pt2`,
-`rt_info` of OpenVINO. The model that you hand over is not touched. The tests export every method of constant counts on a plain
-ViT, on DINOv3 with RoPE and on SigLIP without a class token (what a method cannot serve it refuses when it is reduced).
+**What is promised.** A file takes its place only after its own runtime has given the answers of eager PyTorch on batches
+of one and of three images, to {tolerance:g} of the largest output (`--tolerance`); else the export is refused and no file
+is left. Token counts are constants of the graph; the batch is of any size unless you fix it (`batch=`); the image size is
+the model's. The file says what it holds (method with options, schedule, versions, opset): `metadata_props` of ONNX,
+`laconic.json` in `.pt2`, `rt_info` of OpenVINO. The model that you hand over is not touched. The tests export every
+method of constant counts on a plain ViT, on DINOv3 with RoPE and on SigLIP without a class token (what a method cannot
+serve it refuses when it is reduced).
 
 **What is refused.** Methods that decide for every image how many tokens it keeps: constant shapes could only hold them masked,
 which runs every token and saves nothing. Weights that are not float32: let the runtime lower the precision.
@@ -48,7 +49,8 @@ which runs every token and saves nothing. Weights that are not float32: let the 
 
 **TensorRT** reads the ONNX file: `trtexec --onnx=model.onnx` with a shape profile for `images`. It was not run here; what
 can be checked without it is checked, and stands in the report: standard operators only, a constant k (at most {topk:,}) in
-every TopK, no NonZero, Loop, If or Scan, no `ScatterND` with a reduction (which TensorRT has ignored), nothing dynamic but the batch.
+every TopK, no NonZero, Loop, If or Scan, no `ScatterND` with a reduction (which TensorRT has ignored), nothing
+dynamic but the batch.
 
 **int8** (`--int8`) is a second ONNX file with dynamic quantization by ONNX Runtime: matrix products with constant weights in
 int8, a scale for each output channel, activations quantized as they come; all else, the choice of tokens too, in float32.
