@@ -190,6 +190,15 @@ def test_reduce_takes_a_budget():
         assert torch.equal(a(x), b(x))
 
 
+def test_an_option_of_that_name_is_told_from_a_budget():
+    model = laconic.reduce_(make("plain"), "bat", keep=0.5, budget="log")
+    assert model.laconic.config == laconic.BAT(budget="log")
+    with pytest.raises(ValueError, match="expected multiply-adds"):
+        laconic.reduce_(make("plain"), "etps", budget="log")
+    with pytest.raises(ValueError, match="budget must be one of 'evit', 'log'"):
+        laconic.reduce_(make("plain"), "bat", keep=0.5, budget="quick")
+
+
 @pytest.mark.parametrize("also", [{"keep": 0.7}, {"schedule": Schedule.rates(0.7, AT)}])
 def test_a_budget_stands_alone(also):
     model = make("plain")
@@ -566,3 +575,13 @@ def test_a_check_goes_by_ratios():
         with pytest.raises(Refusal, match=r"now off by .*Plan it again"):
             checked(bad)
     assert off_target(Target.parse("2G"), slow.now) is None
+
+
+def test_the_page_is_of_its_plans():
+    """As it is in the repository: written again it is the same."""
+    from pathlib import Path
+
+    from laconic.jobs.plan_page import page
+
+    top = Path(__file__).parent.parent
+    assert page(sorted((top / "results").glob("plan-*.json"))) == (top / "docs" / "plan.md").read_text()
