@@ -284,6 +284,18 @@ def test_times_are_met(target, method):
     assert not found.notes
 
 
+def test_what_slows_both_down_for_a_while_changes_no_plan():
+    """A time is planned as if the unreduced model always took the least that it took."""
+    busy = [1.0]
+    made = planned("50ms", noise=lambda: busy[0])
+    busy[0] = 2.0
+    found = made.plain()
+    assert abs(found.off) <= 0.03
+    assert found.base_seconds == pytest.approx(made.table.seconds)
+    assert "by the clock alone" in found.notes[0]
+    assert found.schedule == planned("50ms").plain().schedule
+
+
 def test_noise_is_no_obstacle():
     generator = random.Random(1)
     found = planned("1.4x", noise=lambda: generator.lognormvariate(0, 0.1)).plain()
@@ -561,7 +573,7 @@ def report(target, ratio, before=0.1, now=0.1):
     own = before / (1.5 if target.endswith("x") else before / 0.05)
     first = Measured(spans(before / own), spans(own), spans(before), 1, 10)
     return CheckReport(
-        "p.json", Target.parse(target), first, Measured(spans(ratio), spans(now / ratio), spans(now), 1, 10), 1, {}
+        "p.json", Target.parse(target), first, Measured(spans(ratio), spans(now / ratio), spans(now), 1, 10), 1, before, {}
     )
 
 

@@ -36,7 +36,8 @@ attention, in the same process) or a time (`12ms` for one forward of `--batch-si
 of block times measured on this machine, what the reducer costs included; then the real reduced model runs beside the
 unreduced one, and the schedule is corrected, twice at most, if it is off by more than 3 %. If it still is, the report
 says so. `--check` measures a plan again and leaves with exit code 1 if it is off by more than 10 %; milliseconds are
-compared as they would be if the unreduced model took what it took then, and the clock's own answer stands beside.
+planned and compared as if the unreduced model always took the least that it has taken (others can only slow it
+down), and the clock's own answer stands beside.
 Where a method cannot reach a budget, the nearest one that it can is named; where it costs more than it saves (small
 models, small batches), that is said instead.
 
