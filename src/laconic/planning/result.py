@@ -125,7 +125,7 @@ def remarks(measured: Measured | None, target: Target, base: float | None = None
     if clock is not None and off is not None and abs(clock - off) > NEAR:
         calm, now = 1e3 * (base or 0), 1e3 * measured.base_seconds.median
         notes.append(
-            f"by the clock alone it is {clock:+.1%} off: the unreduced model has taken {calm:.1f} ms, and then took {now:.1f} ms"
+            f"by the clock alone it is {clock:+.1%} off: the unreduced model has taken {calm:.1f} ms, and now took {now:.1f}"
         )
     if measured.ratio.median < 1:
         clear = "it is SLOWER" if measured.ratio.high < 1 else "it is no quicker"
