@@ -209,7 +209,7 @@ def test_a_budget_stands_alone(also):
 
 # ---------------------------------------------------------------------------------------------------- times
 def test_a_curve_never_falls_and_goes_on_to_the_left():
-    curve = Curve.through({10: (1.0, 1), 20: (3.0, 1), 30: (2.0, 1), 40: (4.0, 2)})
+    curve = Curve.through({10: (1.0, 1.0), 20: (3.0, 1.0), 30: (2.0, 1.0), 40: (4.0, 2.0)})
     assert curve.y == (1.0, 2.5, 2.5, 4.0)
     assert curve(15) == pytest.approx(1.75)
     assert curve(5) == pytest.approx(0.25)
@@ -334,9 +334,9 @@ def test_where_reduction_does_not_pay_it_says_so():
     made = Planner(Space(model, config), Target.parse("1.1x"), AT, Measuring(2, 3, watch))
     with pytest.raises(ValueError, match="costs more than it saves.*larger batches"):
         made.plain()
-    measured = Measured(Quartiles(0.8, 0.9, 0.95), Quartiles(1, 1, 1), Quartiles(0.9, 0.9, 0.9), 2, 3)
+    measured = Measured(Quartiles(0.8, 0.9, 0.95), Quartiles(1.0, 1.0, 1.0), Quartiles(0.9, 0.9, 0.9), 2, 3)
     assert "SLOWER than the unreduced model (0.90x)" in remarks(measured, Target.parse("2G"))[0]
-    torn = dataclasses.replace(measured, ratio=Quartiles(0.9, 0.99, 1.1), base_seconds=Quartiles(1, 2, 3))
+    torn = dataclasses.replace(measured, ratio=Quartiles(0.9, 0.99, 1.1), base_seconds=Quartiles(1.0, 2.0, 3.0))
     assert "no quicker" in remarks(torn, Target.parse("2G"))[0]
     assert "other things to do" in remarks(torn, Target.parse("2G"))[1]
 
