@@ -26,6 +26,7 @@ check: $(VENV)/.dev
 docs: $(VENV)/.demo
 	$(BIN)/python -m laconic.jobs.tables docs/macs.md
 	$(BIN)/python -m laconic.jobs.backbones docs/backbones.md
+	$(BIN)/python -m laconic.jobs.plan_page docs/plan.md results/plan-*.json
 
 # Hours on two cores; stop it and call it again as you like. What results/evidence.jsonl holds already is not run again.
 evidence: $(VENV)/.dev

@@ -190,6 +190,15 @@ def test_reduce_takes_a_budget():
         assert torch.equal(a(x), b(x))
 
 
+def test_an_option_of_that_name_is_told_from_a_budget():
+    model = laconic.reduce_(make("plain"), "bat", keep=0.5, budget="log")
+    assert model.laconic.config == laconic.BAT(budget="log")
+    with pytest.raises(ValueError, match="expected multiply-adds"):
+        laconic.reduce_(make("plain"), "etps", budget="log")
+    with pytest.raises(ValueError, match="budget must be one of 'evit', 'log'"):
+        laconic.reduce_(make("plain"), "bat", keep=0.5, budget="quick")
+
+
 @pytest.mark.parametrize("also", [{"keep": 0.7}, {"schedule": Schedule.rates(0.7, AT)}])
 def test_a_budget_stands_alone(also):
     model = make("plain")
@@ -200,7 +209,7 @@ def test_a_budget_stands_alone(also):
 
 # ---------------------------------------------------------------------------------------------------- times
 def test_a_curve_never_falls_and_goes_on_to_the_left():
-    curve = Curve.through({10: (1.0, 1), 20: (3.0, 1), 30: (2.0, 1), 40: (4.0, 2)})
+    curve = Curve.through({10: (1.0, 1.0), 20: (3.0, 1.0), 30: (2.0, 1.0), 40: (4.0, 2.0)})
     assert curve.y == (1.0, 2.5, 2.5, 4.0)
     assert curve(15) == pytest.approx(1.75)
     assert curve(5) == pytest.approx(0.25)
@@ -275,6 +284,18 @@ def test_times_are_met(target, method):
     assert not found.notes
 
 
+def test_what_slows_both_down_for_a_while_changes_no_plan():
+    """A time is planned as if the unreduced model always took the least that it took."""
+    busy = [1.0]
+    made = planned("50ms", noise=lambda: busy[0])
+    busy[0] = 2.0
+    found = made.plain()
+    assert abs(found.off) <= 0.03
+    assert found.base_seconds == pytest.approx(made.table.seconds)
+    assert "by the clock alone" in found.notes[0]
+    assert found.schedule == planned("50ms").plain().schedule
+
+
 def test_noise_is_no_obstacle():
     generator = random.Random(1)
     found = planned("1.4x", noise=lambda: generator.lognormvariate(0, 0.1)).plain()
@@ -313,9 +334,9 @@ def test_where_reduction_does_not_pay_it_says_so():
     made = Planner(Space(model, config), Target.parse("1.1x"), AT, Measuring(2, 3, watch))
     with pytest.raises(ValueError, match="costs more than it saves.*larger batches"):
         made.plain()
-    measured = Measured(Quartiles(0.8, 0.9, 0.95), Quartiles(1, 1, 1), Quartiles(0.9, 0.9, 0.9), 2, 3)
+    measured = Measured(Quartiles(0.8, 0.9, 0.95), Quartiles(1.0, 1.0, 1.0), Quartiles(0.9, 0.9, 0.9), 2, 3)
     assert "SLOWER than the unreduced model (0.90x)" in remarks(measured, Target.parse("2G"))[0]
-    torn = dataclasses.replace(measured, ratio=Quartiles(0.9, 0.99, 1.1), base_seconds=Quartiles(1, 2, 3))
+    torn = dataclasses.replace(measured, ratio=Quartiles(0.9, 0.99, 1.1), base_seconds=Quartiles(1.0, 2.0, 3.0))
     assert "no quicker" in remarks(torn, Target.parse("2G"))[0]
     assert "other things to do" in remarks(torn, Target.parse("2G"))[1]
 
@@ -552,7 +573,7 @@ def report(target, ratio, before=0.1, now=0.1):
     own = before / (1.5 if target.endswith("x") else before / 0.05)
     first = Measured(spans(before / own), spans(own), spans(before), 1, 10)
     return CheckReport(
-        "p.json", Target.parse(target), first, Measured(spans(ratio), spans(now / ratio), spans(now), 1, 10), 1, {}
+        "p.json", Target.parse(target), first, Measured(spans(ratio), spans(now / ratio), spans(now), 1, 10), 1, before, {}
     )
 
 
@@ -566,3 +587,13 @@ def test_a_check_goes_by_ratios():
         with pytest.raises(Refusal, match=r"now off by .*Plan it again"):
             checked(bad)
     assert off_target(Target.parse("2G"), slow.now) is None
+
+
+def test_the_page_is_of_its_plans():
+    """As it is in the repository: written again it is the same."""
+    from pathlib import Path
+
+    from laconic.jobs.plan_page import page
+
+    top = Path(__file__).parent.parent
+    assert page(sorted((top / "results").glob("plan-*.json"))) == (top / "docs" / "plan.md").read_text()

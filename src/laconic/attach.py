@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from laconic.compression import Compression, Rows, compression_of, find_compression
 from laconic.hosts import HOSTS, Host, find_host
 from laconic.paying import warn_unless_it_pays
-from laconic.reducer import Method, resolve
+from laconic.reducer import Method, methods, resolve
 from laconic.schedule import Schedule, quarters
 from laconic.seams import detach
 from laconic.verify import verify
@@ -44,6 +45,7 @@ def reduce_(
         budget: what it may cost, instead of ``keep`` and ``schedule``: "2.3G" multiply-adds of one image, "1.6x-macs" (1.6
             times fewer of them), or, measured now on this machine with batches of one image, "1.6x" (as fast as unreduced)
             or "12ms" for a forward. `laconic.plan` does the same, for other batch sizes, and says what it found.
+            (The option of ``bat`` of this name, "evit" or "log", is told from it by its words.)
         restore: give every patch a token again after the last block: that of the token it went to, or, if it was dropped,
             zeros (which no pooling counts). So dense heads and readers of ``last_hidden_state`` find as many tokens as ever;
             it costs what is behind the blocks. Models of transformers whose tokens are averaged outside get it by default
@@ -61,6 +63,8 @@ def reduce_(
         ValueError: a keep rate outside (0, 1], blocks out of range or repeated, a model reduced or compiled already,
             attention that is not fused, a budget that cannot be met, a model whose blocks do not behave as their class says.
     """
+    if budget is not None and _is_an_option(method, budget):
+        budget, options = None, {**options, "budget": budget}
     config = resolve(method, options)
     host, entry = find_host(model)
     if find_compression(host) is not None:
@@ -80,6 +84,16 @@ def reduce_(
     verify(host, entry, compression, example)
     warn_unless_it_pays(host, entry, config, plan)
     return model
+
+
+def _is_an_option(method: str | Method, budget: str) -> bool:
+    """Whether these words are for a method that has an option called budget, and no budget of cost."""
+    if not isinstance(method, str) or method not in methods():
+        return False
+    from laconic.planning.budget import PATTERN
+
+    named = "budget" in (field.name for field in dataclasses.fields(methods()[method].config))
+    return named and PATTERN.fullmatch(budget.strip()) is None
 
 
 def planned(

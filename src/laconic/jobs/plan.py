@@ -183,7 +183,7 @@ def checked_again(path: Path, others: Sequence[str], rounds: int | None, output:
         old = json.loads(path.read_text(encoding="utf-8"))
         target, schedule = Target.parse(old["target"]["text"]), Schedule.of(old["schedule"])
         before, macs, given = Measured.of_json(old["measured"]), old["macs"], old["method"]
-        named = (old["model"], old["model_args"])
+        named, base = (old["model"], old["model_args"]), old.get("base_seconds") or before.base_seconds.median
         setting = Setting(rounds=1, threads=old["threads"], device=old["device"], dtype=old["dtype"])
     except (OSError, ValueError, TypeError, LookupError) as error:
         raise Refusal(f"--check {path} is not a plan that laconic wrote ({error})") from error
@@ -197,7 +197,7 @@ def checked_again(path: Path, others: Sequence[str], rounds: int | None, output:
     found = None if summary is None else summary.macs
     if found != macs:
         raise Refusal(f"--check {path}: the schedule is said to take {macs} multiply-adds, and takes {found}")
-    report = CheckReport(path.name, target, before, now, macs, environment)
+    report = CheckReport(path.name, target, before, now, macs, base, environment)
     if output is not None:
         write_atomically(output, json.dumps(report.to_json(), indent=2) + "\n")
     return checked(report)

@@ -109,19 +109,18 @@ class CheckReport(Report):
     before: Measured
     now: Measured
     macs: int
+    base: float  # seconds of the unreduced model that the plan goes by
     environment: Mapping[str, Any]
 
     @property
     def base_moved(self) -> float:
         """How much longer the unreduced model takes now."""
-        return self.now.base_seconds.median / self.before.base_seconds.median - 1
+        return self.now.base_seconds.median / self.base - 1
 
     @property
     def off(self) -> float | None:
         """How far the plan is from its target now; milliseconds as they would be if the unreduced model took what it took."""
-        if self.target.kind == "time":
-            return self.before.base_seconds.median / self.now.ratio.median / self.target.value - 1
-        return off_target(self.target, self.now)
+        return off_target(self.target, self.now, self.base)
 
     @property
     def raw(self) -> float | None:
@@ -144,7 +143,14 @@ class CheckReport(Report):
         yield f"When it was made: {said(self.before)}\nNow: {said(self.now)}"
 
     def to_json(self) -> dict[str, Any]:
-        facts = {"path": self.path, "target": self.target.to_json(), "macs": self.macs, "off": self.off, "off_raw": self.raw}
+        facts = {
+            "path": self.path,
+            "target": self.target.to_json(),
+            "macs": self.macs,
+            "off": self.off,
+            "off_raw": self.raw,
+            "base": self.base,
+        }
         return {
             **facts,
             "base_moved": self.base_moved,

@@ -14,11 +14,11 @@ import torch
 class Curve:
     """Straight lines between points by rising ``x``; to the left of the first on along its line, but never below zero."""
 
-    x: tuple[float, ...]
+    x: tuple[float | int, ...]
     y: tuple[float, ...]
 
     @classmethod
-    def through(cls, points: Mapping[float, tuple[float, float]]) -> Curve:
+    def through(cls, points: Mapping[float | int, tuple[float, float]]) -> Curve:
         """The curve that never falls and is nearest to the points, x -> (y, how much it counts); in least squares."""
         pools = list[tuple[float, float, int]]()  # mean, weight, points in it: neighbours that fall are pooled
         for _, (y, weight) in sorted(points.items()):
@@ -28,7 +28,7 @@ class Curve:
                 pools[-2:] = [((a * wa + b * wb) / (wa + wb), wa + wb, na + nb)]
         return cls(tuple(sorted(points)), tuple(mean for mean, _, count in pools for _ in range(count)))
 
-    def __call__(self, x: float) -> float:
+    def __call__(self, x: float | int) -> float:
         """The height at x."""
         if len(self.x) == 1:
             return self.y[0]
@@ -37,7 +37,7 @@ class Curve:
         return max(0.0, y0 + (y1 - y0) * (x - x0) / (x1 - x0))
 
 
-def not_negative(rows: Sequence[Sequence[float]], values: Sequence[float], width: int) -> tuple[float, ...]:
+def not_negative(rows: Sequence[Sequence[float | int]], values: Sequence[float | int], width: int) -> tuple[float, ...]:
     """Least-squares weights of the columns, none below zero: the best of all choices of columns whose own fit is such."""
     best, least = (0.0,) * width, float("inf")
     matrix, wanted = torch.tensor(rows, dtype=torch.float64).reshape(-1, width), torch.tensor(values, dtype=torch.float64)

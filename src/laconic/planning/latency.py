@@ -143,7 +143,7 @@ def _curve(
             share = statistics.median([sum(row[block] for block in blocks) / whole for row in measured])
             found.setdefault(tokens, []).append((share, len(blocks)))
     found.setdefault(shape.patches + shape.prefix, [(1.0, 1)])
-    means = dict[float, tuple[float, float]]()
+    means = dict[float | int, tuple[float, float]]()
     for number, points in found.items():
         weight = sum(count for _, count in points)
         means[number] = (sum(share * count for share, count in points) / weight, float(weight))

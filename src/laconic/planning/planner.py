@@ -95,6 +95,7 @@ class Planner:
         self.base = 1.0 if target.measured else float(self.unreduced.macs)
         whole = self.table.seconds if target.kind == "time" and self.table is not None else self.base
         self.limit = target.limit(whole) / whole * self.base
+        self.calm = None if self.table is None else self.table.seconds
         if self.limit >= self.base:
             raise ValueError(
                 f"budget {target.text}: the unreduced model takes {target.nearest(whole, whole)} already, so there is nothing "
@@ -120,7 +121,7 @@ class Planner:
             return schedule, None
         best, limit = (schedule, self.measured(schedule)), self.limit
         for _ in range(CORRECTIONS):
-            off = off_target(self.target, best[1])
+            off = self.off(best[1])
             if off is None or abs(off) <= NEAR:
                 break
             limit /= 1 + off
@@ -128,10 +129,16 @@ class Planner:
             if again is None or again == best[0]:
                 break
             new = (again, self.measured(again))
-            if abs(off_target(self.target, new[1]) or 0) >= abs(off):
+            if abs(self.off(new[1]) or 0) >= abs(off):
                 break
             best = new
         return best
+
+    def off(self, measured: Measured) -> float | None:
+        """How far from the target, going by the least that the unreduced model has taken: others can only slow it down."""
+        base = measured.base_seconds.median
+        self.calm = base if self.calm is None else min(self.calm, base)
+        return off_target(self.target, measured, self.calm)
 
     def measured(self, schedule: Schedule) -> Measured:
         """The real reduced model beside the unreduced one."""
@@ -221,4 +228,4 @@ class Planner:
         assert summary is not None
         predicted = None if self.table is None else 1 / self.table(summary)
         facts = (self.space.config.describe(), self.target, schedule, summary.macs, self.unreduced.macs, predicted, measured)
-        return Plan(*facts, notes=tuple(remarks(measured, self.target)))
+        return Plan(*facts, base_seconds=self.calm, notes=tuple(remarks(measured, self.target, self.calm)))

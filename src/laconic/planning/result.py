@@ -57,6 +57,8 @@ class Plan:
         comparison: of these two; None where nothing was searched.
         front: fidelity at other costs, of both shapes, on the same images.
         evaluated: schedules that the search looked at.
+        base_seconds: the least that the unreduced model took in any measurement (others can only slow it down): a time is
+            planned, and judged, as if it always took that.
         notes: what is to be known besides.
     """
 
@@ -71,12 +73,13 @@ class Plan:
     comparison: Comparison | None = None
     front: tuple[Judged, ...] = ()
     evaluated: int = 0
+    base_seconds: float | None = None
     notes: tuple[str, ...] = ()
 
     @property
     def off(self) -> float | None:
         """How far the measured time is from the target, as a share of it; None where the target speaks of no time."""
-        return None if self.measured is None else off_target(self.target, self.measured)
+        return None if self.measured is None else off_target(self.target, self.measured, self.base_seconds)
 
     @property
     def recipe(self) -> str:
@@ -101,20 +104,29 @@ class Plan:
         return plain
 
 
-def off_target(target: Target, measured: Measured) -> float | None:
-    """How far what was measured is from a target of time, as a share of it: above zero, too slow."""
+def off_target(target: Target, measured: Measured, base: float | None = None) -> float | None:
+    """How far what was measured is from a target of time, as a share of it: above zero, too slow.
+
+    ``base``: seconds that the unreduced model takes where nothing disturbs; None: by the clock as it was.
+    """
     if target.kind == "speedup":
         return target.value / measured.ratio.median - 1
-    return measured.seconds.median / target.value - 1 if target.kind == "time" else None
+    seconds = measured.seconds.median if base is None else base / measured.ratio.median
+    return seconds / target.value - 1 if target.kind == "time" else None
 
 
-def remarks(measured: Measured | None, target: Target) -> list[str]:
+def remarks(measured: Measured | None, target: Target, base: float | None = None) -> list[str]:
     """What is to be said of a measured time."""
     if measured is None:
         return []
-    off, notes = off_target(target, measured), list[str]()
+    off, clock, notes = off_target(target, measured, base), off_target(target, measured), list[str]()
     if off is not None and abs(off) > NEAR:
         notes.append(f"measured, it is {abs(off):.1%} {'slower' if off > 0 else 'quicker'} than the target")
+    if clock is not None and off is not None and abs(clock - off) > NEAR:
+        calm, now = 1e3 * (base or 0), 1e3 * measured.base_seconds.median
+        notes.append(
+            f"by the clock alone it is {clock:+.1%} off: the unreduced model has taken {calm:.1f} ms, and now took {now:.1f}"
+        )
     if measured.ratio.median < 1:
         clear = "it is SLOWER" if measured.ratio.high < 1 else "it is no quicker"
         notes.append(
