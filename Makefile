@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow check docs evidence methods compat clean
+.PHONY: demo test test-slow check docs bench bench-check evidence methods compat clean
 
 demo: $(VENV)/.demo
 	$(BIN)/laconic demo $(ARGS)
@@ -35,6 +35,15 @@ evidence: $(VENV)/.dev
 # An hour on two cores; resumable as well.
 methods: $(VENV)/.dev
 	$(BIN)/python -m laconic.jobs.methods_table docs/methods.md $(ARGS)
+
+# Ten minutes on an otherwise idle machine: the speed on this machine, with the pages made of it.
+bench: $(VENV)/.dev
+	$(BIN)/python -m laconic.jobs.performance docs/performance.md --run cpu
+	$(BIN)/python -m laconic.jobs.scaling docs/scaling.md --run
+
+# Has anything become slower than the committed run? (on the same kind of machine)
+bench-check: $(VENV)/.dev
+	$(BIN)/python -m laconic.jobs.performance docs/performance.md --check cpu
 
 # Half an hour and more: two fresh environments under .compat, the newest supported versions and the oldest.
 compat:

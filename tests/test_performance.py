@@ -39,6 +39,8 @@ def test_rows(found):
     assert rows[3].macs == rows[4].macs  # as published: what is left out does not make a promise smaller
     assert all(row.wall.median > 0 for row in rows)
     assert found["environment"]["threads"] == 1
+    assert found["runs"][0]["shares"].keys() == {"etps 0.5", "tome r=5"}
+    assert all(0 < part < 1 for part in found["runs"][0]["shares"].values())
 
 
 def test_page(found):

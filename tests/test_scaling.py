@@ -36,6 +36,7 @@ def test_what_is_alive_at_a_time_is_counted():
 def test_memory_grows_with_the_number_of_tokens_and_not_its_square(method, monkeypatch):
     monkeypatch.setattr("laconic.rows.WHOLE", 1 << 14)
     monkeypatch.setattr("laconic.rows.ROWS", 32)  # so that already the small ones are made in several blocks
+    monkeypatch.setattr("laconic.parts.nearest.WINDOW", 8)
     small, large = (peak_bytes(scaling.reduction(method, side, 16, 2)) for side in (24, 48))
     assert large < 5.2 * small  # four times as many tokens; a matrix of pairs would be 16 times as large
 
