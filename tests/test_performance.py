@@ -7,7 +7,8 @@ import pytest
 
 from laconic.jobs import performance
 from laconic.jobs.output import Refusal
-from laconic.jobs.performance import Job, Suite, goal_of, measure, page, rows_of, slower
+from laconic.jobs.performance import goal_of, measure, page, rows_of, slower
+from laconic.jobs.suites import GOALS, SUITES, Job, Suite
 
 SMALL = Suite(
     (("test_vit", 160, (1, 2)),),
@@ -55,7 +56,7 @@ def test_page(found):
 def test_goals():
     rows = rows_of({"rows": [dict(ROW, name="etps, lean", keep=0.7), dict(ROW, name="etps", keep=0.7), dict(ROW, name="x")]})
     assert [goal_of(row) for row in rows] == [1.52, 1.47, None]
-    assert performance.GOALS.keys() <= {(job.name, job.keep) for job in performance.SUITES["cpu"].jobs}
+    assert GOALS.keys() <= {(job.name, job.keep) for job in SUITES["cpu"].jobs}
     text = performance.section(
         {"model": "deit_small_patch16_224", "pixels": 224, "batch_size": 8, "rows": [dict(ROW, name="etps", keep=0.7)]}, "here"
     )

@@ -11,116 +11,20 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from laconic.compression import Rows
 from laconic.jobs import compare, machine
 from laconic.jobs.compare import Row
-from laconic.jobs.measure import Quartiles, Setting
-from laconic.jobs.models import create
+from laconic.jobs.measure import Quartiles
 from laconic.jobs.output import Refusal, markdown, write_atomically
 from laconic.jobs.shares import share
-from laconic.jobs.variants import Variant, class_row_only, reduced, unreduced
-from laconic.reducer import resolve
+from laconic.jobs.suites import GOALS, SUITES, Suite, variants
 
 RESULTS = Path("results")
 SLACK = 0.05  # of a ratio: how much slower than the committed run a row may be, beyond both runs' quartiles
-# what performance.md of the project's first plans asked for at batch 8: (method, keep) -> plain, without rows nobody needs
-GOALS: dict[tuple[str, float | None], tuple[float | None, float | None]] = {
-    ("topk", 0.7): (None, 1.54),
-    ("evit", 0.7): (1.48, 1.54),
-    ("etps", 0.7): (1.47, 1.52),
-    ("dtps", 0.7): (1.48, None),
-    ("bat", 0.7): (1.47, 1.52),
-    ("tome r=13", None): (1.60, None),
-    ("evit", 0.5): (1.94, None),
-    ("etps", 0.5): (1.93, None),
-    ("bat", 0.5): (1.91, None),
-}
-
-
-@dataclass(frozen=True)
-class Job:
-    """A method at a keep rate (or with options that say how much), with all rows or with those needed."""
-
-    method: str
-    keep: float | None
-    rows: Rows
-    options: tuple[tuple[str, Any], ...] = ()
-
-    @property
-    def name(self) -> str:
-        """The method with its options, as a row is called (which says ``lean`` where rows are left out)."""
-        return " ".join([self.method, *(f"{key}={value}" for key, value in self.options)])
-
-    def variant(self, model: nn.Module) -> Variant:
-        """The row."""
-        made = reduced(model, resolve(self.method, dict(self.options)), self.keep, rows=self.rows)
-        return dataclasses.replace(made, name=f"{self.name}{', lean' if self.rows == 'needed' else ''}")
-
-
-@dataclass(frozen=True)
-class Suite:
-    """What is measured together: models with their input sizes, batch sizes and jobs."""
-
-    models: tuple[tuple[str, int, tuple[int, ...]], ...]  # timm name, pixels, batch sizes
-    jobs: tuple[Job, ...]
-    how: tuple[tuple[str, Any], ...]  # the setting
-    eager_attention: bool = False  # is the unreduced model with attention that is not fused a row?
-
-    @property
-    def setting(self) -> Setting:
-        """How to measure.
-
-        Raises:
-            ValueError: on a device that is not there.
-        """
-        return Setting(**dict(self.how))
-
-
-def _jobs(*methods: str, keeps: Sequence[float], rows: Sequence[Rows]) -> list[Job]:
-    return [Job(method, keep, which) for method in methods for keep in keeps for which in rows]
-
-
-_CPU = [
-    *_jobs("topk", "evit", "etps", "dtps", "bat", keeps=(0.7,), rows=("all", "needed")),
-    *_jobs("topk", "evit", "etps", "dtps", "bat", keeps=(0.5,), rows=("all", "needed")),
-    *(Job("tome", None, "all", (("r", r),)) for r in (13, 16)),
-]
-_GPU = _jobs("topk", "evit", "etps", "bat", keeps=(0.7,), rows=("needed",))
-SUITES = {
-    "cpu": Suite((("deit_small_patch16_224", 224, (8, 1)),), tuple(_CPU), (("rounds", 12), ("threads", 1))),
-    # not measured by us yet: no machine with a GPU was at hand
-    "gpu": Suite(
-        (
-            ("deit_small_patch16_224", 224, (1, 256)),
-            ("deit_base_patch16_224", 224, (1, 256)),
-            ("vit_large_patch16_224", 224, (1, 256)),
-            ("vit_large_patch14_dinov2", 518, (1, 32)),
-            ("vit_large_patch16_224", 1024, (1, 8)),
-        ),
-        (*_GPU, Job("tome", None, "needed", (("r", 13),))),
-        (("rounds", 20), ("device", "cuda"), ("dtype", "bfloat16"), ("compile", True)),
-        eager_attention=True,
-    ),
-}
-
-
-def variants(name: str, pixels: int, suite: Suite) -> list[Variant]:
-    """The unreduced model first, then as the stronger base, with attention that is not fused, and reduced."""
-    model = create(name, img_size=pixels)
-    rows = [unreduced("unreduced", model), class_row_only(model)]
-    if suite.eager_attention:
-        eager: Any = create(name, img_size=pixels)
-        for block in eager.blocks:
-            block.attn.fused_attn = False
-        rows.append(unreduced("unreduced, attention not fused", eager, "plain"))
-    return [row for row in rows if row is not None] + [job.variant(model) for job in suite.jobs]
 
 
 def measure(suite: Suite) -> dict[str, Any]:
