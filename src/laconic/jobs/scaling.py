@@ -128,9 +128,9 @@ def page(found: dict[str, Any]) -> str:
         f"`{name}` from N = {min(s for n, s in costly if n == name)}" for name in dict.fromkeys(name for name, _ in costly)
     )
     parts.append(
-        f"One reduction takes more time than one block behind it is spared: {said or 'none of these'}. It pays where enough blocks "
-        "follow, and not in the last ones or in every block; `laconic.reduce_` warns where the multiply-adds say so. BAT's greedy "
-        'pairs are most of its time on long sequences: `matching="bipartite"` takes one product instead.\n'
+        f"One reduction takes more time than one block behind it is spared: {said or 'none of these'}. It pays where enough\n"
+        "blocks follow, and not in the last ones or in every block; `laconic.reduce_` warns where the multiply-adds say so.\n"
+        'BAT\'s greedy pairs are most of its time on long sequences: `matching="bipartite"` takes one product instead.\n'
     )
     return "\n".join(parts)
 
