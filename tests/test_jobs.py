@@ -249,6 +249,9 @@ def test_bench_measures_the_alternatives_too(tmp_path):
     ]
     assert kinds == expected
     assert len(report.rows) == 12
+    peaks = {(row.name, row.batch_size): row.peak for row in report.rows}
+    assert 1.5 < peaks["unreduced", 2] / peaks["unreduced", 1] < 2.5  # of activations alone
+    assert peaks["input 176x176", 1] < peaks["unreduced", 1]
     assert any("no smaller model" in note for note in report.notes)
     assert all(row.wall.median > 0 and row.cpu.median > 0 for row in report.rows)
     with (tmp_path / "new" / "r.csv").open() as file:

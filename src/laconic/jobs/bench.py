@@ -33,8 +33,9 @@ METHODS = ("etps", "bat")  # what is measured where nothing is asked for
 EXPLAINED = (
     "implied: the unreduced model's multiply-adds by this one's. measured: its time, before and after, by this one's, median "
     "and quartiles over the rounds. efficiency: measured by implied; above 1 where rows that the answer does not need are left "
-    "out. Class row only: the unreduced model without those rows, the stronger base. Images are noise, and a model named as in "
-    "timm has random weights: neither changes the speed."
+    "out. Peak MB: what tensors of one forward hold at most, beside weights and images. Class row only: the unreduced model "
+    "without those rows, the stronger base. Images are noise, and a model named as in timm has random weights: neither changes "
+    "the speed."
 )
 
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from laconic.jobs import measure
+from laconic.jobs import measure, memory
 from laconic.jobs.measure import Quartiles, Sample, Setting
 from laconic.jobs.output import Table, csv_text, sentence, write_atomically
 from laconic.jobs.variants import Kind, Variant, label_of, size_of
 
 CALM = 1.25  # upper by lower quartile of one model's times
-HEADER = ("", "GMACs", "patch tokens", "implied", "measured", "(quartiles)", "CPU time", "efficiency", "images/s")
+HEADER = ("", "GMACs", "patch tokens", "implied", "measured", "(quartiles)", "CPU time", "efficiency", "images/s", "peak MB")
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Row:
     implied: float  # the ratio of the multiply-adds
     wall: Quartiles
     cpu: Quartiles
+    peak: int | None = None  # bytes that one forward holds at most, beside weights and images
 
     @property
     def label(self) -> str:
@@ -66,7 +67,9 @@ def compare(variants: Sequence[Variant], batch_size: int, setting: Setting, warm
     for variant in variants:
         noise = torch.randn(batch_size, 3, *variant.image, generator=torch.Generator().manual_seed(0))
         models[variant.label] = (variant.model.to(place, dtype), noise.to(place, dtype))
-    return rows_of(variants, batch_size, measure.time_models(models, setting, warmup))
+    rows = rows_of(variants, batch_size, measure.time_models(models, setting, warmup))
+    peaks = [memory.peak_of(*models[variant.label]) for variant in variants]
+    return [dataclasses.replace(row, peak=peak) for row, peak in zip(rows, peaks, strict=True)]
 
 
 def rows_of(variants: Sequence[Variant], batch_size: int, samples: dict[str, list[Sample]]) -> list[Row]:
@@ -95,11 +98,12 @@ def table(rows: Sequence[Row], title: str) -> Table:
 
     def cells(row: Row) -> tuple[str, ...]:
         facts = (row.label, f"{row.macs / 1e9:.3f}", " ".join(map(str, row.tokens)), f"{row.implied:.2f}x")
+        peak = "" if row.peak is None else f"{row.peak / 1e6:.1f}"
         if row.kind == "base":
-            return (*facts, "1", "", "1", "", f"{row.images_per_second:.1f}")
+            return (*facts, "1", "", "1", "", f"{row.images_per_second:.1f}", peak)
         spread = f"({row.wall.low:.2f}-{row.wall.high:.2f})"
         ratios = (f"{row.wall.median:.2f}x", spread, f"{row.cpu.median:.2f}x", f"{row.efficiency:.2f}")
-        return (*facts, *ratios, f"{row.images_per_second:.1f}")
+        return (*facts, *ratios, f"{row.images_per_second:.1f}", peak)
 
     return Table(title, HEADER, tuple(map(cells, rows)))
 
@@ -160,6 +164,7 @@ def _line(model: str, row: Row) -> dict[str, Any]:
         "ratio_q75": round(row.wall.high, 4),
         "cpu_ratio": round(row.cpu.median, 4),
         "efficiency": round(row.efficiency, 4),
+        "peak_bytes": row.peak,
     }
 
 

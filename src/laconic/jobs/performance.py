@@ -49,7 +49,7 @@ def rows_of(run: dict[str, Any]) -> list[Row]:
     """The rows of a run that was read from a file."""
     out = []
     for row in run["rows"]:
-        fields = {field.name: row[field.name] for field in dataclasses.fields(Row)}
+        fields = {field.name: row[field.name] for field in dataclasses.fields(Row) if field.name in row}
         for name in ("seconds", "wall", "cpu"):
             fields[name] = Quartiles(**fields[name])
         out.append(Row(**{**fields, "image": tuple(fields["image"]), "tokens": tuple(fields["tokens"])}))
