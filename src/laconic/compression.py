@@ -123,11 +123,11 @@ class Compression(nn.Module):
 
     def _spared(self, index: int, block: nn.Module, reducer: Reducer | None) -> Spared | None:
         """Which rows of a block nobody needs: none in training, or where somebody listens to the block."""
-        if not self.spares or self.training or heard(block):
+        if not self.spares or self.training:
             return None
         if reducer is not None:
-            return "dropped" if reducer.looks == "class" and self.execution is None else None
-        if not self.answering or self.restore or index + 1 < self.depth:
+            return "dropped" if reducer.looks == "class" and self.execution is None and not heard(block) else None
+        if not self.answering or self.restore or index + 1 < self.depth or heard(block):
             return None
         norm = getattr(self.model, "norm", None)
         return None if norm is not None and heard(norm) else "prefix"

@@ -20,7 +20,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from laconic.attention import Seen
 from laconic.jobs import machine
-from laconic.jobs.measure import Setting
+from laconic.jobs.measure import Setting, cpu_clock
 from laconic.jobs.memory import peak_bytes
 from laconic.jobs.output import markdown, write_atomically
 from laconic.reducer import resolve
@@ -76,9 +76,7 @@ def least(run: Callable[[], Any]) -> float:
     """Seconds of CPU time of the quickest of several runs: others on the machine can only slow it down."""
     times, begin = list[float](), time.perf_counter()
     while len(times) < 2 or (len(times) < AT_MOST and time.perf_counter() - begin < ENOUGH):
-        start = time.process_time()
-        run()
-        times.append(time.process_time() - start)
+        times.append(cpu_clock(run).cpu)
     return min(times)
 
 

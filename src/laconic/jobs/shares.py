@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from laconic.compression import compression_of
-from laconic.jobs.measure import TINY
+from laconic.jobs.measure import TINY, cpu_clock
 
 RUNS = 12
 
@@ -42,9 +41,4 @@ def share(model: nn.Module, images: Tensor, runs: int = RUNS) -> float:
 
 def least(run: Callable[[], Any], runs: int) -> float:
     """Seconds of CPU time of the quickest of so many runs."""
-    times = list[float]()
-    for _ in range(runs):
-        start = time.process_time()
-        run()
-        times.append(time.process_time() - start)
-    return min(times)
+    return min(cpu_clock(run).cpu for _ in range(runs))
