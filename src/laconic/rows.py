@@ -24,6 +24,8 @@ def follow(where: Tensor, dst: Tensor) -> Tensor:
 
 def take(values: Tensor, index: Tensor) -> Tensor:
     """Rows ``index`` [B, K] of ``values`` [B, L, ...], as one flat row gather (many times quicker than an expanded one)."""
+    if values.dim() == 2:
+        return values.gather(1, index)
     start = torch.arange(values.shape[0], device=index.device).unsqueeze(1) * values.shape[1]
     return values.flatten(0, 1).index_select(0, (index + start).flatten()).reshape(*index.shape, *values.shape[2:])
 
@@ -41,9 +43,13 @@ def in_parts(values: Tensor, width: int) -> tuple[Tensor, ...]:
 
 
 def add_rows(values: Tensor, dst: Tensor, count: int) -> Tensor:
-    """Sum the rows of ``values`` [B, L, C] into ``count`` rows by ``dst`` [B, L]; the same sum on every run."""
-    batch = values.shape[0]
-    if values.device.type == "cpu" and not _exporting():
+    """Sum the rows of ``values`` [B, L, C] or [B, L] into ``count`` rows by ``dst`` [B, L]; the same sum on every run."""
+    batch, here = values.shape[0], values.device.type == "cpu" and not _exporting()
+    if values.dim() == 2:
+        if here:
+            return values.new_zeros(batch, count).scatter_add(1, dst, values)
+        return add_rows(values.unsqueeze(2), dst, count).squeeze(2)
+    if here:
         start = torch.arange(batch, device=dst.device).unsqueeze(1) * count
         out = values.new_zeros(batch * count, values.shape[2])
         return out.index_add(0, (dst + start).flatten(), values.flatten(0, 1)).view(batch, count, -1)

@@ -81,4 +81,6 @@ def attend(parts: Parts, h: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -
 
 def heard(module: Any) -> bool:
     """Whether somebody listens to a module or to what is in it, and may want all rows."""
-    return any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+    if module._forward_hooks or module._forward_pre_hooks:
+        return True
+    return any(child is not None and heard(child) for child in module._modules.values())

@@ -7,7 +7,7 @@ is one stage. Methods see one stage at a time: its blocks, its part of the sched
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from laconic.hosts import Shape
 from laconic.reducer import Method
@@ -26,18 +26,19 @@ class Staging:
     config: Method
     schedule: Schedule
     shapes: tuple[Shape, ...]
+    starts: tuple[int, ...] = field(init=False)  # the first block of each stage
+    usual: tuple[tuple[int, ...], ...] = field(init=False)  # counts of each stage at the host's own size: asked at every block
 
     def __post_init__(self) -> None:
-        self.schedule.check_depth(sum(shape.depth for shape in self.shapes))
-
-    @property
-    def starts(self) -> tuple[int, ...]:
-        """The first block of each stage."""
-        return tuple(sum(shape.depth for shape in self.shapes[:i]) for i in range(len(self.shapes)))
+        depths = [shape.depth for shape in self.shapes]
+        self.schedule.check_depth(sum(depths))
+        object.__setattr__(self, "starts", tuple(sum(depths[:i]) for i in range(len(depths))))
+        usual = tuple(self._counts(stage, shape.patches) for stage, shape in enumerate(self.shapes))
+        object.__setattr__(self, "usual", usual)
 
     def stage(self, block: int) -> int:
         """The stage that a block belongs to."""
-        return max(i for i, start in enumerate(self.starts) if start <= block)
+        return 0 if len(self.starts) == 1 else max(i for i, start in enumerate(self.starts) if start <= block)
 
     def part(self, stage: int) -> Schedule | None:
         """What of the schedule is for this stage, with its own first block as block 0; None where that is nothing."""
@@ -46,6 +47,9 @@ class Staging:
 
     def stage_counts(self, stage: int, patches: int) -> tuple[int, ...]:
         """Patch tokens that each block of a stage leaves, of so many patches."""
+        return self.usual[stage] if patches == self.shapes[stage].patches else self._counts(stage, patches)
+
+    def _counts(self, stage: int, patches: int) -> tuple[int, ...]:
         part, depth = self.part(stage), self.shapes[stage].depth
         return (patches,) * depth if part is None else self.config.counts(part, depth, patches)
 

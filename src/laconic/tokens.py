@@ -7,7 +7,6 @@ in ``x``; they have no other column, because nothing may ever happen to them.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,7 +58,9 @@ class Tokens:
 
     def replace(self, **changes: Any) -> Tokens:
         """A copy with other values in the named fields."""
-        return dataclasses.replace(self, **changes)
+        copy = object.__new__(type(self))  # called many times a forward: dataclasses.replace takes ten times as long
+        copy.__dict__.update(self.__dict__, **changes)
+        return copy
 
     @property
     def patches(self) -> Float[Tensor, "B L C"]:
@@ -90,7 +91,7 @@ class Tokens:
         """Keep the patch tokens ``index``, in that order, and drop the rest."""
         prefix = torch.arange(self.prefix, device=index.device).expand(index.shape[0], -1)
         x = take(self.x, torch.cat([prefix, index + self.prefix], 1))
-        dst = torch.full_like(self.place, -1).scatter(1, index, iota(index))
+        dst = index.new_full(self.size.shape, -1).scatter(1, index, iota(index))
         return self._follow(index, dst, x, take(self.size, index))
 
     def merge(self, dst: Int[Tensor, "B L"], weight: Float[Tensor, "B L"], lead: Int[Tensor, "B M"]) -> Tokens:
@@ -106,17 +107,17 @@ class Tokens:
         every = torch.cat([torch.arange(self.prefix, device=dst.device).expand(dst.shape[0], -1), into + self.prefix], 1)
         weighted = self.x * F.pad(weight, (self.prefix, 0), value=1.0).unsqueeze(-1)
         x = add_rows(weighted, every, self.prefix + count).to(self.x.dtype)
-        size = add_rows(self.size.masked_fill(gone, 0.0).unsqueeze(-1), into, count).squeeze(-1)
+        size = add_rows(self.size.masked_fill(gone, 0.0), into, count)
         return self._follow(lead, dst, x, size).replace(merged=True)
 
     def highest(self, dst: Int[Tensor, "B L"], lead: Int[Tensor, "B M"]) -> Tokens:
         """The highest value of each channel over ``dst[i] == m``, without weights; all else as in `merge`."""
-        gone, into = (dst < 0).unsqueeze(-1), dst.clamp_min(0)
-        patches, size = self.patches.masked_fill(gone, -torch.inf), self.size.unsqueeze(-1).masked_fill(gone, 0.0)
+        gone, into = dst < 0, dst.clamp_min(0)
+        patches, size = self.patches.masked_fill(gone.unsqueeze(-1), -torch.inf), self.size.masked_fill(gone, 0.0)
         new = patches.new_zeros(lead.shape[0], lead.shape[1], patches.shape[2])
         new = new.scatter_reduce(1, into.unsqueeze(-1).expand_as(patches), patches, "amax", include_self=False)
         x = torch.cat([self.x[:, : self.prefix], new], 1)
-        return self._follow(lead, dst, x, add_rows(size, into, lead.shape[1]).squeeze(-1)).replace(merged=True)
+        return self._follow(lead, dst, x, add_rows(size, into, lead.shape[1])).replace(merged=True)
 
     def mix(self, matrix: Float[Tensor, "B M L"]) -> Tokens:
         """Soft merge, ``x' = matrix @ x``. Sizes are shared out by column; a patch is said to be where most of it went."""
@@ -152,7 +153,7 @@ class Tokens:
     def fade(self, alive: Float[Tensor, "B L"], dst: Int[Tensor, "B L"]) -> Tokens:
         """Soft removal, for training: none leaves, but tokens with ``alive == 0`` hand their patches to ``dst`` (-1: drop)."""
         into = dst.clamp_min(0)
-        size = add_rows(self.size.masked_fill(dst < 0, 0.0).unsqueeze(-1), into, len(self)).squeeze(-1)
+        size = add_rows(self.size.masked_fill(dst < 0, 0.0), into, len(self))
         return self.replace(alive=alive, size=size, where=follow(self.where, dst), merged=True)
 
     def switch(self, halves: Float[Tensor, "B S N"], heads: Float[Tensor, "B H"] | None = None) -> Tokens:
@@ -206,11 +207,12 @@ class Tokens:
         def of_lead(value: Tensor | None) -> Tensor | None:
             return None if value is None else take(value, lead)
 
+        still = self.patch is None and not self.merged  # every token is its own patch
         return self.replace(
             x=x,
             size=size,
-            where=follow(self.where, dst),
-            patch=of_lead(self.place),
+            where=dst if still else follow(self.where, dst),
+            patch=lead if self.patch is None else take(self.patch, lead),
             gate=of_lead(self.gate),
             alive=of_lead(self.alive),
             columns={name: take(c, lead) for name, c in self.columns.items()},

@@ -56,7 +56,7 @@ class DiffRateReducer(Reducer):
         gate = tokens.gates
         grown = gate * torch.cat([torch.ones_like(gate[:, :n]), similarity], 1)
         tokens = tokens.merge(dst, share(torch.ones_like(tokens.size), dst, n), head)
-        return tokens.replace(gate=add_rows(grown.unsqueeze(2), dst, n).squeeze(2).clamp_min(FLOOR))
+        return tokens.replace(gate=add_rows(grown, dst, n).clamp_min(FLOOR))
 
 
 @method(

@@ -98,7 +98,7 @@ class Squeeze(Method):
             host = one_to_one(c, host, n)
         own = math.e if self.fusing == "weighted" else 1.0
         pull = c.exp() if self.fusing == "weighted" else torch.ones_like(c)
-        total = own + torch.zeros_like(kept, dtype=c.dtype).scatter_add(1, host.clamp_min(0), pull.masked_fill(host < 0, 0.0))
+        total = own + add_rows(pull.masked_fill(host < 0, 0.0), host.clamp_min(0), n)
         weight = lay(kept, rest, own / total, pull / total.gather(1, host.clamp_min(0)))
         return tokens.merge(lay(kept, rest, iota(kept), host), weight, kept)
 
@@ -112,7 +112,7 @@ class Squeeze(Method):
         chosen, into = (gone * (dst >= 0)).to(best.dtype), dst.clamp_min(0)
         own = math.e if self.fusing == "weighted" else 1.0
         pull = (chosen * best).exp() * chosen if self.fusing == "weighted" else chosen
-        total = own + add_rows(pull.unsqueeze(2), into, len(tokens)).squeeze(2)
+        total = own + add_rows(pull, into, len(tokens))
         weight = (pull / total.gather(1, into)).unsqueeze(2)
         guests = add_rows(weight * tokens.patches.to(best.dtype), into, len(tokens))
         patches = (own / total).unsqueeze(2) * tokens.patches + guests

@@ -26,22 +26,26 @@ class Distances:
         self.norm = self.x.square().sum(-1)
         every = torch.arange(x.shape[1], device=x.device)
         self.parts = [part.squeeze(0) for part in in_parts(every.unsqueeze(0), x.shape[1])]
-        self.whole = self._between(every, self.x, self.norm, every) if len(self.parts) == 1 else None
+        self.whole = self._between(every, (self.x, self.norm), self.x, self.norm, every) if len(self.parts) == 1 else None
 
     def of(self, part: Int[Tensor, " m"]) -> Float[Tensor, "B m M"]:
         """From these rows to all."""
-        every = torch.arange(self.x.shape[1], device=self.x.device)
-        return self._between(part, self.x, self.norm, every) if self.whole is None else self.whole
+        if self.whole is not None:
+            return self.whole
+        return self._between(part, self._rows(part), self.x, self.norm, torch.arange(self.x.shape[1], device=self.x.device))
 
     def to(self, part: Int[Tensor, " m"], rows: Int[Tensor, "B Q"]) -> Float[Tensor, "B m Q"]:
         """From these rows to some, that each image has of its own."""
         if self.whole is not None:
             return take(self.whole, rows).transpose(1, 2)
-        return self._between(part, take(self.x, rows), take(self.norm, rows), rows.unsqueeze(1))
+        return self._between(part, self._rows(part), take(self.x, rows), take(self.norm, rows), rows.unsqueeze(1))
 
-    def _between(self, part: Tensor, y: Tensor, norm: Tensor, rows: Tensor) -> Tensor:
-        x, own = self.x.index_select(1, part), self.norm.index_select(1, part)
-        d2 = torch.baddbmm(own.unsqueeze(2) + norm.unsqueeze(1), x, y.transpose(1, 2), alpha=-2.0)
+    def _rows(self, part: Tensor) -> tuple[Tensor, Tensor]:
+        return self.x.index_select(1, part), self.norm.index_select(1, part)
+
+    def _between(self, part: Tensor, own: tuple[Tensor, Tensor], y: Tensor, norm: Tensor, rows: Tensor) -> Tensor:
+        x, length = own
+        d2 = torch.baddbmm(length.unsqueeze(2) + norm.unsqueeze(1), x, y.transpose(1, 2), alpha=-2.0)
         return d2.clamp_min(0.0).masked_fill(part.unsqueeze(1) == rows, 0.0)
 
 
@@ -87,14 +91,11 @@ def density_peaks(
         near.append(-d2.sum(2) if few is None else -few.mean(2) / x.shape[2])
         widest.append(d2.amax(2).sqrt())
     log_density, wide = torch.cat(near, 1), torch.cat(widest, 1)
-    order = iota(log_density)
-
-    def denser(part: Tensor, rows: Tensor) -> Tensor:  # [B, m, Q]: those rows are denser than the part's
-        mine, other = log_density[:, part].unsqueeze(2), log_density.gather(1, rows).unsqueeze(1)
-        return (other > mine) | ((other == mine) & (rows.unsqueeze(1) < part.unsqueeze(1)))
-
+    line, _ = split(log_density, x.shape[1])
+    rank = torch.empty_like(line).scatter(1, line, iota(line))  # of a row by its density: the densest has 0
     for part in distances.parts:
-        gaps.append(distances.of(part).masked_fill(~denser(part, order), math.inf).amin(2).sqrt())
+        denser = rank.unsqueeze(1) < rank[:, part].unsqueeze(2)
+        gaps.append(distances.of(part).masked_fill(~denser, math.inf).amin(2).sqrt())
     gap = torch.cat(gaps, 1)
     wide = wide if farthest == "own" else wide.amax(1, keepdim=True)
     gap = torch.where(gap < math.inf, gap, wide)
@@ -103,7 +104,7 @@ def density_peaks(
     for part in distances.parts:
         to_centre = distances.to(part, centres)
         if assign == "denser":
-            allowed = denser(part, centres)
+            allowed = rank.gather(1, centres).unsqueeze(1) < rank[:, part].unsqueeze(2)
             allowed = allowed | ~allowed.any(2, keepdim=True)  # nothing denser among the centres: the nearest of all
             to_centre = to_centre.masked_fill(~allowed, math.inf)
         cluster.append(to_centre.argmin(2))

@@ -35,14 +35,9 @@ def cosine(x: Float[Tensor, "B M C"], y: Float[Tensor, "B K C"]) -> Float[Tensor
 
 def share(weight: Float[Tensor, "B L"], dst: Int[Tensor, "B L"], count: int) -> Float[Tensor, "B L"]:
     """Weights that sum to one inside every group (an all-zero group is shared out evenly); ``dst == -1`` is left alone."""
-    into = dst.clamp_min(0)
-
-    def total(w: Tensor) -> Tensor:
-        return add_rows(w.masked_fill(dst < 0, 0.0).unsqueeze(-1), into, count).squeeze(-1).gather(1, into)
-
-    whole = total(weight)
-    even = 1.0 / total(torch.ones_like(weight)).clamp_min(1.0)
-    return torch.where(whole > 0, weight / whole.clamp_min(torch.finfo(weight.dtype).tiny), even)
+    into, there = dst.clamp_min(0), (dst >= 0).to(weight.dtype)
+    whole, members = (add_rows(w, into, count).gather(1, into) for w in (weight * there, there))
+    return torch.where(whole > 0, weight / whole.clamp_min(torch.finfo(weight.dtype).tiny), 1.0 / members.clamp_min(1.0))
 
 
 def one_to_one(similarity: Float[Tensor, "B R"], host: Int[Tensor, "B R"], count: int) -> Int[Tensor, "B R"]:

@@ -52,13 +52,35 @@ def nearest(
 
 
 def greedy_pairs(x: Float[Tensor, "B K C"], count: int) -> tuple[Int[Tensor, "B Q"], Int[Tensor, "B Q"]]:
-    """The ``count`` most similar disjoint pairs (a before b): take the best pair, strike both out, repeat.
+    """The ``count`` most similar disjoint pairs (a before b): take the best pair, strike both out, repeat."""
+    x = x.detach()
+    return _from_all(x, count) if len(in_parts(x, x.shape[1])) == 1 else _from_lists(x, count)
 
-    Exactly so, from lists of each row's best partners: p - 1 pairs strike out 2 (p - 1) rows, so that the p-th pair is among
-    the 2 p - 1 best partners of its row, and a list as long as that is good for p pairs. For more than `WINDOW` pairs the
-    lists are made again, which takes all similarities anew: time grows faster than with K^2 from there on, memory does not.
+
+def _from_all(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Pairs from the matrix of all similarities, which is written over."""
+    place, image = torch.arange(x.shape[1], device=x.device), torch.arange(x.shape[0], device=x.device).unsqueeze(1)
+    similarity = cosine(x, x).masked_fill_(place <= place.unsqueeze(1), -math.inf)
+    pairs: list[Tensor] = []
+    for _ in range(count):
+        first = similarity.amax(2).argmax(1, keepdim=True)
+        second = similarity[image, first].squeeze(1).argmax(1, keepdim=True)
+        both = torch.cat([first, second], 1)
+        similarity[image, both] = -math.inf
+        similarity.transpose(1, 2)[image, both] = -math.inf
+        pairs.append(both)
+    first, second = torch.stack(pairs, 2).unbind(1)
+    return first, second
+
+
+def _from_lists(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The same pairs from lists of each row's best partners, of which no more is held.
+
+    p - 1 pairs strike out 2 (p - 1) rows, so that the p-th pair is among the 2 p - 1 best partners of its row, and a list as
+    long as that is good for p pairs. For more than `WINDOW` pairs the lists are made again, which takes all similarities anew:
+    time grows faster than with K^2 from there on, memory does not.
     """
-    x, size = x.detach(), x.shape[1]
+    size = x.shape[1]
     struck = torch.zeros_like(x[..., 0], dtype=torch.bool)
     first, second = [iota(x)[:, :0]], [iota(x)[:, :0]]
     for start in range(0, count, WINDOW):

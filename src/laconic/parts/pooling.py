@@ -30,7 +30,7 @@ def cells(place: Int[Tensor, "B L"], grid: tuple[int, int], count: int) -> tuple
     cell = cell.gather(1, order)
 
     def in_cells(values: Tensor) -> Tensor:  # sums by cell
-        return add_rows(values.float().unsqueeze(-1), cell, rows * columns).squeeze(-1).long()
+        return add_rows(values.float(), cell, rows * columns).long()
 
     held = in_cells(torch.ones_like(cell))
     tokens = held.gather(1, cell)

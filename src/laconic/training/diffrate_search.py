@@ -81,9 +81,9 @@ class SearchReducer(Reducer):
         best, host = cosine(tokens.patches, tokens.patches).masked_fill(others, -2.0).max(2)
         best = best.masked_fill(best < -1.5, 0.0)  # no other head
         gate = tokens.gates
-        whole = 1 + add_rows(tail.unsqueeze(2), host, len(tokens))
+        whole = 1 + add_rows(tail, host, len(tokens)).unsqueeze(2)
         patches = tokens.patches + add_rows(tokens.patches * tail.unsqueeze(2), host, len(tokens))
-        grown = gate + add_rows((gate * best * tail).unsqueeze(2), host, len(tokens)).squeeze(2)
+        grown = gate + add_rows(gate * best * tail, host, len(tokens))
         tokens = tokens.fade(head, torch.where(head > 0, iota(head), torch.where(tail > 0, host, -1)))
         return tokens.replace(
             x=torch.cat([tokens.x[:, : tokens.prefix], patches / whole], 1).to(tokens.x.dtype), gate=grown.clamp_min(1.0)
