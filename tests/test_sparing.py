@@ -109,6 +109,46 @@ def test_families_without_known_steps_spare_the_mlp():
     assert seen == [1]
 
 
+@pytest.mark.parametrize("method", ["etps", "bat", "tome"])
+def test_known_steps_need_no_listening(method, monkeypatch):
+    model = laconic.reduce_(make("plain"), method, keep=0.6, at=[0, 1])
+    other, x = whole(model), images("plain")
+    expected = other(x)
+
+    def listen(*args, **kwargs):
+        raise AssertionError("every operation of a block is listened to")
+
+    monkeypatch.setattr("laconic.passing.Watch", listen)
+    torch.testing.assert_close(model(x), expected, **CLOSE)
+    with pytest.raises(AssertionError, match="listened"):
+        other(x)
+
+
+def test_blocks_that_never_have_anything_to_do_run_as_they_stand(monkeypatch):
+    model = laconic.reduce_(make("plain"), "etps", keep=0.6, at=[1])
+    assert model.laconic.passed == {0, 2}  # the last may be spared
+    x, steps, own = images("plain"), [], laconic.passing.Step.run
+    monkeypatch.setattr("laconic.passing.Step.run", lambda step, *args: (steps.append(step.index), own(step, *args))[1])
+    model(x)
+    assert steps == [1, 3]
+    assert [len(entry) for entry in model.laconic.ledger] == [36, 36, 22, 22, 22]
+    tome = laconic.reduce_(make("plain"), "tome", keep=0.6, at=[1])
+    assert tome.laconic.passed == {0, 2}
+    steps.clear()
+    tome(x)  # sizes are to be added to the logits: the block after it does not run as it stands
+    assert steps == [1, 2, 3]
+
+
+def test_a_block_that_runs_as_it_stands_refuses_what_others_do():
+    model = laconic.reduce_(make("plain"), "etps", keep=0.6, at=[1])
+    model(images("plain"))
+    x = torch.randn(images("plain").shape[0], 37, 48)
+    with pytest.raises(ValueError, match="takes no attn_mask"):
+        model.blocks[0](x, attn_mask=torch.ones(37, 37))
+    with pytest.raises(RuntimeError, match="block 2 got .* the block before it left . images of 23 tokens"):
+        model.blocks[2](x)
+
+
 def test_multiply_adds_that_are_run():
     model = laconic.reduce_(make("plain"), "topk", keep=0.6, at=[0, 1])
     assert counted(model) == laconic.summary(model).macs

@@ -7,7 +7,7 @@ own forward. What has become of each patch is written into a ledger, one entry a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,15 +18,14 @@ from laconic.calling import by_name
 from laconic.deciding import Deciding
 from laconic.grid import GridMap
 from laconic.hosts import HOSTS, Host, halves_of
-from laconic.passing import Step
+from laconic.passing import Step, refuse_lost, refuse_others
 from laconic.reducer import Method, Reducer
 from laconic.schedule import Schedule
-from laconic.sparing import heard
+from laconic.sparing import Spared, heard
 from laconic.staging import Staging
 from laconic.tokens import Tokens
 
 Rows = Literal["needed", "all"]
-Spared = Literal["prefix", "dropped"]
 
 
 class Compression(nn.Module):
@@ -55,6 +54,10 @@ class Compression(nn.Module):
         self.prefix, self.has_cls, self.grid, self.pooling = last.prefix, last.has_cls, last.grid, host.pooling(model)
         self.reducers = nn.ModuleDict({str(block): config.build(site) for block, site in self.staging.sites().items()})
         self.set_schedule(schedule)
+        starts = self.staging.starts[1:]
+        ends = {*starts, *(start - 1 for start in starts), self.depth - 1}
+        plain = [i for i, block in enumerate(host.blocks(model)) if not halves_of(block).placed]
+        self.passed = {i for i in plain if i not in ends and self.reducer(i) is None and not self._watches(i + 1)}
         reference = next(model.parameters())
         self.to(reference.device, reference.dtype)
         self.train(model.training)
@@ -92,19 +95,11 @@ class Compression(nn.Module):
         """Patch tokens each block leaves, for an image of that many patches (in the first stage) or of the host's own size."""
         return self.staging.counts(patches)
 
-    def losses(self) -> dict[str, Tensor]:
-        """The method's own losses of the last forward, each a mean over the reducing blocks."""
-        patches = [self.entry(start + 1).where.shape[1] for start in self.staging.starts]
-        targets = self.staging.targets(patches)
-        parts = [
-            reducer.losses(self.entry(b + 1), rate) for b, rate in targets.items() if (reducer := self.reducer(b)) is not None
-        ]
-        names = sorted({name for part in parts for name in part})
-        return {name: torch.stack([part[name] for part in parts if name in part]).mean() for name in names}
-
     # -------------------------------------------------------------------------------------------- one block
     def run(self, index: int, block: nn.Module, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         """Stands in for the forward of block ``index``, whose parameters have these names."""
+        if index in self.passed and self._passes(index, args, kwargs):
+            return type(block).forward(block, *args, **kwargs)
         x, kwargs = by_name(names, args, kwargs, halves_of(block).own_mask)
         tokens = self._arriving(index, x)
         n = self._leaves(index, tokens)
@@ -121,16 +116,32 @@ class Compression(nn.Module):
         x = self._handed_on(index, tokens)
         return (x,) if self.in_tuples else x
 
+    def _passes(self, index: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether a block that never has anything to do may run as it stands; if so, the books are kept already.
+
+        Next to the products of a block, what is done besides runs in cold caches: a small image pays a hundredth for it.
+        """
+        if self.training or len(args) != 1:
+            return False
+        if index == 0:
+            self._arriving(0, args[0])
+        tokens = self.ledger[index]
+        if tokens is None or not tokens.ordinary:
+            return False
+        if args[0].shape[:2] != tokens.shape or not all(value is None or value is False for value in kwargs.values()):
+            return False
+        self.ledger[index + 1], self._with_gradient[index + 1] = tokens, torch.is_grad_enabled()
+        return True
+
     def _spared(self, index: int, block: nn.Module, reducer: Reducer | None) -> Spared | None:
-        """Which rows of a block nobody needs: none in training, or where somebody listens to the block."""
+        """What of a block nobody needs: nothing in training; where somebody listens to the block, no rows are left out."""
         if not self.spares or self.training:
             return None
         if reducer is not None:
-            return "dropped" if reducer.looks == "class" and self.execution is None and not heard(block) else None
-        if not self.answering or self.restore or index + 1 < self.depth or heard(block):
-            return None
-        norm = getattr(self.model, "norm", None)
-        return None if norm is not None and heard(norm) else "prefix"
+            drops = reducer.looks == "class" and self.execution is None
+            return "dropped" if drops and not heard(block) else "listening"
+        last = self.answering and not self.restore and index + 1 == self.depth
+        return "prefix" if last and not heard(block) and not heard(getattr(self.model, "norm", None)) else "listening"
 
     def _leaves(self, index: int, tokens: Tokens) -> int:
         """Patch tokens that a block is to leave of these."""
@@ -145,7 +156,9 @@ class Compression(nn.Module):
     def _note(self, index: int, tokens: Tokens) -> None:
         self._with_gradient[index] = torch.is_grad_enabled()
         # everything but the features: those would keep every activation alive
-        self.ledger[index] = tokens.replace(x=tokens.x.new_empty(tokens.x.shape[0], 0, tokens.x.shape[2]))
+        before, none = self.ledger[index - 1] if index else None, (tokens.x.shape[0], 0, tokens.x.shape[2])
+        empty = before.x if before is not None and before.x.shape == none else tokens.x.new_empty(none)
+        self.ledger[index] = tokens.replace(x=empty)
 
     def _arriving(self, index: int, x: Tensor) -> Tokens:
         if index in self.staging.starts:
@@ -156,12 +169,8 @@ class Compression(nn.Module):
             return start
         tokens = self.entry(index)
         if self.training and torch.is_grad_enabled() and x.requires_grad and not self._with_gradient[index]:
-            self._refuse_lost(tokens)
-        if x.shape[:2] != (tokens.size.shape[0], tokens.prefix + len(tokens)):
-            raise RuntimeError(
-                f"block {index} got {tuple(x.shape)}, but the block before it left {tokens.size.shape[0]} images of "
-                f"{tokens.prefix + len(tokens)} tokens; run the blocks of a reduced model in order, one forward at a time"
-            )
+            refuse_lost(self.config.row.name, self.reducers.children(), tokens)
+        refuse_others(index, x, tokens)
         return tokens.replace(x=x)
 
     def entry(self, index: int) -> Tokens:
@@ -171,26 +180,17 @@ class Compression(nn.Module):
             raise RuntimeError("this reduced model has not run forward yet; run it on a batch of images first")
         return tokens
 
-    def _refuse_lost(self, tokens: Tokens) -> None:
-        """Features that carry a gradient have met state without one: a block is run again, and what came with them is lost."""
-        through = any(isinstance(reducer, Reducer) and reducer.straight_through for reducer in self.reducers.children())
-        decides = tokens.alive is not None and through and any(p.requires_grad for p in self.reducers.parameters())
-        if decides or tokens.notes or tokens.aside is not None:
-            raise RuntimeError(
-                f"what {self.config.row.name} hands from block to block beside the features has lost its gradient: re-entrant "
-                "gradient checkpointing cannot carry it; use use_reentrant=False (timm.layers.set_reentrant_ckpt(False))"
-            )
-
     def reducer(self, index: int) -> Reducer | None:
         """The reducer of block ``index``, if it has one."""
         reducer = self.reducers[str(index)] if str(index) in self.reducers else None  # noqa: SIM401 (ModuleDict has no get)
         return reducer if isinstance(reducer, Reducer) else None
 
     def _watcher(self, index: int, tokens: Tokens) -> Reducer | None:
+        return self.reducer(index) if self._watches(index) and self._leaves(index, tokens) < len(tokens) else None
+
+    def _watches(self, index: int) -> bool:
         reducer = self.reducer(index)
-        if reducer is None or index in self.staging.starts or not reducer.overrides("watch"):
-            return None
-        return reducer if self._leaves(index, tokens) < len(tokens) else None
+        return reducer is not None and index not in self.staging.starts and reducer.overrides("watch")
 
     def _positions(self, x: Tensor) -> Tensor | None:
         table = HOSTS[self.host_path].positions(self.model) if len(self.staging.shapes) == 1 else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from laconic.compression import Compression, compression_of
@@ -68,7 +69,15 @@ def losses(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ValueError: the model is not reduced. RuntimeError: it has not run forward yet.
     """
-    return compression_of(model).losses()
+    compression = compression_of(model)
+    patches = [compression.entry(start + 1).where.shape[1] for start in compression.staging.starts]
+    parts = list[dict[str, Tensor]]()
+    for block, rate in compression.staging.targets(patches).items():
+        reducer = compression.reducer(block)
+        if reducer is not None:
+            parts.append(reducer.losses(compression.entry(block + 1), rate))
+    names = sorted({name for part in parts for name in part})
+    return {name: torch.stack([part[name] for part in parts if name in part]).mean() for name in names}
 
 
 def restore_dense(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from laconic.attention import Seen, Watch
 from laconic.grid import GridMap
@@ -17,7 +17,7 @@ from laconic.masking import bias_of
 from laconic.packing import Packing
 from laconic.reducer import Reducer
 from laconic.rows import table_rows
-from laconic.sparing import Sparing
+from laconic.sparing import Spared, Sparing
 from laconic.tokens import Tokens
 
 Moment = Callable[..., Tokens]  # (reducer, name of the moment, tokens, arguments of the moment)
@@ -27,8 +27,8 @@ Moment = Callable[..., Tokens]  # (reducer, name of the moment, tokens, argument
 class Step:
     """How one block is passed: with which reducer (if it has anything to do), and who watches its attention.
 
-    ``n`` is the number of patch tokens to leave. ``packed``: tokens that nobody sees are not run. ``spared``: rows that
-    nobody needs are not computed: of all but the prefix tokens (``prefix``), or of those that are dropped (``dropped``).
+    ``n`` is the number of patch tokens to leave. ``packed``: tokens that nobody sees are not run. ``spared``: work that nobody
+    needs is not done.
     """
 
     index: int
@@ -37,12 +37,12 @@ class Step:
     watcher: Reducer | None
     n: int
     packed: bool
-    spared: Literal["prefix", "dropped"] | None
+    spared: Spared | None
     moment: Moment
 
     def run(self, tokens: Tokens, kwargs: dict[str, Any]) -> Tokens:
         """The block, with all moments of its reducer."""
-        if self.spared is not None and self.watcher is None:
+        if self.spared in ("prefix", "dropped") and self.watcher is None:
             spared = self._sparing(tokens, kwargs)
             if spared is not None:
                 return spared
@@ -63,8 +63,7 @@ class Step:
             return None if sparing is None else sparing.prefix_alone(tokens)
         if sparing.parts is None or self.reducer is None:
             return None
-        choose = partial(self.moment, self.reducer, "between")
-        return sparing.choice_first(sparing.parts, tokens, lambda tokens, seen: choose(tokens, seen, self.n))
+        return sparing.choice_first(sparing.parts, tokens, partial(self._between, self.reducer))
 
     def _ahead(self, reducer: Reducer, tokens: Tokens, kwargs: dict[str, Any]) -> Tokens:
         """A look at the block's attention before the block: its first half is run once more, for its q, k and v."""
@@ -85,6 +84,10 @@ class Step:
         own = tokens.attention is not None or tokens.switches is not None or rows is not None or again
         if between is None and self.watcher is None and bias is None and packing is None and not own:
             return tokens.replace(x=first_of(type(block).forward(block, tokens.x, **kwargs)))
+        if self.spared is not None and self.watcher is None and not self.packed and not own:
+            sparing = Sparing.of(block, halves, tokens, kwargs, bias)
+            if sparing is not None and sparing.parts is not None:
+                return sparing.step_by_step(sparing.parts, tokens, partial(self._between, between))
         calls: list[dict[str, Any]] = []
         x = tokens.x if packing is None else packing.pack(tokens.x)
         parted = between is not None or tokens.switches is not None or halves.hidden or again
@@ -103,11 +106,14 @@ class Step:
             seen = Seen.of(looked, tokens, self.name, coarse=halves.grid is not None)
             if self.watcher is not None:
                 tokens = self.moment(self.watcher, "watch", tokens, seen)
-            if between is not None and halves.mlp is not None:
-                tokens = self.moment(between, "between", tokens, seen, self.n)
+            if halves.mlp is not None:
+                tokens = self._between(between, tokens, seen)
         if parted and halves.mlp is not None:
             tokens = tokens.replace(x=self._mlp(halves.mlp, tokens))
         return tokens.replace(switches=None)
+
+    def _between(self, reducer: Reducer | None, tokens: Tokens, seen: Seen) -> Tokens:
+        return tokens if reducer is None else self.moment(reducer, "between", tokens, seen, self.n)
 
     def _mlp(self, mlp: Callable[..., Tensor], tokens: Tokens) -> Tensor:
         packing, half = Packing.of(tokens) if self.packs else None, partial(mlp, self.block)
@@ -126,6 +132,36 @@ class Step:
     def name(self) -> str:
         """The block, in words."""
         return f"block {self.index} ({path_of(type(self.block))})"
+
+
+def refuse_lost(method: str, reducers: Iterable[nn.Module], tokens: Tokens) -> None:
+    """Features that carry a gradient have met state without one: a block is run again, and what came with them is lost.
+
+    Raises:
+        RuntimeError: the method hands something from block to block beside the features.
+    """
+    found = [reducer for reducer in reducers if isinstance(reducer, Reducer)]
+    learns = any(p.requires_grad for reducer in found for p in reducer.parameters())
+    decides = tokens.alive is not None and learns and any(reducer.straight_through for reducer in found)
+    if decides or tokens.notes or tokens.aside is not None:
+        raise RuntimeError(
+            f"what {method} hands from block to block beside the features has lost its gradient: re-entrant gradient "
+            "checkpointing cannot carry it; use use_reentrant=False (timm.layers.set_reentrant_ckpt(False))"
+        )
+
+
+def refuse_others(index: int, x: Tensor, tokens: Tokens) -> None:
+    """Features must be of the tokens that the block before has left.
+
+    Raises:
+        RuntimeError: they are of others.
+    """
+    if x.shape[:2] != tokens.shape:
+        images, count = tokens.shape
+        raise RuntimeError(
+            f"block {index} got {tuple(x.shape)}, but the block before it left {images} images of {count} tokens; run the "
+            "blocks of a reduced model in order, one forward at a time"
+        )
 
 
 def switched(tokens: Tokens, packing: Packing | None, part: str, half: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 * Where the host's answer comes of its prefix tokens alone, the last block works them out and no others: keys and values are of
   all tokens, queries, projection and MLP of the prefix tokens.
+* Where the steps of a block's attention are known, they are taken one by one: nobody has to listen to every operation for the
+  one that a method looks at, or adds a bias to.
 * Where a method does nothing but keep some tokens, by the attention of the class token or by less, those that it drops are
   neither queries nor projected: keys and values first, then the choice, then the rest for the tokens that stay.
 """
@@ -11,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,6 +23,7 @@ from laconic.hosts import Halves, Parts
 from laconic.tokens import Tokens
 
 Choose = Callable[[Tokens, Seen], Tokens]
+Spared = Literal["prefix", "dropped", "listening"]  # rows of all but the prefix tokens, of what is dropped; or only listening
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,7 @@ class Sparing:
     @classmethod
     def of(cls, block: Any, halves: Halves, tokens: Tokens, kwargs: dict[str, Any], bias: Tensor | None) -> Sparing | None:
         """None where a block cannot be asked for some of its rows, or something is done to single ones of these tokens."""
-        special = (tokens.alive, tokens.shown, tokens.attention, tokens.switches, tokens.aside)
-        if halves.attention is None or halves.mlp is None or any(value is not None for value in special):
+        if halves.attention is None or halves.mlp is None or not tokens.replace(gate=None).ordinary:
             return None
         if halves.grid is not None or halves.relative:
             return None
@@ -69,6 +71,14 @@ class Sparing:
         kept = choose(tokens, Seen.of([call], tokens, "a block"))
         return self._finish(kept, kept.x + attend(parts, parts.norm(kept.x), k, v, self.bias))
 
+    def step_by_step(self, parts: Parts, tokens: Tokens, between: Choose) -> Tokens:
+        """The whole block, with a look at its attention in between."""
+        q, k, v = parts.project(parts.norm(tokens.x))
+        call = {"query": q, "key": k, "value": v, "attn_mask": None if self.bias is None else self.bias.to(k.dtype)}
+        tokens = tokens.replace(x=tokens.x + parts.added(F.scaled_dot_product_attention(q, k, v, attn_mask=call["attn_mask"])))
+        tokens = between(tokens, Seen.of([call], tokens, "a block"))
+        return self._finish(tokens, tokens.x)
+
     def _finish(self, tokens: Tokens, x: Tensor) -> Tokens:
         return tokens.replace(x=x + self.mlp(x))
 
@@ -80,7 +90,9 @@ def attend(parts: Parts, h: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -
 
 
 def heard(module: Any) -> bool:
-    """Whether somebody listens to a module or to what is in it, and may want all rows."""
+    """Whether somebody listens to a module (if there is one) or to what is in it, and may want all rows."""
+    if module is None:
+        return False
     if module._forward_hooks or module._forward_pre_hooks:
         return True
-    return any(child is not None and heard(child) for child in module._modules.values())
+    return any(map(heard, module._modules.values()))

@@ -56,11 +56,22 @@ class Tokens:
     def __len__(self) -> int:
         return int(self.size.shape[1])
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Images, and tokens of each, prefix tokens among them."""
+        return self.size.shape[0], self.prefix + self.size.shape[1]
+
     def replace(self, **changes: Any) -> Tokens:
         """A copy with other values in the named fields."""
         copy = object.__new__(type(self))  # called many times a forward: dataclasses.replace takes ten times as long
         copy.__dict__.update(self.__dict__, **changes)
         return copy
+
+    @property
+    def ordinary(self) -> bool:
+        """Whether a block would see no difference to tokens of its own: nothing is to be done for any of them."""
+        special = (self.gate, self.alive, self.shown, self.attention, self.switches, self.aside)
+        return all(value is None for value in special)
 
     @property
     def patches(self) -> Float[Tensor, "B L C"]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from laconic.attention import Watch
@@ -151,7 +152,8 @@ def _parts_hold(index: int, block: nn.Module, record: tuple[Any, Any, Any, int])
     whole, first = halves.attention(block, x, **kwargs), x[:, :1]
     h = parts.norm(x)
     alone = attend(parts, parts.norm(first), *parts.keys_values(h), None)
-    difference = (alone - whole[:, :1]).abs().max().item()
+    together = parts.added(F.scaled_dot_product_attention(*parts.project(h)))
+    difference = max((alone - whole[:, :1]).abs().max().item(), (together - whole).abs().max().item())
     if difference <= max(TOLERANCE, 8 * torch.finfo(x.dtype).eps) * whole.abs().max().item():
         return True
     log.warning(

@@ -22,12 +22,13 @@ class Parts:
     """What attention adds to x, in its steps, so that only a few tokens need be queries.
 
     It is ``added(scaled_dot_product_attention(queries(h), *keys_values(h)))`` with h = ``norm(x)``; all but keys and values
-    may be of some rows of x.
+    may be of some rows of x. ``project`` makes all three at once.
     """
 
     norm: Callable[[Tensor], Tensor]
     queries: Callable[[Tensor], Tensor]  # [B, M, C] -> [B, H, M, D]
     keys_values: Callable[[Tensor], tuple[Tensor, Tensor]]  # [B, N, C] -> twice [B, H, N, D]
+    project: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]  # [B, N, C] -> three times [B, H, N, D]
     added: Callable[[Tensor], Tensor]  # [B, H, M, D] -> [B, M, C]
 
 
@@ -49,6 +50,12 @@ class Halves:
     rows: Callable[[Any, str], int | None] = lambda block, name: None
     # the attention of this very block in its steps; None where it has more to it than they say (hooks, adapters, gates)
     parts: Callable[[Any], Parts | None] = lambda block: None
+
+    @property
+    def placed(self) -> bool:
+        """Whether it has to be told where tokens are, or is to be run in a way of its own: not as it stands."""
+        told = self.rope is not None or self.grid is not None or self.own_mask is not None
+        return told or self.relative or self.hidden
 
 
 @dataclass(frozen=True)

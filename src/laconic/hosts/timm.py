@@ -52,24 +52,30 @@ def _untouched(layer: Any) -> bool:
 def _block_parts(b: Any) -> Parts | None:
     attn = b.attn
     known = path_of(type(attn)) in _ATTENTION and getattr(attn, "gate", None) is None and _untouched(attn.qkv)
-    if not known or attn._forward_hooks or attn._forward_pre_hooks or "forward" in attn.__dict__:
+    if not known or not attn.fused_attn or attn._forward_hooks or attn._forward_pre_hooks or "forward" in attn.__dict__:
         return None
     weight, bias, width = attn.qkv.weight, attn.qkv.bias, attn.qkv.out_features // 3
 
-    def project(h: Tensor, rows: slice) -> Tensor:
-        out = F.linear(h, weight[rows], None if bias is None else bias[rows])
+    def heads_of(out: Tensor) -> Tensor:
         return out.reshape(*out.shape[:2], -1, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
 
+    def some(h: Tensor, rows: slice) -> Tensor:
+        return heads_of(F.linear(h, weight[rows], None if bias is None else bias[rows]))
+
     def keys_values(h: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = project(h, slice(width, None)).unbind(0)
+        k, v = some(h, slice(width, None)).unbind(0)
         return attn.k_norm(k), v
+
+    def project(h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = heads_of(F.linear(h, weight, bias)).unbind(0)
+        return attn.q_norm(q), attn.k_norm(k), v
 
     def added(heads: Tensor) -> Tensor:
         x = heads.transpose(1, 2).flatten(2)
         x = attn.norm(x) if hasattr(attn, "norm") else x
         return b.drop_path1(b.ls1(attn.proj_drop(attn.proj(x))))
 
-    return Parts(b.norm1, lambda h: attn.q_norm(project(h, slice(width))[0]), keys_values, added)
+    return Parts(b.norm1, lambda h: attn.q_norm(some(h, slice(width))[0]), keys_values, project, added)
 
 
 register_block("timm.models.vision_transformer.Block", Halves(_block_attention, _block_mlp, parts=_block_parts))

@@ -77,8 +77,9 @@ class Squeeze(Method):
     ) -> tuple[Tensor, Tensor]:
         """Each pruned token's highest c_ij to a reserved one that is not hidden, and its rank among them, [B, R]."""
         if self.similarity == "cosine":
-            best, host = nearest(self.view(tokens, rest), self.view(tokens, kept), hidden)
-            return best / self.temperature, host
+            both = self.view(tokens, torch.cat([kept, rest], 1))  # one gather for two
+            best, host = nearest(both[:, kept.shape[1] :], both[:, : kept.shape[1]], hidden)
+            return best if self.temperature == 1 else best / self.temperature, host
         if seen is None and NOTED not in tokens.columns:
             raise LookupError(f"{self.row.name}: similarity='previous-attention' needs a block before the one it reduces at")
 
@@ -94,12 +95,13 @@ class Squeeze(Method):
         """Match and fuse (eqs. 4-6): n tokens, by falling score."""
         kept, rest = split(score, n)
         c, host = self.hosts(tokens, seen, kept, rest)
+        own = math.e if self.fusing == "weighted" else 1.0
+        pull, into = c.exp() if self.fusing == "weighted" else torch.ones_like(c), host
         if self.matching == "one-to-one":
             host = one_to_one(c, host, n)
-        own = math.e if self.fusing == "weighted" else 1.0
-        pull = c.exp() if self.fusing == "weighted" else torch.ones_like(c)
-        total = own + add_rows(pull.masked_fill(host < 0, 0.0), host.clamp_min(0), n)
-        weight = lay(kept, rest, own / total, pull / total.gather(1, host.clamp_min(0)))
+            pull, into = pull.masked_fill(host < 0, 0.0), host.clamp_min(0)
+        total = own + add_rows(pull, into, n)
+        weight = lay(kept, rest, own / total, pull / total.gather(1, into))
         return tokens.merge(lay(kept, rest, iota(kept), host), weight, kept)
 
     def soft_squeeze(self, tokens: Tokens, keep: Tensor, gone: Tensor) -> Tokens:

@@ -18,7 +18,7 @@ def split(score: Float[Tensor, "B L"], count: int) -> tuple[Int[Tensor, "B K"], 
 def lay(kept: Tensor, rest: Tensor, of_kept: Tensor, of_rest: Tensor) -> Tensor:
     """Values of the kept and of the rest, laid back in token order."""
     values = torch.cat([of_kept, of_rest], 1)
-    return torch.empty_like(values).scatter(1, torch.cat([kept, rest], 1), values)
+    return values.scatter(1, torch.cat([kept, rest], 1), values)
 
 
 def length(x: Float[Tensor, "B L C"]) -> Float[Tensor, "B L"]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from laconic.compression import find_compression
 from laconic.distill import logit_distillation, token_distillation
+from laconic.ledger import losses as own_losses
 from laconic.methods.spvit import PACKAGE
 from laconic.parts import CLASS_LOGITS
 from laconic.recipe import LossPart, Recipe
@@ -109,7 +110,7 @@ class Objective(Step):
             if CLASS_LOGITS in notes:
                 parts[CLASS_LOGITS] = cross_entropy(notes[CLASS_LOGITS].float(), target)
                 total = total + own.get(CLASS_LOGITS, 1.0) * parts[CLASS_LOGITS]
-            for name, value in compression.losses().items():
+            for name, value in own_losses(model).items():
                 parts[name] = value
                 total = total + own.get(name, self.weights.ratio) * value
         for name, value in self._distilled(images, features, logits).items():
