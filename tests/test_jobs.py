@@ -262,6 +262,32 @@ def test_bench_measures_the_alternatives_too(tmp_path):
     assert "bat: " in str(report)
 
 
+def test_bench_measures_files(monkeypatch):
+    """Every row is a file in the runtime asked for, the unreduced model's too."""
+    import laconic.jobs.exported as exported
+
+    opened, own = [], exported.runner
+    monkeypatch.setattr(exported, "runner", lambda path, to, threads: opened.append((path.name, to)) or own(path, to, threads))
+    report = bench(TINY, method=("etps",), batch_size=(1,), setting=QUICK, exported="torch-export")
+    assert [name for name, _ in opened][:3] == ["model.pt2", "model.unreduced,-class-row-only.pt2", "model.etps-0.7.pt2"]
+    assert {to for _, to in opened} == {"torch-export"}
+    assert len(opened) == len(report.rows) == 6
+    assert all(row.peak is None and row.wall.median > 0 for row in report.rows)
+    assert "float32, exported (torch-export), torch" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        (dict(compile=True), "--exported onnx and --compile are two ways"),
+        (dict(dtype="bfloat16"), "takes weights in float32, not bfloat16"),
+    ],
+)
+def test_bench_refuses_what_no_file_can_be(setting, said):
+    with pytest.raises(Refusal, match=said):
+        bench(TINY, setting=measure.Setting(rounds=1, device="cpu", **setting), exported="onnx")
+
+
 @pytest.mark.slow
 def test_bench_of_a_saved_model(tmp_path):
     from laconic.checkpoints import save

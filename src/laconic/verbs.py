@@ -77,6 +77,7 @@ VERBS = {
             "laconic bench deit_small_patch16_224 --method etps --method bat --keep 0.7 --keep 0.5",
             "laconic bench deit_small_patch16_224 --batch-size 1 --batch-size 8 --threads 1 --output results.csv",
             "laconic bench deit_small_patch16_224 --method etps --options similarity=previous-attention --compile",
+            "laconic bench deit_small_patch16_224 --method etps --batch-size 1 --threads 1 --exported onnx",
         ),
     ),
     "plan": Verb(

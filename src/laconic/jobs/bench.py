@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from laconic.attach import restore_
@@ -13,6 +14,7 @@ from laconic.compression import find_compression
 from laconic.doctor import twin
 from laconic.jobs import compare, machine
 from laconic.jobs.compare import Row, threads
+from laconic.jobs.exported import Format, check, write
 from laconic.jobs.measure import Setting
 from laconic.jobs.models import open_model
 from laconic.jobs.output import Refusal, Report, Table
@@ -58,7 +60,8 @@ class BenchReport(Report):
         for batch in dict.fromkeys(row.batch_size for row in self.rows):
             of_batch = [row for row in self.rows if row.batch_size == batch]
             yield compare.table(of_batch, f"{self.model}, batch {batch}, {here['rounds']} rounds")
-        kind = f"{here['dtype']}{', compiled' if here['compiled'] else ''}"
+        way = f", exported ({here['exported']})" if "exported" in here else ", compiled" if here["compiled"] else ""
+        kind = f"{here['dtype']}{way}"
         yield f"{here['device']}, {threads(here)}, {kind}, torch {here['torch']}, timm {here['timm']}, {here['date']}"
         yield " ".join([EXPLAINED, *(f"{note[0].upper()}{note[1:]}." for note in self.notes)])
         yield f"\n{self.verdict}"
@@ -79,6 +82,7 @@ def bench(
     batch_size: tuple[int, ...] = (),
     setting: Setting = Setting(),  # noqa: B008 (it is frozen)
     output: Path | None = None,
+    exported: Format | None = None,
 ) -> BenchReport:
     """Measure reduced models against the unreduced one, interleaved in one process.
 
@@ -92,22 +96,25 @@ def bench(
         batch_size: images in a batch (default: 8).
         setting: how to measure.
         output: write the rows to this CSV file, in timm's columns, and all of it to a JSON file beside it.
+        exported: measure all models as files in ONNX Runtime, in OpenVINO or of torch.export, on the CPU.
 
     Raises:
         Refusal: no such model, an option that no method has, a file that cannot be written.
-        LookupError, TypeError, ValueError: as `laconic.reduce_`.
+        LookupError, TypeError, ValueError, ImportError: as `laconic.reduce_` and `laconic.export`.
     """
     if any(size < 1 for size in batch_size):
         raise Refusal(f"--batch-size must be at least 1, not {min(batch_size)}")
     if output is not None and output.suffix == ".json":
         raise Refusal(f"--output {output}: give the name of a .csv file; the JSON file is written beside it")
+    check(exported, setting)
     rows = list[Row]()
-    with machine.prepared(setting):
+    with machine.prepared(setting), TemporaryDirectory(prefix="laconic-") as place:
         LOG.info("reducing copies of %s, and proving each of them", model)
         variants, notes = collect(model, method, keep or (0.7,), options)
+        files = None if exported is None else write(variants, exported, Path(place))
         for size in dict.fromkeys(batch_size or (8,)):
-            rows += compare.compare(variants, size, setting)
-        environment = machine.environment(setting)
+            rows += compare.compare(variants, size, setting, exported=files)
+        environment = {**machine.environment(setting), **({} if files is None else files.facts)}
     report = BenchReport(model, tuple(rows), environment, (*notes, *compare.busy(rows)))
     if output is not None:
         compare.write_files(output, model, rows, report.to_json())

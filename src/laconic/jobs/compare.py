@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from laconic.jobs import measure, memory
+from laconic.jobs.exported import Exported
 from laconic.jobs.measure import Quartiles, Sample, Setting
 from laconic.jobs.output import Table, csv_text, sentence, write_atomically
 from laconic.jobs.variants import Kind, Variant, label_of, size_of
@@ -60,13 +61,21 @@ class Row:
         return {**fields, **derived}
 
 
-def compare(variants: Sequence[Variant], batch_size: int, setting: Setting, warmup: int = 2) -> list[Row]:
-    """Measure variants, the first of which is the unreduced model, on noise of their own input sizes."""
+def compare(
+    variants: Sequence[Variant], batch_size: int, setting: Setting, warmup: int = 2, exported: Exported | None = None
+) -> list[Row]:
+    """Measure variants, the first of which is the unreduced model, on noise of their own input sizes.
+
+    In PyTorch, or as the files that they were exported to (whose memory is not known).
+    """
     place, dtype = setting.place, measure.DTYPES[setting.dtype]
     models = {}
     for variant in variants:
         noise = torch.randn(batch_size, 3, *variant.image, generator=torch.Generator().manual_seed(0))
         models[variant.label] = (variant.model.to(place, dtype), noise.to(place, dtype))
+    if exported is not None:
+        runs = exported.runs({label: images for label, (_, images) in models.items()}, setting.threads)
+        return rows_of(variants, batch_size, measure.time_runs(runs, setting, warmup))
     rows = rows_of(variants, batch_size, measure.time_models(models, setting, warmup))
     peaks = [memory.peak_of(*models[variant.label]) for variant in variants]
     return [dataclasses.replace(row, peak=peak) for row, peak in zip(rows, peaks, strict=True)]

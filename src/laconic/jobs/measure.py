@@ -157,11 +157,15 @@ def forward(model: Any, images: Tensor, *, compiled: bool) -> Run:
 
 def time_models(models: Mapping[str, tuple[Any, Tensor]], setting: Setting, warmup: int = 2) -> dict[str, list[Sample]]:
     """Time one forward of each (model, images) in every round, after ``warmup`` rounds that do not count."""
+    runs = {name: forward(model, images, compiled=setting.compile) for name, (model, images) in models.items()}
+    return time_runs(runs, setting, warmup)
+
+
+def time_runs(runs: Mapping[str, Run], setting: Setting, warmup: int = 2) -> dict[str, list[Sample]]:
+    """Time everything in every round, after ``warmup`` rounds that do not count."""
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     clock = cuda_clock if setting.place.type == "cuda" else cpu_clock
-
-    runs = {name: forward(model, images, compiled=setting.compile) for name, (model, images) in models.items()}
     steps = (warmup + setting.rounds) * (len(runs) + math.ceil((len(runs) - 1) / APART))
     with torch.inference_mode(), tqdm(total=steps, desc="measuring", unit="forward", leave=False, disable=None) as bar:
         interleave(runs, warmup, clock, bar.update)
