@@ -105,20 +105,22 @@ class Tokens:
         dst = index.new_full(self.size.shape, -1).scatter(1, index, iota(index))
         return self._follow(index, dst, x, take(self.size, index))
 
-    def merge(self, dst: Int[Tensor, "B L"], weight: Float[Tensor, "B L"], lead: Int[Tensor, "B M"]) -> Tokens:
+    def merge(self, dst: Int[Tensor, "B L"], weight: Float[Tensor, "B L"] | None, lead: Int[Tensor, "B M"]) -> Tokens:
         """Sum tokens into new ones: ``x'[m] = sum of weight[i] * x[i] over dst[i] == m``; ``dst[i] == -1`` drops token i.
 
-        The caller chooses the weights (and whether they sum to one). ``lead[m]`` is the old token whose place,
-        position and columns new token m inherits.
+        The caller chooses the weights (and whether they sum to one); None makes the mean, every token counted as often as it
+        has patches. ``lead[m]`` is the old token whose place, position and columns new token m inherits.
         """
         count = lead.shape[1]
         gone, into = dst < 0, dst.clamp_min(0)
+        size = add_rows(self.size.masked_fill(gone, 0.0), into, count)
+        if weight is None:
+            weight = self.size / size.gather(1, into).clamp_min(torch.finfo(size.dtype).tiny)
         weight = weight.masked_fill(gone, 0.0)
         # prefix tokens go along, each to itself with weight one: a single pass without a copy to put them in front
         every = torch.cat([torch.arange(self.prefix, device=dst.device).expand(dst.shape[0], -1), into + self.prefix], 1)
         weighted = self.x * F.pad(weight, (self.prefix, 0), value=1.0).unsqueeze(-1)
         x = add_rows(weighted, every, self.prefix + count).to(self.x.dtype)
-        size = add_rows(self.size.masked_fill(gone, 0.0), into, count)
         return self._follow(lead, dst, x, size).replace(merged=True)
 
     def highest(self, dst: Int[Tensor, "B L"], lead: Int[Tensor, "B M"]) -> Tokens:

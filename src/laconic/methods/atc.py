@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from laconic.attention import Seen
-from laconic.parts import agglomerate, cheapest, cosine, share
+from laconic.parts import agglomerate, cheapest, cosine
 from laconic.reducer import Method, Reducer, Site, choice, method
 from laconic.schedule import of_the_initial
 from laconic.tokens import Tokens
@@ -35,7 +35,7 @@ class ATCReducer(Reducer):
         distance = 1 - cosine(seen.keys, seen.keys)
         cluster = agglomerate(distance, n, self.linkage)
         # a cluster stands in the place of its member nearest to all tokens, whatever their order
-        tokens = tokens.merge(cluster, share(tokens.size, cluster, n), cheapest(distance.sum(2), cluster, n))
+        tokens = tokens.merge(cluster, None, cheapest(distance.sum(2), cluster, n))
         return tokens.replace(gate=tokens.size) if self.proportional else tokens
 
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from laconic.attention import Seen
-from laconic.parts import cosine, lay, share, soft_matching, split
+from laconic.parts import cosine, lay, soft_matching, split
 from laconic.reducer import Method, Reducer, Site, method
 from laconic.rows import in_parts, iota
 from laconic.schedule import Schedule
@@ -47,7 +47,7 @@ class PiToMeReducer(Reducer):
         merged, stay, into = soft_matching(keys, line[:, ::2], line[:, 1::2], r, "similarity")
         lead = torch.cat([protected, stay], 1)
         dst = lay(lead, merged, iota(lead), into + protected.shape[1])
-        tokens = tokens.merge(dst, share(tokens.size, dst, n), lead)
+        tokens = tokens.merge(dst, None, lead)
         return tokens.replace(gate=tokens.size) if self.proportional else tokens
 
 

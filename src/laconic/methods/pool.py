@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from laconic.attention import Seen
 from laconic.methods.resample import InSequence
-from laconic.parts import share
 from laconic.reducer import Reducer, Site, method
 from laconic.tokens import Tokens
 
@@ -25,7 +24,7 @@ class AvgPoolReducer(Reducer):
 
     def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
         dst, lead = self.options.runs(tokens, seen, n)
-        return tokens.merge(dst, share(tokens.size, dst, n), lead)
+        return tokens.merge(dst, None, lead)
 
 
 class MaxPoolReducer(Reducer):

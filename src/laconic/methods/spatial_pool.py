@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from laconic.attention import Seen
 from laconic.methods.resample import Pool
-from laconic.parts import cells, check_grid, set_out, share
+from laconic.parts import cells, check_grid, set_out
 from laconic.reducer import Reducer, Site, method
 from laconic.tokens import Tokens
 
@@ -32,7 +32,7 @@ class SpatialPoolReducer(Reducer):
         kept, rest = self.options.part(tokens, seen, n, "raster")
         group, first = cells(tokens.place.gather(1, rest), self.grid, n - kept.shape[1])
         dst, lead = set_out(kept, rest, group, first)
-        return tokens.merge(dst, share(tokens.size, dst, n), lead)
+        return tokens.merge(dst, None, lead)
 
 
 @method(

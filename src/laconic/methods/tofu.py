@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from laconic.attention import Seen
-from laconic.parts import by_parity, lay, share, soft_matching
+from laconic.parts import lay, parity, share, soft_matching
 from laconic.reducer import Method, Reducer, Site, choice, method
 from laconic.rows import iota
 from laconic.schedule import Schedule
@@ -43,7 +43,7 @@ class ToFuReducer(Reducer):
         self.prune, self.norm = prune, norm
 
     def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
-        merged, stay, into = soft_matching(seen.keys, *by_parity(tokens), len(tokens) - n)
+        merged, stay, into = soft_matching(seen.keys, *parity(tokens), len(tokens) - n)
         if self.prune:
             return tokens.keep(stay)
         dst, before = lay(stay, merged, iota(stay), into), _lengths(tokens)

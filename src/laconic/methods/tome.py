@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from laconic.attention import Seen
-from laconic.parts import by_parity, lay, share, soft_matching
+from laconic.parts import lay, parity, soft_matching
 from laconic.reducer import Method, Reducer, Site, method
 from laconic.rows import iota
 from laconic.schedule import Schedule, of_the_initial
@@ -30,9 +30,9 @@ class ToMeReducer(Reducer):
         self.proportional = proportional
 
     def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
-        merged, stay, into = soft_matching(seen.keys, *by_parity(tokens), len(tokens) - n)
+        merged, stay, into = soft_matching(seen.keys, *parity(tokens), len(tokens) - n)
         dst = lay(stay, merged, iota(stay), into)
-        tokens = tokens.merge(dst, share(tokens.size, dst, n), stay)
+        tokens = tokens.merge(dst, None, stay)
         return tokens.replace(gate=tokens.size) if self.proportional else tokens
 
 

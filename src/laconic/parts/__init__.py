@@ -18,7 +18,7 @@ from laconic.parts.medoids import cheapest, medoids_of, nearest_medoid, spread
 from laconic.parts.names import joined, last_copies, renamed
 from laconic.parts.nearest import best_of_rows, greedy_pairs, nearest
 from laconic.parts.options import check_choices, taking_away
-from laconic.parts.parity import by_parity, soft_matching
+from laconic.parts.parity import by_parity, parity, soft_matching
 from laconic.parts.patterns import distances, evenly, ring, square, within
 from laconic.parts.pooling import by_place, cells, check_grid, runs, set_out
 from laconic.parts.predictor import Predictor, gumbel_keep
@@ -87,6 +87,7 @@ __all__ = [
     "nearest",
     "nearest_medoid",
     "one_to_one",
+    "parity",
     "precise",
     "renamed",
     "ring",

@@ -14,16 +14,30 @@ from laconic.shapes import Float, Int
 from laconic.tokens import Tokens
 
 
-def by_parity(tokens: Tokens) -> tuple[Int[Tensor, "B M"], Int[Tensor, "B K"]]:
+def parity(tokens: Tokens) -> tuple[slice, slice]:
     """The patch tokens at even and at odd places of the sequence, prefix tokens counted (the class token stands at 0)."""
-    place, first = iota(tokens.size), tokens.prefix % 2
-    return place[:, first::2], place[:, 1 - first :: 2]
+    first = tokens.prefix % 2
+    return slice(first, None, 2), slice(1 - first, None, 2)
+
+
+def by_parity(tokens: Tokens) -> tuple[Int[Tensor, "B M"], Int[Tensor, "B K"]]:
+    """The same, as indices."""
+    even, odd = parity(tokens)
+    place = iota(tokens.size)
+    return place[:, even], place[:, odd]
+
+
+def _of(part: Tensor | slice, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Features and indices of some tokens."""
+    if isinstance(part, slice):  # every second one: nothing has to be gathered
+        return features[:, part], iota(features)[:, part]
+    return take(features, part), part
 
 
 def soft_matching(
     features: Float[Tensor, "B L D"],
-    a: Int[Tensor, "B M"],
-    b: Int[Tensor, "B K"],
+    a: Int[Tensor, "B M"] | slice,
+    b: Int[Tensor, "B K"] | slice,
     count: int,
     order: Literal["sequence", "similarity"] = "sequence",
 ) -> tuple[Int[Tensor, "B Q"], Int[Tensor, "B R"], Int[Tensor, "B Q"]]:
@@ -35,13 +49,13 @@ def soft_matching(
     Raises:
         ValueError: more are to leave than there are in ``a``, or there is nothing to merge into.
     """
+    (of_a, a), (of_b, b) = _of(a, features.detach()), _of(b, features.detach())
     if count > a.shape[1] or not b.shape[1]:
         raise ValueError(
             f"one matching merges away at most half of the tokens: {count} of {a.shape[1] + b.shape[1]} were asked for; keep "
             "more in one block, or spread the reduction over more blocks"
         )
-    features = features.detach()
-    best, match = nearest(take(features, a), take(features, b))
+    best, match = nearest(of_a, of_b)
     chosen, others = split(best, count)
     others = others.sort(1).values if order == "sequence" else others
     stay = torch.cat([a.gather(1, others), b], 1)
