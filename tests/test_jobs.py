@@ -262,6 +262,7 @@ def test_bench_measures_the_alternatives_too(tmp_path):
     assert "bat: " in str(report)
 
 
+@pytest.mark.unchecked
 def test_bench_measures_files(monkeypatch):
     """Every row is a file in the runtime asked for, the unreduced model's too."""
     import laconic.jobs.exported as exported
