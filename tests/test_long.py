@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import laconic
+from families import images, make
 from laconic import rows
 from laconic.methods.pitome import energies
 from laconic.parts import cosine, density_peaks, greedy_pairs, lloyd, nearest, one_to_one
@@ -72,13 +74,22 @@ def test_gradients_of_blocks(in_blocks):
     assert torch.allclose(plain, torch.autograd.grad(halves(x)[0].sum(), x)[0], atol=1e-6)
 
 
-def test_greedy_pairs_are_exact_over_several_lists(monkeypatch):
+@pytest.mark.parametrize("x", [torch.randn(1, 30, 5), torch.randint(0, 2, (1, 30, 3)).float()], ids=["different", "ties"])
+def test_greedy_pairs_are_exact(x):
+    brute_force(x, *greedy_pairs(x, 12))
+
+
+def test_greedy_pairs_are_exact_over_several_lists(monkeypatch, in_blocks):
     import sys
 
     monkeypatch.setattr(sys.modules["laconic.parts.nearest"], "WINDOW", 3)
+    in_blocks()
     x = torch.randn(1, 30, 5)
+    brute_force(x, *greedy_pairs(x, 12))
+
+
+def brute_force(x, first, second):
     c = cosine(x, x)[0].triu(1) + torch.full((30, 30), -9.0).tril()
-    first, second = greedy_pairs(x, 12)
     for a, b in zip(first[0].tolist(), second[0].tolist(), strict=True):
         assert (a, b) == divmod(int(c.argmax()), 30)
         c[[a, b]] = c[:, [a, b]] = -9.0
@@ -103,6 +114,35 @@ def test_no_matrix_of_all_pairs(work, in_blocks):
         most.append(made.most)
     assert most[1] < 5 * most[0]
     assert most[1] < 1024 * 1024 // 4
+
+
+LONG = ("etps", "bat", "tome", "pitome", "kmeans", "dpc-knn")
+
+
+@pytest.mark.parametrize("method", LONG)
+def test_blocks_under_autocast(method, in_blocks):
+    """Similarities and distances of blocks of rows are made in float32, too."""
+    model = laconic.reduce_(make("plain"), method, keep=0.6, at=[1, 2])
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        at_once = model(images("plain"))
+        where = laconic.provenance(model).final.where
+        in_blocks()
+        in_parts = model(images("plain"))
+    assert torch.equal(laconic.provenance(model).final.where, where)
+    torch.testing.assert_close(in_parts, at_once, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.unchecked
+@pytest.mark.parametrize("method", LONG)
+def test_blocks_are_exported(method, in_blocks):
+    from laconic.exporting import trace
+
+    model = laconic.reduce_(make("plain"), method, keep=0.6, at=[1, 2])
+    in_blocks(size=16)
+    traced = trace(model)
+    for batch in traced.batches:
+        found = traced.program.module()(traced.images(batch))
+        torch.testing.assert_close(found, model(traced.images(batch)), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.unchecked
