@@ -9,6 +9,7 @@ from families import images, make
 from laconic import rows
 from laconic.methods.pitome import energies
 from laconic.parts import cosine, density_peaks, greedy_pairs, lloyd, nearest, one_to_one
+from laconic.parts.clustering import Distances
 
 
 class Largest(TorchDispatchMode):
@@ -86,6 +87,31 @@ def test_greedy_pairs_are_exact_over_several_lists(monkeypatch, in_blocks):
     in_blocks()
     x = torch.randn(1, 30, 5)
     brute_force(x, *greedy_pairs(x, 12))
+
+
+def test_lists_are_as_long_as_it_takes(in_blocks):
+    """All but the last of the partners that the first row is most similar to go to others that are nearer to them."""
+    pairs = torch.eye(14)[:8].repeat_interleave(2, 0) + 0.01 * torch.randn(16, 14)
+    hub, far = torch.ones(1, 14), torch.cat([torch.full((1, 8), 0.5), torch.full((1, 6), 1.5)], 1)
+    x = torch.cat([hub, pairs, -far])
+    x = x + 3 * torch.cat([torch.ones(17, 1), torch.zeros(1, 1)]) * torch.eye(14)[13]
+    whole = greedy_pairs(x.unsqueeze(0), 9)
+    assert whole[0][0, -1] == 0
+    assert whole[1][0, -1] == 17
+    in_blocks()
+    assert all(torch.equal(a, b) for a, b in zip(whole, greedy_pairs(x.unsqueeze(0), 9), strict=True))
+
+
+def test_a_row_is_at_no_distance_to_itself(in_blocks):
+    x, rows_ = torch.randn(2, 40, 8) + 100, torch.tensor([[3, 20], [39, 0]])
+    for _ in range(2):
+        distances = Distances(x)
+        d2 = torch.cat([distances.of(part) for part in distances.parts], 1)
+        to = torch.cat([distances.to(part, rows_) for part in distances.parts], 1)
+        assert d2.diagonal(dim1=1, dim2=2).eq(0).all()
+        assert to.gather(1, rows_.unsqueeze(1)).diagonal(dim1=1, dim2=2).eq(0).all()
+        assert (d2 > 0).sum() == 2 * 40 * 39
+        in_blocks()
 
 
 def brute_force(x, first, second):

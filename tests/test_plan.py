@@ -26,6 +26,7 @@ from laconic.planning.search import Found, Search, weights_of
 from laconic.planning.space import Space
 from laconic.planning.timing import Measured, Measuring, Stopwatch, measure
 from laconic.recipe import from_json
+from laconic.report import BlockCost
 from laconic.schedule import Schedule
 from laconic.training.checks import check
 
@@ -92,6 +93,14 @@ def test_multiply_adds_are_met_to_the_last_token(method, family):
     laconic.reduce_(model, method, schedule=found.schedule, **options(method, family))
     assert laconic.summary(model).macs == found.macs
     assert laconic.summary(model).tokens[-1] == found.schedule.values[-1]
+
+
+def test_what_is_left_of_a_budget_goes_where_a_token_costs_most():
+    space = Space(make("plain"), laconic.TopK())
+    few = Schedule.leaving({1: 20, 2: 10})
+    prices = {block: space.cost(more) for block, more in zip(few.at, space.larger(few), strict=True)}
+    assert prices[2] > prices[1]
+    assert space._filled(few, prices[2]) == Schedule.leaving({1: 20, 2: 11})
 
 
 def test_rates_stay_rates_where_counts_would_say_something_else():
@@ -274,6 +283,11 @@ def test_the_table_predicts_what_the_parts_take():
     assert Table.of_json(json.loads(json.dumps(made.table.to_json()))) == made.table
 
 
+def test_each_half_of_a_block_goes_by_its_own_tokens():
+    table = Table(1.0, 0.1, (0.5,), (0.25,), (0,), {0: 36}, (Curve((1, 37), (0.0, 1.0)),), ())
+    assert table.block(BlockCost(0, 37, 10, 0, 0)) == pytest.approx(0.5 * (0.25 + 0.75 * 0.25))
+
+
 @pytest.mark.parametrize("target", ["1.3x", "50ms", "1.5x"])
 @pytest.mark.parametrize("method", ["etps", "tome", "dtps"])
 def test_times_are_met(target, method):
@@ -439,6 +453,17 @@ def test_a_plan_with_images():
     assert json.loads(json.dumps(found.to_json()))["comparison"]["verdict"] == found.comparison.verdict
     assert not hasattr(model, "laconic")
     assert found.recipe.startswith('[method]\nname = "topk"\nschedule = { at = [')
+
+
+def test_a_schedule_is_judged_on_images_that_the_search_has_not_seen(monkeypatch):
+    shown, own = [], Judge.__init__
+    monkeypatch.setattr(
+        Judge, "__init__", lambda judge, space, x, names: (shown.append((x, names)), own(judge, space, x, names))[1]
+    )
+    x, labels = torch.randn(8, 3, 96, 96), torch.arange(8)
+    laconic.plan(make("plain"), "topk", "1.3x-macs", images=x, labels=labels, steps=1)
+    assert [names.tolist() for _, names in shown] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert all(torch.equal(part, x[names]) for part, names in shown)
 
 
 def test_distances_are_those_of_the_answers():

@@ -1,6 +1,7 @@
 """Work that nobody needs is left out, and what comes out is the same."""
 
 import copy
+import dataclasses
 import logging
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 import laconic
 from families import AT, AVERAGED, FAMILIES, FIXED, METHODS, fill, images, make, options, rate, reduced, serves
 from laconic.cost import counted
-from laconic.hosts import halves_of
+from laconic.hosts import BLOCKS, halves_of, path_of
 
 CLOSE = dict(rtol=1e-5, atol=1e-5)
 READ_BY_TOKEN = sorted(set(FAMILIES) - AVERAGED)
@@ -232,6 +233,27 @@ def test_steps_that_do_not_hold_are_not_used(caplog):
     assert "its attention in steps differs" in caplog.text
     assert not model.laconic.spares
     assert queries_of(model, images("plain"))[-1] == 15
+
+
+@pytest.mark.parametrize("step", ["queries", "keys_values", "project", "added"])
+def test_every_step_is_proved(step, monkeypatch, caplog):
+    """A host's entry that is wrong in one of its steps: they are not taken."""
+    path = path_of(type(make("plain").blocks[0]))
+    own = BLOCKS[path]
+
+    def wrong(block):
+        parts = own.parts(block)
+        right = getattr(parts, step)
+        return dataclasses.replace(parts, **{step: lambda h: doubled(right(h))})
+
+    def doubled(out):
+        return tuple(2 * t for t in out) if isinstance(out, tuple) else 2 * out
+
+    monkeypatch.setitem(BLOCKS, path, dataclasses.replace(own, parts=wrong))
+    with caplog.at_level(logging.WARNING, logger="laconic"):
+        model = laconic.reduce_(make("plain"), "etps", keep=0.6, at=[0, 1])
+    assert "its attention in steps differs" in caplog.text
+    assert not model.laconic.spares
 
 
 def test_rows_are_saved(tmp_path):

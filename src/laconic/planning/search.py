@@ -75,7 +75,7 @@ class Search:
         except ValueError:  # there is none that the method can follow
             return False
         schedule = None if schedule is None else self.space.tidy(schedule)
-        if schedule is None or schedule in self.seen or self.space.cost(schedule) > self.limit:
+        if schedule is None or schedule in self.seen:
             return False
         try:
             score = self.score(schedule)
