@@ -128,3 +128,11 @@ def test_a_changed_schedule_is_that_of_a_model_built_with_it():
     built = laconic.reduce_(make("plain"), "bat", keep=0.5, at=[1, 2], budget="log")
     with torch.no_grad():
         assert torch.equal(changed(x), built(x))
+
+
+def test_images_of_another_size_have_counts_of_their_own():
+    model = laconic.reduce_(make("plain", dynamic_img_size=True), "etps", keep=0.5, at=[1, 2])
+    for size, left in ((96, [36, 36, 18, 9, 9]), (128, [64, 64, 32, 16, 16]), (96, [36, 36, 18, 9, 9])):
+        model(torch.randn(2, 3, size, size))
+        assert [len(entry) for entry in model.laconic.ledger] == left
+        assert model.laconic.counts(left[0]) == tuple(left[1:])
