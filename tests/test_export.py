@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -10,6 +11,9 @@ import pytest
 import torch
 
 import laconic
+import test_lvvit_psvit
+import test_pvt_cvt
+import test_transformers
 from families import CLASS_SCORED, METHODS, VARIABLE, fill, images, make, options, rate, serves
 from laconic import cli
 from laconic.exporting import graph, inspect, openvino, proof, runner, trace, write
@@ -18,7 +22,14 @@ from laconic.jobs import export_page
 from laconic.jobs.export_speed import Speed
 from laconic.jobs.measure import Quartiles
 from laconic.jobs.output import Refusal
+from zoo import ZOO
 
+FAMILIES = {
+    **{name: kind.make for name, kind in ZOO.items() if name != "parallel"},  # no place between its halves
+    **{f"transformers {name}": partial(test_transformers.make, name) for name in test_transformers.FAMILIES},
+    **{name: partial(test_lvvit_psvit.make, name) for name in test_lvvit_psvit.SMALL},
+    **{name: partial(test_pvt_cvt.small, name) for name in test_pvt_cvt.SIZES},
+}
 pytestmark = [pytest.mark.unchecked, pytest.mark.usefixtures("no_pretrained_weights")]
 HOSTS = ("plain", "dinov3", "siglip")
 CONSTANT = [m for m in METHODS if m not in VARIABLE]
@@ -36,6 +47,26 @@ def small(method, family):
 
 def same(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(tmp_path, family):
+    """Wherever there is something to merge by the similarity of keys or (where keys are of cells of a grid) of features."""
+    method = "dpc-knn" if family in test_pvt_cvt.SIZES else "tome"
+    model = laconic.reduce_(FAMILIES[family](), method, keep=0.6)
+    report = laconic.export(model, tmp_path / "m.onnx")
+    assert report.difference < 1e-5
+    assert report.graph.problems == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("opset", range(graph.OPSETS[0], graph.OPSETS[1] + 1))
+def test_every_opset(tmp_path, opset):
+    report = laconic.export(small("bat", "plain"), tmp_path / "m.onnx", opset=opset)
+    assert report.opset == opset
+    assert report.difference < 1e-5
+    assert {o.version for o in onnx.load(tmp_path / "m.onnx").opset_import if o.domain in ("", "ai.onnx")} == {opset}
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,8 @@ is left. Token counts are constants of the graph; the batch is of any size unles
 the model's. The file says what it holds (method with options, schedule, versions, opset): `metadata_props` of ONNX,
 `laconic.json` in `.pt2`, `rt_info` of OpenVINO. The model that you hand over is not touched. The tests export every
 method of constant counts on a plain ViT, on DINOv3 with RoPE and on SigLIP without a class token (what a method cannot
-serve it refuses when it is reduced).
+serve it refuses when it is reduced), one method on every family of [backbones.md](backbones.md), and opsets from the first to
+the last.
 
 **What is refused.** Methods that decide for every image how many tokens it keeps: constant shapes could only hold them masked,
 which runs every token and saves nothing. Weights that are not float32: let the runtime lower the precision.
