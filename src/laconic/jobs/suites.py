@@ -75,7 +75,7 @@ def _jobs(*methods: str, keeps: Sequence[float], rows: Sequence[Rows]) -> list[J
 _CPU = [
     *_jobs("topk", "evit", "etps", "dtps", "bat", keeps=(0.7,), rows=("all", "needed")),
     *_jobs("topk", "evit", "etps", "dtps", "bat", keeps=(0.5,), rows=("all", "needed")),
-    *(Job("tome", None, "all", (("r", r),)) for r in (13, 16)),
+    *(Job("tome", None, rows, (("r", r),)) for r in (13, 16) for rows in ("all", "needed")),
 ]
 _GPU = _jobs("topk", "evit", "etps", "bat", keeps=(0.7,), rows=("needed",))
 SUITES = {
