@@ -36,9 +36,10 @@ evidence: $(VENV)/.dev
 methods: $(VENV)/.dev
 	$(BIN)/python -m laconic.jobs.methods_table docs/methods.md $(ARGS)
 
-# Ten minutes on an otherwise idle machine: the speed on this machine, with the pages made of it.
+# Half an hour on an otherwise idle machine: the speed on this machine, with the pages made of it.
 bench: $(VENV)/.dev
 	$(BIN)/python -m laconic.jobs.performance docs/performance.md --run cpu
+	$(BIN)/python -m laconic.jobs.performance docs/performance.md --run cpu-compiled
 	$(BIN)/python -m laconic.jobs.scaling docs/scaling.md --run
 
 # Has anything become slower than the committed run? (on the same kind of machine)

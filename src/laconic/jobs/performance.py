@@ -78,11 +78,12 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         here = found["environment"]
         kind = f"{here['dtype']}{', compiled' if here['compiled'] else ', eager'}"
         where = f"{here['device']}, {compare.threads(here)}, {kind}, torch {here['torch']}, timm {here['timm']}"
-        parts += [section(run, f"{where}, {here['rounds']} rounds, {here['date'][:10]}") for run in found["runs"]]
+        where = f"{where}, {here['rounds']} rounds, {here['date'][:10]}"
+        parts += [section(run, where, ", compiled" * here["compiled"]) for run in found["runs"]]
     return "\n".join(parts)
 
 
-def section(run: dict[str, Any], where: str) -> str:
+def section(run: dict[str, Any], where: str, way: str = "") -> str:
     """The table of one model at one batch size."""
     header = ["", "GMACs", "implied", "measured", "(quartiles)", "CPU time", "efficiency", "images/s", "reducer", "goal"]
     rows = []
@@ -97,7 +98,7 @@ def section(run: dict[str, Any], where: str) -> str:
         ratios = [f"**{row.wall.median:.2f}×**", f"{row.wall.low:.2f}-{row.wall.high:.2f}", f"{row.cpu.median:.2f}×"]
         rows.append([*cells, f"{row.implied:.2f}×", *ratios, f"{row.efficiency:.2f}", f"{row.images_per_second:.1f}"])
         rows[-1] += ["" if part is None else f"{100 * part:.1f} %", met]
-    title = f"## {run['model']}, {run['pixels']} px, batch {run['batch_size']}"
+    title = f"## {run['model']}, {run['pixels']} px, batch {run['batch_size']}{way}"
     return f"{title}\n\n{where}.\n\n{markdown(header, rows)}\n"
 
 

@@ -80,6 +80,14 @@ _CPU = [
 _GPU = _jobs("topk", "evit", "etps", "bat", keeps=(0.7,), rows=("needed",))
 SUITES = {
     "cpu": Suite((("deit_small_patch16_224", 224, (8, 1)),), tuple(_CPU), (("rounds", 12), ("threads", 1))),
+    "cpu-compiled": Suite(
+        (("deit_small_patch16_224", 224, (1,)),),
+        (
+            *_jobs("topk", "evit", "etps", "dtps", "bat", keeps=(0.7, 0.5), rows=("needed",)),
+            Job("tome", None, "needed", (("r", 13),)),
+        ),
+        (("rounds", 12), ("threads", 1), ("compile", True)),
+    ),
     # not measured by us yet: no machine with a GPU was at hand
     "gpu": Suite(
         (
