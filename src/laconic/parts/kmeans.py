@@ -24,12 +24,12 @@ def lloyd(
     x, weight, count = x - x.mean(1, keepdim=True), weight.detach(), first.shape[1]  # centred: less cancellation
     centres = take(x, first)
     cluster, nearest = first, first
-    for _ in range(iterations):
+    for number in range(iterations):
+        if number:
+            centres = add_rows(x * share(weight, cluster, count).unsqueeze(-1), cluster, count)
         distance, cluster = _to_nearest(x, centres)
         cluster = _fill(distance, cluster, count)
         nearest = first_least(distance, cluster, count)
-        weighted = x * share(weight, cluster, count).unsqueeze(-1)
-        centres = add_rows(weighted, cluster, count)
     return cluster, nearest
 
 
