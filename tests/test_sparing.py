@@ -63,6 +63,20 @@ def test_provenance_features_and_sizes_are_the_same(family):
         assert laconic.restore_dense(model, features).shape[1] == laconic.provenance(model).final.where.shape[1]
 
 
+@pytest.mark.parametrize("method", ["topk", "tome", "pitome", "tofu"])
+def test_the_last_block_is_spared_where_a_method_works_there(method):
+    """Nobody reads the features of its patch tokens; what becomes of them is known all the same."""
+    model, x, spared, full = both(method, "plain", (1, 3))
+    torch.testing.assert_close(spared, full, **CLOSE)
+    assert queries_of(model, x)[-1] == 1
+    other = whole(model)
+    other(x)
+    for mine, theirs in zip(laconic.provenance(model).stages, laconic.provenance(other).stages, strict=True):
+        assert torch.equal(mine.where, theirs.where)
+        assert torch.equal(mine.size, theirs.size)
+    assert queries_of(laconic.reduce_(make("plain"), "etps", keep=0.6, at=[1, 3]), x)[-1] == 23  # it goes by features
+
+
 def rows_through(model, layer, x):
     seen = []
     handle = layer.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1]))

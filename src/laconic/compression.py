@@ -137,11 +137,11 @@ class Compression(nn.Module):
         """What of a block nobody needs: nothing in training; where somebody listens to the block, no rows are left out."""
         if not self.spares or self.training:
             return None
-        if reducer is not None:
-            drops = reducer.looks == "class" and self.execution is None
-            return "dropped" if drops and not heard(block) else "listening"
-        last = self.answering and not self.restore and index + 1 == self.depth
-        return "prefix" if last and not heard(block) and not heard(getattr(self.model, "norm", None)) else "listening"
+        looks = "keys" if reducer is None else "anywhere" if self.execution is not None else reducer.looks
+        last = self.answering and not self.restore and index + 1 == self.depth and looks != "anywhere"
+        if last and not heard(block) and not heard(getattr(self.model, "norm", None)):
+            return "prefix"
+        return "dropped" if looks == "class" and not heard(block) else "listening"
 
     def _leaves(self, index: int, tokens: Tokens) -> int:
         """Patch tokens that a block is to leave of these."""

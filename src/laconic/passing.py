@@ -59,11 +59,13 @@ class Step:
         halves = halves_of(self.block)
         bias, kwargs = _bias(halves, tokens), _placed(halves, tokens, None, kwargs)
         sparing = Sparing.of(self.block, halves, tokens, kwargs, bias)
-        if sparing is None or self.spared == "prefix":
-            return None if sparing is None else sparing.prefix_alone(tokens)
-        if sparing.parts is None or self.reducer is None:
+        if sparing is None or (self.reducer is not None and sparing.parts is None):
             return None
-        return sparing.choice_first(sparing.parts, tokens, partial(self._between, self.reducer))
+        if self.spared == "prefix":
+            return sparing.prefix_alone(tokens, partial(self._between, self.reducer))
+        return (
+            None if sparing.parts is None else sparing.choice_first(sparing.parts, tokens, partial(self._between, self.reducer))
+        )
 
     def _ahead(self, reducer: Reducer, tokens: Tokens, kwargs: dict[str, Any]) -> Tokens:
         """A look at the block's attention before the block: its first half is run once more, for its q, k and v."""

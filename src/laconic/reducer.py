@@ -20,6 +20,8 @@ from laconic.schedule import Schedule, quarters
 from laconic.sites import Site as Site
 from laconic.tokens import Tokens
 
+Looks = Literal["anywhere", "keys", "class"]
+
 
 class Reducer(nn.Module):
     """A method at one block. Override the moments it needs; ``n`` is the number of patch tokens to leave.
@@ -32,9 +34,10 @@ class Reducer(nn.Module):
 
     site: Site
     straight_through: ClassVar[bool] = True  # do gradients flow through its decisions in training?
-    # "class": all it does is to keep tokens between the halves, by no more of `Seen` than keys, values and the class query, and
-    # by no features. Then the house may let it choose first, and spare what the others would have cost
-    looks: Literal["anywhere", "class"] = "anywhere"
+    # What it decides by. "keys": between the halves alone, by no more of `Seen` than keys, values and the class query, and by
+    # no features, which it may merge. "class": likewise, and all it does is to keep tokens. Then the house may let it decide
+    # before there are features, and spare what those would have cost that nobody reads
+    looks: Looks = "anywhere"
 
     def before(self, tokens: Tokens, n: int) -> Tokens:
         """At the input of the block (inter-block methods)."""
@@ -76,7 +79,7 @@ class Prune(Reducer):
         self,
         score: Callable[[Tokens, Seen], Tensor],
         rest: Callable[[Tokens, Tensor, int], Tokens],
-        looks: Literal["anywhere", "class"] = "anywhere",
+        looks: Looks = "anywhere",
     ) -> None:
         super().__init__()
         self.score, self.rest, self.looks = score, rest, looks

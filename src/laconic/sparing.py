@@ -1,7 +1,7 @@
 """Work that the answer does not need, left out; what comes out is equal but for rounding.
 
 * Where the host's answer comes of its prefix tokens alone, the last block works them out and no others: keys and values are of
-  all tokens, queries, projection and MLP of the prefix tokens.
+  all tokens, queries, projection and MLP of the prefix tokens. A method that decides by keys or the class query goes on.
 * Where the steps of a block's attention are known, they are taken one by one: nobody has to listen to every operation for the
   one that a method looks at, or adds a bias to.
 * Where a method does nothing but keep some tokens, by the attention of the class token or by less, those that it drops are
@@ -49,17 +49,20 @@ class Sparing:
         attention, mlp = partial(halves.attention, block, **kwargs), partial(halves.mlp, block)
         return cls(attention, mlp, halves.parts(block) if bare else None, bias)
 
-    def prefix_alone(self, tokens: Tokens) -> Tokens:
-        """The block for the prefix tokens: the features are theirs alone, what is known of the patch tokens stays.
+    def prefix_alone(self, tokens: Tokens, between: Choose) -> Tokens:
+        """The block for the prefix tokens: the features are theirs alone. Of the patch tokens it is known what becomes of them.
 
-        Where the attention has no known steps it is run whole, and the MLP is spared.
+        Where the attention has no known steps it is run whole, and the MLP is spared; then there must be nothing ``between``.
         """
         first = tokens.x[:, : tokens.prefix]
         if self.parts is not None:
             h = self.parts.norm(tokens.x)
-            return self._finish(
-                tokens, first + attend(self.parts, h[:, : tokens.prefix], *self.parts.keys_values(h), self.bias)
-            )
+            q, (k, v) = self.parts.queries(h[:, : tokens.prefix]), self.parts.keys_values(h)
+            mask = None if self.bias is None else self.bias.to(k.dtype)
+            added = self.parts.added(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+            call = {"query": q, "key": k, "value": v, "attn_mask": mask}
+            tokens = between(tokens, Seen.of([call], tokens, "a block"))  # features that nobody reads: those before the block
+            return self._finish(tokens, first + added)
         with Watch([], self.bias):
             return self._finish(tokens, first + self.attention(tokens.x)[:, : tokens.prefix])
 

@@ -35,6 +35,8 @@ from laconic.tokens import Tokens
 class PiToMeReducer(Reducer):
     """Energy ranks the tokens; those with most of it are matched and merged."""
 
+    looks = "keys"
+
     def __init__(self, margin: float, early: bool, proportional: bool) -> None:
         super().__init__()
         self.margin, self.early, self.proportional = margin, early, proportional

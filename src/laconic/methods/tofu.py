@@ -38,6 +38,8 @@ Norm = Literal["host", "mean", "none"]
 class ToFuReducer(Reducer):
     """ToMe's matching; the matched are pruned, or merged with their length kept."""
 
+    looks = "keys"
+
     def __init__(self, prune: bool, norm: Norm) -> None:
         super().__init__()
         self.prune, self.norm = prune, norm

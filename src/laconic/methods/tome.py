@@ -25,6 +25,8 @@ from laconic.tokens import Tokens
 class ToMeReducer(Reducer):
     """Bipartite soft matching on keys."""
 
+    looks = "keys"
+
     def __init__(self, proportional: bool) -> None:
         super().__init__()
         self.proportional = proportional
