@@ -59,7 +59,7 @@ class Sparing:
             h = self.parts.norm(tokens.x)
             q, (k, v) = self.parts.queries(h[:, : tokens.prefix]), self.parts.keys_values(h)
             mask = None if self.bias is None else self.bias.to(k.dtype)
-            added = self.parts.added(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+            added = attend(self.parts, q, k, v, mask)
             call = {"query": q, "key": k, "value": v, "attn_mask": mask}
             tokens = between(tokens, Seen.of([call], tokens, "a block"))  # features that nobody reads: those before the block
             return self._finish(tokens, first + added)
@@ -72,13 +72,14 @@ class Sparing:
         k, v = parts.keys_values(h)
         call = {"query": parts.queries(h[:, :1]), "key": k, "value": v, "attn_mask": self.bias}
         kept = choose(tokens, Seen.of([call], tokens, "a block"))
-        return self._finish(kept, kept.x + attend(parts, parts.norm(kept.x), k, v, self.bias))
+        return self._finish(kept, kept.x + attend(parts, parts.queries(parts.norm(kept.x)), k, v, self.bias))
 
     def step_by_step(self, parts: Parts, tokens: Tokens, between: Choose) -> Tokens:
         """The whole block, with a look at its attention in between."""
         q, k, v = parts.project(parts.norm(tokens.x))
-        call = {"query": q, "key": k, "value": v, "attn_mask": None if self.bias is None else self.bias.to(k.dtype)}
-        tokens = tokens.replace(x=tokens.x + parts.added(F.scaled_dot_product_attention(q, k, v, attn_mask=call["attn_mask"])))
+        mask = None if self.bias is None else self.bias.to(k.dtype)
+        tokens = tokens.replace(x=tokens.x + attend(parts, q, k, v, mask))
+        call = {"query": q, "key": k, "value": v, "attn_mask": mask}
         tokens = between(tokens, Seen.of([call], tokens, "a block"))
         return self._finish(tokens, tokens.x)
 
@@ -86,10 +87,10 @@ class Sparing:
         return tokens.replace(x=x + self.mlp(x))
 
 
-def attend(parts: Parts, h: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """What attention adds to the rows that ``h`` was made of."""
+def attend(parts: Parts, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """What attention adds to the rows that the queries were made of."""
     mask = None if bias is None else bias.to(k.dtype)
-    return parts.added(F.scaled_dot_product_attention(parts.queries(h), k, v, attn_mask=mask))
+    return parts.added(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
 
 
 def heard(module: Any) -> bool:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from laconic.attention import Watch
@@ -151,8 +150,8 @@ def _parts_hold(index: int, block: nn.Module, record: tuple[Any, Any, Any, int])
         return True
     whole, first = halves.attention(block, x, **kwargs), x[:, :1]
     h = parts.norm(x)
-    alone = attend(parts, parts.norm(first), *parts.keys_values(h), None)
-    together = parts.added(F.scaled_dot_product_attention(*parts.project(h)))
+    alone = attend(parts, parts.queries(parts.norm(first)), *parts.keys_values(h), None)
+    together = attend(parts, *parts.project(h), None)
     difference = max((alone - whole[:, :1]).abs().max().item(), (together - whole).abs().max().item())
     if difference <= max(TOLERANCE, 8 * torch.finfo(x.dtype).eps) * whole.abs().max().item():
         return True
