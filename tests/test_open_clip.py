@@ -10,6 +10,7 @@ import laconic
 from families import AT, fill
 from host_laws import WIDE, reduced, run
 from laconic.compression import compression_of
+from laconic.history import History, mark
 from laconic.tokens import Tokens
 from zoo import TEXT, TOWER, ZOO, whole_clip
 
@@ -96,7 +97,7 @@ def merged_at_the_end(model):
     lead = torch.cat([patches[:, :1], patches[:, 18:]], 1)
     weight = (patches % 18 == 0).float().masked_fill(patches >= 18, 1.0)  # the first speaks for all of its half
     merged = tokens.merge((patches - 17).clamp_min(0), weight, lead)
-    compression.ledger[compression.depth] = merged
+    mark(merged.x, History(compression, merged, compression.depth - 1, (), 0))
     return merged.x, torch.cat([merged.x[:, :1], merged.dense(merged.patches)], 1)
 
 

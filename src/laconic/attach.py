@@ -13,7 +13,7 @@ from laconic.hosts import HOSTS, Host, find_host
 from laconic.paying import warn_unless_it_pays
 from laconic.reducer import Method, methods, resolve
 from laconic.schedule import Schedule, quarters
-from laconic.seams import detach
+from laconic.patching import detach
 from laconic.verify import verify
 
 

@@ -92,10 +92,9 @@ class Seen:
                 f"{block} made {len(calls)} calls of scaled_dot_product_attention where laconic needs exactly one; switch "
                 "fused attention on (timm.layers.set_fused_attn(True) before creating the model)"
             )
-        q, k, v = (calls[0][name] for name in ("query", "key", "value"))
-        scale = calls[0].get("scale")
+        call = calls[0]
+        q, k, v, scale, mask = call["query"], call["key"], call["value"], call.get("scale"), call.get("attn_mask")
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        mask = calls[0].get("attn_mask")
         mask = mask.unsqueeze(0) if mask is not None and mask.dim() == 3 else mask  # one for the whole batch
         return cls(q, k, v, mask, scale, tokens.prefix, tokens.has_cls, tokens.alive, coarse)
 

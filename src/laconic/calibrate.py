@@ -33,7 +33,7 @@ from laconic.mending import Mending, Pair
 from laconic.methods.patch_slimming import PatchSlimming
 from laconic.modes import evaluating
 from laconic.schedule import Schedule
-from laconic.seams import attach, detach
+from laconic.patching import attach, detach
 
 Images = Tensor | Iterable[Any]
 

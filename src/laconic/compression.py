@@ -1,27 +1,23 @@
-"""What runs inside a reduced model: a method between the halves of a host's blocks, and the ledger of one forward.
+"""What a reduced model has beside its own modules, as ``model.laconic``: the reducers, the schedule, and its options.
 
-The trick, said out loud: every block of the user's model gets a ``forward`` of its own that runs the same submodules in
-two halves, and a reducer works on the tokens before, between or after them. Blocks with nothing to do run their class's
-own forward. What has become of each patch is written into a ledger, one entry a block.
+Nothing of a forward is kept here but, for each thread, the last one that was complete (see `laconic.history`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from laconic.calling import by_name
+from laconic.dense import FILLS
 from laconic.deciding import Deciding
-from laconic.grid import GridMap
+from laconic.history import History, Last
 from laconic.hosts import HOSTS, Host, halves_of
-from laconic.passing import Step, refuse_lost, refuse_others
 from laconic.reducer import Method, Reducer
+from laconic.runtime import BlockLink, HostRef, call_of, reduction_in
 from laconic.schedule import Schedule
-from laconic.sparing import Spared, heard
 from laconic.staging import Staging
 from laconic.tokens import Tokens
 
@@ -29,12 +25,9 @@ Rows = Literal["needed", "all"]
 
 
 class Compression(nn.Module):
-    """Lives on the reduced model as ``model.laconic``: its reducers, its schedule, and the ledger of the last forward.
+    """Lives on the reduced model as ``model.laconic``: its reducers, its schedule, and how it is run."""
 
-    The ledger makes a reduced model unfit for two threads at once; copies of the model have ledgers of their own.
-    """
-
-    model: nn.Module
+    reduces_tokens: ClassVar[bool] = True  # for `laconic.runtime.reduction_in`, which must know it from a wrapper
 
     def __init__(
         self,
@@ -42,35 +35,36 @@ class Compression(nn.Module):
         host: Host,
         config: Method,
         schedule: Schedule,
-        restore: bool | None = None,
+        restore: bool | str | None = None,
         rows: Rows | None = None,
     ) -> None:
         super().__init__()
         self.staging = Staging(config, schedule, host.shapes(model))
         self.config, self.host_path, self.depth = config, host.path, len(host.blocks(model))
-        # the model owns this module, not the other way round: it must not become a child
-        object.__setattr__(self, "model", model)
+        self.ref = HostRef(model)  # the model owns this module, not the other way round
         last = self.staging.shapes[-1]
-        self.prefix, self.has_cls, self.grid, self.pooling = last.prefix, last.has_cls, last.grid, host.pooling(model)
+        self.prefix, self.has_cls, self.grid = last.prefix, last.has_cls, last.grid
+        self.adaptive = isinstance(config, Deciding)  # does every image keep a number of tokens of its own?
+        self.compacts = isinstance(config, Deciding) and config.compacts
+        self.starts = frozenset(self.staging.starts)
         self.reducers = nn.ModuleDict({str(block): config.build(site) for block, site in self.staging.sites().items()})
         self.set_schedule(schedule)
-        starts = self.staging.starts[1:]
-        ends = {*starts, *(start - 1 for start in starts), self.depth - 1}
-        plain = [i for i, block in enumerate(host.blocks(model)) if not halves_of(block).placed]
-        self.passed = {i for i in plain if i not in ends and self.reducer(i) is None and not self._watches(i + 1)}
         reference = next(model.parameters())
         self.to(reference.device, reference.dtype)
         self.train(model.training)
-        self.ledger: list[Tokens | None] = [None] * (self.depth + 1)
-        self._with_gradient = [False] * (self.depth + 1)  # was the entry written while gradients were recorded?
-        self.restore = bool(restore)  # is every patch to have a token again after the last block?
+        self.restore = restore  # is every patch to have features again after the last block, and how are dropped ones filled?
         self.rows = rows  # as asked for
-        self.spares = False  # are rows left out that nobody needs? `verify` says so
-        self.answering = False  # is the host's own forward running, and not one that gives its features?
-        self.in_tuples = False  # do the host's blocks give their output as the first of a tuple?
-        self.settled: dict[int, Any] = {}  # what of the host was set for as long as it is reduced, and what it was before
-        self.hooks: list[RemovableHandle] = []  # what comes before and after the host's forward
+        self.spares = False  # may rows be left out that are not read? `laconic.verify` says so
+        self.known_readout = False  # are the methods between the last block and the answer those of the library?
+        self.merges = True  # do tokens stand for several patches after the last block? `laconic.verify` looks
+        self.in_tuples = False  # do the model's blocks give their output as the first of a tuple?
+        self.settled: dict[int, Any] = {}  # what of the model was set for as long as it is reduced, and what it was before
         self.observer: Callable[[Tokens, Tokens], None] | None = None  # sees the tokens before and after each moment
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of the last forwards."""
+        self.__dict__["_last"], self.__dict__["_traced"] = Last(), None
 
     # -------------------------------------------------------------------------------------------- schedule
     def set_schedule(self, schedule: Schedule) -> None:
@@ -95,137 +89,181 @@ class Compression(nn.Module):
         """Patch tokens each block leaves, for an image of that many patches (in the first stage) or of the host's own size."""
         return self.staging.counts(patches)
 
-    # -------------------------------------------------------------------------------------------- one block
-    def run(self, index: int, block: nn.Module, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
-        """Stands in for the forward of block ``index``, whose parameters have these names."""
-        if index in self.passed and self._passes(index, args, kwargs):
-            return type(block).forward(block, *args, **kwargs)
-        x, kwargs = by_name(names, args, kwargs, halves_of(block).own_mask)
-        tokens = self._arriving(index, x)
-        n = self._leaves(index, tokens)
-        reducer = self.reducer(index)
-        if reducer is not None and not reducer.active(len(tokens), n):
-            reducer = None
-        packed = self.execution == "packed" and not self.training
-        spared = self._spared(index, block, reducer)
-        step = Step(index, block, reducer, self._watcher(index + 1, tokens), n, packed, spared, self._moment)
-        tokens = step.run(tokens, kwargs)
-        if reducer is not None and len(tokens) != n and tokens.alive is None and self.execution is None:
-            raise RuntimeError(f"{self.config.row.name} left {len(tokens)} patch tokens at block {index}; {n} were asked for")
-        self._note(index + 1, tokens)
-        x = self._handed_on(index, tokens)
-        return (x,) if self.in_tuples else x
+    # -------------------------------------------------------------------------------------------- one forward
+    def begin(self, host: Any, x: Tensor, stage: int, grid: tuple[int, int] | None, previous: History | None) -> History:
+        """The tokens that enter a stage of the model.
 
-    def _passes(self, index: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-        """Whether a block that never has anything to do may run as it stands; if so, the books are kept already.
-
-        Next to the products of a block, what is done besides runs in cold caches: a small image pays a hundredth for it.
+        Raises:
+            ValueError: they are not the prefix tokens and one for every patch of the image.
         """
-        if self.training or len(args) != 1:
-            return False
-        if index == 0:
-            self._arriving(0, args[0])
-        tokens = self.ledger[index]
-        if tokens is None or not tokens.ordinary:
-            return False
-        if args[0].shape[:2] != tokens.shape or not all(value is None or value is False for value in kwargs.values()):
-            return False
-        self.ledger[index + 1], self._with_gradient[index + 1] = tokens, torch.is_grad_enabled()
-        return True
+        shape, start, entry = self.staging.shapes[stage], self.staging.starts[stage], self.entry_of_host
+        prefix, has_cls = entry.prefix(host) if len(self.staging.shapes) == 1 else (shape.prefix, shape.has_cls)
+        patches = x.shape[1] - prefix
+        if grid is None and shape.patches == patches:
+            grid = shape.grid
+        if grid is not None and grid[0] * grid[1] != patches:
+            raise ValueError(
+                f"{x.shape[1]} tokens enter the first block, where this model says {prefix} prefix tokens (num_prefix_tokens) and "
+                f"a grid of {grid[0]} x {grid[1]} patches. Tokens of another kind (prompts, registers) must be counted as prefix "
+                "tokens and stand first, or they would be reduced as if they were patches"
+            )
+        positions = entry.positions(host) if self.config.reads_positions and len(self.staging.shapes) == 1 else None
+        if positions is not None and len(positions) != patches:
+            positions = None
+        tokens = Tokens.start(x, prefix, has_cls, positions, grid)
+        fill = self.fill_of(entry) if self.restore else None
+        if fill == "last":
+            tokens = tokens.replace(dropped=torch.zeros_like(tokens.patches))
+        if fill == "similar":
+            tokens = tokens.replace(similar=tokens.where)
+        block = start if previous is not None else start - 1  # a later stage: what its first block got is of the stage before
+        return History(self, tokens, block, self.staging.stage_counts(stage, patches), start, previous)
 
-    def _spared(self, index: int, block: nn.Module, reducer: Reducer | None) -> Spared | None:
-        """What of a block nobody needs: nothing in training; where somebody listens to the block, no rows are left out."""
-        if not self.spares or self.training:
-            return None
-        looks = "keys" if reducer is None else "anywhere" if self.execution is not None else reducer.looks
-        last = self.answering and not self.restore and index + 1 == self.depth and looks != "anywhere"
-        if last and not heard(block) and not heard(getattr(self.model, "norm", None)):
-            return "prefix"
-        return "dropped" if looks == "class" and not heard(block) else "listening"
+    def complete(self, history: History | None, tracing: bool = False) -> None:
+        """Remember the last forward of this thread (while a graph is traced: of the model)."""
+        if tracing:
+            self._traced = history
+            return
+        last: Last = self.__dict__["_last"]
+        last.any, self.__dict__["_traced"] = history, None
+        if self.training:
+            last.training = history
 
-    def _leaves(self, index: int, tokens: Tokens) -> int:
-        """Patch tokens that a block is to leave of these."""
-        stage = self.staging.stage(index)
-        return self.staging.stage_counts(stage, tokens.where.shape[1])[index - self.staging.starts[stage]]
+    def remembered(self) -> tuple[History | None, History | None]:
+        """What `remember` puts back: the last forwards of this thread, of any kind and in training mode."""
+        return self.__dict__["_last"].any, self.__dict__["_last"].training
 
-    def _handed_on(self, index: int, tokens: Tokens) -> Tensor:
-        """What comes out of a block: its tokens; after the last block of a stage (of all, if asked for) the full grid."""
-        full = GridMap.of(tokens) if index + 1 in self.staging.starts or (index + 1 == self.depth and self.restore) else None
-        return tokens.x if full is None else torch.cat([tokens.x[:, : tokens.prefix], full.fill(tokens.patches)], 1)
+    def remember(self, forwards: tuple[History | None, History | None]) -> None:
+        """Let these be the last forwards of this thread."""
+        self.__dict__["_last"].any, self.__dict__["_last"].training = forwards
 
-    def _note(self, index: int, tokens: Tokens) -> None:
-        self._with_gradient[index] = torch.is_grad_enabled()
-        # everything but the features: those would keep every activation alive
-        before, none = self.ledger[index - 1] if index else None, (tokens.x.shape[0], 0, tokens.x.shape[2])
-        empty = before.x if before is not None and before.x.shape == none else tokens.x.new_empty(none)
-        self.ledger[index] = tokens.replace(x=empty)
-
-    def _arriving(self, index: int, x: Tensor) -> Tokens:
-        if index in self.staging.starts:
-            shape = self.staging.shapes[self.staging.stage(index)]
-            start = Tokens.start(x, shape.prefix, shape.has_cls, self._positions(x))
-            if index == 0:
-                self._note(0, start)
-            return start
-        tokens = self.entry(index)
-        if self.training and torch.is_grad_enabled() and x.requires_grad and not self._with_gradient[index]:
-            refuse_lost(self.config.row.name, self.reducers.children(), tokens)
-        refuse_others(index, x, tokens)
-        return tokens.replace(x=x)
+    def last(self, *, training: bool = False) -> History | None:
+        """The last complete forward of this thread (in training mode), or the one that is running."""
+        call = call_of(self.ref)
+        if call is not None and call.history is not None and not training:
+            return call.history
+        last: Last = self.__dict__["_last"]
+        return self.__dict__["_traced"] or (last.training if training else None) or last.any
 
     def entry(self, index: int) -> Tokens:
-        """The tokens that came out of block ``index - 1`` in the last forward, without their features."""
-        tokens = self.ledger[index]
-        if tokens is None:
+        """The tokens that came out of block ``index - 1`` in the last forward of this thread, without their features.
+
+        Raises:
+            RuntimeError: there was none.
+        """
+        history = self.last()
+        if history is None:
             raise RuntimeError("this reduced model has not run forward yet; run it on a batch of images first")
-        return tokens
+        return history.entry(index)
+
+    @property
+    def ledger(self) -> list[Tokens | None]:
+        """The tokens of the last forward of this thread: as they entered, and as each block left them."""
+        history = self.last()
+        return [None if history is None else history.entry(index) for index in range(self.depth + 1)]
 
     def reducer(self, index: int) -> Reducer | None:
         """The reducer of block ``index``, if it has one."""
-        reducer = self.reducers[str(index)] if str(index) in self.reducers else None  # noqa: SIM401 (ModuleDict has no get)
-        return reducer if isinstance(reducer, Reducer) else None
+        reducer: Any = self._modules["reducers"]._modules.get(str(index))  # type: ignore[union-attr]
+        return reducer
 
-    def _watcher(self, index: int, tokens: Tokens) -> Reducer | None:
-        return self.reducer(index) if self._watches(index) and self._leaves(index, tokens) < len(tokens) else None
-
-    def _watches(self, index: int) -> bool:
+    def watcher(self, index: int, history: History, count: int) -> Reducer | None:
+        """The reducer of block ``index``, if it looks at the attention of the block before, which hands it ``count`` patches."""
         reducer = self.reducer(index)
-        return reducer is not None and index not in self.staging.starts and reducer.overrides("watch")
+        if reducer is None or index in self.starts or "watch" not in reducer.moments:
+            return None
+        return reducer if history.counts[index - history.start] < count else None
 
-    def _positions(self, x: Tensor) -> Tensor | None:
-        table = HOSTS[self.host_path].positions(self.model) if len(self.staging.shapes) == 1 else None
-        return table if table is not None and len(table) == x.shape[1] - self.prefix else None
+    def refuse_lost(self, history: History, tokens: Tokens) -> None:
+        """Features that carry a gradient meet tokens that were noted without: a block is run again by re-entrant checkpointing.
 
-    def _moment(self, reducer: Reducer, moment: str, tokens: Tokens, *arguments: Any) -> Tokens:
-        if not reducer.overrides(moment):
-            return tokens
-        kind = tokens.x.device.type
-        if torch.is_autocast_enabled(kind):  # similarities, exponentials and sums of scores stay in float32
-            with torch.autocast(kind, enabled=False):
-                out = getattr(reducer, moment)(tokens, *arguments)
-        else:
-            out = getattr(reducer, moment)(tokens, *arguments)
-        if self.observer is not None:
-            self.observer(tokens, out)
-        compacts = isinstance(self.config, Deciding) and self.config.compacts
-        return out.compact() if compacts and self.execution in ("packed", "padded") and not self.training else out
+        Raises:
+            RuntimeError: the method hands something from block to block beside the features.
+        """
+        if history.with_gradient or not torch.is_grad_enabled() or not tokens.x.requires_grad:
+            return
+        found = [reducer for reducer in self.reducers.children() if isinstance(reducer, Reducer)]
+        learns = any(p.requires_grad for reducer in found for p in reducer.parameters())
+        decides = tokens.alive is not None and learns and any(reducer.straight_through for reducer in found)
+        if decides or tokens.notes or tokens.aside is not None:
+            raise RuntimeError(
+                f"what {self.config.row.name} hands from block to block beside the features has lost its gradient: re-entrant "
+                "gradient checkpointing cannot carry it; use use_reentrant=False (timm.layers.set_reentrant_ckpt(False))"
+            )
 
     @property
     def execution(self) -> str | None:
         """How a method runs that decides on the number of tokens: as it was asked for, in static graphs ``masked``."""
-        if not isinstance(self.config, Deciding):
+        if not self.adaptive:
             return None
-        return "masked" if torch.compiler.is_compiling() else self.config.execution
+        static = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        return "masked" if static else self.config.execution  # type: ignore[attr-defined]
+
+    @property
+    def packed(self) -> bool:
+        """True if tokens that are hidden are not run."""
+        return self.adaptive and not self.training and self.execution == "packed"
+
+    def fill_of(self, entry: Host) -> str:
+        """The fill of dropped patches, where they are given back."""
+        if isinstance(self.restore, str):
+            return self.restore
+        return "mean" if entry.gives_back else DEFAULT_FILL
+
+    @property
+    def entry_of_host(self) -> Host:
+        """The table entry of the model."""
+        return HOSTS[self.host_path]
+
+    @property
+    def model(self) -> nn.Module:
+        """The reduced model itself."""
+        host: nn.Module = self.ref()
+        return host
+
+    @property
+    def pooling(self) -> tuple[str, bool]:
+        """How the model reads its last tokens now, and whether the prefix tokens are pooled too."""
+        return self.entry_of_host.pooling(self.model)
+
+    @property
+    def passed(self) -> set[int]:
+        """The blocks that never have anything to do."""
+        links = [block.__dict__.get("_laconic") for block in self.entry_of_host.blocks(self.model)]
+        return {link.index for link in links if isinstance(link, BlockLink) and link.passthrough}
 
     # -------------------------------------------------------------------------------------------- copies
     def __getstate__(self) -> dict[str, Any]:
-        # a copy starts with an empty ledger: what is in it belongs to the forward (and the graph) of the original
-        return {**self.__dict__, "ledger": [None] * (self.depth + 1)}
+        # a copy has not run yet: what is remembered belongs to the forwards of the original
+        return {name: value for name, value in self.__dict__.items() if name not in ("_last", "_traced")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.forget()
+
+
+DEFAULT_FILL = "similar"  # it measures best on a dense task: benchmarks/restore_fill.py
+assert DEFAULT_FILL in FILLS
+
+
+def passes_through(compression: Compression, index: int, block: nn.Module) -> bool:
+    """True if a block never has anything to do: no reducer here, none that looks at it, and nothing to be told of tokens."""
+    starts = compression.staging.starts[1:]
+    ends = {*starts, *(start - 1 for start in starts), compression.depth - 1}
+    following = compression.reducer(index + 1)
+    watched = following is not None and index + 1 not in compression.starts and "watch" in following.moments
+    return index not in ends and not halves_of(block).placed and compression.reducer(index) is None and not watched
 
 
 def find_compression(model: nn.Module) -> Compression | None:
-    """The compression of a reduced model, or None."""
-    return next((m for m in model.modules() if isinstance(m, Compression)), None)
+    """The compression of a reduced model (or of the model inside of it), or None."""
+    for module in model.modules():
+        if getattr(type(module), "laconic_base", None) is not None and "laconic" in module._modules:
+            found: Compression = reduction_in(module)
+            return found
+        if isinstance(module, Compression):
+            return module
+    return None
 
 
 def compression_of(model: nn.Module) -> Compression:

@@ -149,24 +149,41 @@ def counted(model: nn.Module, rows: Rows = "all") -> int:
 
     host, entry = find_host(model)
     # with gradients: without, the counter fails on a pool that starts from an expanded parameter (SigLIP's)
-    with aside(host, rows), torch.inference_mode(False), torch.enable_grad(), FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _NoModules()  # type: ignore[assignment]
+    with aside(host, rows), torch.inference_mode(False), torch.enable_grad(), counter:
         host(entry.example(host))
     return counter.get_total_flops() // 2
 
 
+class _NoModules:
+    """In place of a counter's tracker of modules, whose global hooks would switch the fast path off."""
+
+    parents: ClassVar[set[str]] = {"Global"}
+
+    def __enter__(self) -> _NoModules:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
 @contextmanager
 def aside(host: nn.Module, rows: Rows = "needed") -> Iterator[None]:
-    """Evaluation mode for a while, and what the last forward left behind is put back afterwards."""
+    """Evaluation mode for a while; what is remembered of the last forward is put back afterwards."""
     compression = find_compression(host)
-    ledger, spares = (list(compression.ledger), compression.spares) if compression else ([], False)
+    if compression is None:
+        with evaluating(host):
+            yield
+        return
+    spares, remembered = compression.spares, compression.remembered()
     try:
-        if compression is not None and rows == "all":
-            compression.spares = False
+        compression.spares = spares and rows != "all"
         with evaluating(host):
             yield
     finally:
-        if compression is not None:
-            compression.ledger, compression.spares = ledger, spares
+        compression.spares = spares
+        compression.remember(remembered)
 
 
 def _inside(block: nn.Module, config: Method | None, site: Site | None, before: int, left: int) -> tuple[int, int]:

@@ -1,16 +1,19 @@
-"""What became of every patch: the ledger of the last forward, and features given back to all patches."""
+"""What became of every patch, in the last forward or in that of given features; and features given back to all patches."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from laconic.compression import Compression, compression_of
+from laconic.dense import laid_out, restored
+from laconic.history import History, find
+from laconic.runtime import current
 from laconic.shapes import Float, Int
-from laconic.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -18,8 +21,8 @@ class Stage:
     """The tokens that one reducing block left.
 
     ``where[b, p]`` is the patch token that holds patch p (-1: dropped), ``size[b, j]`` the patches token j holds,
-    ``kept[b, j]`` the patch in whose place token j stands. ``alive`` is set where some tokens are seen by nobody: softly
-    removed ones in training, and what fills up the images of a batch that have fewer tokens than others (their size is 0).
+    ``kept[b, j]`` the patch in whose place token j stands. ``alive`` is set where some tokens are hidden from the others:
+    softly removed ones in training, and what fills up the images of a batch that have fewer tokens (their size is 0).
     Patches that are parked for a while (Evo-ViT) are -1 until they are back. ``grid``: rows and columns of the patches.
     """
 
@@ -33,10 +36,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Provenance:
-    """The stages of the last forward, first to last, and the patch grid (height, width) of the model's own input size."""
+    """The stages of one forward, first to last, and the patch grid (rows, columns) of its images."""
 
     stages: tuple[Stage, ...]
     grid: tuple[int, int]
+    _history: History | None = field(default=None, repr=False, compare=False)
 
     @property
     def final(self) -> Stage:
@@ -44,77 +48,132 @@ class Provenance:
         return self.stages[-1]
 
 
-def provenance(model: nn.Module) -> Provenance:
-    """Where every patch of the last batch went, stage by stage.
+def provenance(of: nn.Module | Tensor | Mapping[str, Any] | tuple[Any, ...]) -> Provenance:
+    """Where every patch of a batch went, stage by stage.
+
+    Args:
+        of: a reduced model: the last complete forward of this thread, or, inside of a running one (a hook), that one as far
+            as it got. Or what a forward has returned (logits, features; a view of them along the batch): that forward.
 
     Raises:
-        ValueError: the model is not reduced. RuntimeError: it has not run forward yet.
+        ValueError: the model is not reduced, or the tensor comes from no forward of a reduced model (it is a copy, or the
+            result of an operation). RuntimeError: the model has not run forward yet.
     """
-    compression = compression_of(model)
+    if isinstance(of, nn.Module):
+        compression = compression_of(of)
+        history = compression.last()
+        if history is None:
+            compression.entry(0)  # says so
+            raise AssertionError
+    else:
+        history = _of_output(of)
+    while history.given_back and history.previous is not None:
+        history = history.previous
+    return _provenance(history)
 
-    def stage(block: int, t: Tokens) -> Stage:
+
+def _of_output(of: Any) -> History:
+    values = list(of.values()) if isinstance(of, Mapping) else list(of) if isinstance(of, tuple | list) else [of]
+    found = next((h for value in values if isinstance(value, Tensor) and (h := find(value)) is not None), None)
+    if found is None:
+        raise ValueError(
+            "this comes from no forward of a reduced model that is known: it is a copy, or the result of an operation. Pass what "
+            "the model (or one of its blocks) returned, a view of it along the batch, or the model itself"
+        )
+    return found
+
+
+def _provenance(history: History) -> Provenance:
+    compression: Compression = history.reduction
+
+    def stage(block: int) -> Stage:
+        t = history.entry(block + 1)
         alive = None if t.alive is None else t.alive.detach()
-        grid = compression.staging.shapes[compression.staging.stage(block)].grid
+        grid = t.grid or compression.staging.shapes[compression.staging.stage(block)].grid
         return Stage(block, t.where, t.size.detach(), t.place, alive, grid)
 
-    stages = tuple(stage(block, compression.entry(block + 1)) for block in compression.schedule.at)
-    return Provenance(stages, compression.grid)
+    reached = [block for block in compression.schedule.at if block <= history.block]
+    last = history.tokens.grid or compression.grid
+    return Provenance(tuple(stage(block) for block in reached), last, history)
 
 
-def losses(model: nn.Module) -> dict[str, Tensor]:
-    """The method's own training losses of the last forward by name, each a mean over stages; empty if it has none.
+def losses(of: nn.Module | Tensor | Mapping[str, Any] | tuple[Any, ...]) -> dict[str, Tensor]:
+    """The method's own training losses by name, each a mean over stages; empty if it has none.
 
     DynamicViT and dTPS have "ratio", which their papers add with weight 2.
 
+    Args:
+        of: a reduced model: its last forward of this thread in training mode (or its last, if there was none). Or what a
+            forward has returned: that forward.
+
     Raises:
-        ValueError: the model is not reduced. RuntimeError: it has not run forward yet.
+        ValueError: the model is not reduced, or the tensor is of no forward that is known. RuntimeError: it has not run yet.
     """
-    compression = compression_of(model)
-    patches = [compression.entry(start + 1).where.shape[1] for start in compression.staging.starts]
+    history = compression_of(of).last(training=True) if isinstance(of, nn.Module) else _of_output(of)
+    if history is None:
+        raise RuntimeError("this reduced model has not run forward yet; run it on a batch of images first")
+    compression: Compression = history.reduction
+    patches = [history.entry(start + 1).where.shape[1] for start in compression.staging.starts]
     parts = list[dict[str, Tensor]]()
     for block, rate in compression.staging.targets(patches).items():
         reducer = compression.reducer(block)
-        if reducer is not None:
-            parts.append(reducer.losses(compression.entry(block + 1), rate))
+        if reducer is not None and block <= history.block:
+            parts.append(reducer.losses(history.entry(block + 1), rate))
     names = sorted({name for part in parts for name in part})
     return {name: torch.stack([part[name] for part in parts if name in part]).mean() for name in names}
 
 
 def restore_dense(
-    model: nn.Module, features: Float[Tensor, "B N C"], *, layout: Literal["NLC", "NCHW"] = "NLC", fill: float = 0.0
+    of: nn.Module | Provenance, features: Float[Tensor, "B N C"], *, layout: str = "NLC", fill: str | float = 0.0
 ) -> Tensor:
     """Give the features of the tokens that are left back to every patch they stand for.
 
     Args:
-        model: a reduced model that has just run on these images.
-        features: [B, prefix + L, C] as ``forward_features`` returns them, or [B, L, C] without the prefix tokens.
-        layout: ``NLC`` for [B, P, C] in raster order, ``NCHW`` for [B, C, height, width].
-        fill: what dropped patches get.
+        of: the reduced model that made the features; they may be of any of its forwards. Inside of a running forward (a hook)
+            features that are not known otherwise are that forward's. Or a `Provenance`: that forward, whatever the features
+            are (a gradient, a result of operations on each token).
+        features: [B, prefix + L, C] as ``forward_features`` or a block returns them, or [B, L, C] without the prefix tokens;
+            a view of them along the batch will do.
+        layout: ``NLC`` for [B, P, C] in raster order, ``NCHW`` for [B, C, rows, columns].
+        fill: what dropped patches get: a number, ``zeros``, ``nearest``, ``mean``, or ``last`` (see `laconic.dense.restored`).
 
     Raises:
-        ValueError: the features are not those of the last forward, or the patches do not fill the model's grid.
+        ValueError: the features are of no forward that is known, or not of those tokens; the grid is not known.
     """
-    compression = compression_of(model)
-    tokens = compression.entry(compression.depth)
-    patches = tokens.where.shape[1]
-    if features.dim() == 3 and features.shape[1] == compression.prefix + patches and patches > len(tokens):
-        dense = features[:, compression.prefix :]  # the model has given them back itself
-        return dense if layout == "NLC" else _image(compression, dense, layout)
-    if features.dim() == 3 and features.shape[1] == compression.prefix + len(tokens):
-        features = features[:, compression.prefix :]
-    if features.dim() != 3 or features.shape[:2] != tokens.size.shape:
+    if isinstance(of, Provenance):
+        history = _of_shape(of._history, features)
+        compression: Compression = of._history.reduction  # type: ignore[union-attr]
+    else:
+        compression = compression_of(of)
+        history = current(features, compression.ref) if isinstance(features, Tensor) and features.dim() == 3 else None
+        if history is None:
+            raise ValueError(
+                f"features of shape {tuple(features.shape)} come from no forward of this model that is known: they are a copy, the "
+                "result of an operation, or another model's. Pass them as the model returned them (a view along the batch will "
+                "do), or say which forward they are of: restore_dense(laconic.provenance(model), features)"
+            )
+    tokens = history.tokens
+    images, count = tokens.shape
+    prefix = tokens.prefix if features.dim() == 3 and features.shape[1] == count else 0
+    if features.dim() != 3 or features.shape[0] != images or features.shape[1] - prefix != len(tokens):
         raise ValueError(
-            f"features of shape {tuple(features.shape)} do not fit the last forward, which left {tokens.size.shape[0]} images "
-            f"of {compression.prefix} prefix and {len(tokens)} patch tokens"
+            f"features of shape {tuple(features.shape)} do not fit their forward, which left {images} images of {tokens.prefix} "
+            f"prefix and {len(tokens)} patch tokens"
         )
-    dense = tokens.dense(features, fill)
-    return dense if layout == "NLC" else _image(compression, dense, layout)
+    if history.given_back:
+        return laid_out(features[:, prefix:], tokens, layout)
+    norm = compression.entry_of_host.final_norm(compression.model) if fill == "last" else None
+    return laid_out(restored(tokens, features[:, prefix:], fill, norm), tokens, layout)
 
 
-def _image(compression: Compression, dense: Tensor, layout: str) -> Tensor:
-    height, width = compression.grid
-    if layout != "NCHW":
-        raise ValueError(f"layout must be 'NLC' or 'NCHW', not {layout!r}")
-    if height * width != dense.shape[1]:
-        raise ValueError(f"{dense.shape[1]} patches do not fill the model's {height} x {width} grid; use layout='NLC'")
-    return dense.transpose(1, 2).reshape(len(dense), -1, height, width)
+def _of_shape(history: History | None, features: Tensor) -> History:
+    """The entry of a forward that has as many tokens as the features, last first.
+
+    Raises:
+        ValueError: none has.
+    """
+    for entry in [] if history is None or features.dim() != 3 else history.chain():
+        images, count = entry.tokens.shape
+        if features.shape[0] == images and features.shape[1] in (count, count - entry.tokens.prefix):
+            return entry
+    raise ValueError(f"features of shape {tuple(features.shape)} fit no block of this forward")

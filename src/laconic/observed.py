@@ -30,7 +30,7 @@ class Observer:
 
     def note(self) -> None:
         """Add the images of the last forward."""
-        entries = [tokens for tokens in self.compression.ledger if tokens is not None]
+        entries = [self.compression.entry(index) for index in range(self.compression.depth + 1)]
         self.counts += torch.stack([_live(tokens) for tokens in entries], 1).tolist()
 
     @cached_property

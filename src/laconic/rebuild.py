@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from laconic.compression import Compression
 from laconic.extras import need
-from laconic.hosts import path_of
+from laconic.hosts import path_of, plain_type
 
 LISTED = 10  # names listed of each kind of difference
 REFUSED = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "scriptable"}
@@ -126,7 +126,7 @@ def _traits(model: nn.Module, fresh: nn.Module) -> list[str]:
         ours = modules.get(name)
         if isinstance(theirs, nn.Identity) or "Drop" in type(theirs).__name__:
             continue
-        if type(ours) is not type(theirs):
+        if plain_type(ours) is not plain_type(theirs):
             lines.append(f"{name}: {type(ours).__name__} here, {type(theirs).__name__} in timm's")
             continue
         for key, value in vars(theirs).items():

@@ -21,6 +21,7 @@ from laconic.sites import Site as Site
 from laconic.tokens import Tokens
 
 Looks = Literal["anywhere", "keys", "class"]
+MOMENTS = ("before", "ahead", "between", "after", "watch")
 
 
 class Reducer(nn.Module):
@@ -38,6 +39,11 @@ class Reducer(nn.Module):
     # no features, which it may merge. "class": likewise, and all it does is to keep tokens. Then the house may let it decide
     # before there are features, and spare what those would have cost that nobody reads
     looks: Looks = "anywhere"
+    moments: ClassVar[frozenset[str]] = frozenset()  # those that the class overrides
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.moments = frozenset(m for m in MOMENTS if getattr(cls, m) is not getattr(Reducer, m))
 
     def before(self, tokens: Tokens, n: int) -> Tokens:
         """At the input of the block (inter-block methods)."""
@@ -69,7 +75,7 @@ class Reducer(nn.Module):
 
     def overrides(self, moment: str) -> bool:
         """Whether this method works at that moment."""
-        return getattr(type(self), moment) is not getattr(Reducer, moment)
+        return moment in self.moments
 
 
 class Prune(Reducer):
@@ -96,6 +102,11 @@ class Method:
     takes_keep: ClassVar[bool] = True  # is there a keep rate to give it?
     halves: ClassVar[bool] = False  # does it take away half of a block's tokens at most?
     official_model: ClassVar[Mapping[str, Any]] = {}  # how the authors' model differs from a plain DeiT, for timm
+
+    @property
+    def reads_positions(self) -> bool:
+        """True if the method needs the model's absolute position embeddings (`Tokens.positions`)."""
+        return False
 
     def build(self, site: Site) -> Reducer:
         """The reducer for one block."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from laconic.rows import add_rows, follow, iota, take
+from laconic.rows import add_rows, follow, in_parts, iota, take
 from laconic.shapes import Float, Int
 from laconic.switches import Switches
 
@@ -28,7 +28,7 @@ class Tokens:
     ``patch`` is the patch in whose place a token stands (its position); None says that nothing has moved yet.
     """
 
-    x: Float[Tensor, "B N C"]
+    x: Float[Tensor, "B N C"]  # None in what is remembered of a forward (see `laconic.history`)
     size: Float[Tensor, "B L"]
     where: Int[Tensor, "B P"]
     prefix: int = 1
@@ -44,14 +44,25 @@ class Tokens:
     notes: dict[str, Tensor] = field(default_factory=dict)  # [B, ...] what a method remembers of an image
     aside: Tokens | None = None  # tokens that sit out some blocks and come back (Evo-ViT)
     positions: Tensor | None = None  # [P, C] the host's absolute position embedding, shared by all images
+    grid: tuple[int, int] | None = None  # rows and columns of the image's patches; None: not known
+    dropped: Tensor | None = None  # [B, P, C] features of dropped patches when they were dropped, where they are wanted
+    # [B, P] the token that a patch shows: that which holds it or, where it was dropped, the most similar one; where wanted
+    similar: Tensor | None = None
 
     @classmethod
-    def start(cls, x: Float[Tensor, "B N C"], prefix: int, has_cls: bool, positions: Tensor | None = None) -> Tokens:
+    def start(
+        cls,
+        x: Float[Tensor, "B N C"],
+        prefix: int,
+        has_cls: bool,
+        positions: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> Tokens:
         """The tokens a host hands to its first block: each patch token holds its own patch."""
         batch, patches = x.shape[0], x.shape[1] - prefix
         where = torch.arange(patches, device=x.device).expand(batch, patches)
         size = torch.ones(batch, patches, device=x.device, dtype=torch.float32)
-        return cls(x, size, where, prefix, has_cls, positions=positions)
+        return cls(x, size, where, prefix, has_cls, positions=positions, grid=grid)
 
     def __len__(self) -> int:
         return int(self.size.shape[1])
@@ -69,9 +80,29 @@ class Tokens:
 
     @property
     def ordinary(self) -> bool:
-        """Whether a block would see no difference to tokens of its own: nothing is to be done for any of them."""
-        special = (self.gate, self.alive, self.shown, self.attention, self.switches, self.aside)
-        return all(value is None for value in special)
+        """True if a block may run on them as it stands: no token has a factor, is hidden, or is set apart."""
+        return (
+            self.gate is None
+            and self.alive is None
+            and self.shown is None
+            and self.attention is None
+            and self.switches is None
+            and self.aside is None
+        )
+
+    def images(self, chosen: slice) -> Tokens:
+        """The same tokens for some images of the batch."""
+
+        def some(value: Any) -> Any:
+            return None if value is None else value[chosen]
+
+        names = ("x", "size", "where", "patch", "gate", "alive", "shown", "attention", "dropped", "similar")
+        return self.replace(
+            **{name: some(getattr(self, name)) for name in names},
+            columns={name: column[chosen] for name, column in self.columns.items()},
+            notes={name: note[chosen] for name, note in self.notes.items()},
+            aside=None if self.aside is None else self.aside.images(chosen),
+        )
 
     @property
     def patches(self) -> Float[Tensor, "B L C"]:
@@ -221,8 +252,17 @@ class Tokens:
             return None if value is None else take(value, lead)
 
         still = self.patch is None and not self.merged  # every token is its own patch
+        dropped = self.dropped
+        if dropped is not None:
+            now = ((self.where >= 0) & (dst.gather(1, self.where.clamp_min(0)) < 0)).unsqueeze(-1)
+            dropped = torch.where(now, take(self.patches, self.where.clamp_min(0)).to(dropped.dtype), dropped)
+        similar = self.similar
+        if similar is not None:
+            similar = torch.where(dst < 0, self._most_similar(lead), dst).gather(1, similar)
         return self.replace(
             x=x,
+            dropped=dropped,
+            similar=similar,
             size=size,
             where=dst if still else follow(self.where, dst),
             patch=lead if self.patch is None else take(self.patch, lead),
@@ -230,3 +270,10 @@ class Tokens:
             alive=of_lead(self.alive),
             columns={name: take(c, lead) for name, c in self.columns.items()},
         )
+
+    def _most_similar(self, lead: Int[Tensor, "B M"]) -> Int[Tensor, "B L"]:
+        """For every token the one of ``lead`` whose features have the highest cosine with its own, as a place in ``lead``."""
+        features = F.normalize(self.patches.detach().float(), dim=2)
+        kept, absent = take(features, lead).transpose(1, 2), (take(self.size, lead) <= 0).unsqueeze(1)
+        found = [(part @ kept).masked_fill(absent, -2.0).argmax(2) for part in in_parts(features, lead.shape[1])]
+        return torch.cat(found, 1)

@@ -1,4 +1,4 @@
-"""The proof at attach time: what the host table says about a model is shown on that very model, or it is refused."""
+"""The proof at attach time: what the model table says about a model is shown on that very model, or it is refused."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from laconic.attention import Watch
-from laconic.calling import by_name
+from laconic.block_forward import attend, first_of, name_of
 from laconic.compression import Compression
+from laconic.history import History
 from laconic.hosts import Host, halves_of, path_of
 from laconic.modes import evaluating
-from laconic.passing import first_of
-from laconic.seams import READERS, attach, detach, names_of, settle, unsettle
-from laconic.sparing import attend
+from laconic.patching import attach, detach, names_of, refuse_patched, settle, unsettle
+from laconic.readout_proof import check_readout, difference_of
+from laconic.runtime import by_name
 from laconic.tokens import Tokens
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = 1e-3  # of the size of what a block adds; on one machine the difference is usually exactly 0
+TOLERANCE = 1e-3  # of the size of what is compared; on one machine the difference is usually exactly 0
 
 
 def verify(host: nn.Module, entry: Host, compression: Compression, example: Tensor | None) -> None:
@@ -29,13 +30,14 @@ def verify(host: nn.Module, entry: Host, compression: Compression, example: Tens
 
     Raises:
         ValueError: a block's two halves are not its forward, its attention is not fused, it was patched by someone else,
-            a prefix token was touched, or the example does not fit the model.
+            a prefix token was touched, tokens are not the prefix and a grid, the model reads merged tokens in a way of its
+            own, or the example does not fit the model.
         LookupError: the method needs something this model has not.
     """
     image = _image(host, entry, example)
     blocks = entry.blocks(host)
     with evaluating(host), torch.no_grad():
-        _refuse_patched(host, entry, blocks)
+        refuse_patched(host, entry)
         compression.settled = settle(host, entry)
         try:
             base, records = _record(host, blocks, image)
@@ -43,25 +45,54 @@ def verify(host: nn.Module, entry: Host, compression: Compression, example: Tens
             for index, (block, record) in enumerate(zip(blocks, records, strict=True)):
                 _check_block(index, block, record)
             _check_moments(compression, blocks)
-            hold = compression.rows != "all" and all(map(_parts_hold, range(len(blocks)), blocks, records))
+            steps_hold = compression.rows != "all" and all(map(_steps_hold, range(len(blocks)), blocks, records))
         except BaseException:
             unsettle(host, entry, compression.settled)
             raise
         attach(host, entry, compression)
         try:
-            reduced = _run_reduced(host, compression, image)
-            works = _works(compression)
+            reduced, history = _run_reduced(host, compression, image)
+            works = _works(compression, history)
             if not works and not _same(base, reduced):
                 raise ValueError("with nothing to reduce the output differs from the model's own; please report this model")
+            compression.merges = history.tokens.merged
+            if history.tokens.merged:
+                check_readout(host, compression, image)
             # where nothing is reduced the output stays the model's own, bit for bit, unless it was asked for
-            compression.spares = hold and (works or compression.rows == "needed")
+            if steps_hold and (works or compression.rows == "needed"):
+                compression.spares = _fast_equals(host, compression, image, reduced)
         except BaseException:
             detach(host, entry)
             raise
         finally:
             compression.observer = None
-        compression.ledger = [None] * (compression.depth + 1)
+            compression.forget()
     compression.train(host.training)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """How far two ways of the same computation may differ, relative to its size: more where products are rounded to less."""
+    eps = torch.finfo(dtype).eps
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        # products in bfloat16 at "medium"; "high" is TensorFloat32 or two bfloat16
+        eps = torch.finfo(torch.bfloat16).eps if torch.get_float32_matmul_precision() == "medium" else 2.0**-10
+    return max(TOLERANCE, 8 * eps)
+
+
+def _fast_equals(host: nn.Module, compression: Compression, image: Tensor, whole: Any) -> bool:
+    """True if the model answers the same without the rows that are not read; if not, all of them are computed, always."""
+    compression.spares = True
+    fast, _ = _run_reduced(host, compression, image)
+    difference, size = difference_of(fast, whole)
+    if difference <= tolerance(image.dtype if image.is_floating_point() else torch.float32) * max(size, 1e-6):
+        return True
+    log.warning(
+        "%s: its answer without the rows that are not read differs by %.2g of %.2g, so all rows are computed",
+        path_of(type(host)),
+        difference,
+        size,
+    )
+    return False
 
 
 def _image(host: nn.Module, entry: Host, example: Tensor | None) -> Tensor:
@@ -74,13 +105,6 @@ def _image(host: nn.Module, entry: Host, example: Tensor | None) -> Tensor:
         found = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
         raise ValueError(f"example must be an image batch [B, channels, height, width], got {found}")
     return example.to(reference.device, reference.dtype)
-
-
-def _refuse_patched(host: nn.Module, entry: Host, blocks: list[nn.Module]) -> None:
-    own = [*((host, name) for name in READERS), *((module, name) for module, name, _ in entry.stand_ins(host))]
-    for module, name in [*own, *((block, "forward") for block in blocks)]:
-        if name in module.__dict__:
-            raise ValueError(f"{path_of(type(module))} has a {name} put on it by another tool; undo that before reducing")
 
 
 def _record(host: nn.Module, blocks: list[nn.Module], image: Tensor) -> tuple[Any, list[tuple[Any, Any, Any, int]]]:
@@ -115,7 +139,7 @@ def _record(host: nn.Module, blocks: list[nn.Module], image: Tensor) -> tuple[An
 def _check_block(index: int, block: nn.Module, record: tuple[Any, Any, Any, int]) -> None:
     x, kwargs, output, fused = record
     expected, halves = first_of(output), halves_of(block)
-    name = f"block {index} ({path_of(type(block))})"
+    name = name_of(index, block)
     if halves.hidden and halves.attention is not None:
         calls: list[dict[str, Any]] = []
         with Watch(calls):
@@ -134,30 +158,30 @@ def _check_block(index: int, block: nn.Module, record: tuple[Any, Any, Any, int]
     y = x + halves.attention(block, x, **kwargs)
     y = y + halves.mlp(block, y)
     difference = (y - expected).abs().max().item()
-    if not difference <= TOLERANCE * (expected - x).abs().max().item():
+    if not difference <= tolerance(x.dtype) * (expected - x).abs().max().item():
         raise ValueError(
             f"{name}: its two halves differ from its forward by {difference:.2g}. Laconic's entry is for another version of "
             "this class, or its forward was changed; it cannot be reduced safely"
         )
 
 
-def _parts_hold(index: int, block: nn.Module, record: tuple[Any, Any, Any, int]) -> bool:
-    """Whether the steps of a block's attention give what it adds; if not, its rows are always all computed."""
+def _steps_hold(index: int, block: nn.Module, record: tuple[Any, Any, Any, int]) -> bool:
+    """True if the steps of a block's attention give what it adds; if not, its rows are always all computed."""
     x, kwargs, _, _ = record
     halves = halves_of(block)
-    parts = halves.parts(block)
-    if parts is None or halves.attention is None:
+    steps = halves.steps
+    if steps is None or halves.attention is None or not steps.known(block):
         return True
     whole, first = halves.attention(block, x, **kwargs), x[:, :1]
-    h = parts.norm(x)
-    alone = attend(parts, parts.queries(parts.norm(first)), *parts.keys_values(h), None)
-    together = attend(parts, *parts.project(h), None)
+    h = steps.norm(block, x)
+    alone = attend(block, steps, steps.queries(block, steps.norm(block, first)), *steps.keys_values(block, h), None)
+    together = attend(block, steps, *steps.project(block, h), None)
     difference = max((alone - whole[:, :1]).abs().max().item(), (together - whole).abs().max().item())
-    if difference <= max(TOLERANCE, 8 * torch.finfo(x.dtype).eps) * whole.abs().max().item():
+    if difference <= tolerance(x.dtype) * whole.abs().max().item():
         return True
     log.warning(
-        "block %d (%s): its attention in steps differs by %.2g from its own, so all rows are computed, also those that nobody "
-        "needs",
+        "block %d (%s): its attention in steps differs by %.2g from its own, so all rows are computed, also those that are not "
+        "read",
         index,
         path_of(type(block)),
         difference,
@@ -183,7 +207,9 @@ def _check_moments(compression: Compression, blocks: list[nn.Module]) -> None:
             )
 
 
-def _run_reduced(host: nn.Module, compression: Compression, image: Tensor) -> Any:
+def _run_reduced(host: nn.Module, compression: Compression, image: Tensor) -> tuple[Any, History]:
+    """The answer of the reduced model, with no prefix token touched, and what became of the tokens."""
+
     def untouched(before: Tokens, after: Tokens) -> None:
         if compression.config.row.class_readout:
             return
@@ -192,15 +218,30 @@ def _run_reduced(host: nn.Module, compression: Compression, image: Tensor) -> An
 
     compression.observer = untouched
     compression.train(False)
-    return host(image)
+    try:
+        out = host(image)
+    finally:
+        compression.observer = None
+    history = compression.last()
+    if history is None or history.block + 1 != compression.depth and not _idle_after(compression, history):
+        raise ValueError(
+            f"{path_of(type(host))} has a forward of its own (of its class's base, or put on it by another tool) that does not go "
+            "through the methods of its class; undo that before reducing"
+        )
+    return out, history
 
 
-def _works(compression: Compression) -> bool:
-    """Whether any block has anything to reduce."""
+def _idle_after(compression: Compression, history: History) -> bool:
+    """True if no block after this entry has a reducer: those leave no entry."""
+    return all(compression.reducer(block) is None for block in range(history.block + 1, compression.depth))
+
+
+def _works(compression: Compression, history: History) -> bool:
+    """True if any block has anything to reduce."""
     before = 0
-    for block, n in enumerate(compression.counts(compression.entry(0).where.shape[1])):
-        if block in compression.staging.starts:
-            before = compression.entry(block + 1).where.shape[1]
+    for block, n in enumerate(compression.counts(history.entry(0).where.shape[1])):
+        if block in compression.starts:
+            before = history.entry(block + 1).where.shape[1]
         reducer = compression.reducer(block)
         if reducer is not None and reducer.active(before, n):
             return True

@@ -13,23 +13,26 @@ from typing import Any
 from torch import Tensor, nn
 
 Half = Callable[..., Tensor]
-StandIn = tuple[nn.Module, str, Callable[..., Any]]  # a module, one of its methods, and what stands in for it
+# a module, one of its methods, and what replaces it while the model is reduced: a function of a module, called with a
+# `laconic.readout.Readout` of the model, the method itself, and its arguments
+StandIn = tuple[nn.Module, str, Callable[..., Any]]
 Setting = tuple[Any, str, Any]  # an object, the name of one of its attributes, and the value it must have
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What attention adds to x, in its steps, so that only a few tokens need be queries.
+class Steps:
+    """The attention of a block class in its steps, so that q, k and v are at hand and only some tokens need be queries.
 
-    It is ``added(scaled_dot_product_attention(queries(h), *keys_values(h)))`` with h = ``norm(x)``; all but keys and values
-    may be of some rows of x. ``project`` makes all three at once.
+    What attention adds to x is ``added(scaled_dot_product_attention(queries(h), *keys_values(h)))`` with h = ``norm(x)``; all
+    but keys and values may be of some rows of x. ``project`` makes queries, keys and values at once. Each takes the block.
     """
 
-    norm: Callable[[Tensor], Tensor]
-    queries: Callable[[Tensor], Tensor]  # [B, M, C] -> [B, H, M, D]
-    keys_values: Callable[[Tensor], tuple[Tensor, Tensor]]  # [B, N, C] -> twice [B, H, N, D]
-    project: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]  # [B, N, C] -> three times [B, H, N, D]
-    added: Callable[[Tensor], Tensor]  # [B, H, M, D] -> [B, M, C]
+    known: Callable[[Any], bool]  # is this very block's attention no more than these steps, without hooks and adapters, now?
+    norm: Callable[[Any, Tensor], Tensor]
+    queries: Callable[[Any, Tensor], Tensor]  # [B, M, C] -> [B, H, M, D]
+    keys_values: Callable[[Any, Tensor], tuple[Tensor, Tensor]]  # [B, N, C] -> twice [B, H, N, D]
+    project: Callable[[Any, Tensor], tuple[Tensor, Tensor, Tensor]]  # [B, N, C] -> three times [B, H, N, D]
+    added: Callable[[Any, Tensor], Tensor]  # [B, H, M, D] -> [B, M, C]
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,7 @@ class Halves:
     after: tuple[str, ...] = ("norm2", "mlp")  # its parts that see the tokens that are left between attention and MLP
     # rows through a layer of it, by its name, where they are not the tokens (a network that makes a bias)
     rows: Callable[[Any, str], int | None] = lambda block, name: None
-    # the attention of this very block in its steps; None where it has more to it than they say (hooks, adapters, gates)
-    parts: Callable[[Any], Parts | None] = lambda block: None
+    steps: Steps | None = None  # its attention in steps, where they are known
 
     @property
     def placed(self) -> bool:
@@ -91,14 +93,21 @@ class Host:
     obstacle: Callable[[Any], str | None]  # why this very model cannot be reduced, or None
     stages: Callable[[Any], tuple[Shape, ...]] | None = None  # None: one stage, as the fields above say
     at: Callable[[Any], tuple[int, ...]] | None = None  # where the papers reduce this model; None: at the quarters
-    # what of a model is replaced while it is reduced, beside blocks and ``pool``; called with a `laconic.reading.Reading`
+    # methods that are replaced while a model is reduced, beside those of blocks and ``pool``
     stand_ins: Callable[[Any], list[StandIn]] = lambda m: []
     # what has to be set for its attention to be fused, for as long as it is reduced
     settings: Callable[[Any], list[Setting]] = lambda m: []
     refused: tuple[str, ...] = ()  # arguments of its forward that a reduced model does not take (attention masks)
-    # does its forward read nothing of the last block but the prefix tokens?
-    reads_prefix: Callable[[Any], bool] = lambda m: False
+    # the module and the method that hand on the features of all tokens, normalised; with reduce_(restore=...) of all patches
+    features: Callable[[Any], tuple[nn.Module, str]] = lambda m: (m, "forward_features" if hasattr(m, "forward_features") else "forward")
+    head_methods: tuple[str, ...] = ("forward_head",)  # methods that take the last features, and may change them before they are pooled
+    final_norm: Callable[[Any], nn.Module | None] = lambda m: getattr(m, "norm", None)  # between the blocks and the features
+    # the methods between its forward and its pooling, where these read nothing of the last block but the prefix tokens if it
+    # pools by "token"; empty: not so
+    reads_prefix: tuple[str, ...] = ()
     gives_back: bool = False  # does it hand on all its last tokens, for others to average? Then merged ones go to their patches
+    # rows and columns of the patches of an image [height, width] now; None: not known (its own size is ``grid``)
+    grid_of: Callable[[Any, tuple[int, int]], tuple[int, int] | None] = lambda m, size: None
     stem: Callable[[Any], nn.Module] = lambda m: m.patch_embed  # makes tokens of an image
     # rows that pass through the layers of its other parts, by their name, of so many tokens before and after the blocks
     rows: Callable[[Any, int, int], dict[str, int]] | None = None
@@ -143,15 +152,41 @@ def path_of(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def plain_type(module: nn.Module) -> type:
+    """The class of a module as it is when its model is not reduced (see `laconic.patching`)."""
+    kind: type = type(module)
+    return getattr(kind, "laconic_base", kind)
+
+
+def unhooked(module: nn.Module) -> bool:
+    """True if calling this module is to call its class's forward: no hooks of any kind, no forward of its own."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
 def halves_of(block: nn.Module) -> Halves:
     """The entry of a block's class or of the class it was derived from (FSDP derives one).
 
     Raises:
         LookupError: its class is unknown.
     """
+    return BLOCKS[block_path(block)]
+
+
+def block_path(block: nn.Module) -> str:
+    """The path of the class under which a block's entry is found.
+
+    Raises:
+        LookupError: its class is unknown.
+    """
     for cls in type(block).__mro__:
         if path_of(cls) in BLOCKS:
-            return BLOCKS[path_of(cls)]
+            return path_of(cls)
     _refuse(block.modules(), LookupError)
     raise LookupError(f"laconic does not know {path_of(type(block))}. Supported block classes: {', '.join(sorted(BLOCKS))}")
 

@@ -18,16 +18,15 @@ def _mlp(b: Any, x: Tensor) -> Tensor:
     return b.drop_path(b.mlp(b.norm2(x))) / b.divisor
 
 
-def _pool(reading: Any, x: Tensor, pool_type: str | None = None) -> Tensor:
+def _pool(readout: Any, own: Any, x: Tensor, pool_type: str | None = None) -> Tensor:
     """The highest of the logits is of the tokens that hold a patch: in training those softly removed are still there."""
-    model, tokens = reading.host, reading.tokens(x)
-
-    def own(x: Tensor, kind: str | None) -> Tensor:
-        out: Tensor = type(model).pool(model, x, kind)
-        return out
-
-    if tokens is None or (pool_type or model.global_pool) != "max":
-        return reading.pool(own, x, pool_type)
+    model = readout.host
+    if (pool_type or model.global_pool) != "max":
+        return readout.pool(own, x, pool_type)
+    tokens = readout.tokens(x)
+    if tokens is None:
+        unweighted: Tensor = own(x, pool_type)
+        return unweighted
     out: Tensor = model.combine(x[:, 0], x[:, 1:], tokens.size * tokens.there)
     return out
 

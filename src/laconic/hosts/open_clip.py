@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -46,23 +45,21 @@ def _pools(m: Any) -> list[Any]:
     return [*pools, m.attn_pool_contrastive] if pools and getattr(m, "attn_pool_type", "") == "parallel" else pools
 
 
-def _global_pool(reading: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    own = partial(type(reading.host)._global_pool, reading.host)
+def _global_pool(readout: Any, own: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     pooled, tokens = own(x)
-    if reading.host.attn_pool is None:  # with one, x are its answers
-        pooled = reading.pool(lambda weighed, kind: own(weighed)[0], x)
+    if readout.host.attn_pool is None:  # with one, x are its answers
+        pooled = readout.pool(lambda weighed, kind: own(weighed)[0], x)
     return pooled, tokens
 
 
-def _pool_attends(number: int, reading: Any, query: Tensor, key: Tensor, value: Tensor, **kw: Any) -> Any:
-    attn, bias = _pools(reading.host)[number].attn, reading.key_bias(key)
+def _pool_attends(readout: Any, own: Any, query: Tensor, key: Tensor, value: Tensor, **kw: Any) -> Any:
+    bias = readout.key_bias(key)
     more = {} if bias is None else {"key_padding_mask": bias}  # a float mask is added to the logits
-    return type(attn).forward(attn, query, key, value, **kw, **more)
+    return own(query, key, value, **kw, **more)
 
 
 def _stand_ins(m: Any) -> list[StandIn]:
-    attends = [(pool.attn, "forward", partial(_pool_attends, number)) for number, pool in enumerate(_pools(m))]
-    return [(m, "_global_pool", _global_pool), *attends]
+    return [(m, "_global_pool", _global_pool), *((pool.attn, "forward", _pool_attends) for pool in _pools(m))]
 
 
 def _obstacle(m: Any) -> str | None:
@@ -106,6 +103,10 @@ register_host(
         pooling=_pooling,
         obstacle=_obstacle,
         stand_ins=_stand_ins,
+        features=lambda m: (m, "forward"),
+        head_methods=("_pool",),
+        final_norm=lambda m: None if m.final_ln_after_pool else m.ln_post,
+        grid_of=lambda m, size: m.grid_size,
         stem=lambda m: m.conv1,
         rows=_rows,
         products=_products,

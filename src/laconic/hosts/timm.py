@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from laconic.hosts import Halves, Host, Parts, path_of, register_block, register_host
+from laconic.hosts import Halves, Host, Steps, path_of, register_block, register_host, unhooked
 
 
 def _gamma(gamma: Tensor | None, x: Tensor) -> Tensor:
@@ -43,42 +43,54 @@ def _eva_mlp(b: Any, x: Tensor) -> Tensor:
 _ATTENTION = ("timm.layers.attention.Attention", "timm.models.vision_transformer.Attention")
 
 
-def _untouched(layer: Any) -> bool:
-    """Whether this is a plain linear layer and nothing else: no adapter, no quantised weights, no hooks."""
-    plain = type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
-    return plain and not (layer._forward_hooks or layer._forward_pre_hooks)
+def _known(b: Any) -> bool:
+    """True if the attention is timm's own with a plain qkv layer: no adapter, quantised weights, hooks or overrides."""
+    attn = b._modules["attn"]  # here and below: an attribute would cost a call of Module.__getattr__
+    qkv = attn._modules.get("qkv")
+    if type(qkv) is not nn.Linear or type(qkv._parameters["weight"]) is not nn.Parameter or not attn.fused_attn:
+        return False
+    return path_of(type(attn)) in _ATTENTION and unhooked(attn) and unhooked(qkv) and attn._modules.get("gate") is None
 
 
-def _block_parts(b: Any) -> Parts | None:
-    attn = b.attn
-    known = path_of(type(attn)) in _ATTENTION and getattr(attn, "gate", None) is None and _untouched(attn.qkv)
-    if not known or not attn.fused_attn or attn._forward_hooks or attn._forward_pre_hooks or "forward" in attn.__dict__:
-        return None
-    weight, bias, width = attn.qkv.weight, attn.qkv.bias, attn.qkv.out_features // 3
-
-    def heads_of(out: Tensor) -> Tensor:
-        return out.reshape(*out.shape[:2], -1, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
-
-    def some(h: Tensor, rows: slice) -> Tensor:
-        return heads_of(F.linear(h, weight[rows], None if bias is None else bias[rows]))
-
-    def keys_values(h: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = some(h, slice(width, None)).unbind(0)
-        return attn.k_norm(k), v
-
-    def project(h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = heads_of(F.linear(h, weight, bias)).unbind(0)
-        return attn.q_norm(q), attn.k_norm(k), v
-
-    def added(heads: Tensor) -> Tensor:
-        x = heads.transpose(1, 2).flatten(2)
-        x = attn.norm(x) if hasattr(attn, "norm") else x
-        return b.drop_path1(b.ls1(attn.proj_drop(attn.proj(x))))
-
-    return Parts(b.norm1, lambda h: attn.q_norm(some(h, slice(width))[0]), keys_values, project, added)
+def _heads_of(attn: Any, out: Tensor) -> Tensor:
+    return out.reshape(out.shape[0], out.shape[1], -1, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
 
 
-register_block("timm.models.vision_transformer.Block", Halves(_block_attention, _block_mlp, parts=_block_parts))
+def _queries(b: Any, h: Tensor) -> Tensor:
+    attn = b._modules["attn"]
+    qkv = attn._modules["qkv"]._parameters
+    weight, bias = qkv["weight"], qkv["bias"]
+    width = weight.shape[0] // 3
+    out = F.linear(h, weight[:width], None if bias is None else bias[:width])
+    queries: Tensor = attn.q_norm(_heads_of(attn, out)[0])
+    return queries
+
+
+def _keys_values(b: Any, h: Tensor) -> tuple[Tensor, Tensor]:
+    attn = b._modules["attn"]
+    qkv = attn._modules["qkv"]._parameters
+    weight, bias = qkv["weight"], qkv["bias"]
+    width = weight.shape[0] // 3
+    k, v = _heads_of(attn, F.linear(h, weight[width:], None if bias is None else bias[width:])).unbind(0)
+    return attn.k_norm(k), v
+
+
+def _project(b: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    attn = b._modules["attn"]
+    qkv = attn._modules["qkv"]._parameters
+    q, k, v = _heads_of(attn, F.linear(h, qkv["weight"], qkv["bias"])).unbind(0)
+    return attn.q_norm(q), attn.k_norm(k), v
+
+
+def _added(b: Any, heads: Tensor) -> Tensor:
+    attn = b._modules["attn"]
+    x, norm = heads.transpose(1, 2).flatten(2), attn._modules.get("norm")
+    x = x if norm is None else norm(x)
+    return b.drop_path1(b.ls1(attn.proj_drop(attn.proj(x))))
+
+
+_steps = Steps(_known, lambda b, x: b.norm1(x), _queries, _keys_values, _project, _added)
+register_block("timm.models.vision_transformer.Block", Halves(_block_attention, _block_mlp, steps=_steps))
 register_block("timm.models.vision_transformer.ResPostBlock", Halves(_post_attention, _post_mlp))
 register_block("timm.models.vision_transformer.ParallelScalingBlock", Halves())  # attention and MLP side by side
 register_block("timm.models.eva.EvaBlock", Halves(_eva_attention, _eva_mlp, rope="rope"))
@@ -126,10 +138,11 @@ def _pooling(m: Any) -> tuple[str, bool]:
     return kind, getattr(m, "pool_include_prefix", True)  # Eva hands all its tokens to the attention pool
 
 
-def _reads_prefix(m: Any) -> bool:
-    """A class (or distillation) token is all that its head reads, and every method on the way to it is timm's own."""
-    ways = (getattr(type(m), name) for name in ("forward", "forward_features", "forward_head", "pool"))
-    return _pooling(m)[0] == "token" and all(way.__module__.startswith("timm.models.") for way in ways)
+def _grid_of(m: Any, size: tuple[int, int]) -> tuple[int, int] | None:
+    embed = m.patch_embed
+    if hasattr(embed, "dynamic_feat_size"):
+        return tuple(embed.dynamic_feat_size(size))
+    return getattr(embed, "grid_size", None)
 
 
 def _obstacle(m: Any) -> str | None:
@@ -153,6 +166,7 @@ for _path in ("timm.models.vision_transformer.VisionTransformer", "timm.models.e
             example=_example,
             pooling=_pooling,
             obstacle=_obstacle,
-            reads_prefix=_reads_prefix,
+            reads_prefix=("forward", "forward_features", "forward_head", "pool"),
+            grid_of=_grid_of,
         )
     )

@@ -6,7 +6,6 @@ depend on the other images of the batch.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -42,14 +41,18 @@ def _unmasked(patch_valid: Tensor | None, attn_mask: Tensor | None = None) -> No
         )
 
 
-def _forward_embeds(reading: Any, x: Tensor, patch_coord: Any, patch_valid: Any, attn_mask: Any) -> dict[str, Tensor]:
+def _forward_embeds(readout: Any, own: Any, x: Tensor, patch_coord: Any, patch_valid: Any, attn_mask: Any) -> dict[str, Tensor]:
     _unmasked(patch_valid, attn_mask)
-    return type(reading.host)._forward_embeds(reading.host, x, patch_coord, None, None)
+    out: dict[str, Tensor] = own(x, patch_coord, None, None)
+    return out
 
 
-def _pool(reading: Any, x: Tensor, pool_type: str | None = None, patch_valid: Tensor | None = None) -> Tensor:
+def _pool(
+    readout: Any, own: Any, x: Tensor, pool_type: str | None = None, patch_valid: Tensor | None = None
+) -> Tensor:
     _unmasked(patch_valid)
-    return reading.pool(partial(type(reading.host)._pool, reading.host), x, pool_type)
+    out: Tensor = readout.pool(own, x, pool_type)
+    return out
 
 
 register_host(
@@ -64,6 +67,7 @@ register_host(
         example=_example,
         pooling=_pooling,
         obstacle=_obstacle,
+        grid_of=lambda m, size: tuple(m.embeds.dynamic_feat_size(size)),
         stem=lambda m: m.embeds,
         stand_ins=lambda m: [(m, "_forward_embeds", _forward_embeds), (m, "_pool", _pool)],
     )

@@ -5,7 +5,6 @@ Both pool inside ``forward_head``, so that is what is stood in for.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +17,7 @@ from laconic.hosts.timm import (
     _eva_mlp,
     _example,
     _grid,
+    _grid_of,
     _heads,
     _obstacle,
     _pooling,
@@ -28,9 +28,9 @@ from laconic.hosts.timm import (
 )
 
 
-def _forward_head(reading: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
-    own = partial(type(reading.host).forward_head, reading.host, pre_logits=pre_logits)
-    return reading.pool(lambda weighed, kind: own(weighed), x)
+def _forward_head(readout: Any, own: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
+    out: Tensor = readout.pool(lambda weighed, kind: own(weighed, pre_logits=pre_logits), x)
+    return out
 
 
 def _bias_rows(bias: Any) -> int:
@@ -68,6 +68,7 @@ for _path in ("timm.models.beit.Beit", "timm.models.vision_transformer_relpos.Vi
             pooling=_pooling,
             obstacle=_obstacle,
             rows=_rows,
+            grid_of=_grid_of,
             stand_ins=lambda m: [(m, "forward_head", _forward_head)],
         )
     )

@@ -68,6 +68,18 @@ def _settings(m: Any) -> list[Setting]:
     return [(m.config, "_attn_implementation", FUSED)]
 
 
+def _grid_of(m: Any, size: tuple[int, int]) -> tuple[int, int]:
+    rows, columns = _pair(m.config.patch_size)
+    return size[0] // rows, size[1] // columns
+
+
+def _final_norm(m: Any) -> Any:
+    """CLIP hands on its last tokens as they are: its last norm is for the class token."""
+    if hasattr(m, "pre_layrnorm") or hasattr(getattr(m, "vision_model", None), "pre_layrnorm"):
+        return None
+    return next((getattr(m, name) for name in ("layernorm", "norm", "post_layernorm") if hasattr(m, name)), None)
+
+
 def _rows(m: Any, before: int, after: int) -> dict[str, int]:
     last = 1 if hasattr(m, "pre_layrnorm") else after  # CLIP's last norm is for its class token alone
     return {"pre_layrnorm": before, "layernorm": after, "norm": after, "post_layernorm": last, "pooler": 1}
@@ -87,6 +99,9 @@ _common = Host(
     settings=_settings,
     refused=("attention_mask", "head_mask"),
     gives_back=True,
+    features=lambda m: (m, "forward"),
+    final_norm=_final_norm,
+    grid_of=_grid_of,
     stem=lambda m: m.embeddings,
     rows=_rows,
 )
@@ -96,31 +111,31 @@ def _registers(m: Any) -> tuple[int, bool]:
     return 1 + m.config.num_register_tokens, True
 
 
-def _probed(reading: Any, query: Tensor, key: Tensor, value: Tensor, **kw: Any) -> Any:
+def _probed(readout: Any, own: Any, query: Tensor, key: Tensor, value: Tensor, **kw: Any) -> Any:
     """SigLIP's probe looks at every token as often as it has patches."""
-    attn, bias = reading.host.head.attention, reading.key_bias(key)
+    heads, bias = readout.host.head.attention.num_heads, readout.key_bias(key)
     if bias is not None:
-        kw["attn_mask"] = bias.repeat_interleave(attn.num_heads, 0).unsqueeze(1)  # [B H, 1, N], added to the logits
-    return type(attn).forward(attn, query, key, value, **kw)
+        kw["attn_mask"] = bias.repeat_interleave(heads, 0).unsqueeze(1)  # [B H, 1, N], added to the logits
+    return own(query, key, value, **kw)
 
 
 def _siglip_stand_ins(m: Any) -> list[StandIn]:
     return [(m.head.attention, "forward", _probed)] if m.use_head else []
 
 
-def _averaged(reading: Any, x: Tensor) -> Tensor:
-    pooler = reading.host.pooler
-    return reading.pool(lambda weighed, kind: type(pooler).forward(pooler, weighed), x)
+def _averaged(readout: Any, own: Any, x: Tensor) -> Tensor:
+    out: Tensor = readout.pool(lambda weighed, kind: own(weighed), x)
+    return out
 
 
 def _averages(m: Any) -> bool:
     return getattr(m.pooler, "layernorm", None) is not None
 
 
-def _shared_bias(reading: Any, window: Any, *resized: Any, **to: Any) -> Tensor:
-    """In 4.57 made anew for every layer: of the image's own grid, and not resized to the tokens that are left."""
-    module = reading.host.encoder.relative_position_bias
-    return type(module).forward(module, window)
+def _shared_bias(readout: Any, own: Any, window: Any, *resized: Any, **to: Any) -> Tensor:
+    """In 4.57 made for every layer: of the image's own grid, and not resized to the tokens that are left."""
+    out: Tensor = own(window)
+    return out
 
 
 def _beit_stand_ins(m: Any) -> list[StandIn]:

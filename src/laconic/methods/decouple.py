@@ -27,7 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from laconic.parts import by_place, check_choices, check_grid, lay, set_out, share, split
+from laconic.parts import by_place, check_choices, grid_of, lay, set_out, share, split
 from laconic.parts.budget import Amount, Budget, check_amounts, net_of
 from laconic.parts.mergers import LLOYD, Merger, grouped, pair_up
 from laconic.reducer import Method, Site
@@ -76,9 +76,9 @@ class Decouple(Method):
         rest = by_place(tokens, rest) if self.merger.endswith("pool") else rest
         of_kept, lead = pair_up(tokens.rows(kept), pairs, self.matching)
         lead, left = kept.gather(1, lead), k - pairs
-        if self.merger == "spatial-pool" and clusters > 1:
-            check_grid(f"{self.row.name}(merger='spatial-pool')", tokens, site.grid)
-        cluster, centres = grouped(self.merger, tokens, rest, score, clusters, site.grid, self.density, self.assign)
+        by_cells = self.merger == "spatial-pool" and clusters > 1
+        grid = grid_of(f"{self.row.name}(merger='spatial-pool')", tokens) if by_cells else (0, 0)
+        cluster, centres = grouped(self.merger, tokens, rest, score, clusters, grid, self.density, self.assign)
         if self.merger == "max-pool":  # not a sum: first the pairs, then the maxima
             dst = lay(kept, rest, of_kept, iota(rest) + left)
             fused = tokens.merge(dst, self._weights(score, dst, left + rest.shape[1], left), torch.cat([lead, rest], 1))

@@ -18,7 +18,6 @@ is not of the size that the model was built for.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -36,13 +35,13 @@ CHOICES = {"norm": ("l1", "l2", "linf"), "count": ("exact", "radius", "shrinking
 class HeuristicReducer(Reducer):
     """Keep the patches nearest to the centre, in the order they come."""
 
-    def __init__(self, site: Site, norm: str, published: bool) -> None:
+    def __init__(self, norm: str, published: bool) -> None:
         super().__init__()
-        self.grid, self.norm, self.published = site.grid, norm, published
+        self.norm, self.published = norm, published
 
     def before(self, tokens: Tokens, n: int) -> Tokens:
         patches = tokens.where.shape[1]
-        rows, columns = self.grid if math.prod(self.grid) == patches else square(patches)
+        rows, columns = tokens.grid or square(patches)
         far = torch.tensor(distances(rows, columns, self.norm, self.published), device=tokens.x.device)
         return tokens.keep(split(-far[tokens.place], n)[0].sort(1).values)
 
@@ -77,7 +76,7 @@ class Heuristic(Method):
             raise ValueError(f"heuristic: smallest must be a radius, 0 or more, not {self.smallest!r}")
 
     def build(self, site: Site) -> Reducer:
-        return HeuristicReducer(site, self.norm, self.count != "exact")
+        return HeuristicReducer(self.norm, self.count != "exact")
 
     def plan(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
         if self.count != "shrinking":

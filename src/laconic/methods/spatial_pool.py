@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from laconic.attention import Seen
 from laconic.methods.resample import Pool
-from laconic.parts import cells, check_grid, set_out
+from laconic.parts import cells, grid_of, set_out
 from laconic.reducer import Reducer, Site, method
 from laconic.tokens import Tokens
 
@@ -23,14 +23,14 @@ from laconic.tokens import Tokens
 class SpatialPoolReducer(Reducer):
     """Cells of the grid, averaged between attention and MLP."""
 
-    def __init__(self, options: Pool, site: Site) -> None:
+    def __init__(self, options: Pool) -> None:
         super().__init__()
-        self.options, self.grid = options, site.grid
+        self.options = options
 
     def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
-        check_grid("spatial-pool", tokens, self.grid)
+        grid = grid_of("spatial-pool", tokens)
         kept, rest = self.options.part(tokens, seen, n, "raster")
-        group, first = cells(tokens.place.gather(1, rest), self.grid, n - kept.shape[1])
+        group, first = cells(tokens.place.gather(1, rest), grid, n - kept.shape[1])
         dst, lead = set_out(kept, rest, group, first)
         return tokens.merge(dst, None, lead)
 
@@ -49,4 +49,4 @@ class SpatialPool(Pool):
     """Options of ``spatial-pool``: those of `Pool`."""
 
     def build(self, site: Site) -> Reducer:
-        return SpatialPoolReducer(self, site)
+        return SpatialPoolReducer(self)

@@ -60,6 +60,11 @@ class Squeeze(Method):
         check_choices(self)
         demand(self.row.name, "temperature", self.temperature, self.temperature > 0, "must be positive")
 
+    @property
+    def reads_positions(self) -> bool:
+        """True if position embeddings are compared."""
+        return self.features != "full"
+
     def view(self, tokens: Tokens, index: Tensor) -> Tensor:
         """What the cosine compares of the tokens ``index``, [B, K, C]."""
         if self.features == "full":

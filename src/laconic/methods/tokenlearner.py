@@ -47,7 +47,7 @@ class ConvolutionalReducer(Mixer):
 
     def __init__(self, site: Site) -> None:
         super().__init__("tokenlearner", site)
-        self.grid, slots = site.grid, max(1, self.slots)
+        slots = max(1, self.slots)
         self.norm = nn.LayerNorm(site.dim, eps=1e-6)
         layers: list[nn.Module] = [nn.Conv2d(site.dim, slots, 3, padding=1, bias=False)]
         for _ in range(3):
@@ -55,12 +55,12 @@ class ConvolutionalReducer(Mixer):
         self.maps = nn.Sequential(*layers)
 
     def matrix(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        rows, columns = self.grid
+        rows, columns = tokens.grid or (0, 0)
         if tokens.patch is not None or len(tokens) != rows * columns:
             raise ValueError(
-                f"tokenlearner: version='1' was built for all patches on their grid, {rows} x {columns}, and got "
-                f"{len(tokens)} tokens{'' if tokens.patch is None else ' that an earlier block has reduced'}; reduce at one "
-                "block only, use images of the size it was built for, or pass version='1.1'"
+                f"tokenlearner: version='1' needs all patches on their grid, and got {len(tokens)} tokens"
+                f"{'' if tokens.patch is None else ' that an earlier block has reduced'}; reduce at one block only, or pass "
+                "version='1.1'"
             )
         image = self.norm(x).transpose(1, 2).unflatten(2, (rows, columns))
         return self.maps(image).float().sigmoid().flatten(2), tokens.patches

@@ -20,7 +20,7 @@ from laconic.parts.nearest import best_of_rows, greedy_pairs, nearest
 from laconic.parts.options import check_choices, taking_away
 from laconic.parts.parity import by_parity, parity, soft_matching
 from laconic.parts.patterns import distances, evenly, ring, square, within
-from laconic.parts.pooling import by_place, cells, check_grid, runs, set_out
+from laconic.parts.pooling import by_place, cells, grid_of, runs, set_out
 from laconic.parts.predictor import Predictor, gumbel_keep
 from laconic.parts.readout import CLASS_LOGITS, ClassHead
 from laconic.parts.scores import SCORES, Score, ScoreName, arbitrary, class_attention, mean_query_attention, shuffled
@@ -59,7 +59,6 @@ __all__ = [
     "cells",
     "cheapest",
     "check_choices",
-    "check_grid",
     "class_attention",
     "cosine",
     "demand",
@@ -70,6 +69,7 @@ __all__ = [
     "evenly",
     "fuse",
     "greedy_pairs",
+    "grid_of",
     "gumbel_keep",
     "halting_divergence",
     "highest_given",

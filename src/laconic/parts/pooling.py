@@ -58,18 +58,18 @@ def tiling(grid: tuple[int, int], count: int) -> tuple[int, int]:
     return out
 
 
-def check_grid(owner: str, tokens: Tokens, grid: tuple[int, int]) -> None:
-    """Refuse images of another shape than the grid says: places would mean something else.
+def grid_of(owner: str, tokens: Tokens) -> tuple[int, int]:
+    """Rows and columns of the images' patches.
 
     Raises:
-        ValueError: so many patches do not fill that grid.
+        ValueError: they are not known, so that it cannot be said which patches are neighbours.
     """
-    patches = tokens.where.shape[1]
-    if patches != grid[0] * grid[1]:
+    if tokens.grid is None:
         raise ValueError(
-            f"{owner} pools on the host's own grid of {grid[0]} x {grid[1]} patches, and these images have {patches}; make the "
-            "model for their size (img_size=...)"
+            f"{owner} pools neighbouring patches, and the grid of these {tokens.where.shape[1]} patches is not known; make the "
+            "model for images of their size (img_size=...)"
         )
+    return tokens.grid
 
 
 def by_place(tokens: Tokens, index: Int[Tensor, "B K"]) -> Int[Tensor, "B K"]:

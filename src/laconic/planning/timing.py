@@ -18,7 +18,7 @@ from laconic.jobs.measure import Quartiles, Run, Sample, Time, interleave, ratio
 from laconic.planning.progress import ticking
 from laconic.planning.space import Space
 from laconic.schedule import Schedule
-from laconic.seams import settle
+from laconic.patching import settle
 
 BASE = "unreduced"
 WARMUP = 2  # rounds that do not count

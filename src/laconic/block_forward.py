@@ -1,0 +1,354 @@
+"""The ways through one block of a reduced model; `pass_block` chooses.
+
+1. Untouched: the block's own forward, where nothing is to be done for these tokens.
+2. In two halves: attention, the method with a view of that attention, MLP. Where the steps of a block's attention are known
+   (`laconic.hosts.Steps`) q, k and v are computed one by one; elsewhere a `Watch` sees the call of fused attention. A method
+   that only drops tokens, by keys and the class query, is asked before the queries of the others are computed.
+3. The prefix tokens alone: the last block, where the model's answer reads no other rows. Keys and values are of all tokens.
+4. Packed: where every image has its own number of tokens, the tokens of all images run as one row (`laconic.packing`).
+
+All ways give the same answer but for rounding; `laconic.verify` compares them on the user's model. Hooks, adapters and
+overrides inside a block are looked for at each forward: where a way would not call them, it is not taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from laconic.attention import Seen, Watch
+from laconic.grid import GridMap
+from laconic.hosts import Halves, Steps, path_of
+from laconic.masking import bias_of
+from laconic.packing import Packing
+from laconic.reducer import Reducer
+from laconic.rows import table_rows
+from laconic.tokens import Tokens
+
+Reads = Literal["all", "needed", "prefix"]  # rows of a block that are needed: all, or as its method says, or the prefix tokens'
+
+
+def pass_block(
+    block: Any,
+    own: Any,
+    link: Any,
+    reduction: Any,
+    tokens: Tokens,
+    kwargs: dict[str, Any],
+    reducer: Reducer | None,
+    watcher: Reducer | None,
+    n: int,
+    reads: Reads,
+) -> Tokens:
+    """Run a block on tokens, with all moments of its reducer.
+
+    Args:
+        own: the forward of the block's class.
+        link: what is known of the block since it was reduced (`laconic.runtime.BlockLink`).
+        reduction: the model's `laconic.compression.Compression`.
+        kwargs: the block's arguments beside the features, by name.
+        reducer: the block's, if it has anything to do.
+        watcher: the reducer of the next block, if it looks at this block's attention.
+        n: patch tokens to leave.
+        reads: rows of the output that are read; "all" also where the fast path is off.
+    """
+    if reads == "prefix":
+        alone = prefix_only(block, link, reduction, tokens, kwargs, reducer, watcher, n)
+        if alone is not None:
+            return alone
+    moments = () if reducer is None else reducer.moments
+    if reducer is not None and "before" in moments:
+        tokens = apply(reduction, reducer, "before", tokens, n)
+    if reducer is not None and "ahead" in moments:
+        tokens = _look_ahead(block, own, link, reduction, tokens, kwargs, reducer, n)
+    between = reducer if "between" in moments else None
+    tokens = _run(block, own, link, reduction, tokens, kwargs, between, watcher, n, reads)
+    if reducer is not None and "after" in moments:
+        tokens = apply(reduction, reducer, "after", tokens, n)
+    return tokens
+
+
+def apply(reduction: Any, reducer: Reducer, moment: str, tokens: Tokens, *arguments: Any) -> Tokens:
+    """Call a reducer at one of its moments; similarities, exponentials and sums of scores stay in float32 under autocast."""
+    kind = tokens.x.device.type
+    if torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
+            out: Tokens = getattr(reducer, moment)(tokens, *arguments)
+    else:
+        out = getattr(reducer, moment)(tokens, *arguments)
+    if reduction.observer is not None:
+        reduction.observer(tokens, out)
+    if reduction.compacts and reduction.execution in ("packed", "padded") and not reduction.training:
+        return out.compact()
+    return out
+
+
+# ------------------------------------------------------------------------------------------------ whole blocks
+def _run(
+    block: Any,
+    own: Any,
+    link: Any,
+    reduction: Any,
+    tokens: Tokens,
+    kwargs: dict[str, Any],
+    between: Reducer | None,
+    watcher: Reducer | None,
+    n: int,
+    reads: Reads,
+) -> Tokens:
+    """The block untouched, by known steps, or with its attention watched."""
+    spec: Halves = link.spec
+    packing = Packing.of(tokens) if packs(reduction, spec) else None
+    rows = _bias_rows(spec, tokens)
+    # transformers checkpoints a block inside of its class's forward; the runtime has done it around all of this already
+    again = block.training and getattr(block, "gradient_checkpointing", False)
+    idle = between is None and watcher is None and packing is None and rows is None and not again
+    if idle and tokens.attention is None and tokens.switches is None and (tokens.ordinary or _bias(spec, tokens) is None):
+        return tokens.replace(x=first_of(own(block, tokens.x, **_placed(spec, tokens, None, kwargs))))
+    if reads != "all" and watcher is None and packing is None and not reduction.packed:
+        steps = known_steps(block, spec, tokens, kwargs)
+        if steps is not None:
+            return _by_steps(block, spec, steps, reduction, tokens, between, n)
+    return _watched(block, own, link, reduction, tokens, kwargs, between, watcher, n, packing, rows, again)
+
+
+def _watched(
+    block: Any,
+    own: Any,
+    link: Any,
+    reduction: Any,
+    tokens: Tokens,
+    kwargs: dict[str, Any],
+    between: Reducer | None,
+    watcher: Reducer | None,
+    n: int,
+    packing: Packing | None,
+    rows: Tensor | None,
+    again: bool,
+) -> Tokens:
+    """The block with its call of fused attention seen, and on a packed row where there is one."""
+    spec: Halves = link.spec
+    bias = None if packing is not None else _bias(spec, tokens)
+    kwargs = _placed(spec, tokens, packing, kwargs)
+    calls: list[dict[str, Any]] = []
+    x = tokens.x if packing is None else packing.pack(tokens.x)
+    parted = between is not None or tokens.switches is not None or spec.hidden or again
+    with Watch(calls, bias, tokens.attention, rows) if packing is None else packing.watch(calls, rows):
+        if parted and spec.attention is not None:
+            x = x + switched(tokens, packing, "attention", partial(spec.attention, block, **kwargs), x)
+        elif tokens.switches is not None:
+            x = x + switched(tokens, packing, "whole", partial(own, block, **kwargs), x)
+        else:
+            x = first_of(own(block, x, **kwargs))
+    if not calls and (bias is not None or rows is not None):
+        Seen.of(calls, tokens, link.name)  # the bias was added to nothing: it says so
+    tokens = tokens.replace(x=x if packing is None else packing.unpack(x, tokens.x), attention=None)
+    if watcher is not None or between is not None:
+        looked = calls if packing is None else packing.seen(calls)
+        seen = Seen.of(looked, tokens, link.name, coarse=spec.grid is not None)
+        if watcher is not None:
+            tokens = apply(reduction, watcher, "watch", tokens, seen)
+        if between is not None:
+            tokens = apply(reduction, between, "between", tokens, seen, n)
+    if parted and spec.mlp is not None:
+        tokens = tokens.replace(x=_mlp(block, spec, reduction, tokens))
+    return tokens.replace(switches=None)
+
+
+def _mlp(block: Any, spec: Halves, reduction: Any, tokens: Tokens) -> Tensor:
+    assert spec.mlp is not None
+    packing, half = Packing.of(tokens) if packs(reduction, spec) else None, partial(spec.mlp, block)
+    if packing is None:
+        return tokens.x + switched(tokens, None, "mlp", half, tokens.x)
+    row = packing.pack(tokens.x)
+    return packing.unpack(row + switched(tokens, packing, "mlp", half, row), tokens.x)
+
+
+def _look_ahead(
+    block: Any, own: Any, link: Any, reduction: Any, tokens: Tokens, kwargs: dict[str, Any], reducer: Reducer, n: int
+) -> Tokens:
+    """A look at the block's attention before the block: its first half is run once more, for its q, k and v."""
+    spec: Halves = link.spec
+    calls: list[dict[str, Any]] = []
+    with Watch(calls, _bias(spec, tokens), rows=_bias_rows(spec, tokens)):
+        half = spec.attention or own
+        half(block, tokens.x, **_placed(spec, tokens, None, kwargs))
+    seen = Seen.of(calls, tokens, link.name, coarse=spec.grid is not None)
+    return apply(reduction, reducer, "ahead", tokens, seen, n)
+
+
+# ------------------------------------------------------------------------------------------------ by known steps
+def known_steps(block: Any, spec: Halves, tokens: Tokens, kwargs: Mapping[str, Any]) -> Steps | None:
+    """The steps of this block's attention; None where they are not known, or more is to be done for these tokens."""
+    steps = spec.steps
+    if steps is None or not _only_gated(tokens) or not _bare(kwargs) or not steps.known(block):
+        return None
+    return steps
+
+
+def _by_steps(
+    block: Any, spec: Halves, steps: Steps, reduction: Any, tokens: Tokens, between: Reducer | None, n: int
+) -> Tokens:
+    """Both halves of a block; a method that only keeps some tokens, by the class query, is asked before the other queries."""
+    assert spec.mlp is not None
+    bias = _bias(spec, tokens)
+    h = steps.norm(block, tokens.x)
+    if between is not None and between.looks == "class" and not reduction.adaptive:
+        k, v = steps.keys_values(block, h)
+        call = {"query": steps.queries(block, h[:, :1]), "key": k, "value": v, "attn_mask": bias}
+        tokens = apply(reduction, between, "between", tokens, Seen.of([call], tokens, "a block"), n)
+        q = steps.queries(block, steps.norm(block, tokens.x))
+        x = tokens.x + attend(block, steps, q, k, v, bias)
+        return tokens.replace(x=x + spec.mlp(block, x))
+    q, k, v = steps.project(block, h)
+    bias = None if bias is None else bias.to(k.dtype)
+    tokens = tokens.replace(x=tokens.x + attend(block, steps, q, k, v, bias))
+    if between is not None:
+        seen = Seen.of([{"query": q, "key": k, "value": v, "attn_mask": bias}], tokens, "a block")
+        tokens = apply(reduction, between, "between", tokens, seen, n)
+    return tokens.replace(x=tokens.x + spec.mlp(block, tokens.x))
+
+
+def prefix_only(
+    block: Any,
+    link: Any,
+    reduction: Any,
+    tokens: Tokens,
+    kwargs: dict[str, Any],
+    reducer: Reducer | None,
+    watcher: Reducer | None,
+    n: int,
+) -> Tokens | None:
+    """The block for its prefix tokens alone: the features are theirs; of the patch tokens it is known what becomes of them.
+
+    None where that cannot be had. Where the attention has no known steps it is run whole, and the MLP is not; then there must
+    be no reducer.
+    """
+    spec: Halves = link.spec
+    decides = reducer is not None and (reducer.looks == "anywhere" or reduction.adaptive)
+    if decides or watcher is not None or spec.attention is None or spec.mlp is None or not _only_gated(tokens):
+        return None
+    if spec.grid is not None or spec.relative or not quiet(block):
+        return None
+    kwargs, bias = _placed(spec, tokens, None, kwargs), _bias(spec, tokens)
+    steps = known_steps(block, spec, tokens, kwargs)
+    first = tokens.x[:, : tokens.prefix]
+    if steps is None:
+        if reducer is not None:
+            return None
+        with Watch([], bias):
+            x = first + spec.attention(block, tokens.x, **kwargs)[:, : tokens.prefix]
+        return tokens.replace(x=x + spec.mlp(block, x))
+    h = steps.norm(block, tokens.x)
+    q, (k, v) = steps.queries(block, h[:, : tokens.prefix]), steps.keys_values(block, h)
+    bias = None if bias is None else bias.to(k.dtype)
+    x = first + attend(block, steps, q, k, v, bias)
+    if reducer is not None:
+        seen = Seen.of([{"query": q, "key": k, "value": v, "attn_mask": bias}], tokens, "a block")
+        tokens = apply(reduction, reducer, "between", tokens, seen, n)  # of features that are not read: those before the block
+    return tokens.replace(x=x + spec.mlp(block, x))
+
+
+def attend(block: Any, steps: Steps, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """What attention adds to the rows that the queries were made of."""
+    mask = None if bias is None else bias.to(k.dtype)
+    return steps.added(block, F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+
+
+# ------------------------------------------------------------------------------------------------ hooks and overrides
+def quiet(module: nn.Module) -> bool:
+    """True if neither this module nor one inside it has a hook or a forward of its own."""
+    waiting: list[Any] = [module]
+    while waiting:
+        one = waiting.pop()
+        if one is None:
+            continue
+        if one._forward_hooks or one._forward_pre_hooks or one._backward_hooks or one._backward_pre_hooks:
+            return False
+        if "forward" in one.__dict__:
+            return False
+        waiting.extend(one._modules.values())
+    return True
+
+
+# ------------------------------------------------------------------------------------------------ parts of the above
+def switched(tokens: Tokens, packing: Packing | None, part: str, half: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """What a part of the block adds to ``x``, as far as the switches let it (see `laconic.switches`)."""
+    switches = tokens.switches
+    if switches is None:
+        return half(x)
+    added: Tensor = getattr(switches if packing is None else switches.packed(packing.index), part)(half, x)
+    return added
+
+
+def first_of(output: Any) -> Tensor:
+    """The features that a block gives, alone or as the first of a tuple."""
+    features: Tensor = output[0] if isinstance(output, tuple) else output
+    return features
+
+
+def packs(reduction: Any, spec: Halves) -> bool:
+    """True if hidden tokens may be left out: not where a bias for pairs, or a grid, is made for the whole batch."""
+    return reduction.packed and not spec.relative and spec.grid is None
+
+
+def _only_gated(tokens: Tokens) -> bool:
+    """True if nothing but a factor on the attention towards each token is to be done for these tokens."""
+    return (
+        tokens.alive is None
+        and tokens.shown is None
+        and tokens.attention is None
+        and tokens.switches is None
+        and tokens.aside is None
+    )
+
+
+def _bare(kwargs: Mapping[str, Any]) -> bool:
+    for value in kwargs.values():  # noqa: SIM110 (a generator would cost a frame for every value)
+        if value is not None and value is not False:
+            return False
+    return True
+
+
+def _bias(spec: Halves, tokens: Tokens) -> Tensor | None:
+    """What the tokens add to the attention: nothing where its keys are of the full grid, which shows them as it should."""
+    if spec.grid is not None or (tokens.gate is None and tokens.alive is None and tokens.shown is None):
+        return None
+    return bias_of(tokens)
+
+
+def _bias_rows(spec: Halves, tokens: Tokens) -> Tensor | None:
+    """The tokens [B, N] of the full number that a bias made for all of them is to be read at."""
+    if not spec.relative or tokens.patch is None:
+        return None
+    first = torch.arange(tokens.prefix, device=tokens.patch.device).expand(tokens.patch.shape[0], -1)
+    return torch.cat([first, tokens.patch + tokens.prefix], 1)
+
+
+def _placed(spec: Halves, tokens: Tokens, packing: Packing | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of a block, with what says where the tokens are: rows of its rotary table, or a map of its grid."""
+    if spec.grid is not None:
+        moved = GridMap.of(tokens)
+        return kwargs if moved is None else {**kwargs, spec.grid: moved}
+    table = None if spec.rope is None else kwargs.get(spec.rope)
+    if spec.rope is None or table is None or (packing is None and tokens.patch is None):
+        return kwargs
+    if isinstance(table, tuple):  # cosines and sines apart (transformers); in one table for as long as it takes
+        cos, sin = table
+        rows = _rotary(torch.cat([sin, cos], -1), tokens, packing)
+        return {**kwargs, spec.rope: (rows[..., sin.shape[-1] :], rows[..., : sin.shape[-1]])}
+    return {**kwargs, spec.rope: _rotary(table, tokens, packing)}
+
+
+def _rotary(table: Tensor, tokens: Tokens, packing: Packing | None) -> Tensor:
+    return table_rows(table, tokens.place) if packing is None else packing.rotary(table, tokens)
+
+
+def name_of(index: int, block: nn.Module) -> str:
+    """The block, in words."""
+    return f"block {index} ({path_of(type(block))})"

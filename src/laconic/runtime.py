@@ -1,0 +1,387 @@
+"""What runs in a reduced model: the calls of the model, and the forwards of its blocks.
+
+`laconic.patching` gives the model and its blocks classes with these functions as methods. A call of the model (`Call`) lasts
+from entering one of its methods to leaving it, on one thread; a block finds the tokens that come in by its features
+(`laconic.history`) or, where these were changed on the way, by the call that is running.
+
+Under torch.compile and torch.export one trace is one call, and features are not marked: the call carries the forward.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from laconic.block_forward import Reads, pass_block, quiet
+from laconic.dense import hand_over
+from laconic.grid import GridMap
+from laconic.history import History, find, mark
+from laconic.hosts import BLOCKS, HOSTS, Host
+
+MASKS = ("attn_mask", "attention_mask", "is_causal", "head_mask", "layer_head_mask", "output_attentions")
+LINK = "_laconic"  # under which name a module of a reduced model has its link
+# norms that treat every token alone
+NORMS = ("torch.nn.modules.normalization", "torch.nn.modules.linear", "timm.layers.norm", "laconic.models")
+
+
+class HostRef:
+    """A weak reference to a reduced model, shared by all its parts; in a copy of the model, to the copy."""
+
+    def __init__(self, host: nn.Module | None) -> None:
+        self._host = None if host is None else weakref.ref(host)
+
+    def __call__(self) -> Any:
+        return None if self._host is None else self._host()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HostRef:
+        copy = memo.get(id(self()))  # None where a part is copied alone: it still belongs to the same model
+        return self if copy is None else HostRef(copy)
+
+    def __reduce__(self) -> Any:
+        return HostRef, (self(),)
+
+
+class PartLink:
+    """What a module whose methods are replaced knows of the reduced model: the model, and the parameters of its forward."""
+
+    def __init__(self, ref: HostRef, names: tuple[str, ...]) -> None:
+        self.ref, self.names = ref, names
+
+
+class BlockLink(PartLink):
+    """What a block knows since the model was reduced, and what cannot change after.
+
+    ``path`` is that of its class, ``passthrough``: it has neither a reducer nor anything to be told of its tokens.
+    """
+
+    def __init__(self, ref: HostRef, names: tuple[str, ...], index: int, path: str, passthrough: bool) -> None:
+        super().__init__(ref, names)
+        self.index, self.path, self.passthrough = index, path, passthrough
+        self.spec = BLOCKS[path]
+
+    @property
+    def name(self) -> str:
+        """The block, in words."""
+        return f"block {self.index} ({self.path})"
+
+    def __reduce__(self) -> Any:
+        return BlockLink, (self.ref, self.names, self.index, self.path, self.passthrough)
+
+
+class Call:
+    """One call of a method of a reduced model.
+
+    ``grid`` is that of the image, if known. ``fast``: rows that are not read may be left out; ``answers``: only the prefix
+    tokens are read of the last block. ``history`` is that of the tokens as far as it got, ``begun`` the number of forwards
+    that began inside. ``tracing``: a graph is traced, and features cannot be marked.
+    """
+
+    def __init__(
+        self,
+        host: Any,
+        ref: HostRef,
+        reduction: Any,
+        grid: tuple[int, int] | None,
+        fast: bool,
+        answers: bool,
+        tracing: bool,
+    ) -> None:
+        self.host, self.ref, self.reduction, self.grid, self.fast, self.answers = host, ref, reduction, grid, fast, answers
+        self.tracing = tracing
+        self.history: History | None = None
+        self.begun = 0
+
+
+class _Running(threading.local):
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+
+
+_running = _Running()
+# While torch.compile traces, which cannot read threading.local: only the trace sees this list filled
+_traced: list[Call] = []
+
+
+def running() -> list[Call]:
+    """The calls of reduced models that are running on this thread, outermost first."""
+    return _traced or _running.calls
+
+
+def call_of(ref: HostRef) -> Call | None:
+    """The innermost running call, if it is of this model."""
+    calls = _traced or _running.calls
+    return calls[-1] if calls and calls[-1].ref is ref else None
+
+
+def reduction_in(host: Any) -> Any:
+    """The `Compression` of a reduced model; of PEFT's wrapper around it the one that runs.
+
+    Raises:
+        TypeError: it is wrapped in another way.
+    """
+    found = host._modules["laconic"]
+    if getattr(type(found), "reduces_tokens", False):
+        return found
+    if not hasattr(found, "modules_to_save") or not hasattr(found, "original_module"):
+        raise TypeError(f"the laconic module of this model is now a {type(found).__name__}; wrap the whole model instead")
+    names = getattr(found, "active_adapters", None) or getattr(found, "active_adapter", None) or ()
+    active = [name for name in ([names] if isinstance(names, str) else names) if name in found.modules_to_save]
+    if getattr(found, "disable_adapters", False) or not active:
+        return found.original_module
+    return found.modules_to_save[active[0]]
+
+
+# ------------------------------------------------------------------------------------------------ calls of the model
+def run_call(module: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
+    """Replaces a method of the model that runs its blocks, or reads their features: the method itself, as a call."""
+    return calling(module, own, args, kwargs)[0]
+
+
+def calling(module: Any, own: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Call]:
+    """Run a method of the model (or of its encoder) as a call.
+
+    Returns:
+        its result, with features marked and, if asked for, restored; and the call.
+    """
+    tracing = torch.compiler.is_compiling()
+    calls = _traced if tracing and torch.compiler.is_dynamo_compiling() else _running.calls
+    name, link = own.__name__, module._laconic
+    outer = calls[-1] if calls and calls[-1].ref is link.ref else None
+    host = module if "laconic" in module._modules else link.ref() if outer is None else outer.host
+    call = _open(host, name if module is host else "", args, kwargs, outer, tracing)
+    calls.append(call)
+    try:
+        out = own(module, *args, **kwargs)
+        if call.history is not None:
+            out = hand_over(host, module, name, out, call)
+    finally:
+        calls.pop()
+        if outer is not None and call.begun:
+            outer.history, outer.begun = call.history, outer.begun + call.begun
+    if call.begun:
+        call.reduction.complete(call.history, tracing)
+    return out, call
+
+
+def _open(
+    host: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], outer: Call | None, tracing: bool
+) -> Call:
+    reduction, link = reduction_in(host), host._laconic
+    entry, image = HOSTS[reduction.host_path], args[0] if args else kwargs.get(link.names[0])
+    grid = None if outer is None else outer.grid
+    if isinstance(image, Tensor) and image.dim() == 4:
+        grid = entry.grid_of(host, (image.shape[2], image.shape[3]))
+    elif image is not None:
+        _refuse_proxy(image)
+    if entry.refused and name == "forward":
+        _refuse_arguments(host, entry.refused, args, kwargs)
+    ends = _check_blocks(host, entry, reduction) if outer is None else False
+    fast = outer.fast if outer is not None else reduction.spares and not host.training and (tracing or not _global_hooks())
+    if name == "forward":
+        answers = fast and ends and _answers(host, entry, reduction)
+    else:  # the model's own forward asks for its features first; every other call of them wants them whole
+        answers = name == "forward_features" and outer is not None and outer.answers and not outer.begun
+    call = Call(host, link.ref, reduction, grid, fast, answers, tracing)
+    if name in entry.head_methods and isinstance(image, Tensor):
+        call.history = known(image, call.ref) or (None if outer is None or outer.begun != 1 else outer.history)
+    return call
+
+
+def _global_hooks() -> bool:
+    return bool(torch.nn.modules.module._has_any_global_hook())
+
+
+def _answers(host: Any, entry: Host, reduction: Any) -> bool:
+    """True if the answer reads nothing of the last block but its prefix tokens, as the model is now."""
+    if reduction.restore or not reduction.known_readout or entry.pooling(host)[0] != "token":
+        return False
+    for name in entry.reads_prefix:
+        if name in host.__dict__:
+            return False
+    norm = entry.final_norm(host)
+    return norm is None or (type(norm).__module__.startswith(NORMS) and quiet(norm))
+
+
+def _check_blocks(host: Any, entry: Host, reduction: Any) -> bool:
+    """True if the last block is the one that was last when the model was reduced.
+
+    Raises:
+        RuntimeError: a block was added since.
+    """
+    last = None
+    for number, block in enumerate(entry.blocks(host)):
+        link = block.__dict__.get(LINK)
+        if link is None:  # it may be wrapped, as FSDP does
+            link = next((one.__dict__[LINK] for one in block.modules() if isinstance(one.__dict__.get(LINK), BlockLink)), None)
+        if link is None:
+            raise RuntimeError(
+                f"block {number} was put into the model after it was reduced and knows nothing of its tokens; "
+                "laconic.restore_(model), change its blocks, and reduce it again"
+            )
+        last = link
+    return last is not None and last.index + 1 == reduction.depth
+
+
+def _refuse_arguments(host: Any, refused: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    given = {**dict(zip(host._laconic.names, args, strict=False)), **kwargs}
+    for name in refused:
+        if given.get(name) is not None:
+            raise ValueError(
+                f"a reduced {type(host).__name__} takes no {name}: what is made for all tokens does not fit those that are left"
+            )
+
+
+def _refuse_proxy(x: Any) -> None:
+    if type(x).__module__.startswith("torch.fx"):
+        raise TypeError(
+            "a reduced model cannot be traced symbolically by torch.fx: how it goes on depends on its tokens. Use "
+            "torch.export.export (or laconic.export), or trace the model before it is reduced"
+        )
+
+
+# ------------------------------------------------------------------------------------------------ blocks
+def run_block(block: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
+    """Replaces the forward of a block."""
+    link: BlockLink = block._laconic
+    x = args[0] if args else kwargs.get(link.names[0])
+    calls = _traced or _running.calls
+    call = calls[-1] if calls and calls[-1].ref is link.ref else None
+    history = arriving(link, call, x)
+    if link.passthrough and history.plain and len(args) == 1 and not block.training and not (kwargs and _told(kwargs)):
+        out = own(block, x, **kwargs)
+        leaving(call, history, out[0] if isinstance(out, tuple) else out, link.index)
+        return out
+    x, named = by_name(link.names, args, kwargs, link.spec.own_mask)
+    reduction, tokens = history.reduction, history.tokens.replace(x=x)
+    if block.training:
+        reduction.refuse_lost(history, tokens)
+    count, n = len(tokens), history.counts[link.index - history.start]
+    reducer = reduction.reducer(link.index)
+    if reducer is not None and not reducer.active(count, n):
+        reducer = None
+    watcher = reduction.watcher(link.index + 1, history, count)
+    last, reads = link.index + 1 == reduction.depth, cast(Reads, "all")
+    if call is not None and call.fast and not block.training:
+        reads = "prefix" if last and call.answers else "needed"
+    tokens = pass_block(block, own, link, reduction, tokens, named, reducer, watcher, n, reads)
+    if reducer is not None and not reduction.adaptive and len(tokens) != n and tokens.alive is None:
+        raise RuntimeError(f"{reduction.config.row.name} left {len(tokens)} patch tokens at block {link.index}; {n} were asked for")
+    history, x = history.after(link.index, tokens), tokens.x
+    if not last and link.index + 1 in reduction.starts:
+        full = GridMap.of(tokens)
+        x = x if full is None else torch.cat([x[:, : tokens.prefix], full.fill(tokens.patches)], 1)
+    leaving(call, history, x, link.index)
+    return (x,) if reduction.in_tuples else x
+
+
+def arriving(link: BlockLink, call: Call | None, x: Any) -> History:
+    """The forward that these features go on in: that of their mark, or of the running call of the model.
+
+    Raises:
+        TypeError: they are no tensor. RuntimeError: they are of no forward of this model.
+    """
+    if not isinstance(x, Tensor):
+        _refuse_proxy(x)
+        raise TypeError(f"{link.name} got a {type(x).__name__} where its features were expected")
+    host = link.ref() if call is None else call.host
+    reduction = reduction_in(host) if call is None else call.reduction
+    if link.index in reduction.starts:
+        return _begin(host, reduction, call, link, x)
+    history = None if call is not None and call.tracing else find(x)
+    if history is not None and history.reduction.ref is not link.ref:
+        history = None
+    if history is None and call is not None:
+        history = call.history  # changed on the way, by a hook or by the model: still the tokens of this call
+    if history is None or history.shape != x.shape[:2]:
+        _refuse_features(link, x, history)
+    return history
+
+
+def _begin(host: Any, reduction: Any, call: Call | None, link: BlockLink, x: Tensor) -> History:
+    """The tokens as they enter the model, or one of its stages."""
+    if host is None:
+        raise RuntimeError(f"the model of {link.name} is gone; keep the model, or restore_ it before its blocks are used alone")
+    stage = reduction.staging.stage(link.index)
+    history = reduction.begin(host, x, stage, None if call is None else call.grid, call.history if call and stage else None)
+    if call is not None:
+        call.history = history
+        call.begun += stage == 0
+    return history
+
+
+def leaving(call: Call | None, history: History, x: Tensor, index: int) -> None:
+    """Let the features that a block hands on be found again; after the last one the forward is complete."""
+    if call is not None:
+        call.history = history
+        if call.tracing:
+            return
+    elif index + 1 == history.reduction.depth and torch._C._current_graph_task_id() == -1:
+        history.reduction.complete(history)  # blocks that are run by hand; not those that a backward pass computes again
+    mark(x, history)
+
+
+def known(x: Tensor, ref: HostRef) -> History | None:
+    """The forward that features are marked with, if it is one of this model."""
+    call = call_of(ref)
+    if call is not None and call.tracing:
+        return None
+    history = find(x)
+    return history if history is not None and history.reduction.ref is ref else None
+
+
+def current(x: Tensor, ref: HostRef) -> History | None:
+    """The forward of features at the end of a model: by their mark, or by the call that is running."""
+    history = known(x, ref)
+    if history is None:
+        call = call_of(ref)
+        if call is not None and call.begun <= 1:
+            history = call.history
+    return history
+
+
+def _refuse_features(link: BlockLink, x: Tensor, history: History | None) -> None:
+    if torch.compiler.is_compiling() and not running():
+        raise RuntimeError(f"{link.name} cannot be compiled alone: its tokens are known to the whole model; compile the model")
+    if history is None:
+        raise RuntimeError(
+            f"{link.name} got features of shape {tuple(x.shape)} that come from no block of this model: a copy, or the result of "
+            "an operation, outside of the model's own forward. Run the model's forward, or hand on what a block returned"
+        )
+    images, count = history.tokens.shape
+    raise RuntimeError(
+        f"block {link.index} got {tuple(x.shape)}, but the block before it left {images} images of {count} tokens; hand on "
+        "what that block returned"
+    )
+
+
+def by_name(
+    names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any], own_mask: str | None = None
+) -> tuple[Tensor, dict[str, Any]]:
+    """The features that a block is called with, and its other arguments by name (``names`` are those of its parameters).
+
+    A mask under the name ``own_mask`` is the model's own: if it is boolean it hides nothing, and is left out.
+
+    Raises:
+        ValueError: an attention mask is handed over, or attention weights are asked for: neither fits the tokens left.
+    """
+    named = {**dict(zip(names, args, strict=False)), **kwargs}
+    own = named.get(own_mask) if own_mask is not None else None
+    if own_mask is not None and own is not None and own.dtype == torch.bool:
+        named[own_mask] = None
+    for name in MASKS:
+        if name != own_mask and named.get(name) is not None and named[name] is not False:
+            raise ValueError(f"a reduced model takes no {name}: what is made for all tokens does not fit those that are left")
+    return named.pop(names[0]), named
+
+
+def _told(kwargs: Mapping[str, Any]) -> bool:
+    """True if any argument says something."""
+    for value in kwargs.values():  # noqa: SIM110 (a generator would cost a frame for every value)
+        if value is not None and value is not False:
+            return True
+    return False
