@@ -69,7 +69,7 @@ class History:
         """The same forward for some images of its batch."""
         chosen: History | None = None
         for entry in reversed(list(self.chain())):
-            tokens = entry.tokens.images(slice(start, start + (count - 1) * step + 1, step)) if count else entry.tokens
+            tokens = entry.tokens.images(slice(start, start + count * step, step))
             chosen = History(entry.reduction, tokens, entry.block, entry.counts, entry.start, chosen)
         assert chosen is not None
         return chosen

@@ -43,8 +43,8 @@ class Readout:
         """
         history = current(x, self.ref)
         if history is None:
-            if not self.reduction.merges and not self.host.training:
-                return None
+            if not x.shape[0] or (not self.reduction.merges and not self.host.training):
+                return None  # every token counts the same, whichever they are
             raise ValueError(
                 f"features of shape {tuple(x.shape)} come from no forward of this reduced model that is known: they are a copy, or "
                 "the result of an operation. Their tokens stand for unequally many patches, so a mean over them needs to know "

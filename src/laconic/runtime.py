@@ -139,7 +139,37 @@ def reduction_in(host: Any) -> Any:
 # ------------------------------------------------------------------------------------------------ calls of the model
 def run_call(module: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
     """Replaces a method of the model that runs its blocks, or reads their features: the method itself, as a call."""
+    if not running() and _empty(module, args, kwargs) is not None:
+        return _of_no_images(module, own, args, kwargs)
     return calling(module, own, args, kwargs)[0]
+
+
+def _empty(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The images that a method is called with, if there are none in the batch."""
+    x = args[0] if args else kwargs.get(module._laconic.names[0])
+    return x if isinstance(x, Tensor) and x.dim() == 4 and x.shape[0] == 0 and not torch.compiler.is_compiling() else None
+
+
+def _of_no_images(module: Any, own: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The result for an empty batch: that for one black image, without the image."""
+    x = _empty(module, args, kwargs)
+    assert x is not None
+    one, name = x.new_zeros(1, *x.shape[1:]), module._laconic.names[0]
+    out, call = calling(module, own, (one, *args[1:]) if args else (), kwargs if args else {**kwargs, name: one})
+    if call.begun:
+        call.reduction.complete(call.history.images(0, 0, 1))  # type: ignore[union-attr]
+    return _none_of(out)
+
+
+def _none_of(out: Any) -> Any:
+    if isinstance(out, Tensor):
+        return out[:0]
+    if isinstance(out, (tuple, list)):
+        return type(out)(map(_none_of, out))
+    if isinstance(out, Mapping):
+        for key in list(out):
+            out[key] = _none_of(out[key])  # type: ignore[index]
+    return out
 
 
 def calling(module: Any, own: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Call]:

@@ -47,7 +47,9 @@ def _known(b: Any) -> bool:
     """True if the attention is timm's own with a plain qkv layer: no adapter, quantised weights, hooks or overrides."""
     attn = b._modules["attn"]  # here and below: an attribute would cost a call of Module.__getattr__
     qkv = attn._modules.get("qkv")
-    if type(qkv) is not nn.Linear or type(qkv._parameters["weight"]) is not nn.Parameter or not attn.fused_attn:
+    if type(qkv) is not nn.Linear or not attn.fused_attn:
+        return False
+    if type(qkv._parameters.get("weight")) is not nn.Parameter:  # quantised, sharded, or of a DataParallel replica
         return False
     return path_of(type(attn)) in _ATTENTION and unhooked(attn) and unhooked(qkv) and attn._modules.get("gate") is None
 
