@@ -339,7 +339,7 @@ def test_ties_go_to_the_first():
 
 @pytest.mark.parametrize("linkage", ["average", "complete", "single"])
 @pytest.mark.parametrize("proportional", [True, False])
-def test_atc_merges_by_size_and_says_so_to_attention(linkage, proportional):
+def test_atc_counts_sizes_in_the_mean_and_in_attention_or_in_neither(linkage, proportional):
     model, x, keys = make("plain"), images("plain"), []
     laconic.reduce_(model, "atc", keep=0.6, at=AT, linkage=linkage, proportional=proportional)
     for reducer in model.laconic.reducers.values():
@@ -353,7 +353,7 @@ def test_atc_merges_by_size_and_says_so_to_attention(linkage, proportional):
         became = torch.full_like(before.place, -1).scatter(1, before.where, after.where)
         for b, one in enumerate(F.normalize(k, dim=-1)):
             assert became[b].tolist() == agglomerate_by_hand((1 - one @ one.T).tolist(), len(after), linkage)
-        weight = share(before.size, became, len(after))
+        weight = share(before.size if proportional else torch.ones_like(before.size), became, len(after))
         expected = torch.zeros_like(after.patches).scatter_add(
             1, became.unsqueeze(2).expand_as(before.patches), before.patches * weight.unsqueeze(2)
         )

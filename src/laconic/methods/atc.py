@@ -2,8 +2,9 @@
 
 Between attention and MLP: patch tokens are clustered bottom-up by 1 - cosine of their keys (mean over heads), always
 merging the two nearest clusters, until exactly n are left. Clusters are as near as their members are on average, at most
-(``linkage="complete"``) or at least (``"single"``). A cluster becomes the mean of its tokens weighted by size. With
-proportional attention the log of its size is added to every logit towards a token, from the next block on (ToMe's eq. 1).
+(``linkage="complete"``) or at least (``"single"``). With proportional attention a cluster becomes the mean of its
+tokens weighted by size, and the log of its size is added to every logit towards a token, from the next block on (ToMe's
+eq. 1). Without it sizes count in neither: a cluster is the plain mean of its tokens, as in the published code.
 
 Departures: the published code calls a library for every image on the CPU, here all images are clustered at once, on any
 device, one merge a step (see `laconic.parts.agglomerate`). Their order of tokens is arbitrary, ours by first member.
@@ -17,8 +18,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from laconic.attention import Seen
-from laconic.parts import agglomerate, cheapest, cosine
+from laconic.parts import agglomerate, cheapest, cosine, share
 from laconic.reducer import Method, Reducer, Site, choice, method
 from laconic.schedule import of_the_initial
 from laconic.tokens import Tokens
@@ -35,8 +38,11 @@ class ATCReducer(Reducer):
         distance = 1 - cosine(seen.keys, seen.keys)
         cluster = agglomerate(distance, n, self.linkage)
         # a cluster stands in the place of its member nearest to all tokens, whatever their order
-        tokens = tokens.merge(cluster, None, cheapest(distance.sum(2), cluster, n))
-        return tokens.replace(gate=tokens.size) if self.proportional else tokens
+        lead = cheapest(distance.sum(2), cluster, n)
+        if not self.proportional:
+            return tokens.merge(cluster, share(torch.ones_like(tokens.size), cluster, n), lead)
+        tokens = tokens.merge(cluster, None, lead)
+        return tokens.replace(gate=tokens.size)
 
 
 @method(
@@ -54,7 +60,8 @@ class ATC(Method):
 
     Args:
         linkage: how far apart two clusters are: by the ``average``, ``complete`` or ``single`` linkage of their members.
-        proportional: add log(size) to the attention towards a token (right off the shelf; after training without it, not).
+        proportional: add log(size) to the attention towards a token, and weigh means by size (right off the shelf; after
+            training without it, not).
     """
 
     linkage: Literal["average", "complete", "single"] = "average"
