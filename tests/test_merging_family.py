@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 
 import pytest
 import torch
@@ -11,18 +12,21 @@ import golden_init
 import laconic
 from families import AT, images, make
 from laconic.attention import Seen
+from laconic.halving import check_halves
 from laconic.methods import diffrate
 from laconic.methods.diffrate import FLOOR, DiffRateReducer
-from laconic.methods.mctf import LEAST, MCTFReducer, fuse
+from laconic.methods.mctf import LEAST, LateMCTFReducer, MCTFReducer, fuse
 from laconic.methods.pitome import PiToMeReducer
 from laconic.methods.tofu import ToFuReducer
-from laconic.parts import SCORES, by_parity, cosine, soft_matching
+from laconic.parts import SCORES, as_in_0_1, by_parity, cosine, soft_matching
+from laconic.schedule import cumulative
 from laconic.tokens import Tokens
 from laconic.training.diffrate_search import SLOPE, Count, DiffRateSearch, search
 from test_goldens import HERE, LOGITS, close, golden, picture, reduced
 
+PAIRING = ("tome", "pitome", "tofu", "mctf")
 CLOSE = dict(rtol=1e-5, atol=1e-5)
-OPTIONS = {"pitome_0.9": ("pitome", dict(keep=0.9)), "tofu_0.9": ("tofu", dict(keep=0.9))}
+OPTIONS = {"pitome_0.9": ("pitome", dict(ratio=0.9)), "tofu_0.9": ("tofu", dict(ratio=0.9))}
 
 
 def published(name="diffrate_0.8"):
@@ -79,10 +83,12 @@ def test_official_mctf():
 @pytest.mark.parametrize(
     ("config", "keep", "counts"),
     [
-        (laconic.PiToMe(), 0.9, [177, 160, 144, 130, 117, 106, 96, 87, 79, 72, 65, 59]),
-        (laconic.ToFu(), 0.9, [177, 160, 144, 130, 117, 106, 96, 87, 79, 71, 64, 58]),
-        (laconic.PiToMe(), 0.925, [182, 169, 157, 146, 136, 126, 117, 109, 101, 94, 87, 81]),
-        (laconic.PiToMe(), 0.3, [98, 49, 25, 13, 7, 4, 2, 1, 1, 1, 1, 1]),
+        (laconic.PiToMe(ratio=0.9), None, [177, 160, 144, 130, 117, 106, 96, 87, 79, 72, 65, 59]),
+        (laconic.ToFu(ratio=0.9), None, [177, 160, 144, 130, 117, 106, 96, 87, 79, 71, 64, 58]),
+        (laconic.PiToMe(ratio=0.925), None, [182, 169, 157, 146, 136, 126, 117, 109, 101, 94, 87, 81]),
+        (laconic.PiToMe(), 0.9, [196, 196, 196, 177, 177, 177, 160, 160, 160, 144, 144, 144]),
+        (laconic.PiToMe(), 0.5, [196, 196, 196, 98, 98, 98, 49, 49, 49, 25, 25, 25]),
+        (laconic.ToFu(), 0.7, [196, 196, 196, 137, 137, 137, 96, 96, 96, 67, 67, 67]),
         (laconic.ToMe(r=13), None, [196 - 13 * i for i in range(1, 13)]),
         (laconic.ToMe(r=16), None, [*(196 - 16 * i for i in range(1, 12)), 10]),
         # from 32 down to 0 in twelve steps
@@ -93,8 +99,14 @@ def test_official_mctf():
         (laconic.MCTF(r=tuple(range(11))), None, [196, 196, 195, 193, 190, 186, 181, 175, 168, 160, 151, 141]),
         (laconic.MCTF(), 0.65, [196, 196, 196, 128, 128, 128, 83, 83, 83, 54, 54, 54]),
         (laconic.ToMe(), 0.7, [196, 196, 196, 137, 137, 137, 96, 96, 96, 67, 67, 67]),
-        (laconic.ToMe(), 0.3, [196, 196, 196, 98, 98, 98, 49, 49, 49, 25, 25, 25]),
-        (laconic.DiffRate(), 0.9, [196, 177, 160, 144, 130, 117, 106, 96, 87, 79, 72, 65]),
+        (laconic.ToMe(), 0.5, [196, 196, 196, 98, 98, 98, 49, 49, 49, 25, 25, 25]),
+        (laconic.ToMe(spread=True), 0.7, [196, 196, 196, 137, 137, 137, 96, 96, 96, 67, 67, 67]),
+        (laconic.ToMe(spread=True), 0.3, [196, 196, 196, 107, 58, 58, 32, 17, 17, 9, 5, 5]),
+        (laconic.ToMe(spread=True), [0.3, 1.0, 0.2], [196, 196, 196, 107, 58, 58, 58, 58, 58, 34, 20, 11]),
+        (laconic.PiToMe(spread=True), 0.3, [196, 196, 196, 108, 60, 60, 33, 19, 19, 11, 7, 7]),
+        (laconic.ToFu(spread=True), 0.3, [196, 196, 196, 107, 59, 59, 32, 18, 18, 10, 6, 6]),
+        (laconic.MCTF(spread=True), 0.25, [196, 196, 196, 98, 49, 49, 25, 13, 13, 9, 9, 9]),
+        (laconic.DiffRate(), 0.9, [196, 196, 196, 177, 177, 177, 160, 160, 160, 144, 144, 144]),
         (published(), None, [196, 195, 189, 171, 153, 124, 106, 95, 83, 77, 69, 2]),
     ],
     ids=str,
@@ -221,6 +233,13 @@ def equal(t):
     return t.replace(x=t.x[:, :1].expand_as(t.x).clone())
 
 
+class Late(LateMCTFReducer):
+    """Both of its moments in one."""
+
+    def both(self, tokens, seen, n):
+        return self.after(self.between(tokens, seen, n), n)
+
+
 REDUCERS = {
     "pitome early": (PiToMeReducer(0.75, True, True), "between"),
     "pitome late": (PiToMeReducer(0.2, False, False), "between"),
@@ -228,6 +247,7 @@ REDUCERS = {
     "tofu late": (ToFuReducer(False, "host"), "between"),
     "tofu mean": (ToFuReducer(False, "mean"), "between"),
     "mctf": (MCTFReducer((1.0, 20.0, 40.0), "both"), "ahead"),
+    "mctf late": (Late((1.0, 20.0, 40.0), "both"), "both"),
     "diffrate": (DiffRateReducer(SCORES["class"], None, 0.5), "between"),
 }
 
@@ -378,6 +398,45 @@ def test_mctf_looks_one_step_ahead():
     assert model.laconic.entry(4).attention is None
 
 
+@pytest.mark.parametrize("direction", ["both", "one"])
+def test_mctf_without_looking_ahead_by_hand(direction):
+    """Every block runs on what it is given, and then its tokens are merged by the attention that it has computed."""
+    model, x, tau, answers = make("plain"), images("plain"), (1.0, 20.0, 40.0), []
+    with torch.no_grad():
+        for image in x:
+            t = model._pos_embed(model.patch_embed(image[None]))[0]
+            size = torch.ones(len(t))
+            for b, block in enumerate(model.blocks):
+                q, k, v = block.attn.qkv(block.norm1(t)).unflatten(1, (3, 3, 16)).permute(1, 2, 0, 3)
+                weights = (q @ k.transpose(1, 2) * 16**-0.5 + size.log()).softmax(2)
+                t = t + block.attn.proj((weights @ v).transpose(0, 1).flatten(1))
+                t = t + block.mlp(block.norm2(t))
+                if b in (1, 2):
+                    received = weights.mean((0, 1))[1:]
+                    groups = slow_match(t[1:], received, size[1:], 10, tau, direction == "both")
+                    shares = [received[g] * size[1:][g] for g in groups]
+                    new = [(s / s.sum()) @ t[1:][g] for s, g in zip(shares, groups, strict=True)]
+                    t = torch.cat([t[:1], torch.stack(new)])
+                    size = torch.cat([size[:1], torch.stack([size[1:][g].sum() for g in groups])])
+            answers.append(model.head(model.norm(t)[0]))
+    laconic.reduce_(model, "mctf", r=10, at=[1, 2], one_step_ahead=False, direction=direction)
+    torch.testing.assert_close(forward(model, x), torch.stack(answers), rtol=1e-4, atol=1e-4)
+    assert model.laconic.counts() == (36, 26, 16, 16)
+    assert not model.laconic.entry(3).columns
+
+
+def test_the_cost_of_looking_ahead():
+    ahead, late = (laconic.reduce_(make("plain"), "mctf", keep=0.6, one_step_ahead=way) for way in (True, False))
+    ahead, late = laconic.summary(ahead, count=True), laconic.summary(late, count=True)
+    assert ahead.tokens == late.tokens == (36, 22, 13, 9)
+    assert [row.attention_tokens for row in ahead.blocks] == [row.mlp_tokens for row in ahead.blocks] == [37, 23, 14, 10]
+    assert [row.attention_tokens for row in late.blocks] == [row.mlp_tokens for row in late.blocks] == [37, 37, 23, 14]
+    assert [row.reducer_macs for row in late.blocks] == [0, 18 * 18 * 48, 11 * 11 * 48, 6 * 7 * 48]
+    # the attention of the reducing blocks, read once more, is in no convention
+    assert late.counted_macs - late.macs == 48 * (37**2 + 23**2 + 14**2)
+    assert ahead.macs < late.macs < late.baseline_macs
+
+
 # ------------------------------------------------------------------------------------------------ parts
 def test_parity_counts_prefix_tokens():
     for prefix, even in ((0, [0, 2, 4]), (1, [1, 3]), (2, [0, 2, 4]), (5, [1, 3])):
@@ -409,12 +468,137 @@ def test_ties_go_to_the_lower_index():
 
 
 # ------------------------------------------------------------------------------------------------ errors
-@pytest.mark.parametrize("method", ["tome", "pitome", "tofu", "mctf"])
-def test_more_than_half_at_once(method):
+@pytest.mark.parametrize("method", PAIRING)
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(keep=0.49), r"keep=0.49 is asked for at block 1; the smallest rate there is 0\.5, .*2 blocks .*spread=True"),
+        (dict(keep=[0.6, 0.3, 0.7]), "keep=0.3 is asked for at block 2"),
+        (
+            dict(schedule=laconic.Schedule.leaving({1: 17})),
+            "block 1 is to keep 17 of 36 tokens, and the smallest count there is 18",
+        ),
+        (dict(schedule=laconic.Schedule.leaving({1: 25, 3: 12})), "block 3 is to keep 12 of 25 .* there is 13"),
+        (
+            dict(keep=0.3, at=[1, 2], spread=True),
+            "needs 2 consecutive blocks.* there is 1 before the next site; keep 0.5 or more",
+        ),
+        (dict(keep=0.1, at=[2], spread=True), "needs 4 consecutive blocks.* there are 2 before the end; keep 0.25 or more"),
+    ],
+)
+def test_less_than_half_in_one_block(method, given, message):
     model = make("plain")
-    with pytest.raises(ValueError, match="at most half"):
-        laconic.reduce_(model, method, schedule=laconic.Schedule.leaving({1: 12}))
+    with pytest.raises(ValueError, match=message):
+        laconic.reduce_(model, method, **given)
     assert not hasattr(model, "laconic")
+
+
+@pytest.mark.parametrize("method", PAIRING)
+def test_half_is_no_less_than_half(method):
+    for schedule in (laconic.Schedule.rates(0.5, AT), laconic.Schedule.leaving({1: 18, 2: 9, 3: 9 if method == "mctf" else 5})):
+        model = laconic.reduce_(make("plain"), method, schedule=schedule)
+        assert model.laconic.counts() == (36, 18, 9, 9 if method == "mctf" else 5)
+        forward(model, images("plain"))
+
+
+def test_less_than_half_of_an_image_of_another_size():
+    model = laconic.reduce_(make("plain", dynamic_img_size=True), "tome", schedule=laconic.Schedule.leaving({1: 20}))
+    with pytest.raises(ValueError, match="block 1 is to keep 20 of 64"):
+        forward(model, torch.randn(1, 3, 128, 128))
+    assert forward(model, images("plain")).shape == (3, 10)
+
+
+def test_a_schedule_that_is_set_later_is_refused_too():
+    model = laconic.reduce_(make("plain"), "tome", keep=0.6)
+    with pytest.raises(ValueError, match="keep=0.4 is asked for at block 1"):
+        model.laconic.set_schedule(laconic.Schedule.rates(0.4, AT))
+    assert model.laconic.schedule.values == (0.6,) * 3
+
+
+@pytest.mark.parametrize("method", PAIRING)
+@pytest.mark.parametrize("keep", [0.9, 0.5, 0.45, 0.3, 0.25, 0.2, 0.125])
+def test_spread_keeps_what_was_asked_for_in_steps_of_at_least_half(method, keep):
+    config = laconic.methods()[method].config(spread=True)
+    schedule = config.plan(12, keep, None)
+    steps = next(m for m in range(1, 4) if 0.5**m <= keep)
+    assert schedule.at == tuple(site + step for site in (3, 6, 9) for step in range(steps))
+    assert all(value >= 0.5 for value in schedule.values)
+    for patches in (196, 576, 1000, 1369):
+        counts = config.counts(schedule, 12, patches)
+        check_halves(config, schedule, counts, patches)
+        for stage, site in enumerate((3, 6, 9), 1):
+            now, exact = counts[site + steps - 1], patches * keep**stage
+            # the rounding of each step is less than a token; tome counts from the initial patches, so only the last one is left
+            up = sum(keep ** (step / steps) for step in range(stage * steps)) if method != "tome" else 0.1
+            assert exact - 1 < now < max(exact + up, LEAST + 1 if method == "mctf" else 0) + (keep == 0.5**steps)
+
+
+@pytest.mark.parametrize("method", PAIRING)
+def test_spread_models_run_and_say_what_they_leave(method, tmp_path):
+    model, x = laconic.reduce_(make("plain", depth=6), method, keep=0.4, at=[1, 3], spread=True), images("plain")
+    expected = forward(model, x)
+    assert model.laconic.schedule.at == (1, 2, 3, 4)
+    assert model.laconic.schedule.values == pytest.approx((0.4**0.5,) * 4)
+    stages = laconic.provenance(model).stages
+    assert [stage.block for stage in stages] == [1, 2, 3, 4]
+    assert [stage.size.shape[1] for stage in stages] == list(model.laconic.counts()[1:5])
+    laconic.save(model, tmp_path)
+    record = json.loads((tmp_path / "laconic.json").read_text())
+    assert record["schedule"] == {"at": [1, 2, 3, 4], "keep": list(model.laconic.schedule.values)}
+    again = laconic.load(tmp_path)
+    assert again.laconic.schedule == model.laconic.schedule
+    assert torch.equal(forward(again, x), expected)
+
+
+# ------------------------------------------------------------------------------------------------ models of version 0.1
+def rule_of_0_1(method, rates, n, patches):
+    least = n - n // 2
+    if method == "tome":
+        return max(int(patches * cumulative(rates)), least)
+    if method == "mctf":
+        return max(n - int((n + 1) * (1 - rates[-1]) + 1e-9), least, min(n, LEAST))
+    total = n + (method == "tofu")
+    return max(n - math.floor(total - rates[-1] * total), least)
+
+
+@pytest.mark.parametrize("method", PAIRING)
+def test_saved_rates_below_half_mean_what_they_did_in_0_1(method):
+    draw = random.Random(0)
+    config = laconic.methods()[method].config()
+    for _ in range(200):
+        rates = [draw.choice((0.1, 0.25, 0.3, 0.45, 0.5, 0.7, 0.9, 1.0)) for _ in AT]
+        old, patches = laconic.Schedule.rates(rates, AT), draw.randint(2, 700)
+        new = as_in_0_1(config, old)
+        assert min(new.values) >= 0.5
+        assert (new == old) == (min(rates) >= 0.5)
+        expected = old.counts(4, patches, lambda *facts: rule_of_0_1(method, *facts))
+        assert config.counts(new, 4, patches) == expected, (rates, patches)
+
+
+@pytest.mark.parametrize(
+    ("method", "record", "counts"),
+    [
+        ("tome", {"at": [1, 2, 3], "keep": [0.3, 0.3, 0.3]}, (36, 18, 9, 5)),
+        ("tome", {"at": [1, 2, 3], "keep": [0.3, 0.9, 0.9]}, (36, 18, 9, 8)),
+        ("pitome", {"at": [0, 1, 2, 3], "keep": [0.4, 0.4, 0.4, 0.4]}, (18, 9, 5, 3)),
+        ("pitome", {"at": [0, 1, 2, 3], "keep": [0.9, 0.9, 0.9, 0.9]}, (33, 30, 27, 25)),
+        ("tofu", {"at": [0, 1, 2, 3], "keep": [0.3, 0.3, 0.3, 0.3]}, (18, 9, 5, 3)),
+        ("mctf", {"at": [1, 2, 3], "keep": [0.3, 0.3, 0.3]}, (36, 18, 9, 9)),
+        ("tome", {"at": [1, 2], "remove": [30, 4]}, (36, 18, 14, 14)),
+    ],
+)
+def test_models_of_0_1_are_loaded_as_they_were(method, record, counts, tmp_path):
+    model, x = laconic.reduce_(make("plain"), method, keep=0.6), images("plain")
+    laconic.save(model, tmp_path)
+    saved = json.loads((tmp_path / "laconic.json").read_text())
+    new = ("spread", "ratio", "one_step_ahead")
+    options = {name: value for name, value in saved["method"]["options"].items() if name not in new}
+    saved |= {"laconic": "0.1.0", "schedule": record, "method": {"name": method, "options": options}}
+    (tmp_path / "laconic.json").write_text(json.dumps(saved))
+    for again in (laconic.load(tmp_path), laconic.load(tmp_path, model=make("plain"))):
+        assert again.laconic.counts() == counts
+        forward(again, x)
+        assert laconic.provenance(again).final.size.shape[1] == counts[-1]
 
 
 @pytest.mark.unchecked
@@ -436,6 +620,11 @@ def test_more_than_half_at_once(method):
         ("diffrate", dict(merge_kept=(37,) * 4, at=AT), "give no keep and no at"),
         ("diffrate", dict(), "say how many tokens to keep"),
         ("mctf", dict(r=4, keep=0.5), "either r .* or keep"),
+        ("tome", dict(r=4, spread=True), "spread is for keep rates, and r is given"),
+        ("pitome", dict(ratio=0.9, keep=0.5), "either ratio .* or keep"),
+        ("tofu", dict(ratio=0.9, spread=True), "spread is for keep rates, and ratio is given"),
+        ("pitome", dict(ratio=0.3), "ratio is what every block keeps of its tokens, from 0.5 to 1, not 0.3"),
+        ("tofu", dict(ratio=1.2), "ratio is what every block keeps of its tokens, from 0.5 to 1, not 1.2"),
     ],
 )
 def test_refusals(method, options, message):
@@ -444,14 +633,16 @@ def test_refusals(method, options, message):
 
 
 def test_where_they_work_by_default():
-    for method, blocks in (("pitome", (0, 1, 2, 3)), ("tofu", (0, 1, 2, 3)), ("diffrate", (1, 2, 3)), ("mctf", (1, 2, 3))):
-        assert laconic.reduce_(make("plain"), method, keep=0.9).laconic.schedule.at == blocks
+    for method, options in (("tome", dict(r=2)), ("pitome", dict(ratio=0.9)), ("tofu", dict(ratio=0.9)), ("mctf", dict(r=2))):
+        assert laconic.reduce_(make("plain"), method, keep=0.9).laconic.schedule == laconic.Schedule.rates(0.9, AT)
+        every = tuple(range(method == "mctf", 4))
+        assert laconic.reduce_(make("plain"), method, **options).laconic.schedule.at == every
     assert laconic.reduce_(make("plain"), "mctf", r=3).laconic.schedule == laconic.Schedule.removing({1: 3, 2: 3, 3: 3})
     for method, at in (("pitome", 3), ("tofu", 3)):
-        deep = laconic.reduce_(make("plain", depth=7), method, keep=0.9).laconic.reducers
+        deep = laconic.reduce_(make("plain", depth=7), method, ratio=0.9).laconic.reducers
         early = [r.early if method == "pitome" else r.prune for r in deep.values()]
         assert early == [True] * (at + 1) + [False] * (6 - at)
-    margins = [r.margin for r in laconic.reduce_(make("plain"), "pitome", keep=0.9).laconic.reducers.values()]
+    margins = [r.margin for r in laconic.reduce_(make("plain"), "pitome", ratio=0.9).laconic.reducers.values()]
     assert margins == pytest.approx([0.75, 0.5625, 0.375, 0.1875])
 
 

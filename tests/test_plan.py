@@ -130,6 +130,18 @@ def test_merging_takes_half_at_most():
     assert all(left >= n - n // 2 for n, left in zip(before, found.schedule.values, strict=False))
 
 
+@pytest.mark.parametrize("method", ["tome", "pitome", "tofu"])
+def test_merging_takes_more_where_it_may_spread(method):
+    """At the usual blocks what a method can reach ends with half of half of half, or goes on in the blocks behind each."""
+    model = make("plain", depth=12)
+    with pytest.raises(ValueError, match="cannot reach it at blocks"):
+        laconic.plan(model, method, "2.1x-macs")
+    found = laconic.plan(model, method, "2.1x-macs", spread=True)
+    assert found.macs <= found.baseline_macs / 2.1
+    laconic.reduce_(model, method, schedule=found.schedule)
+    assert laconic.summary(model).macs == found.macs
+
+
 def test_stages_start_afresh():
     import timm
 

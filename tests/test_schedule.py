@@ -1,8 +1,11 @@
+import math
+
 import pytest
 import torch
 
 import laconic
 from families import FIXED, make
+from laconic.halving import check_halves
 from laconic.schedule import Schedule, WarmIn, cumulative, quarters
 
 CEIL = {"evit": [139, 99, 71], "etps": [138, 97, 68], "topk": [138, 97, 68], "bat": [139, 99, 71], "evit+bat": [139, 99, 71]}
@@ -17,6 +20,43 @@ def counts(method, keep, patches=196, **options):
 @pytest.mark.parametrize(("method", "expected"), {**CEIL, **INITIAL}.items())
 def test_counts_of_the_papers(method, expected):
     assert counts(method, 0.7) == expected
+
+
+OTHER_SITES = {"evovit", "svite", "tokenlearner"}  # parked tokens come back; once, at the first block; once, late
+SITES = [
+    n for n, row in laconic.methods().items() if row.config.takes_keep and row.count == "constant" and n not in OTHER_SITES
+]
+
+
+@pytest.mark.parametrize("method", SITES)
+@pytest.mark.parametrize("keep", [0.9, 0.7, 0.5, 0.3])
+@pytest.mark.parametrize("patches", [196, 256])
+def test_keep_means_the_same_for_every_method(method, keep, patches):
+    """At blocks 3, 6 and 9 of 12: N k, N k^2 and N k^3 tokens, rounded as the method says; elsewhere nothing leaves."""
+    config = laconic.methods()[method].config()
+    schedule = config.plan(12, keep, None)
+    assert schedule == Schedule.rates(keep, (3, 6, 9))
+    if config.halves and keep < 0.5:
+        with pytest.raises(ValueError, match=f"keep={keep} is asked for at block 3"):
+            check_halves(config, schedule, config.counts(schedule, 12, patches), patches)
+        return
+    counts = config.counts(schedule, 12, patches)
+    assert counts == (patches,) * 3 + (counts[3],) * 3 + (counts[6],) * 3 + (counts[9],) * 3
+    n = patches
+    for stage, now in enumerate((counts[3], counts[6], counts[9]), 1):
+        exact = patches * keep**stage
+        if method in ("tome", "atc", "dtps", "dynamicvit", "heuristic", "dpc-knn", "kmedoids"):
+            expected = max(int(patches * cumulative((keep,) * stage)), n - n // 2 if config.halves else 1)
+        elif method in ("pitome", "topk", "etps", "diffrate", "random", "avg-pool", "kmeans"):
+            expected = math.ceil(keep * n - 1e-9)
+        elif method in ("tofu", "mctf"):  # one class token counted
+            expected = max(n - int((n + 1) * (1 - keep) + 1e-9), n - n // 2)
+        else:
+            expected = now
+        assert now == expected
+        # at each site at most one token from rounding up, and one made of those that leave (BAT: clusters less pairs)
+        assert exact - 2 < now <= exact + 2 * sum(keep**earlier for earlier in range(stage))
+        n = now
 
 
 def test_more_counts():
@@ -111,14 +151,15 @@ def test_what_is_learned_for_one_count_says_so(method):
 @pytest.mark.parametrize("method", [n for n, r in laconic.methods().items() if r.config.takes_keep and n not in FIXED])
 def test_every_method_can_be_warmed_in(method):
     """At any rate on the way the tokens left are as many as scheduled, and the model runs."""
-    model = laconic.reduce_(make("plain"), method, keep=0.3, at=[1, 2]).train()
+    keep = 0.5 if laconic.methods()[method].config.halves else 0.3
+    model = laconic.reduce_(make("plain"), method, keep=keep, at=[1, 2]).train()
     warm, schedule, x = WarmIn(0, 12), model.laconic.schedule, torch.randn(1, 3, 96, 96)
     for step in range(0, 14):
         model.laconic.set_schedule(warm(schedule, step))
         model(x).sum().backward()
     assert model.laconic.schedule == schedule
     with pytest.raises(ValueError, match="was built for"):
-        model.laconic.set_schedule(Schedule.rates(0.5, (0, 1)))
+        model.laconic.set_schedule(Schedule.rates(0.6, (0, 1)))
 
 
 def test_a_changed_schedule_is_that_of_a_model_built_with_it():

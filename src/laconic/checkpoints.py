@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from laconic import rebuild_transformers
 from laconic.attach import reduce_, restore_
 from laconic.compression import find_compression
+from laconic.parts import as_in_0_1
 from laconic.rebuild import build, describe_model, mismatch
 from laconic.reducer import Method, resolve
 from laconic.schedule import Schedule
@@ -98,6 +99,7 @@ def load(directory: Place, *, model: nn.Module | None = None, device: str | torc
     directory = _existing(directory)
     record = _read_record(directory / RECORD)
     config, schedule = _read_method(directory / RECORD, record)
+    schedule = as_in_0_1(config, schedule)
     how: dict[str, Any] = {name: record.get(name) for name in ("restore", "rows")}
     weights = read_safetensors(directory / WEIGHTS)
     if model is not None:

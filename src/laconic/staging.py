@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from laconic.halving import check_halves
 from laconic.hosts import Shape
 from laconic.reducer import Method
 from laconic.schedule import Schedule
@@ -20,7 +21,7 @@ class Staging:
     """The stages of a host under a method and a schedule.
 
     Raises:
-        ValueError: the schedule names blocks that the host does not have.
+        ValueError: the schedule names blocks that the host does not have, or a block keeps less than the method can.
     """
 
     config: Method
@@ -51,7 +52,11 @@ class Staging:
 
     def _counts(self, stage: int, patches: int) -> tuple[int, ...]:
         part, depth = self.part(stage), self.shapes[stage].depth
-        return (patches,) * depth if part is None else self.config.counts(part, depth, patches)
+        if part is None:
+            return (patches,) * depth
+        counts = self.config.counts(part, depth, patches)
+        check_halves(self.config, part, counts, patches, self.starts[stage])
+        return counts
 
     def counts(self, patches: int | None = None) -> tuple[int, ...]:
         """Patch tokens that every block leaves, for an image of so many patches in the first stage (None: its own size)."""

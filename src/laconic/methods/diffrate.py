@@ -8,8 +8,8 @@ size of what was merged in, so that unlike tokens add little.
 
 How many each block prunes and merges is the method: both counts are learned for every block
 (`laconic.training.diffrate_search`) and then fixed. ``prune_kept`` and ``merge_kept`` take them as published, one number a
-block with one class token counted; a count above what there is does nothing. With a keep rate instead, for every block but
-the first, ``pruned`` of the tokens that leave are pruned and the others are merged.
+block with one class token counted; a count above what there is does nothing. With a keep rate instead, at three blocks by
+default, ``pruned`` of the tokens that leave are pruned and the others are merged.
 
 Departure: a size that negative similarities would bring to zero stops at `FLOOR`; the published code takes its logarithm.
 """
@@ -97,7 +97,7 @@ class DiffRate(Method):
 
     def plan(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
         if self.merge_kept is None:
-            return super().plan(depth, keep, range(min(1, depth - 1), depth) if at is None else at)
+            return super().plan(depth, keep, at)
         if keep is not None or at is not None:
             raise ValueError("diffrate: merge_kept says how many tokens every block leaves; give no keep and no at with it")
         prune_kept = self.prune_kept or self.merge_kept

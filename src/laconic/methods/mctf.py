@@ -9,7 +9,9 @@ At the input of a block, with the attention A that the block would compute of th
   places; then of all tokens at odd places (with what went to them) the others of the r go to an even one that stayed.
 * A group becomes its mean weighted by attention received times size.
 * One step ahead: the merged tokens keep the attention of the unmerged. Of A, columns of a group are summed and rows are
-  averaged by the same weights, and the block multiplies the result with the values of the merged tokens.
+  averaged by the same weights, and the block multiplies the result with the values of the merged tokens. Without it
+  (``one_step_ahead=False``, the authors' ablation) the block runs on all its tokens, and they are merged at its output, by
+  the attention that it has computed.
 
 Sizes weigh the attention (proportional attention). Out come the even tokens in order, then the odd ones by falling score
 (in order, where matching goes ``one`` way).
@@ -21,40 +23,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from laconic.attention import Seen
-from laconic.parts import both_ways, by_parity, check_choices, cosine, demand, fuse, share, soften, taking_away
-from laconic.reducer import Method, Reducer, Site, method
+from laconic.parts import Pairing, both_ways, by_parity, check_choices, cosine, demand, fuse, share, soften, taking_away
+from laconic.reducer import Reducer, Site, method
 from laconic.rows import take
 from laconic.schedule import Schedule
 from laconic.shapes import Float
 from laconic.tokens import Tokens
 
 LEAST = 9
+RECEIVED = "attention received in this block"  # column [B, L]: mean over heads and queries
 Direction = Literal["both", "one"]
 
 
-class MCTFReducer(Reducer):
-    """Match both ways by three criteria, merge, and hand the merged attention on."""
+class Fusion(Reducer):
+    """Match both ways by three criteria, and merge."""
 
     def __init__(self, tau: tuple[float, float, float], direction: Direction) -> None:
         super().__init__()
         self.tau, self.direction = tau, direction
 
-    def ahead(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
-        r, (a, b), attention = len(tokens) - n, by_parity(tokens), seen.matrix
+    def groups(self, tokens: Tokens, received: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the new token of each old one, its weight in it, and the old token in whose place each new one stands."""
+        r, (a, b) = len(tokens) - n, by_parity(tokens)
         if r > len(tokens) // 2:
             raise ValueError(f"mctf merges away at most half of the tokens of a block: {r} of {len(tokens)} were asked for")
-        received = attention.mean((1, 2))[:, tokens.prefix :]
         there = r // 2 if self.direction == "both" else r
         dst, lead = both_ways(self.score(tokens, received, a, b), a, b, there, r - there)
-        weight = share(received * tokens.size, dst, n)
-        tokens = tokens.merge(dst, weight, lead)
-        return tokens.replace(gate=tokens.size, attention=fuse(attention, dst, weight, n))
+        return dst, share(received * tokens.size, dst, n), lead
 
     def score(self, tokens: Tokens, received: Tensor, a: Tensor, b: Tensor) -> Float[Tensor, "B M K"]:
         """How well each token of ``a`` goes with each of ``b``."""
@@ -65,6 +66,30 @@ class MCTFReducer(Reducer):
             little = soften(much.amin(1, keepdim=True) / much, tau)
             score = score * little.gather(1, a).unsqueeze(2) * little.gather(1, b).unsqueeze(1)
         return score
+
+
+class MCTFReducer(Fusion):
+    """Merge before the block by the attention that it would compute, and hand the merged attention on."""
+
+    def ahead(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
+        attention = seen.matrix
+        dst, weight, lead = self.groups(tokens, attention.mean((1, 2))[:, tokens.prefix :], n)
+        tokens = tokens.merge(dst, weight, lead)
+        return tokens.replace(gate=tokens.size, attention=fuse(attention, dst, weight, n))
+
+
+class LateMCTFReducer(Fusion):
+    """Merge after the block, by the attention that it has computed of the unmerged tokens."""
+
+    def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
+        return tokens.replace(columns={**tokens.columns, RECEIVED: seen.received.detach()})
+
+    def after(self, tokens: Tokens, n: int) -> Tokens:
+        columns = dict(tokens.columns)
+        tokens = tokens.replace(columns=columns)
+        dst, weight, lead = self.groups(tokens, columns.pop(RECEIVED), n)
+        tokens = tokens.merge(dst, weight, lead)
+        return tokens.replace(gate=tokens.size)
 
 
 @method(
@@ -78,7 +103,7 @@ class MCTFReducer(Reducer):
     full_attention=True,
 )
 @dataclass(frozen=True)
-class MCTF(Method):
+class MCTF(Pairing):
     """Options of ``mctf``: tokens to take away in each block, and how the criteria and directions are weighed.
 
     Args:
@@ -88,6 +113,8 @@ class MCTF(Method):
         tau_info: temperature of the information.
         tau_size: temperature of the size.
         direction: match ``both`` ways, or only ``one`` (ToMe's).
+        one_step_ahead: merge before the block and reuse its attention, as published; else merge after the block.
+        spread: see `Pairing`.
     """
 
     r: int | tuple[int, ...] | None = None
@@ -95,8 +122,7 @@ class MCTF(Method):
     tau_info: float = 20.0
     tau_size: float = 40.0
     direction: Direction = "both"
-
-    halves: ClassVar[bool] = True
+    one_step_ahead: bool = True
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -105,12 +131,14 @@ class MCTF(Method):
             demand("mctf", name, tau, tau >= 0, "must be 0 (off) or a positive temperature")
 
     def build(self, site: Site) -> Reducer:
-        return MCTFReducer((self.tau_sim, self.tau_info, self.tau_size), self.direction)
+        kind = MCTFReducer if self.one_step_ahead else LateMCTFReducer
+        return kind((self.tau_sim, self.tau_info, self.tau_size), self.direction)
 
     def plan(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
         if self.r is None:
             return super().plan(depth, keep, at)
-        return taking_away("mctf", self.r, keep, range(min(1, depth - 1), depth) if at is None else at)
+        self.check_alone("r", keep)
+        return taking_away("mctf", self.r, range(min(1, depth - 1), depth) if at is None else at)
 
     def leaves(self, rates: Sequence[float], n: int, patches: int) -> int:
         return max(n - int((n + 1) * (1 - rates[-1]) + 1e-9), n - n // 2, min(n, LEAST))
@@ -119,7 +147,12 @@ class MCTF(Method):
         counts = super().counts(schedule, depth, patches)
         return tuple(max(n, min(patches, LEAST)) for n in counts) if schedule.unit == "remove" else counts
 
+    def inside(self, before: int, after: int, site: Site) -> tuple[int, int]:
+        return super().inside(before, after, site) if self.one_step_ahead else (before, before)
+
     def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+        matched = (before // 2) * (before - before // 2) * site.dim
+        if not self.one_step_ahead:
+            return {"matmul": matched}
         # queries, keys and logits are of the unmerged tokens, one class token among them
-        more = (before - after) * (2 * site.dim + before + after + 2) * site.dim
-        return {"matmul": more + (before // 2) * (before - before // 2) * site.dim}
+        return {"matmul": (before - after) * (2 * site.dim + before + after + 2) * site.dim + matched}

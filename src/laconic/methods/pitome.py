@@ -7,7 +7,8 @@ falling energy, those at even places of the line are matched to those at odd pla
 the second half only the 2r tokens of highest energy stand in line, and all r at even places merge. Merged tokens are means
 weighted by size; out come the protected tokens first, then the hosts.
 
-Each block keeps a share of its tokens: r = floor(L - keep L) of L patch tokens, by default in every block.
+A keep rate merges r = floor(L - keep L) of L patch tokens, at three blocks by default; ``ratio`` is the authors' setting, the
+same rate in every block.
 
 As in the published code sizes weigh the means but not the attention; ``proportional`` is ToMe's. Written from a description
 alone.
@@ -24,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from laconic.attention import Seen
-from laconic.parts import cosine, lay, soft_matching, split
-from laconic.reducer import Method, Reducer, Site, method
+from laconic.parts import Pairing, cosine, lay, soft_matching, split
+from laconic.reducer import Reducer, Site, method
 from laconic.rows import in_parts, iota
 from laconic.schedule import Schedule
 from laconic.shapes import Float
@@ -69,23 +70,28 @@ def energies(keys: Float[Tensor, "B L D"], margin: float) -> Float[Tensor, "B L"
     trained=False,
 )
 @dataclass(frozen=True)
-class PiToMe(Method):
-    """Options of ``pitome``: the margin of similarity at the first block, and proportional attention.
+class PiToMe(Pairing):
+    """Options of ``pitome``: the margin of similarity at the first block, proportional attention, and how many are merged.
 
     Args:
         margin: similarity that counts as company at block 0; it falls to nothing linearly over the depth.
         proportional: add log(size) to the attention towards a token, as ToMe does (the published code does not).
+        ratio: the share of its tokens that every block keeps (published: 0.9 to 0.95). None: give a keep rate instead.
+        spread: see `Pairing`.
     """
 
     margin: float = 0.75
     proportional: bool = False
+    ratio: float | None = None
 
     def build(self, site: Site) -> Reducer:
         margin = self.margin * (1 - site.block / max(site.depth, site.block + 1))
         return PiToMeReducer(margin, _early(site), self.proportional)
 
     def plan(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
-        return super().plan(depth, keep, range(depth) if at is None else at)
+        if self.ratio is None:
+            return super().plan(depth, keep, at)
+        return self.in_every_block(self.ratio, depth, keep, at)
 
     def leaves(self, rates: Sequence[float], n: int, patches: int) -> int:
         return max(n - math.floor(n - rates[-1] * n), n - n // 2)

@@ -9,8 +9,9 @@ is lengthened (norm-preserving merging, MLERP), as averaging shortens:
 * ``norm="mean"``: mean * (longest of the group / mean), so that the new token is as long as the longest of the group;
 * ``norm="none"``: the mean.
 
-Means are of tokens, not of patches, and sizes do not weigh the attention. r = floor(T - keep T) of T tokens, one class token
-counted, in every block. Written from a description of a reproduction (the authors published no code).
+Means are of tokens, not of patches, and sizes do not weigh the attention. A keep rate takes r = floor(T - keep T) of T tokens,
+one class token counted, at three blocks by default; ``ratio`` is the authors' setting, the same rate in every block. Written
+from a description of a reproduction (the authors published no code).
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from laconic.attention import Seen
-from laconic.parts import lay, parity, share, soft_matching
-from laconic.reducer import Method, Reducer, Site, choice, method
+from laconic.parts import Pairing, lay, parity, share, soft_matching
+from laconic.reducer import Reducer, Site, choice, method
 from laconic.rows import iota
 from laconic.schedule import Schedule
 from laconic.shapes import Float
@@ -73,18 +74,19 @@ def _lengths(tokens: Tokens) -> Float[Tensor, "B L"]:
     trained=False,
 )
 @dataclass(frozen=True)
-class ToFu(Method):
-    """Options of ``tofu``: where pruning ends and merging begins, and how long a merged token is.
+class ToFu(Pairing):
+    """Options of ``tofu``: where pruning ends and merging begins, how long a merged token is, and how many are taken.
 
     Args:
         switch: share of the depth up to which blocks prune.
         norm: of a merged token: the ``host`` form of the published code, the ``mean`` one (MLERP), or ``none``.
+        ratio: the share of its tokens that every block keeps (0.9, say). None: give a keep rate instead.
+        spread: see `Pairing`.
     """
 
     switch: float = 0.5
     norm: Norm = "host"
-
-    halves: ClassVar[bool] = True
+    ratio: float | None = None
 
     def __post_init__(self) -> None:
         choice("tofu", "norm", self.norm, ("host", "mean", "none"))
@@ -93,7 +95,9 @@ class ToFu(Method):
         return ToFuReducer(site.block <= self.switch * max(site.depth, 1), self.norm)
 
     def plan(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
-        return super().plan(depth, keep, range(depth) if at is None else at)
+        if self.ratio is None:
+            return super().plan(depth, keep, at)
+        return self.in_every_block(self.ratio, depth, keep, at)
 
     def leaves(self, rates: Sequence[float], n: int, patches: int) -> int:
         return max(n - math.floor(n + 1 - rates[-1] * (n + 1)), n - n // 2)

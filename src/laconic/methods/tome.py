@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from laconic.attention import Seen
-from laconic.parts import lay, parity, soft_matching
-from laconic.reducer import Method, Reducer, Site, method
+from laconic.parts import Pairing, lay, parity, soft_matching
+from laconic.reducer import Reducer, Site, method
 from laconic.rows import iota
-from laconic.schedule import Schedule, of_the_initial
+from laconic.schedule import Schedule, cumulative, of_the_initial
 from laconic.tokens import Tokens
 
 
@@ -48,19 +47,18 @@ class ToMeReducer(Reducer):
     trained=False,
 )
 @dataclass(frozen=True)
-class ToMe(Method):
+class ToMe(Pairing):
     """Options of ``tome``: tokens to take away in each block, and proportional attention.
 
     Args:
         r: tokens merged away in every block: one number, one for each block, or (r, inflection) for a linear schedule
             from r * (1 - inflection) to r * (1 + inflection). None: give a keep rate instead (at three blocks).
         proportional: add log(size) to the attention towards a token (right off the shelf; after training without it, not).
+        spread: see `Pairing`.
     """
 
     r: int | tuple[int | float, ...] | None = None
     proportional: bool = True
-
-    halves: ClassVar[bool] = True
 
     def build(self, site: Site) -> Reducer:
         return ToMeReducer(self.proportional)
@@ -68,13 +66,21 @@ class ToMe(Method):
     def plan(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
         if self.r is None:
             return super().plan(depth, keep, at)
-        if keep is not None:
-            raise ValueError("tome: give either r (tokens taken away in every block) or keep, not both")
+        self.check_alone("r", keep)
         blocks = range(depth) if at is None else at
         return Schedule.removing(dict(zip(blocks, _per_block(self.r, len(blocks)), strict=True)))
 
     def leaves(self, rates: Sequence[float], n: int, patches: int) -> int:
         return max(of_the_initial(rates, n, patches), n - n // 2)
+
+    def capped(self, schedule: Schedule) -> Schedule:
+        whole, rates = 1.0, list[float]()
+        for number, keep in enumerate(schedule.values):  # rates count from the initial patches: later ones make up for a cap
+            before, share = cumulative(schedule.values[:number] or (1.0,)), cumulative(schedule.values[: number + 1])
+            capped = max(share, whole / 2)
+            rates.append(keep if (whole, capped) == (before, share) else capped / whole)
+            whole = capped
+        return Schedule.rates(rates, schedule.at)
 
     def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
         return {"matmul": (before // 2) * (before - before // 2) * (site.dim // site.heads)}

@@ -18,6 +18,7 @@ from laconic.parts.medoids import cheapest, medoids_of, nearest_medoid, spread
 from laconic.parts.names import joined, last_copies, renamed
 from laconic.parts.nearest import best_of_rows, greedy_pairs, nearest
 from laconic.parts.options import check_choices, taking_away
+from laconic.parts.pairing import Pairing, as_in_0_1, spread_out
 from laconic.parts.parity import by_parity, parity, soft_matching
 from laconic.parts.patterns import distances, evenly, ring, square, within
 from laconic.parts.pooling import by_place, cells, grid_of, runs, set_out
@@ -40,6 +41,7 @@ __all__ = [
     "Everywhere",
     "Fused",
     "Mixer",
+    "Pairing",
     "Predictor",
     "Score",
     "ScoreName",
@@ -50,6 +52,7 @@ __all__ = [
     "absorb",
     "agglomerate",
     "arbitrary",
+    "as_in_0_1",
     "best_of_rows",
     "bipartite",
     "both_ways",
@@ -99,6 +102,7 @@ __all__ = [
     "soften",
     "split",
     "spread",
+    "spread_out",
     "square",
     "squared_distances",
     "start_small",

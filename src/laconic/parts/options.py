@@ -21,14 +21,12 @@ def check_choices(config: Method) -> None:
             choice(config.row.name, option, getattr(config, option), typing.get_args(hint))
 
 
-def taking_away(owner: str, r: int | Sequence[int], keep: object, blocks: Sequence[int]) -> Schedule:
+def taking_away(owner: str, r: int | Sequence[int], blocks: Sequence[int]) -> Schedule:
     """The schedule of the option r: tokens to take away in every one of these blocks, one number or one for each.
 
     Raises:
-        ValueError: there is a keep rate beside it, or another number of values than blocks.
+        ValueError: another number of values than blocks.
     """
-    if keep is not None:
-        raise ValueError(f"{owner}: give either r (tokens taken away in every block) or keep, not both")
     each = (r,) * len(blocks) if isinstance(r, int) else r
     if len(each) != len(blocks):
         raise ValueError(f"{owner}: {len(each)} values of r for {len(blocks)} blocks")

@@ -73,7 +73,7 @@ class Space:
     def cost(self, schedule: Schedule) -> float:
         """The price of a schedule; infinite where the method cannot follow it."""
         found = self.summary(schedule)
-        return math.inf if found is None or not self.possible(schedule) else self.price(found)
+        return math.inf if found is None else self.price(found)
 
     def unreduced(self) -> Summary:
         """The unreduced model."""
@@ -128,20 +128,20 @@ class Space:
         counts, starts = Staging(self.config, schedule, self.shapes).counts(), self.starts
         return tuple(starts.get(block) or counts[block - 1] for block in schedule.at)
 
-    def possible(self, schedule: Schedule) -> bool:
-        """Whether no block is to take more than half where the method takes half at most."""
-        if schedule.unit != "leave" or not self.config.halves:
-            return True
-        return all(v >= n - n // 2 for v, n in zip(schedule.values, self.arriving(schedule), strict=True))
-
     # -------------------------------------------------------------------------------------------- which meets a budget
     def least(self, family: Family) -> float:
         """The smallest rate that the method can follow."""
         rates = (FINE, *(step / 100 for step in range(1, 100)))
-        found = next((rate for rate in rates if math.isfinite(self.cost(family(rate)))), None)
+        found = next((rate for rate in rates if self._follows(family, rate)), None)
         if found is None:
             raise ValueError(f"{self.config.row.name} with these options can follow no schedule at these blocks")
         return found
+
+    def _follows(self, family: Family, rate: float) -> bool:
+        try:
+            return math.isfinite(self.cost(family(rate)))
+        except ValueError:  # a block would keep less than the method can
+            return False
 
     def fit(self, family: Family, limit: float) -> Schedule | None:
         """The schedule of a family that costs as much as it may, and never more; None where all cost more.
