@@ -88,16 +88,6 @@ def test_layers_do_not_point_upwards():
         assert [m for m in imports(path) if m in above] == [], module
 
 
-def test_import_needs_torch_alone():
-    """Also quick: nothing of the optional libraries is loaded by import."""
-    code = (
-        "import sys; import torch; before = set(sys.modules); import laconic; "
-        "print(' '.join({m.split('.')[0] for m in set(sys.modules) - before}))"
-    )
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert OPTIONAL & set(loaded) == set()
-
-
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_sizes(path):
     text = path.read_text()
