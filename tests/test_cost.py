@@ -218,6 +218,71 @@ def test_counting_leaves_no_trace():
     assert not model.blocks[0].training
 
 
+# ---------------------------------------------------------------------------------------------------- other sizes
+def flexible(name):
+    if name in ("pvt_tiny", "cvt_13"):
+        import laconic.models  # noqa: F401 (registers them)
+
+        torch.manual_seed(0)
+        return timm.create_model(name, img_size=64, num_classes=5).eval()
+    return make(name, dynamic_img_size=True) if name == "plain" else make(name)
+
+
+SIZES = [("plain", (96, 160)), ("plain", (48, 64)), ("dinov3", (128, 96)), ("naflex", (64, 128)), ("pvt_tiny", (96, 128))]
+
+
+@pytest.mark.parametrize(("name", "size"), [*SIZES, ("cvt_13", (96, 128)), ("cvt_13", (80, 72))])
+def test_costs_go_by_the_size_of_the_example(name, size):
+    model, x = flexible(name), torch.randn(2, 3, *size)
+    cost = summary(model, example=x, count=True)
+    assert cost.macs == cost.baseline_macs == 2 * cost.counted_macs
+    assert (cost.batch_size, cost.image_size) == (2, size)
+    assert f"for 2 images of {size[0]} x {size[1]}" in str(cost)
+    assert cost.macs != 2 * summary(model).macs
+    assert summary(model, 3, example=x).macs == 3 * cost.counted_macs
+    assert cost.parameters == summary(model).parameters
+
+
+@pytest.mark.parametrize(("name", "size"), SIZES)
+def test_tokens_of_a_reduced_model_go_by_the_size_of_the_example(name, size):
+    model, x = laconic.reduce_(flexible(name), "dtps", keep=0.6), torch.randn(1, 3, *size)
+    cost, schedule = summary(model, example=x), model.laconic.schedule
+    with torch.no_grad():
+        model(x)
+    assert cost.tokens == tuple(len(tokens) for tokens in model.laconic.ledger[1:])
+    assert cost.macs < cost.baseline_macs == counted(laconic.restore_(model), example=x)
+    assert cost == estimate(model, laconic.DTPS(), schedule, example=x)
+
+
+def test_a_size_that_the_model_or_the_method_does_not_take_is_refused():
+    large = torch.zeros(1, 3, 192, 192)
+    with pytest.raises(ValueError, match="does not run on an image of shape"):
+        summary(make("plain"), example=large)
+    model = laconic.reduce_(make("plain", dynamic_img_size=True), "spatial-pool", keep=0.5)
+    with pytest.raises(ValueError, match="spatial-pool"):
+        summary(model, example=large)
+
+
+@pytest.mark.unchecked
+def test_an_example_is_a_batch_of_images():
+    for wrong in (torch.zeros(3, 96, 96), (1, 3, 96, 96)):
+        with pytest.raises(ValueError, match="image batch"):
+            summary(make("plain"), example=wrong)
+
+
+def test_a_grid_that_does_not_follow_from_the_size_is_refused():
+    model = make("dinov3")
+    model.patch_embed.proj.stride = (8, 8)  # twice as many patches a side as the model says
+    model.patch_embed.strict_img_size = False
+    with pytest.raises(ValueError, match="no grid"):
+        summary(model, example=torch.zeros(1, 3, 128, 128))
+
+
+def test_a_model_on_the_meta_device_has_costs_at_any_size():
+    x = torch.zeros(2, 3, 96, 160)
+    assert summary(flexible("plain").to("meta"), example=x) == summary(flexible("plain"), example=x)
+
+
 # ---------------------------------------------------------------------------------------------------- the summary
 def test_tokens_inside_a_block_follow_the_moment():
     between = summary(laconic.reduce_(make("plain"), "topk", schedule=Schedule.leaving({1: 20, 3: 7})))

@@ -154,6 +154,34 @@ def test_stages_start_afresh():
     assert laconic.summary(model).macs == found.macs
 
 
+# ---------------------------------------------------------------------------------------------------- other sizes
+def test_a_budget_is_met_at_the_size_of_the_example():
+    model, x = make("plain", dynamic_img_size=True), torch.randn(2, 3, 160, 96)
+    found = laconic.plan(model, "etps", "1.3x-macs", at=AT, example=x)
+    base = laconic.summary(model, 1, example=x).macs
+    assert found.baseline_macs == base
+    space = Space(model, laconic.ETPS(), example=x)
+    assert found.macs <= base / 1.3
+    assert all(space.cost(more) > base / 1.3 for more in space.larger(found.schedule))
+    assert max(found.schedule.values) > 36  # more than there are at the model's own size
+    laconic.reduce_(model, "etps", schedule=found.schedule, example=x)
+    assert laconic.summary(model, 1, example=x).macs == found.macs
+
+
+def test_the_nearest_budget_is_that_of_the_example():
+    model, x = make("plain", dynamic_img_size=True), torch.randn(1, 3, 160, 96)
+    with pytest.raises(ValueError, match="nearest that it can is") as refused:
+        laconic.plan(model, "tome", "1.9x-macs", example=x)
+    nearest = str(refused.value).partition("nearest that it can is ")[2].partition(". Ask")[0]
+    assert laconic.plan(model, "tome", nearest, example=x).macs < laconic.summary(model, example=x).macs
+
+
+def test_an_example_that_the_model_does_not_take_is_refused():
+    model = make("plain")
+    with pytest.raises(ValueError, match="does not run on an image of shape"):
+        laconic.plan(model, "etps", "1.3x-macs", example=torch.randn(1, 3, 160, 96))
+
+
 # ---------------------------------------------------------------------------------------------------- refusals
 @pytest.mark.parametrize(("method", "text"), [("etps", "3x-macs"), ("tome", "1.9x-macs"), ("bat", "1M")])
 def test_the_nearest_budget_that_can_be_reached_is_named_and_can_be(method, text):
@@ -308,6 +336,41 @@ def test_times_are_met(target, method):
     assert found.predicted == pytest.approx(found.measured.ratio.median, rel=0.05)
     assert found.measured.batch_size == 2
     assert not found.notes
+
+
+def test_times_are_of_the_example():
+    """Its size, its images, and as many of them as are asked for."""
+    watch, seen, x = Pretended(), list[torch.Tensor](), torch.randn(3, 3, 96, 160)
+    model = pretend(make("plain", depth=6, dynamic_img_size=True), watch)
+    model.patch_embed.register_forward_pre_hook(lambda module, args: seen.append(args[0]) if not args[0].is_meta else None)
+    space = Space(model, laconic.ETPS(), example=x)
+    seen.clear()
+    made = Planner(space, Target.parse("1.4x"), AT, Measuring(4, 5, watch))
+    proofs = [images for images in seen if len(images) == 1]
+    assert all(torch.equal(images, torch.cat([x, x[:1]])) for images in seen if len(images) > 1)
+    assert len(seen) > len(proofs)
+    assert {images.shape for images in proofs} == {(1, 3, 96, 160)}
+    assert made.table.seconds == pytest.approx(2e-3 + 6 * (3e-4 * 61 + 1e-6 * 61**2))
+    found = made.plain()
+    assert abs(found.off) <= 0.03
+    assert max(found.schedule.values) > 36
+    assert torch.equal(space.batch(2), x[:2])
+    assert Space(model, laconic.ETPS()).batch(2).shape == (2, 3, 96, 96)
+
+
+@pytest.mark.parametrize(("batch_size", "expected"), [(None, 3), (2, 2)])
+def test_a_time_is_of_as_many_images_as_the_example_has(monkeypatch, batch_size, expected):
+    asked, own = [], Planner.plain
+
+    def plain(self):
+        asked.append((self.measuring.batch_size, self.space.size.sides))
+        return own(self)
+
+    monkeypatch.setattr(Planner, "plain", plain)
+    model, x = make("plain", dynamic_img_size=True), torch.randn(3, 3, 96, 160)
+    laconic.plan(model, "etps", "1.3x-macs", batch_size=batch_size, example=x)
+    laconic.plan(model, "etps", "1.3x-macs")
+    assert asked == [(expected, (96, 160)), (1, None)]
 
 
 def test_what_slows_both_down_for_a_while_changes_no_plan():

@@ -75,14 +75,14 @@ def pass_block(
 
 def apply(reduction: Any, reducer: Reducer, moment: str, tokens: Tokens, *arguments: Any) -> Tokens:
     """Call a reducer at one of its moments; similarities, exponentials and sums of scores stay in float32 under autocast."""
-    kind = tokens.x.device.type
+    work, kind = getattr(reducer, moment), tokens.x.device.type
+    if reduction.around is not None:
+        work = partial(reduction.around, work)
     if torch.is_autocast_enabled(kind):
         with torch.autocast(kind, enabled=False):
-            out: Tokens = getattr(reducer, moment)(tokens, *arguments)
+            out: Tokens = work(tokens, *arguments)
     else:
-        out = getattr(reducer, moment)(tokens, *arguments)
-    if reduction.observer is not None:
-        reduction.observer(tokens, out)
+        out = work(tokens, *arguments)
     if reduction.compacts and reduction.execution in ("packed", "padded") and not reduction.training:
         return out.compact()
     return out

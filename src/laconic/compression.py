@@ -59,7 +59,8 @@ class Compression(nn.Module):
         self.merges = True  # do tokens stand for several patches after the last block? `laconic.verify` looks
         self.in_tuples = False  # do the model's blocks give their output as the first of a tuple?
         self.settled: dict[int, Any] = {}  # what of the model was set for as long as it is reduced, and what it was before
-        self.observer: Callable[[Tokens, Tokens], None] | None = None  # sees the tokens before and after each moment
+        # called as around(own, tokens, *arguments) wherever a reducer works; ``own`` of the rest is what it would do
+        self.around: Callable[..., Tokens] | None = None
         self.forget()
 
     def forget(self) -> None:

@@ -18,8 +18,7 @@ as published.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,8 @@ from torch import Tensor, nn
 from laconic import work
 from laconic.compression import Rows, find_compression
 from laconic.hosts import Shape, find_host, halves_of, path_of
-from laconic.modes import evaluating
+from laconic.input_size import InputSize, batch_for
+from laconic.modes import aside
 from laconic.reducer import Method
 from laconic.report import BlockCost, Summary
 from laconic.schedule import Schedule
@@ -43,36 +43,44 @@ CONVENTIONS: dict[str, dict[str, int]] = {
 
 def summary(
     model: nn.Module,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     convention: str = "matmul",
     *,
     count: bool = False,
     images: Iterable[Tensor] | Tensor | None = None,
+    example: Tensor | None = None,
 ) -> Summary:
-    """What a supported model costs, reduced or not, at inference and at its own input size.
+    """What a supported model costs, reduced or not, at inference: at the size of ``example``, or else at its own.
 
     Of a module with a supported model inside, parameters are of the whole, MACs and tokens of the model inside.
 
     Args:
         model: the model.
-        batch_size: images that ``macs`` are for.
+        batch_size: images that ``macs`` are for (default: as many as ``example`` has, or 1).
         convention: what counts as a multiply-add: ``matmul``, ``fvcore`` or ``torchprofile`` (see `laconic.cost`).
         count: also run one image, and say in ``counted_macs`` what torch counts (see `counted`).
         images: batches of images to run, for ``observed``: mean and spread over them of tokens and MACs of one image. Of a
             method that decides for every image, ``tokens`` and ``macs`` are the most that it may leave and cost.
+        example: an input [B, channels, height, width] of the size that counts. A reduced model runs on it, and where its
+            method's own steps may take as long as they save, ``timed`` says what was measured (see `laconic.paying`).
 
     Raises:
         TypeError: no supported model. ValueError: an unknown convention, a batch size below one, a model with layers of
-            its own that laconic cannot count.
+            its own that laconic cannot count, an example that the model does not take.
     """
     compression = find_compression(model) if isinstance(model, nn.Module) else None
     config, schedule = (compression.config, compression.schedule) if compression else (None, None)
-    out = estimate(model, config, schedule, convention, batch_size)
+    batch_size = batch_size if batch_size is not None else len(example) if isinstance(example, Tensor) else 1
+    out = estimate(model, config, schedule, convention, batch_size, example=example)
+    if compression is not None:
+        from laconic.paying import timed  # it stands on this module
+
+        out = dataclasses.replace(out, timed=timed(compression, example))
     if images is not None:
         from laconic.observed import observe  # it stands on this module
 
         out = dataclasses.replace(out, observed=observe(model, images, convention))
-    return dataclasses.replace(out, counted_macs=counted(model)) if count else out
+    return dataclasses.replace(out, counted_macs=counted(model, example=example)) if count else out
 
 
 def estimate(
@@ -81,11 +89,14 @@ def estimate(
     schedule: Schedule | None = None,
     convention: str = "matmul",
     batch_size: int = 1,
+    *,
+    example: Tensor | InputSize | None = None,
 ) -> Summary:
-    """What ``model`` would cost under this method and schedule; nothing is attached and no forward runs.
+    """What ``model`` would cost under this method and schedule; nothing is attached and no forward is finished.
 
-    The model may be on the meta device. It may be reduced already, and what by does not matter. Without config and
-    schedule it is the cost of the unreduced model.
+    It is at the size of ``example`` if that is given: an input, or what `InputSize.of` found. The model may be on the meta
+    device. It may be reduced already, and what by does not matter. Without config and schedule it is the cost of the
+    unreduced model.
 
     Raises:
         TypeError: no supported model. ValueError: as `summary`; config without schedule; a schedule that does not fit.
@@ -96,23 +107,27 @@ def estimate(
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be a whole number of images, at least 1; got {batch_size!r}")
     host, entry = find_host(model)
-    blocks, shapes = entry.blocks(host), entry.shapes(host)
+    size = example if isinstance(example, InputSize) else InputSize.of(host, entry, example)
+    blocks, shapes = entry.blocks(host), size.shapes
     starts, sites = {sum(s.depth for s in shapes[:i]): shape for i, shape in enumerate(shapes)}, dict[int, Site]()
+    own_sites = sites  # parameters are learned for the model's own size
     tokens = tuple(shape.patches for shape in shapes for _ in range(shape.depth))
     if config is not None and schedule is not None:
         staging = Staging(config, schedule, shapes)
         tokens, sites = staging.counts(), staging.sites()
+        own_sites = sites if size.image is None else Staging(config, schedule, entry.shapes(host)).sites()
     rows, before, shape = list[BlockCost](), shapes[0].patches, shapes[0]
     for index, (block, left) in enumerate(zip(blocks, tokens, strict=True)):
         if index in starts:
             shape, before = starts[index], starts[index].patches
         rows.append(block_cost(index, block, shape, config, sites.get(index), before, left, weights, batch_size))
         before = left
-    ends = weigh(work.ends(host, entry, shapes[0].patches + shapes[0].prefix, before + shape.prefix), weights)
+    ends = weigh(work.ends(host, entry, shapes[0].patches + shapes[0].prefix, before + shape.prefix, size), weights)
     macs = ends * batch_size + sum(row.macs + row.reducer_macs for row in rows)
-    baseline = macs if config is None else estimate(model, None, None, convention, batch_size).macs
-    method, parameters = None if config is None else config.describe(), _parameters(model, config, sites)
-    return Summary(type(host).__name__, method, convention, batch_size, parameters, macs, baseline, tokens, tuple(rows))
+    baseline = macs if config is None else estimate(model, None, None, convention, batch_size, example=size).macs
+    method, parameters = None if config is None else config.describe(), _parameters(model, config, own_sites)
+    facts = (type(host).__name__, method, convention, batch_size, parameters, macs, baseline, tokens, tuple(rows))
+    return Summary(*facts, image_size=size.sides)
 
 
 def block_cost(
@@ -135,12 +150,12 @@ def block_cost(
     return BlockCost(index, at_attention, at_mlp, own * batch_size, reducer * batch_size)
 
 
-def counted(model: nn.Module, rows: Rows = "all") -> int:
+def counted(model: nn.Module, rows: Rows = "all", example: Tensor | None = None) -> int:
     """Multiply-adds that torch's FlopCounterMode counts (half its FLOPs) while the model really runs on one image.
 
-    The model runs in evaluation mode, on noise of its own input size; the ledger of its last forward stays as it was. By
-    default all rows are computed, as the closed forms of `summary` have it; with ``needed`` those that the model computes as
-    it was reduced (see `laconic.reduce_`).
+    The model runs in evaluation mode, on the first image of ``example`` or on noise of its own input size; the ledger of its
+    last forward stays as it was. By default all rows are computed, as the closed forms of `summary` have it; with ``needed``
+    those that the model computes as it was reduced (see `laconic.reduce_`).
 
     Raises:
         TypeError: no supported model.
@@ -152,7 +167,7 @@ def counted(model: nn.Module, rows: Rows = "all") -> int:
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = _NoModules()  # type: ignore[assignment]
     with aside(host, rows), torch.inference_mode(False), torch.enable_grad(), counter:
-        host(entry.example(host))
+        host(entry.example(host) if example is None else batch_for(host, example)[:1])
     return counter.get_total_flops() // 2
 
 
@@ -166,24 +181,6 @@ class _NoModules:
 
     def __exit__(self, *error: object) -> None:
         pass
-
-
-@contextmanager
-def aside(host: nn.Module, rows: Rows = "needed") -> Iterator[None]:
-    """Evaluation mode for a while; what is remembered of the last forward is put back afterwards."""
-    compression = find_compression(host)
-    if compression is None:
-        with evaluating(host):
-            yield
-        return
-    spares, remembered = compression.spares, compression.remembered()
-    try:
-        compression.spares = spares and rows != "all"
-        with evaluating(host):
-            yield
-    finally:
-        compression.spares = spares
-        compression.remember(remembered)
 
 
 def _inside(block: nn.Module, config: Method | None, site: Site | None, before: int, left: int) -> tuple[int, int]:

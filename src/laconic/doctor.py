@@ -13,6 +13,7 @@ from torch import nn
 from laconic.attach import reduce_, restore_
 from laconic.compression import Compression, compression_of, find_compression
 from laconic.hosts import Host, find_host, halves_of, path_of
+from laconic.paying import quiet
 from laconic.reducer import METHODS, Row, methods
 
 KEEP = 0.7  # the keep rate every method is tried with
@@ -160,7 +161,7 @@ def _try(model: nn.Module, row: Row) -> Trial:
 def _attempt(model: nn.Module, method: str, keep: float | None, options: dict[str, Any]) -> Compression | str:
     """Reduce a copy: its compression, or the reason why the method does not work on this model."""
     try:
-        with torch.random.fork_rng(devices=[]):  # a learned scorer draws its first weights; nobody else is to notice
+        with quiet(), torch.random.fork_rng(devices=[]):  # a learned scorer draws its first weights; nobody else is to notice
             return compression_of(reduce_(twin(model), method, keep=keep, **options))
     except (TypeError, ValueError, LookupError, RuntimeError) as error:
         return str(error)

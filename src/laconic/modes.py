@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from laconic.compression import Rows, find_compression
+
 
 @contextmanager
 def evaluating(*models: Any) -> Iterator[None]:
@@ -21,3 +23,21 @@ def evaluating(*models: Any) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def aside(host: nn.Module, rows: Rows = "needed") -> Iterator[None]:
+    """Evaluation mode for a while; what is remembered of the last forward is put back afterwards."""
+    compression = find_compression(host)
+    if compression is None:
+        with evaluating(host):
+            yield
+        return
+    spares, remembered = compression.spares, compression.remembered()
+    try:
+        compression.spares = spares and rows != "all"
+        with evaluating(host):
+            yield
+    finally:
+        compression.spares = spares
+        compression.remember(remembered)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from laconic import work
 from laconic.compression import compression_of
-from laconic.cost import aside, block_cost, weigh, weights_of
+from laconic.cost import block_cost, weigh, weights_of
 from laconic.hosts import find_host
+from laconic.modes import aside
 from laconic.report import Observed, Spread
 from laconic.sites import Site
 from laconic.tokens import Tokens

@@ -48,11 +48,40 @@ class Observed:
 
 
 @dataclass(frozen=True)
+class TimeBalance:
+    """Seconds of one forward of a batch of this shape: unreduced, reduced, and of that the method's own steps."""
+
+    unreduced: float
+    reduced: float
+    steps: float
+    shape: tuple[int, ...]
+    device: str
+
+    @property
+    def ratio(self) -> float:
+        """How many times as fast as the unreduced model the reduced one is."""
+        return self.unreduced / self.reduced
+
+    def __str__(self) -> str:
+        new, old, steps = map(_seconds, (self.reduced, self.unreduced, self.steps))
+        faster, slower = f"{self.ratio:.2f}x as fast as unreduced", f"SLOWER than unreduced ({self.ratio:.2f}x)"
+        batch, _, height, width = self.shape
+        here = f"measured on {self.device} at batch {batch} of {height} x {width}"
+        times = f"{new} a forward instead of {old}, and {steps} of it are the method's own steps"
+        return f"{faster if self.ratio >= 1 else slower}, {here}: {times}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.3g} ms"
+
+
+@dataclass(frozen=True)
 class Summary:
-    """What a model costs at inference, on images of its own input size. MACs are of ``batch_size`` images.
+    """What a model costs at inference. MACs are of ``batch_size`` images of ``image_size`` (None: the model's own).
 
     ``macs`` is the whole model, patch embedding, head and reducers included; ``baseline_macs`` the same model unreduced.
     ``tokens`` are the patch tokens each block leaves. ``counted_macs``, of one image, is None unless it was asked for.
+    ``timed`` is None unless the method's own steps take so long that its speed was measured (see `laconic.paying`).
     """
 
     model: str
@@ -66,6 +95,8 @@ class Summary:
     blocks: tuple[BlockCost, ...]
     counted_macs: int | None = None
     observed: Observed | None = None
+    image_size: tuple[int, int] | None = None
+    timed: TimeBalance | None = None
 
     def to_json(self) -> dict[str, Any]:
         """All fields, as plain JSON."""
@@ -74,6 +105,7 @@ class Summary:
 
     def __str__(self) -> str:
         images = "1 image" if self.batch_size == 1 else f"{self.batch_size} images"
+        images += "" if self.image_size is None else f" of {self.image_size[0]} x {self.image_size[1]}"
         macs = f"{self.macs / 1e9:.4f} GMACs for {images} (convention: {self.convention})"
         lines = [
             f"{self.model}, {self.method['name'] if self.method else 'not reduced'}: {self.parameters:,} parameters",
@@ -81,6 +113,8 @@ class Summary:
         ]
         if self.counted_macs is not None:
             lines.append(f"{self.counted_macs / 1e9:.4f} GMACs counted by torch on one image")
+        if self.timed is not None:
+            lines.append(str(self.timed))
         if self.observed is not None:
             cost, left = self.observed.macs, self.observed.tokens[-1]
             lines.append(

@@ -65,7 +65,7 @@ def verify(host: nn.Module, entry: Host, compression: Compression, example: Tens
             detach(host, entry)
             raise
         finally:
-            compression.observer = None
+            compression.around = None
             compression.forget()
     compression.train(host.training)
 
@@ -210,18 +210,20 @@ def _check_moments(compression: Compression, blocks: list[nn.Module]) -> None:
 def _run_reduced(host: nn.Module, compression: Compression, image: Tensor) -> tuple[Any, History]:
     """The answer of the reduced model, with no prefix token touched, and what became of the tokens."""
 
-    def untouched(before: Tokens, after: Tokens) -> None:
+    def untouched(own: Any, before: Tokens, *arguments: Any) -> Tokens:
+        after: Tokens = own(before, *arguments)
         if compression.config.row.class_readout:
-            return
+            return after
         if not torch.equal(before.x[:, : before.prefix], after.x[:, : after.prefix]):
             raise ValueError(f"{compression.config.row.name} changed a prefix token; this is a fault of the method")
+        return after
 
-    compression.observer = untouched
+    compression.around = untouched
     compression.train(False)
     try:
         out = host(image)
     finally:
-        compression.observer = None
+        compression.around = None
     history = compression.last()
     if history is None or history.block + 1 != compression.depth and not _idle_after(compression, history):
         raise ValueError(

@@ -13,13 +13,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from laconic.attention import Watch
 from laconic.hosts import Host, Shape, halves_of
+
+if TYPE_CHECKING:
+    from laconic.input_size import InputSize
 
 Work = Counter[str]
 KINDS = ("matmul", "pairwise", "layernorm", "batchnorm", "scores", "elementwise", "head_mean")
@@ -92,8 +95,8 @@ def pooling(pool: Any, tokens: int) -> Work:
     return layers(pool, lambda name: wide.get(name, latents)) + attention(pool, latents, tokens)
 
 
-def stem(model: Any, host: Host) -> Work:
-    """The patch embedding of one image, whatever is in it: run on the meta device, where nothing is computed."""
+def stem(model: Any, host: Host, image: Tensor | None = None) -> Work:
+    """The patch embedding of one image (None: of the model's own size): run on the meta device, where nothing is computed."""
     work, embed = Work(), host.stem(model)
 
     def note(layer: Any, _: Any, out: Tensor) -> None:
@@ -107,7 +110,7 @@ def stem(model: Any, host: Host) -> Work:
     calls: list[dict[str, Any]] = []  # PS-ViT's has attention in it
     try:
         with torch.no_grad(), Watch(calls):
-            torch.func.functional_call(embed, state, (host.example(model).to("meta"),))
+            torch.func.functional_call(embed, state, ((host.example(model) if image is None else image).to("meta"),))
     finally:
         for hook in hooks:
             hook.remove()
@@ -117,14 +120,15 @@ def stem(model: Any, host: Host) -> Work:
     return work
 
 
-def ends(model: Any, host: Host, before: int, after: int) -> Work:
+def ends(model: Any, host: Host, before: int, after: int, size: InputSize | None = None) -> Work:
     """All but the blocks, for one image: ``before`` tokens enter them and ``after`` leave, prefix tokens among them.
 
     Raises:
         ValueError: the model has layers of its own, and how often they run is not known.
     """
     if hasattr(model, "work_of_ends"):
-        return Work(model.work_of_ends(before, after))
+        grids = () if size is None or size.image is None else ([shape.grid for shape in size.shapes],)
+        return Work(model.work_of_ends(before, after, *grids))
     prefix, _ = host.prefix(model)
     pool, (kind, with_prefix) = getattr(model, "attn_pool", None), host.pooling(model)
     pooled = after if kind == "none" else 1
@@ -132,7 +136,7 @@ def ends(model: Any, host: Host, before: int, after: int) -> Work:
     rows["aux_head"] = after - prefix if kind == "max" else 0  # LV-ViT's, on every patch token
     if host.rows is not None:
         rows = host.rows(model, before, after)
-    work, first, embed = stem(model, host), host.blocks(model)[0], host.stem(model)
+    work, first, embed = stem(model, host, None if size is None else size.image), host.blocks(model)[0], host.stem(model)
     work["matmul"] += host.products(model, before, after)
     for name, child in model.named_children():
         if name in rows:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -12,6 +14,7 @@ from laconic.diversity import diversity_score
 from laconic.jobs.evaluate import transform_for
 from laconic.jobs.fates import fates
 from laconic.ledger import provenance
+from laconic.paying import stepping
 from laconic.training.token_labels import patch_labels
 
 LOOKED_AT = 200  # images
@@ -26,12 +29,14 @@ def look(model: nn.Module, images: ImageSet) -> dict[str, float]:
         raise ValueError("only the generated benchmark knows where its objects are")
     compression, transform, seen = compression_of(model), transform_for(model), list[torch.Tensor]()
     pixels = torch.stack([transform(images[i][0]) for i in range(LOOKED_AT)])
-    compression.observer = lambda before, after: seen.append(after.patches)
-    try:
-        with torch.inference_mode():
-            model(pixels)
-    finally:
-        compression.observer = None
+
+    def look(own: Any, *arguments: Any) -> Any:
+        after = own(*arguments)
+        seen.append(after.patches)
+        return after
+
+    with stepping(compression, look), torch.inference_mode():
+        model(pixels)
     last = provenance(model).final
     objects = patch_labels(images, list(range(LOOKED_AT)), compression.grid) < len(images.classes)
     kept, merged, _ = fates(last).float().unbind(2)

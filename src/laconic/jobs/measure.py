@@ -18,7 +18,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Run = Callable[[], Any]
+from laconic.stopwatch import Run as Run
+from laconic.stopwatch import Time as Time
+
 APART = 4  # variants between two runs of the unreduced model
 TINY = 1e-12
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -54,14 +56,6 @@ class Setting:
         """The device."""
         cuda = self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
         return torch.device("cuda" if cuda else "cpu")
-
-
-@dataclass(frozen=True)
-class Time:
-    """Seconds of one forward: by the clock (on CUDA: of the device), and of all CPU threads together."""
-
-    wall: float
-    cpu: float
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from laconic.compression import compression_of
 from laconic.jobs.measure import TINY, cpu_clock
+from laconic.paying import stepping
 
 RUNS = 12
 
@@ -20,20 +21,15 @@ def share(model: nn.Module, images: Tensor, runs: int = RUNS) -> float:
 
     Of each the least of several runs is taken: whatever else the machine does can only slow one down.
     """
-    compression: Any = compression_of(model)
     moments = list[Callable[[], Any]]()
-    own = compression._moment
 
-    def noted(*arguments: Any) -> Any:
+    def noted(own: Callable[..., Any], *arguments: Any) -> Any:
         moments.append(partial(own, *arguments))
         return own(*arguments)
 
     with torch.inference_mode():
-        compression._moment = noted
-        try:
+        with stepping(compression_of(model), noted):
             model(images)
-        finally:
-            del compression._moment
         # a moment without anything to do hands on what it got: that takes nothing
         own_time = sum(least(moment, runs) for moment in moments)
         return own_time / max(least(lambda: model(images), runs), TINY)

@@ -59,10 +59,15 @@ class Pyramid(nn.Module):
         """The patch embedding of each stage, and the grid that it makes of an image of the model's own size."""
         raise NotImplementedError
 
-    def work_of_ends(self, before: int, after: int) -> Work:
-        """The work of all but the blocks for one image, of which ``after`` tokens leave the last block (see `laconic.work`)."""
+    def work_of_ends(self, before: int, after: int, grids: Sequence[Size] | None = None) -> Work:
+        """The work of all but the blocks for one image, of which ``after`` tokens leave the last block (see `laconic.work`).
+
+        ``grids``: of each stage; None: those of the model's own size.
+        """
         ends = layers(self.norm, after) + layers(self.head, 1 if self.global_pool else after)
-        return sum((layers(embed, prod(grid)) for embed, grid in self.embeddings()), ends)
+        own = self.embeddings()
+        sizes = [grid for _, grid in own] if grids is None else grids
+        return sum((layers(embed, prod(grid)) for (embed, _), grid in zip(own, sizes, strict=True)), ends)
 
     def run(self, calls: Sequence[Callable[[Tensor], Tensor]], x: Float[Tensor, "B N C"]) -> Float[Tensor, "B M C"]:
         """The blocks of a stage, one after the other. How many tokens there are in between is nobody's business."""

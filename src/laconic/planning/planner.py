@@ -30,8 +30,9 @@ def plan(
     target: str,
     *,
     at: Sequence[int] | None = None,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     rounds: int | None = None,
+    example: Tensor | None = None,
     images: Tensor | None = None,
     labels: Tensor | None = None,
     steps: int = 60,
@@ -54,8 +55,10 @@ def plan(
         target: "2.3G" or "230M" multiply-adds of one image; "1.6x" as fast as unreduced, measured at ``batch_size``;
             "1.6x-macs" fewer multiply-adds; "12ms" for one forward of ``batch_size`` images.
         at: blocks to reduce at (default: the method's usual ones, or what the search finds).
-        batch_size: images in a forward where time is measured.
+        batch_size: images in a forward where time is measured (default: as many as ``example`` has, or 1).
         rounds: measurements of each model (default: as many as a few seconds allow, 10 to 100).
+        example: a batch [B, channels, height, width] of the size that the budget is for (default: the model's own size);
+            time is measured with these images.
         images: [N, channels, height, width] as the model takes them, to search with.
         labels: [N], for accuracies in the report; the search does not look at them.
         steps: schedules that the search tries.
@@ -67,7 +70,8 @@ def plan(
             than the unreduced model takes; a method that decides for every image, or must be trained, with images.
         TypeError, LookupError: as `laconic.reduce_`.
     """
-    space = Space(model, resolve(method, options))
+    space = Space(model, resolve(method, options), example=example)
+    batch_size = batch_size if batch_size is not None else 1 if space.example is None else len(space.example)
     planner = Planner(space, Target.parse(target), at, Measuring(batch_size, rounds))
     return planner.plain() if images is None else planner.searched(images, labels, steps, seed)
 

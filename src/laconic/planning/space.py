@@ -8,13 +8,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from laconic.attach import planned, restore_
 from laconic.compression import find_compression
 from laconic.cost import estimate
 from laconic.doctor import twin
 from laconic.hosts import find_host
+from laconic.input_size import InputSize, batch_for
 from laconic.reducer import METHODS, Method
 from laconic.report import Summary
 from laconic.schedule import Schedule
@@ -38,19 +39,22 @@ class Space:
         model: a supported vision transformer, or a module with one inside.
         config: the method.
         price: what a schedule costs; multiply-adds of one image by default.
+        example: a batch of the images that costs are for; None: images of the model's own size.
 
     Raises:
-        ValueError: the method decides for every image how many tokens it keeps. TypeError: no supported model.
+        ValueError: the method decides for every image how many tokens it keeps; no such images. TypeError: no supported model.
     """
 
-    def __init__(self, model: nn.Module, config: Method, price: Price = macs_of) -> None:
+    def __init__(self, model: nn.Module, config: Method, price: Price = macs_of, example: Tensor | None = None) -> None:
         refuse_deciding(config)
         self.model = twin(model)
         if find_compression(self.model) is not None:
             restore_(self.model)
         self.config, self.price = config, price
         self.host, self.entry = find_host(self.model)
-        self.shapes = self.entry.shapes(self.host)
+        self.example = None if example is None else batch_for(self.host, example)
+        self.size = InputSize.of(self.host, self.entry, self.example)
+        self.shapes = self.size.shapes
         self.depth = sum(shape.depth for shape in self.shapes)
         self.known: dict[Schedule, Summary | None] = {}
 
@@ -65,7 +69,7 @@ class Space:
         """Tokens and multiply-adds under a schedule; None where the method cannot follow it."""
         if schedule not in self.known:
             try:
-                self.known[schedule] = estimate(self.host, self.config, schedule)
+                self.known[schedule] = estimate(self.host, self.config, schedule, example=self.size)
             except ValueError:
                 self.known[schedule] = None
         return self.known[schedule]
@@ -77,13 +81,20 @@ class Space:
 
     def unreduced(self) -> Summary:
         """The unreduced model."""
-        return estimate(self.host)
+        return estimate(self.host, example=self.size)
+
+    def batch(self, count: int) -> Tensor:
+        """So many images to measure with: those of the example, or noise of the model's own size, as often as it takes."""
+        images = self.entry.example(self.host) if self.example is None else self.example
+        return images.repeat(-(-count // len(images)), *[1] * (images.dim() - 1))[:count]
 
     # -------------------------------------------------------------------------------------------- which there are
     def usual(self, at: Sequence[int] | None = None) -> Family:
         """One keep rate at the method's usual blocks (or at these), in counts wherever counts say the same."""
         probe = planned(self.config, self.entry, self.host, 0.5, at)
-        estimate(self.host, self.config, probe)  # what is wrong with the method here is said now, not found infeasible
+        estimate(
+            self.host, self.config, probe, example=self.size
+        )  # what is wrong with the method here is said now, not found infeasible
         exact = self._as_counts(probe)
         same = exact is not None and self.summary(exact) == self.summary(probe)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,57 +13,17 @@ from torch import Tensor, nn
 from laconic.attach import reduce_
 from laconic.doctor import twin
 from laconic.hosts import find_host
-from laconic.jobs.measure import Quartiles, Run, Sample, Time, interleave, ratios
+from laconic.jobs.measure import Quartiles, Sample, interleave, ratios
+from laconic.paying import quiet
 from laconic.planning.progress import ticking
 from laconic.planning.space import Space
 from laconic.schedule import Schedule
 from laconic.patching import settle
+from laconic.stopwatch import Stopwatch, stopwatch
 
 BASE = "unreduced"
 WARMUP = 2  # rounds that do not count
 LEAST, MOST, PATIENCE = 10, 100, 12.0  # rounds, and the seconds that all of them together may take if more than the least
-
-
-class Stopwatch(ABC):
-    """Marks points of a run, and tells the seconds between two of them."""
-
-    @abstractmethod
-    def mark(self) -> Any:
-        """Now."""
-
-    @abstractmethod
-    def between(self, begin: Any, end: Any) -> float:
-        """Seconds."""
-
-    def time(self, run: Run) -> Time:
-        """Time a whole run."""
-        begin = self.mark()
-        run()
-        wall = self.between(begin, self.mark())
-        return Time(wall, wall)
-
-
-class WallStopwatch(Stopwatch):
-    """By the clock on the wall."""
-
-    def mark(self) -> float:
-        return time.perf_counter()
-
-    def between(self, begin: float, end: float) -> float:
-        return end - begin
-
-
-class CudaStopwatch(Stopwatch):
-    """By events on the device."""
-
-    def mark(self) -> torch.cuda.Event:
-        event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
-
-    def between(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
-        end.synchronize()
-        return float(begin.elapsed_time(end)) / 1e3
 
 
 @dataclass(frozen=True)
@@ -83,7 +42,7 @@ class Measuring:
 
     def stopwatch(self, device: torch.device) -> Stopwatch:
         """The one for a device."""
-        return self.watch or (CudaStopwatch() if device.type == "cuda" else WallStopwatch())
+        return self.watch or stopwatch(device)
 
 
 @dataclass(frozen=True)
@@ -111,10 +70,9 @@ class Measured:
 class Timed:
     """One model at work on a batch, that notes when each of its blocks began and ended."""
 
-    def __init__(self, model: nn.Module, batch_size: int, watch: Stopwatch) -> None:
+    def __init__(self, model: nn.Module, images: Tensor, watch: Stopwatch) -> None:
         self.host, entry = find_host(model)
-        example = entry.example(self.host)
-        self.images: Tensor = example.repeat(batch_size, *[1] * (example.dim() - 1))
+        self.images = images
         self.watch, self.marks = watch, list[list[Any]]()
         for block in entry.blocks(self.host):
             block.register_forward_pre_hook(lambda *_: self.marks[-1].append(watch.mark()))
@@ -132,9 +90,10 @@ class Timed:
 
 def reduced(space: Space, schedule: Schedule) -> nn.Module:
     """A copy of the model, with its very weights, under a schedule."""
-    with torch.random.fork_rng(devices=[]):
+    example = None if space.example is None else space.example[:1]
+    with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return reduce_(twin(space.model), space.config, schedule=schedule)
+        return reduce_(twin(space.model), space.config, schedule=schedule, example=example)
 
 
 @dataclass(frozen=True)
@@ -149,9 +108,10 @@ def time_all(space: Space, schedules: Sequence[Schedule], measuring: Measuring) 
     """Time the unreduced model (`BASE`) and one for each schedule (by its number), interleaved; in evaluation mode."""
     device = next(space.host.parameters()).device
     watch = measuring.stopwatch(device)
+    images = space.batch(measuring.batch_size)
     settle(space.host, space.entry)  # the unreduced model too runs fused attention
     models = {BASE: twin(space.model), **{str(i): reduced(space, schedule) for i, schedule in enumerate(schedules)}}
-    runs = {name: Timed(model.eval(), measuring.batch_size, watch) for name, model in models.items()}
+    runs = {name: Timed(model.eval(), images, watch) for name, model in models.items()}
     with torch.inference_mode():
         begin = time.perf_counter()
         interleave(runs, WARMUP, watch.time)
