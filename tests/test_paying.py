@@ -232,3 +232,12 @@ def test_a_warning_that_cannot_be_made_is_no_failure(monkeypatch, clock, caplog)
         warn(model)
     assert "out of memory" in caplog.text
     assert vars(model.laconic).get("_moment") is None
+
+
+def test_reduce_says_so_at_the_size_of_the_example(caplog, monkeypatch, clock):
+    slow(monkeypatch, clock, 0.2)
+    model, x = pretend(make("plain", dynamic_img_size=True), clock), torch.zeros(2, 3, 96, 160)
+    with caplog.at_level(logging.WARNING, logger="laconic"):
+        laconic.reduce_(model, "atc", keep=0.6, at=(1, 2), example=x)
+    assert "SLOWER than unreduced" in caplog.text
+    assert laconic.summary(model).timed.shape == (2, 3, 96, 160)

@@ -239,6 +239,14 @@ def test_reduce_takes_a_budget():
         assert torch.equal(a(x), b(x))
 
 
+def test_reduce_takes_a_budget_at_the_size_of_the_example():
+    a, b, x = make("plain", dynamic_img_size=True), make("plain", dynamic_img_size=True), torch.randn(2, 3, 160, 96)
+    laconic.reduce_(a, "bat", budget="1.3x-macs", at=AT, example=x)
+    assert a.laconic.schedule == laconic.plan(b, "bat", "1.3x-macs", at=AT, example=x).schedule
+    assert a.laconic.schedule != laconic.plan(b, "bat", "1.3x-macs", at=AT).schedule
+    assert laconic.summary(a, example=x).macs <= laconic.summary(a, example=x).baseline_macs / 1.3
+
+
 def test_an_option_of_that_name_is_told_from_a_budget():
     model = laconic.reduce_(make("plain"), "bat", keep=0.5, budget="log")
     assert model.laconic.config == laconic.BAT(budget="log")

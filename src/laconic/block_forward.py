@@ -48,9 +48,11 @@ def pass_block(
     """Run a block on tokens, with all moments of its reducer.
 
     Args:
+        block: the module.
         own: the forward of the block's class.
         link: what is known of the block since it was reduced (`laconic.runtime.BlockLink`).
         reduction: the model's `laconic.compression.Compression`.
+        tokens: as they come in.
         kwargs: the block's arguments beside the features, by name.
         reducer: the block's, if it has anything to do.
         watcher: the reducer of the next block, if it looks at this block's attention.

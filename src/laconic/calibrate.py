@@ -32,8 +32,8 @@ from laconic.impact import Batch, back, record
 from laconic.mending import Mending, Pair
 from laconic.methods.patch_slimming import PatchSlimming
 from laconic.modes import evaluating
-from laconic.schedule import Schedule
 from laconic.patching import attach, detach
+from laconic.schedule import Schedule
 
 Images = Tensor | Iterable[Any]
 

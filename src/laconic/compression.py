@@ -5,14 +5,15 @@ Nothing of a forward is kept here but, for each thread, the last one that was co
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from laconic.dense import FILLS
 from laconic.deciding import Deciding
+from laconic.dense import FILLS
 from laconic.history import History, Last
 from laconic.hosts import HOSTS, Host, halves_of
 from laconic.reducer import Method, Reducer
@@ -21,6 +22,7 @@ from laconic.schedule import Schedule
 from laconic.staging import Staging
 from laconic.tokens import Tokens
 
+log = logging.getLogger(__name__)
 Rows = Literal["needed", "all"]
 
 
@@ -65,7 +67,25 @@ class Compression(nn.Module):
 
     def forget(self) -> None:
         """Let go of the last forwards."""
-        self.__dict__["_last"], self.__dict__["_traced"] = Last(), None
+        self.__dict__["_last"], self.__dict__["_traced"], self.__dict__["_fresh"] = Last(), None, None
+
+    # -------------------------------------------------------------------------------------------- learned parameters
+    def note_untrained(self) -> None:
+        """Remember what the reducers' parameters are now, so that a use before they are trained or loaded is said."""
+        self.__dict__["_fresh"] = self._versions() if self.config.row.learns else None
+
+    def warn_untrained(self) -> None:
+        """Say once that the method runs with parameters that were neither trained nor loaded."""
+        fresh, self.__dict__["_fresh"] = self.__dict__["_fresh"], None
+        if fresh and fresh == self._versions():
+            log.warning(
+                "%s decides by parameters that were neither trained nor loaded: its choice of tokens is arbitrary. Train it "
+                "(laconic train), or load weights (laconic.load, laconic.import_checkpoint, load_state_dict)",
+                self.config.row.name,
+            )
+
+    def _versions(self) -> list[tuple[int, int]]:
+        return [(id(p), p._version) for p in self.parameters()]
 
     # -------------------------------------------------------------------------------------------- schedule
     def set_schedule(self, schedule: Schedule) -> None:
@@ -104,7 +124,7 @@ class Compression(nn.Module):
             grid = shape.grid
         if grid is not None and grid[0] * grid[1] != patches:
             raise ValueError(
-                f"{x.shape[1]} tokens enter the first block, where this model says {prefix} prefix tokens (num_prefix_tokens) and "
+                f"{x.shape[1]} tokens enter the first block, and this model says {prefix} prefix tokens (num_prefix_tokens) and "
                 f"a grid of {grid[0]} x {grid[1]} patches. Tokens of another kind (prompts, registers) must be counted as prefix "
                 "tokens and stand first, or they would be reduced as if they were patches"
             )
@@ -197,7 +217,7 @@ class Compression(nn.Module):
         """How a method runs that decides on the number of tokens: as it was asked for, in static graphs ``masked``."""
         if not self.adaptive:
             return None
-        static = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        static = torch.compiler.is_compiling() or torch._C._is_tracing()
         return "masked" if static else self.config.execution  # type: ignore[attr-defined]
 
     @property
@@ -236,7 +256,7 @@ class Compression(nn.Module):
     # -------------------------------------------------------------------------------------------- copies
     def __getstate__(self) -> dict[str, Any]:
         # a copy has not run yet: what is remembered belongs to the forwards of the original
-        return {name: value for name, value in self.__dict__.items() if name not in ("_last", "_traced")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_last", "_traced", "_fresh")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

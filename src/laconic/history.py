@@ -107,7 +107,7 @@ def _of_view(x: Tensor, history: History, shape: torch.Size, stride: tuple[int, 
         return None
     if any(a != b and n > 1 for a, b, n in zip(x.stride()[1:], stride[1:], x.shape[1:], strict=True)):
         return None
-    first, inside = divmod(x.storage_offset() - offset, max(1, stride[0]))
+    first, inside = divmod(int(x.storage_offset()) - offset, max(1, stride[0]))
     prefix = history.tokens.prefix
     whole = x.shape[1] == shape[1] and inside == 0
     patches = x.dim() == 3 and x.shape[1] == shape[1] - prefix and inside == prefix * stride[1]

@@ -76,6 +76,8 @@ def _dense(history: History, block: int, found: Any, wanted: str, norm: Any) -> 
     if isinstance(found, tuple):
         return _dense(history, block, found[0], wanted, norm), *found[1:]
     tokens, restore = history.entry(block + 1), history.reduction.restore
-    fill = restore if isinstance(restore, str) else history.reduction.fill_of(history.reduction.entry_of_host) if restore else 0.0
+    fill = (
+        restore if isinstance(restore, str) else history.reduction.fill_of(history.reduction.entry_of_host) if restore else 0.0
+    )
     features: Tensor = restored(tokens, found, fill, norm)
     return laid_out(features, tokens, wanted)

@@ -145,13 +145,14 @@ def restore_dense(
         compression: Compression = of._history.reduction  # type: ignore[union-attr]
     else:
         compression = compression_of(of)
-        history = current(features, compression.ref) if isinstance(features, Tensor) and features.dim() == 3 else None
-        if history is None:
+        found = current(features, compression.ref) if isinstance(features, Tensor) and features.dim() == 3 else None
+        if found is None:
             raise ValueError(
                 f"features of shape {tuple(features.shape)} come from no forward of this model that is known: they are a copy, the "
                 "result of an operation, or another model's. Pass them as the model returned them (a view along the batch will "
                 "do), or say which forward they are of: restore_dense(laconic.provenance(model), features)"
             )
+        history = found
     tokens = history.tokens
     images, count = tokens.shape
     prefix = tokens.prefix if features.dim() == 3 and features.shape[1] == count else 0

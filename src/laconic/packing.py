@@ -6,6 +6,7 @@ of the tokens there are, and an image cannot notice who else is in the batch.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +90,15 @@ class Packing:
         ]
 
 
+def varlen() -> Any:
+    """Torch's attention over sequences of many lengths, where this version has it with all that is needed; or None."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if {"scale", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters) else None
+
+
 class PackedWatch(Watch):
     """Notes the calls, and answers each by one call for every image."""
 
@@ -102,7 +112,8 @@ class PackedWatch(Watch):
                 "packed execution met an attention mask of the model's own; take the method with execution='padded'"
             )
         q, k, v = (call[name] for name in ("query", "key", "value"))
-        if self.packing.bias is None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        half = q.dtype in (torch.float16, torch.bfloat16)
+        if self.packing.bias is None and q.is_cuda and half and varlen() is not None:
             return self._on_device(q, k, v, call.get("scale"))
         rest = {name: value for name, value in call.items() if name not in ("query", "key", "value", "attn_mask")}
         out, start = list[Tensor](), 0
@@ -115,8 +126,7 @@ class PackedWatch(Watch):
 
     def _on_device(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         """One kernel for all images, where torch has one."""
-        from torch.nn.attention.varlen import varlen_attn
-
+        varlen_attn: Any = varlen()
         longest = max(self.packing.lengths)
         ends = torch.tensor((0, *self.packing.lengths), device=q.device).cumsum(0).to(torch.int32)
         query, key, value = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))  # [T, H, D]

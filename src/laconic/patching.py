@@ -135,12 +135,12 @@ def subclass(base: type, methods: Replaced) -> type:
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         self.__class__ = base  # type(model)(...) makes a plain model
-        self.__init__(*args, **kwargs)
+        base.__init__(self, *args, **kwargs)  # type: ignore[misc]
 
     names: dict[str, Any] = {name: replacing(name, function, reader) for name, function, reader in methods}
     names |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     names |= {"laconic_base": base, "laconic_methods": methods, "__reduce_ex__": _reduce}
-    names |= {"__prepare_scriptable__": _refuse_script, "__init__": functools.wraps(base.__init__)(init)}
+    names |= {"__prepare_scriptable__": _refuse_script, "__init__": functools.wraps(base.__init__)(init)}  # type: ignore[misc]
     return known.setdefault(methods, type(base.__name__, (base,), names))
 
 

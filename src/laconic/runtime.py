@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -198,9 +198,7 @@ def calling(module: Any, own: Any, args: Sequence[Any], kwargs: Mapping[str, Any
     return out, call
 
 
-def _open(
-    host: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], outer: Call | None, tracing: bool
-) -> Call:
+def _open(host: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], outer: Call | None, tracing: bool) -> Call:
     reduction, link = reduction_in(host), host._laconic
     entry, image = HOSTS[reduction.host_path], args[0] if args else kwargs.get(link.names[0])
     grid = None if outer is None else outer.grid
@@ -211,6 +209,8 @@ def _open(
     if entry.refused and name == "forward":
         _refuse_arguments(host, entry.refused, args, kwargs)
     ends = _check_blocks(host, entry, reduction) if outer is None else False
+    if reduction._fresh and not host.training:
+        reduction.warn_untrained()
     fast = outer.fast if outer is not None else reduction.spares and not host.training and (tracing or not _global_hooks())
     if name == "forward":
         answers = fast and ends and _answers(host, entry, reduction)
@@ -223,7 +223,7 @@ def _open(
 
 
 def _global_hooks() -> bool:
-    return bool(torch.nn.modules.module._has_any_global_hook())
+    return bool(torch.nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
 def _answers(host: Any, entry: Host, reduction: Any) -> bool:
@@ -295,12 +295,15 @@ def run_block(block: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
     if reducer is not None and not reducer.active(count, n):
         reducer = None
     watcher = reduction.watcher(link.index + 1, history, count)
-    last, reads = link.index + 1 == reduction.depth, cast(Reads, "all")
+    last = link.index + 1 == reduction.depth
+    reads: Reads = "all"
     if call is not None and call.fast and not block.training:
         reads = "prefix" if last and call.answers else "needed"
     tokens = pass_block(block, own, link, reduction, tokens, named, reducer, watcher, n, reads)
     if reducer is not None and not reduction.adaptive and len(tokens) != n and tokens.alive is None:
-        raise RuntimeError(f"{reduction.config.row.name} left {len(tokens)} patch tokens at block {link.index}; {n} were asked for")
+        raise RuntimeError(
+            f"{reduction.config.row.name} left {len(tokens)} patch tokens at block {link.index}; {n} were asked for"
+        )
     history, x = history.after(link.index, tokens), tokens.x
     if not last and link.index + 1 in reduction.starts:
         full = GridMap.of(tokens)
@@ -374,13 +377,13 @@ def current(x: Tensor, ref: HostRef) -> History | None:
     return history
 
 
-def _refuse_features(link: BlockLink, x: Tensor, history: History | None) -> None:
+def _refuse_features(link: BlockLink, x: Tensor, history: History | None) -> NoReturn:
     if torch.compiler.is_compiling() and not running():
         raise RuntimeError(f"{link.name} cannot be compiled alone: its tokens are known to the whole model; compile the model")
     if history is None:
         raise RuntimeError(
-            f"{link.name} got features of shape {tuple(x.shape)} that come from no block of this model: a copy, or the result of "
-            "an operation, outside of the model's own forward. Run the model's forward, or hand on what a block returned"
+            f"{link.name} got features of shape {tuple(x.shape)} that come from no block of this model: a copy, or the result "
+            "of an operation, outside of the model's own forward. Run the model's forward, or hand on what a block returned"
         )
     images, count = history.tokens.shape
     raise RuntimeError(

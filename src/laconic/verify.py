@@ -225,10 +225,10 @@ def _run_reduced(host: nn.Module, compression: Compression, image: Tensor) -> tu
     finally:
         compression.around = None
     history = compression.last()
-    if history is None or history.block + 1 != compression.depth and not _idle_after(compression, history):
+    if history is None or (history.block + 1 != compression.depth and not _idle_after(compression, history)):
         raise ValueError(
-            f"{path_of(type(host))} has a forward of its own (of its class's base, or put on it by another tool) that does not go "
-            "through the methods of its class; undo that before reducing"
+            f"{path_of(type(host))} has a forward of its own (put on it by another tool) that does not go through the methods of "
+            "its class; undo that before reducing"
         )
     return out, history
 

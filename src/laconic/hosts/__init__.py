@@ -99,8 +99,13 @@ class Host:
     settings: Callable[[Any], list[Setting]] = lambda m: []
     refused: tuple[str, ...] = ()  # arguments of its forward that a reduced model does not take (attention masks)
     # the module and the method that hand on the features of all tokens, normalised; with reduce_(restore=...) of all patches
-    features: Callable[[Any], tuple[nn.Module, str]] = lambda m: (m, "forward_features" if hasattr(m, "forward_features") else "forward")
-    head_methods: tuple[str, ...] = ("forward_head",)  # methods that take the last features, and may change them before they are pooled
+    features: Callable[[Any], tuple[nn.Module, str]] = lambda m: (
+        m,
+        "forward_features" if hasattr(m, "forward_features") else "forward",
+    )
+    head_methods: tuple[str, ...] = (
+        "forward_head",
+    )  # methods that take the last features, and may change them before they are pooled
     final_norm: Callable[[Any], nn.Module | None] = lambda m: getattr(m, "norm", None)  # between the blocks and the features
     # the methods between its forward and its pooling, where these read nothing of the last block but the prefix tokens if it
     # pools by "token"; empty: not so
@@ -152,7 +157,7 @@ def path_of(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def plain_type(module: nn.Module) -> type:
+def plain_type(module: Any) -> type:
     """The class of a module as it is when its model is not reduced (see `laconic.patching`)."""
     kind: type = type(module)
     return getattr(kind, "laconic_base", kind)

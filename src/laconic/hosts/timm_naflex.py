@@ -47,9 +47,7 @@ def _forward_embeds(readout: Any, own: Any, x: Tensor, patch_coord: Any, patch_v
     return out
 
 
-def _pool(
-    readout: Any, own: Any, x: Tensor, pool_type: str | None = None, patch_valid: Tensor | None = None
-) -> Tensor:
+def _pool(readout: Any, own: Any, x: Tensor, pool_type: str | None = None, patch_valid: Tensor | None = None) -> Tensor:
     _unmasked(patch_valid)
     out: Tensor = readout.pool(own, x, pool_type)
     return out

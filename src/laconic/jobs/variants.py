@@ -131,7 +131,7 @@ def class_row_only(model: nn.Module) -> Variant | None:
     It is the stronger base: exact, and free to whoever reads nothing else. Its multiply-adds are those that are run.
     """
     host, entry = find_host(model)
-    if not entry.reads_prefix(host):
+    if not entry.reads_prefix or entry.pooling(host)[0] != "token":
         return None
     copy = reduce_(twin(model), "random", keep=1.0, rows="needed")
     plain = unreduced("unreduced, class row only", copy, "plain")

@@ -14,11 +14,11 @@ from laconic.attach import reduce_
 from laconic.doctor import twin
 from laconic.hosts import find_host
 from laconic.jobs.measure import Quartiles, Sample, interleave, ratios
+from laconic.patching import settle
 from laconic.paying import quiet
 from laconic.planning.progress import ticking
 from laconic.planning.space import Space
 from laconic.schedule import Schedule
-from laconic.patching import settle
 from laconic.stopwatch import Stopwatch, stopwatch
 
 BASE = "unreduced"
