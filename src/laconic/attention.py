@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from laconic.masking import add_bias, narrowed
 from laconic.rows import take
+from laconic.running import calls as running_calls
 from laconic.shapes import Float, Int
 from laconic.tokens import Tokens
 
@@ -39,12 +40,13 @@ class Watch(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.calls, self.bias, self.weights, self.rows = calls, bias, weights, rows
+        self.depth = len(running_calls())
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
+        if func is not F.scaled_dot_product_attention or len(running_calls()) != self.depth:
+            return func(*args, **(kwargs or {}))  # something else, or inside a forward that a hook has started
         call = {**dict(zip(_ARGUMENTS, args, strict=False)), **(kwargs or {})}
         if self.rows is not None and call.get("attn_mask") is not None:
             call["attn_mask"] = narrowed(call["attn_mask"], self.rows)

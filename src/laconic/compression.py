@@ -124,9 +124,9 @@ class Compression(nn.Module):
             grid = shape.grid
         if grid is not None and grid[0] * grid[1] != patches:
             raise ValueError(
-                f"{x.shape[1]} tokens enter the first block, and this model says {prefix} prefix tokens (num_prefix_tokens) and "
-                f"a grid of {grid[0]} x {grid[1]} patches. Tokens of another kind (prompts, registers) must be counted as prefix "
-                "tokens and stand first, or they would be reduced as if they were patches"
+                f"{x.shape[1]} tokens enter the first block; expected {prefix} prefix tokens (num_prefix_tokens) and a grid of "
+                f"{grid[0]} x {grid[1]} patches. Tokens of another kind (prompts, registers) must be counted as prefix tokens and "
+                "stand first, or they would be reduced as if they were patches"
             )
         positions = entry.positions(host) if self.config.reads_positions and len(self.staging.shapes) == 1 else None
         if positions is not None and len(positions) != patches:
@@ -189,7 +189,7 @@ class Compression(nn.Module):
         return reducer
 
     def watcher(self, index: int, history: History, count: int) -> Reducer | None:
-        """The reducer of block ``index``, if it looks at the attention of the block before, which hands it ``count`` patches."""
+        """The reducer of block ``index``, if it looks at the attention of the block before, which leaves ``count`` patches."""
         reducer = self.reducer(index)
         if reducer is None or index in self.starts or "watch" not in reducer.moments:
             return None

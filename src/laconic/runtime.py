@@ -9,7 +9,6 @@ Under torch.compile and torch.export one trace is one call, and features are not
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -22,6 +21,7 @@ from laconic.dense import hand_over
 from laconic.grid import GridMap
 from laconic.history import History, find, mark
 from laconic.hosts import BLOCKS, HOSTS, Host
+from laconic.running import on_thread, traced
 
 MASKS = ("attn_mask", "attention_mask", "is_causal", "head_mask", "layer_head_mask", "output_attentions")
 LINK = "_laconic"  # under which name a module of a reduced model has its link
@@ -78,7 +78,7 @@ class Call:
 
     ``grid`` is that of the image, if known. ``fast``: rows that are not read may be left out; ``answers``: only the prefix
     tokens are read of the last block. ``history`` is that of the tokens as far as it got, ``begun`` the number of forwards
-    that began inside. ``tracing``: a graph is traced, and features cannot be marked.
+    that began inside; ``runs_blocks``: not by way of another call. ``tracing``: a graph is traced, and features cannot be marked.
     """
 
     def __init__(
@@ -94,27 +94,17 @@ class Call:
         self.host, self.ref, self.reduction, self.grid, self.fast, self.answers = host, ref, reduction, grid, fast, answers
         self.tracing = tracing
         self.history: History | None = None
-        self.begun = 0
-
-
-class _Running(threading.local):
-    def __init__(self) -> None:
-        self.calls: list[Call] = []
-
-
-_running = _Running()
-# While torch.compile traces, which cannot read threading.local: only the trace sees this list filled
-_traced: list[Call] = []
+        self.begun, self.runs_blocks = 0, False
 
 
 def running() -> list[Call]:
     """The calls of reduced models that are running on this thread, outermost first."""
-    return _traced or _running.calls
+    return traced or on_thread.calls
 
 
 def call_of(ref: HostRef) -> Call | None:
     """The innermost running call, if it is of this model."""
-    calls = _traced or _running.calls
+    calls = traced or on_thread.calls
     return calls[-1] if calls and calls[-1].ref is ref else None
 
 
@@ -179,7 +169,7 @@ def calling(module: Any, own: Any, args: Sequence[Any], kwargs: Mapping[str, Any
         its result, with features marked and, if asked for, restored; and the call.
     """
     tracing = torch.compiler.is_compiling()
-    calls = _traced if tracing and torch.compiler.is_dynamo_compiling() else _running.calls
+    calls = traced if tracing and torch.compiler.is_dynamo_compiling() else on_thread.calls
     name, link = own.__name__, module._laconic
     outer = calls[-1] if calls and calls[-1].ref is link.ref else None
     host = module if "laconic" in module._modules else link.ref() if outer is None else outer.host
@@ -191,7 +181,8 @@ def calling(module: Any, own: Any, args: Sequence[Any], kwargs: Mapping[str, Any
             out = hand_over(host, module, name, out, call)
     finally:
         calls.pop()
-        if outer is not None and call.begun:
+        # a part of the outer call; not a call that a hook makes in its midst
+        if outer is not None and call.begun and not outer.runs_blocks and not (module is host and name == "forward"):
             outer.history, outer.begun = call.history, outer.begun + call.begun
     if call.begun:
         call.reduction.complete(call.history, tracing)
@@ -279,7 +270,7 @@ def run_block(block: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
     """Replaces the forward of a block."""
     link: BlockLink = block._laconic
     x = args[0] if args else kwargs.get(link.names[0])
-    calls = _traced or _running.calls
+    calls = traced or on_thread.calls
     call = calls[-1] if calls and calls[-1].ref is link.ref else None
     history = arriving(link, call, x)
     if link.passthrough and history.plain and len(args) == 1 and not block.training and not (kwargs and _told(kwargs)):
@@ -297,8 +288,9 @@ def run_block(block: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
     watcher = reduction.watcher(link.index + 1, history, count)
     last = link.index + 1 == reduction.depth
     reads: Reads = "all"
-    if call is not None and call.fast and not block.training:
-        reads = "prefix" if last and call.answers else "needed"
+    way = call if call is not None else history if _computed_again() else None
+    if way is not None and way.fast and not block.training:
+        reads = "prefix" if last and way.answers else "needed"
     tokens = pass_block(block, own, link, reduction, tokens, named, reducer, watcher, n, reads)
     if reducer is not None and not reduction.adaptive and len(tokens) != n and tokens.alive is None:
         raise RuntimeError(
@@ -340,11 +332,23 @@ def _begin(host: Any, reduction: Any, call: Call | None, link: BlockLink, x: Ten
     if host is None:
         raise RuntimeError(f"the model of {link.name} is gone; keep the model, or restore_ it before its blocks are used alone")
     stage = reduction.staging.stage(link.index)
+    if call is None and _computed_again():
+        history = known(x, link.ref)
+        if history is not None and history.block < link.index:
+            return history
     history = reduction.begin(host, x, stage, None if call is None else call.grid, call.history if call and stage else None)
     if call is not None:
-        call.history = history
+        call.history, call.runs_blocks = history, True
         call.begun += stage == 0
+        history.fast, history.answers = call.fast, call.answers
+        if not call.tracing:
+            mark(x, history)
     return history
+
+
+def _computed_again() -> bool:
+    """True in a backward pass: a block that runs there is one of gradient checkpointing, computed again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def leaving(call: Call | None, history: History, x: Tensor, index: int) -> None:
@@ -353,7 +357,7 @@ def leaving(call: Call | None, history: History, x: Tensor, index: int) -> None:
         call.history = history
         if call.tracing:
             return
-    elif index + 1 == history.reduction.depth and torch._C._current_graph_task_id() == -1:
+    elif index + 1 == history.reduction.depth and not _computed_again():
         history.reduction.complete(history)  # blocks that are run by hand; not those that a backward pass computes again
     mark(x, history)
 

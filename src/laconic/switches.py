@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from laconic.running import calls as running_calls
 from laconic.shapes import Float
 
 Half = Callable[[Tensor], Tensor]
@@ -72,13 +73,14 @@ class _Attention(TorchFunctionMode):
 
     def __init__(self, factor: Tensor) -> None:
         super().__init__()
-        self.factor = factor
+        self.factor, self.depth = factor, len(running_calls())
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        return out * self.factor.to(out.dtype) if func is F.scaled_dot_product_attention else out
+        own = func is F.scaled_dot_product_attention and len(running_calls()) == self.depth
+        return out * self.factor.to(out.dtype) if own else out
 
 
 class _Entrance(TorchFunctionMode):
@@ -86,13 +88,13 @@ class _Entrance(TorchFunctionMode):
 
     def __init__(self, factor: Tensor) -> None:
         super().__init__()
-        self.factor = factor
+        self.factor, self.depth = factor, len(running_calls())
         self.inputs: list[Tensor] = []
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is F.linear and (not self.inputs or args[0] is self.inputs[0]):
+        if len(running_calls()) == self.depth and func is F.linear and (not self.inputs or args[0] is self.inputs[0]):
             self.inputs.append(args[0])
             args = (args[0] * self.factor.to(args[0].dtype), *args[1:])
         return func(*args, **(kwargs or {}))
