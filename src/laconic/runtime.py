@@ -200,7 +200,7 @@ def _open(host: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], 
     if entry.refused and name == "forward":
         _refuse_arguments(host, entry.refused, args, kwargs)
     ends = _check_blocks(host, entry, reduction) if outer is None else False
-    if reduction._fresh and not host.training:
+    if not tracing and reduction._fresh and not host.training:
         reduction.warn_untrained()
     fast = outer.fast if outer is not None else reduction.spares and not host.training and (tracing or not _global_hooks())
     if name == "forward":
