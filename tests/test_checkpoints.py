@@ -1,6 +1,7 @@
 """Saving, loading, sharing, and the authors' files."""
 
 import argparse
+import dataclasses
 import json
 import os
 import pickle
@@ -266,8 +267,12 @@ def test_saving_over_another_model(tmp_path):
 
 @pytest.mark.unchecked
 def test_an_option_that_is_not_json(tmp_path):
-    model = laconic.reduce_(make("plain"), laconic.ETPS(temperature=np.float32(0.5)), keep=0.6, at=AT)
-    with pytest.raises(ValueError, match=r"option of the method is not plain JSON.*float32"):
+    @dataclasses.dataclass(frozen=True)
+    class Odd(laconic.TopK):
+        note: object = None
+
+    model = laconic.reduce_(make("plain"), Odd(note={1}), keep=0.6, at=AT)
+    with pytest.raises(ValueError, match=r"option of the method is not plain JSON.*set"):
         save(model, tmp_path / "a")
     assert not (tmp_path / "a").exists()
 

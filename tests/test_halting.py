@@ -557,10 +557,10 @@ def test_avit_needs_a_class_token_that_is_read():
     [
         ({"policies": "heads"}, "policies must be one of"),
         ({"threshold": 1.0}, "threshold must be in"),
-        ({"tau": 0.0}, "tau above 0"),
-        ({"target": 0.0}, "target in"),
-        ({"diverse": -0.1}, "terms not below 0"),
-        ({"entropy": -0.1}, "terms not below 0"),
+        ({"tau": 0.0}, "tau must be above 0"),
+        ({"target": 0.0}, "target must be in"),
+        ({"diverse": -0.1}, "diverse must be 0 or more"),
+        ({"entropy": -0.1}, "entropy must be 0 or more"),
     ],
 )
 def test_what_adavit_refuses(options, words):

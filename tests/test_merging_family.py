@@ -612,7 +612,7 @@ def test_models_of_0_1_are_loaded_as_they_were(method, record, counts, tmp_path)
         ("diffrate", dict(score="value"), "diffrate: score must be one of"),
         ("diffrate", dict(pruned=1.5), "pruned is a share"),
         ("diffrate", dict(merge_kept=(37, 1, 1, 1)), "merge_kept are counts of tokens"),
-        ("diffrate", dict(prune_kept=(37, 30.5)), "prune_kept are counts of tokens"),
+        ("diffrate", dict(prune_kept=(37, 30.5)), "prune_kept must be .* whole numbers"),
         ("diffrate", dict(merge_kept=(37, 30)), "2 in merge_kept for 4 blocks"),
         ("diffrate", dict(merge_kept=(37,) * 4, prune_kept=(37,) * 3), "3 counts in prune_kept and 4 in merge_kept"),
         ("diffrate", dict(prune_kept=(37, 30), keep=0.7), "prune_kept has 2 counts, none for block 2"),

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from laconic.reducer import Method, Reducer, choice
+from laconic.reducer import Method, Reducer
 from laconic.rows import iota
 from laconic.schedule import Schedule, of_the_initial
 from laconic.tokens import Tokens
@@ -48,9 +48,6 @@ class Deciding(Method):
     execution: Execution = "packed"
 
     compacts: ClassVar[bool] = True  # may tokens that leave be taken out for good?
-
-    def __post_init__(self) -> None:
-        choice(self.row.name, "execution", self.execution, ("packed", "padded", "masked"))
 
     def blocks(self, depth: int) -> tuple[int, ...]:
         """Where the paper puts it."""

@@ -16,12 +16,15 @@ from torch import Tensor, nn
 
 from laconic.attention import Seen
 from laconic.discovery import discover
+from laconic.fitting import fit_options
 from laconic.schedule import Schedule, quarters
 from laconic.sites import Site as Site
 from laconic.tokens import Tokens
+from laconic.values import nearest_names as nearest_names
 
 Looks = Literal["anywhere", "keys", "class"]
 MOMENTS = ("before", "ahead", "between", "after", "watch")
+ARGUMENTS = ("keep", "at", "schedule", "budget", "restore", "rows", "example")  # of `laconic.reduce_`, for suggestions
 
 
 class Reducer(nn.Module):
@@ -103,6 +106,12 @@ class Method:
     halves: ClassVar[bool] = False  # does it take away half of a block's tokens at most?
     official_model: ClassVar[Mapping[str, Any]] = {}  # how the authors' model differs from a plain DeiT, for timm
 
+    def __post_init__(self) -> None:
+        """Check the options by their annotations, and convert them; a method with checks of its own calls this first."""
+        row = getattr(type(self), "row", None)
+        for option, value in fit_options(self, type(self).__name__ if row is None else row.name).items():
+            object.__setattr__(self, option, value)
+
     @property
     def reads_positions(self) -> bool:
         """True if the method needs the model's absolute position embeddings (`Tokens.positions`)."""
@@ -123,6 +132,10 @@ class Method:
         """Patch tokens each block leaves; the most that one may leave, where every image has a number of its own."""
         return schedule.counts(depth, patches, self.leaves)
 
+    def may_rise(self) -> bool:
+        """Return True if counts to leave may rise from block to block; a count that is too high is then passed over."""
+        return False
+
     def works_at(self, schedule: Schedule, depth: int) -> Sequence[int]:
         """The blocks that have a reducer: those of the schedule, and others where the method has something to note."""
         return schedule.at
@@ -136,8 +149,9 @@ class Method:
     def plan(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
         """The schedule for a keep rate; by default at a quarter, a half and three quarters of the depth."""
         if keep is None:
+            taken = "r=8 (tokens taken away in every block), or " if hasattr(self, "r") else ""
             raise ValueError(
-                f"{self.row.name}: say how many tokens to keep: keep=0.7 (a rate for each reducing block), or "
+                f"{self.row.name}: say how many tokens to keep: {taken}keep=0.7 (a rate for each reducing block), or "
                 "schedule=Schedule.leaving({3: 138, 6: 97, 9: 68}) for explicit counts"
             )
         return Schedule.rates(keep, quarters(depth) if at is None else at)
@@ -203,12 +217,6 @@ def methods() -> dict[str, Row]:
     return dict(sorted(METHODS.items()))
 
 
-def nearest_names(name: str, known: Sequence[str]) -> str:
-    """', did you mean ...' for an error message, or nothing."""
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
-
-
 def resolve(method: str | Method, options: dict[str, Any]) -> Method:
     """The config for a name and options, or the config itself.
 
@@ -220,7 +228,8 @@ def resolve(method: str | Method, options: dict[str, Any]) -> Method:
             raise TypeError(f"options {sorted(options)} belong inside the config: {type(method).__name__}(...)")
         return method
     if not isinstance(method, str):
-        raise TypeError(f"method must be a name or a config such as laconic.ETPS(), not {type(method).__name__}")
+        given = f"the class {method.__name__}" if isinstance(method, type) else type(method).__name__
+        raise TypeError(f"method must be a name or a config such as laconic.ETPS(), not {given}")
     if method not in METHODS:
         discover()
     if method not in METHODS:
@@ -230,14 +239,9 @@ def resolve(method: str | Method, options: dict[str, Any]) -> Method:
     known_options = [f.name for f in dataclasses.fields(config)]
     for name in options:
         if name not in known_options:
+            candidates = [*known_options, *difflib.get_close_matches(name, ARGUMENTS, cutoff=0.6)]
             raise TypeError(
-                f"{method} has no option {name!r}.{nearest_names(name, known_options)} "
+                f"{method} has no option {name!r}.{nearest_names(name, candidates)} "
                 f"Its options: {', '.join(known_options) or 'none'}"
             )
     return config(**options)
-
-
-def choice(owner: str, option: str, value: Any, allowed: Sequence[str]) -> None:
-    """Refuse an option value that is not one of ``allowed``."""
-    if value not in allowed:
-        raise ValueError(f"{owner}: {option} must be one of {', '.join(map(repr, allowed))}, not {value!r}")

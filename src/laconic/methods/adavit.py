@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from laconic.deciding import DecidingReducer
-from laconic.parts import Everywhere, check_choices, demand, demand_class_token, joined, renamed, start_small
+from laconic.parts import Everywhere, demand, demand_class_token, joined, renamed, start_small
 from laconic.parts.usage import HEADS, LAYERS, LOGITS, TOKENS, USED, Everything, decided, use_losses
 from laconic.reducer import Reducer, Site, method
 from laconic.schedule import Schedule
@@ -101,10 +101,11 @@ class AdaViT(Everywhere):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choices(self)
-        given = (self.threshold, self.target, self.tau, terms := (self.diverse, self.entropy))
-        fits = 0 < self.threshold < 1 and 0 < self.target <= 1 and self.tau > 0 and min(terms) >= 0
-        demand("adavit", "threshold", given, fits, "must be in (0, 1), target in (0, 1], tau above 0 and terms not below 0")
+        demand("adavit", "threshold", self.threshold, 0 < self.threshold < 1, "must be in (0, 1)")
+        demand("adavit", "target", self.target, 0 < self.target <= 1, "must be in (0, 1]")
+        demand("adavit", "tau", self.tau, self.tau > 0, "must be above 0")
+        for term in ("diverse", "entropy"):
+            demand("adavit", term, getattr(self, term), getattr(self, term) >= 0, "must be 0 or more")
 
     def build(self, site: Site) -> Reducer:
         at = None if site.schedule is None else site.schedule.at

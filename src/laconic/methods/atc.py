@@ -22,7 +22,7 @@ import torch
 
 from laconic.attention import Seen
 from laconic.parts import agglomerate, cheapest, cosine, share
-from laconic.reducer import Method, Reducer, Site, choice, method
+from laconic.reducer import Method, Reducer, Site, method
 from laconic.schedule import of_the_initial
 from laconic.tokens import Tokens
 
@@ -66,9 +66,6 @@ class ATC(Method):
 
     linkage: Literal["average", "complete", "single"] = "average"
     proportional: bool = True
-
-    def __post_init__(self) -> None:
-        choice("atc", "linkage", self.linkage, ("average", "complete", "single"))
 
     def build(self, site: Site) -> Reducer:
         return ATCReducer(self.linkage, self.proportional)

@@ -27,7 +27,7 @@ from torch import Tensor
 from laconic.attention import Seen
 from laconic.deciding import Deciding, DecidingReducer
 from laconic.parts import SCORES, ScoreName, best_of_rows
-from laconic.reducer import Reducer, Site, choice, method
+from laconic.reducer import Reducer, Site, method
 from laconic.tokens import Tokens
 
 
@@ -95,12 +95,6 @@ class ATS(Deciding):
     values: Literal["concatenated", "per-head"] = "concatenated"
     sampling: Literal["sorted", "raster"] = "sorted"
     score: ScoreName = "class"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        choice("ats", "values", self.values, ("concatenated", "per-head"))
-        choice("ats", "sampling", self.sampling, ("sorted", "raster"))
-        choice("ats", "score", self.score, list(SCORES))
 
     def build(self, site: Site) -> Reducer:
         return ATSReducer(self)

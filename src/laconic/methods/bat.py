@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from laconic.attention import Seen
 from laconic.methods.decouple import Decouple
 from laconic.parts import SCORES, ScoreName
-from laconic.reducer import Reducer, Site, choice, method
+from laconic.reducer import Reducer, Site, method
 from laconic.tokens import Tokens
 
 
@@ -39,10 +39,6 @@ class BAT(Decouple):
     """Options of ``bat``: those of `Decouple`, and what scores a token."""
 
     score: ScoreName = "class"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        choice("bat", "score", self.score, list(SCORES))
 
     def build(self, site: Site) -> Reducer:
         return MergeReducer(self, self.score)

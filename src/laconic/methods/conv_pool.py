@@ -21,7 +21,7 @@ from torch import nn
 from laconic.attention import Seen
 from laconic.methods.resample import InSequence
 from laconic.parts import runs, set_out, share
-from laconic.reducer import Reducer, Site, choice, method
+from laconic.reducer import Reducer, Site, method
 from laconic.rows import take
 from laconic.tokens import Tokens
 
@@ -77,10 +77,6 @@ class ConvPool(InSequence):
     """Options of ``conv-pool``: those of `InSequence`, and the kernel, ``depthwise`` or ``full``."""
 
     kernel: Literal["depthwise", "full"] = "depthwise"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        choice("conv-pool", "kernel", self.kernel, ("depthwise", "full"))
 
     def build(self, site: Site) -> Reducer:
         return ConvPoolReducer(self, site)

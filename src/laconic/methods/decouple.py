@@ -27,7 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from laconic.parts import by_place, check_choices, grid_of, lay, set_out, share, split
+from laconic.parts import by_place, grid_of, lay, set_out, share, split
 from laconic.parts.budget import Amount, Budget, check_amounts, net_of
 from laconic.parts.mergers import LLOYD, Merger, grouped, pair_up
 from laconic.reducer import Method, Site
@@ -64,7 +64,7 @@ class Decouple(Method):
     merger: Merger = "dpc"
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         check_amounts(self.row.name, clusters=self.clusters, pairs=self.pairs)
         if self.merger != "dpc" and self.steps in ("preserve", "pack"):
             raise ValueError(f"{self.row.name}: steps={self.steps!r} makes no clusters; leave merger={self.merger!r} out")

@@ -23,7 +23,7 @@ import torch
 
 from laconic.attention import Seen
 from laconic.parts import SCORES, Score, ScoreName, nearest, share, split
-from laconic.reducer import Method, Reducer, Site, choice, method
+from laconic.reducer import Method, Reducer, Site, method
 from laconic.rows import add_rows, iota
 from laconic.schedule import Schedule
 from laconic.tokens import Tokens
@@ -85,11 +85,11 @@ class DiffRate(Method):
     score: ScoreName = "class"
 
     def __post_init__(self) -> None:
-        choice("diffrate", "score", self.score, list(SCORES))
+        super().__post_init__()
         if not 0 <= self.pruned <= 1:
             raise ValueError(f"diffrate: pruned is a share of the tokens that leave, from 0 to 1, not {self.pruned!r}")
         for name, counts in (("prune_kept", self.prune_kept), ("merge_kept", self.merge_kept)):
-            if any(isinstance(count, bool) or not isinstance(count, int) or count < 2 for count in counts or ()):
+            if any(count < 2 for count in counts or ()):
                 raise ValueError(f"diffrate: {name} are counts of tokens, the class token and at least one more; got {counts}")
 
     def build(self, site: Site) -> Reducer:
@@ -108,6 +108,9 @@ class DiffRate(Method):
             )
         least = map(min, self.merge_kept, prune_kept)
         return Schedule.leaving({block: count - 1 for block, count in enumerate(least)})
+
+    def may_rise(self) -> bool:
+        return self.merge_kept is not None
 
     def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
         merged = after_pruning(before, after, self._prune_kept(site), self.pruned) - after

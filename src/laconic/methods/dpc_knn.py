@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from laconic.parts import by_stage, density_peaks, precise, share
-from laconic.reducer import Method, Reducer, Site, choice, method
+from laconic.reducer import Method, Reducer, Site, method
 from laconic.schedule import of_the_initial
 from laconic.tokens import Tokens
 
@@ -73,7 +73,7 @@ class DPCKNN(Method):
     neighbours: int = 5
 
     def __post_init__(self) -> None:
-        choice("dpc-knn", "weights", self.weights, ("learned", "equal"))
+        super().__post_init__()
         if self.neighbours < 1:
             raise ValueError(f"dpc-knn: neighbours must be at least 1, not {self.neighbours!r}")
 

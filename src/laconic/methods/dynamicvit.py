@@ -23,7 +23,7 @@ from torch import Tensor
 
 from laconic.methods.topk import drop
 from laconic.parts import Predictor, by_stage, gumbel_keep, shuffled
-from laconic.reducer import Method, Reducer, Site, choice, method
+from laconic.reducer import Method, Reducer, Site, method
 from laconic.rows import iota
 from laconic.schedule import of_the_initial
 from laconic.tokens import Tokens
@@ -86,9 +86,6 @@ class DynamicViT(Method):
 
     policy: Literal["original", "random"] = "original"
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        choice("dynamicvit", "policy", self.policy, ("original", "random"))
 
     def build(self, site: Site) -> Reducer:
         if self.policy == "original":

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from laconic.attention import Seen
 from laconic.methods.squeeze import Squeeze
 from laconic.parts import SCORES, ScoreName, arbitrary
-from laconic.reducer import Reducer, Site, choice, method
+from laconic.reducer import Reducer, Site, method
 from laconic.tokens import Tokens
 
 
@@ -42,10 +42,6 @@ class ETPS(Squeeze):
     """Options of ``etps``: those of `Squeeze`, and what scores a token."""
 
     score: ScoreName = "class"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        choice("etps", "score", self.score, list(SCORES))
 
     def build(self, site: Site) -> Reducer:
         return ETPSReducer(self, self.seed * 1009 + site.stage)

@@ -22,7 +22,7 @@ from torch import Tensor
 from laconic.attention import Seen
 from laconic.methods.topk import drop
 from laconic.parts import SCORES, ScoreName, lay, shuffled, split
-from laconic.reducer import Method, Prune, Reducer, Site, choice, method
+from laconic.reducer import Method, Prune, Reducer, Site, method
 from laconic.rows import iota
 from laconic.tokens import Tokens
 
@@ -59,10 +59,6 @@ class EViT(Method):
     score: ScoreName = "class"
     policy: Literal["original", "random"] = "original"
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        choice("evit", "score", self.score, list(SCORES))
-        choice("evit", "policy", self.policy, ("original", "random"))
 
     def build(self, site: Site) -> Reducer:
         score = SCORES[self.score]

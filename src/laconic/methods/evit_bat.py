@@ -11,8 +11,8 @@ from typing import Literal
 
 from laconic.methods.bat import MergeReducer
 from laconic.methods.decouple import Decouple
-from laconic.parts import SCORES, ScoreName
-from laconic.reducer import Reducer, Site, choice, method
+from laconic.parts import ScoreName
+from laconic.reducer import Reducer, Site, method
 
 
 @method(
@@ -30,10 +30,6 @@ class EViTBAT(Decouple):
 
     weights: Literal["normalised", "literal", "literal-clusters"] = "literal-clusters"
     score: ScoreName = "class"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        choice("evit+bat", "score", self.score, list(SCORES))
 
     def build(self, site: Site) -> Reducer:
         return MergeReducer(self, self.score)

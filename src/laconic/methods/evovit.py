@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from laconic.attention import Seen
-from laconic.parts import CLASS_LOGITS, SCORES, ClassHead, ScoreName, SlowPath, check_choices, demand, joined, renamed, split
+from laconic.parts import CLASS_LOGITS, SCORES, ClassHead, ScoreName, SlowPath, demand, joined, renamed, split
 from laconic.reducer import Reducer, Site, method
 from laconic.rows import iota, take
 from laconic.schedule import Schedule
@@ -98,7 +98,7 @@ class EvoViT(SlowPath):
     official_model: ClassVar[Mapping[str, Any]] = {"global_pool": "avg"}
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         fits = self.second_head is None or self.second_head >= 1
         demand("evovit", "second_head", self.second_head, fits, "is a number of classes, or None")
 

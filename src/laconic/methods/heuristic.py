@@ -24,12 +24,10 @@ from typing import Literal
 
 import torch
 
-from laconic.parts import distances, evenly, ring, split, square, within
-from laconic.reducer import Method, Reducer, Site, choice, method
+from laconic.parts import demand, distances, evenly, ring, split, square, within
+from laconic.reducer import Method, Reducer, Site, method
 from laconic.schedule import Schedule, of_the_initial, quarters
 from laconic.tokens import Tokens
-
-CHOICES = {"norm": ("l1", "l2", "linf"), "count": ("exact", "radius", "shrinking")}
 
 
 class HeuristicReducer(Reducer):
@@ -70,10 +68,8 @@ class Heuristic(Method):
     smallest: float = 1.0
 
     def __post_init__(self) -> None:
-        for option, allowed in CHOICES.items():
-            choice("heuristic", option, getattr(self, option), allowed)
-        if self.smallest < 0:
-            raise ValueError(f"heuristic: smallest must be a radius, 0 or more, not {self.smallest!r}")
+        super().__post_init__()
+        demand("heuristic", "smallest", self.smallest, self.smallest >= 0, "must be a radius, 0 or more")
 
     def build(self, site: Site) -> Reducer:
         return HeuristicReducer(self.norm, self.count != "exact")

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from laconic.deciding import Deciding, DecidingReducer
-from laconic.parts import ScoreName, by_stage, check_choices, demand, demand_class_token, renamed, start_small
+from laconic.parts import ScoreName, by_stage, demand, demand_class_token, renamed, start_small
 from laconic.reducer import Reducer, Site, method
 from laconic.tokens import Tokens
 
@@ -94,9 +94,7 @@ class IARED(Deciding):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choices(self)
-        whole = isinstance(self.heads, int) and not isinstance(self.heads, bool)
-        demand("iared", "heads", self.heads, whole and self.heads >= 1, "is a number of heads, at least 1")
+        demand("iared", "heads", self.heads, self.heads >= 1, "is a number of heads, at least 1")
         demand("iared", "threshold", self.threshold, 0 <= self.threshold < 1, "must be from 0 to below 1")
 
     def build(self, site: Site) -> Reducer:

@@ -18,7 +18,7 @@ import torch
 from laconic.attention import Seen
 from laconic.methods.resample import Order, Pool
 from laconic.parts import lloyd, set_out, share, strided
-from laconic.reducer import Reducer, Site, choice, method
+from laconic.reducer import Reducer, Site, method
 from laconic.rows import iota
 from laconic.tokens import Tokens
 
@@ -70,8 +70,6 @@ class KMeans(Pool):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choice("kmeans", "init", self.init, ("top-score", "strided"))
-        choice("kmeans", "weights", self.weights, ("importance", "size", "even"))
         if self.iterations < 1:
             raise ValueError(f"kmeans: iterations must be at least 1, not {self.iterations!r}")
 

@@ -27,12 +27,11 @@ from torch import Tensor
 
 from laconic.attention import Seen
 from laconic.parts import medoids_of, nearest_medoid, precise, split, spread, squared_distances
-from laconic.reducer import Method, Reducer, Site, choice, method
+from laconic.reducer import Method, Reducer, Site, method
 from laconic.schedule import of_the_initial
 from laconic.tokens import Tokens
 
 RECEIVED = "attention received before"  # column [B, L]: of the block before, mean over heads and queries
-CHOICES = {"weights": ("attention", "equal"), "cost": ("published", "members")}
 
 
 class KMedoidsReducer(Reducer):
@@ -100,12 +99,6 @@ class KMedoids(Method):
     iterations: int = 3
     weights: Literal["attention", "equal"] = "attention"
     cost: Literal["published", "members"] = "published"
-
-    def __post_init__(self) -> None:
-        for option, allowed in CHOICES.items():
-            choice("kmedoids", option, getattr(self, option), allowed)
-        if self.iterations < 0:
-            raise ValueError(f"kmedoids: iterations must be 0 or more, not {self.iterations!r}")
 
     def build(self, site: Site) -> Reducer:
         kind = KMedoidsReducer if self.weights == "attention" else EqualKMedoidsReducer

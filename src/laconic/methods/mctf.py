@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from laconic.attention import Seen
-from laconic.parts import Pairing, both_ways, by_parity, check_choices, cosine, demand, fuse, share, soften, taking_away
+from laconic.parts import Pairing, both_ways, by_parity, cosine, demand, fuse, share, soften, taking_away
 from laconic.reducer import Reducer, Site, method
 from laconic.rows import take
 from laconic.schedule import Schedule
@@ -125,7 +125,7 @@ class MCTF(Pairing):
     one_step_ahead: bool = True
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         for name in ("tau_sim", "tau_info", "tau_size"):
             tau = getattr(self, name)
             demand("mctf", name, tau, tau >= 0, "must be 0 (off) or a positive temperature")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from laconic.attention import Seen
 from laconic.parts import SCORES, ScoreName, by_place, runs, set_out, split
-from laconic.reducer import Method, Site, choice
+from laconic.reducer import Method, Site
 from laconic.rows import iota
 from laconic.tokens import Tokens
 
@@ -39,8 +39,7 @@ class Pool(Method):
     score: ScoreName = "class"
 
     def __post_init__(self) -> None:
-        choice(self.row.name, "pooled", self.pooled, ("all", "inattentive"))
-        choice(self.row.name, "score", self.score, list(SCORES))
+        super().__post_init__()
         if self.into is not None and (self.into <= 0 or (isinstance(self.into, float) and self.into > 1)):
             raise ValueError(f"{self.row.name}: into must be a count of at least 1 or a fraction in (0, 1], not {self.into!r}")
 
@@ -83,10 +82,6 @@ class InSequence(Pool):
     """
 
     order: Order = "raster"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        choice(self.row.name, "order", self.order, ("raster", "score"))
 
     def runs(self, tokens: Tokens, seen: Seen, n: int) -> tuple[Tensor, Tensor]:
         """(dst, lead) for runs of neighbours in the sequence."""

@@ -53,6 +53,7 @@ class Sinkhorn(Slots):
     iterations: int = 3
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.eps > 0:
             raise ValueError(f"sinkhorn: eps must be positive, not {self.eps!r}")
         if self.iterations < 1:

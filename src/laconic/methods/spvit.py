@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from laconic.deciding import Deciding, DecidingReducer
-from laconic.parts import Selector, by_stage, check_choices, demand, gumbel_keep, last_copies, renamed
+from laconic.parts import Selector, by_stage, demand, gumbel_keep, last_copies, renamed
 from laconic.reducer import Reducer, Site, method
 from laconic.rows import iota
 from laconic.schedule import of_the_initial, quarters
@@ -92,7 +92,6 @@ class SPViT(Deciding):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choices(self)
         shares = all(0 < ratio <= 1 for ratio in self.ratios)
         demand("spvit", "ratios", self.ratios, shares, "are shares of the patches to keep, above 0 and up to 1")
 

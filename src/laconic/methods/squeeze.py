@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from laconic.attention import Seen
-from laconic.parts import best_of_rows, check_choices, demand, lay, nearest, one_to_one, split
+from laconic.parts import best_of_rows, demand, lay, nearest, one_to_one, split
 from laconic.reducer import Method
 from laconic.rows import add_rows, iota, take
 from laconic.tokens import Tokens
@@ -57,8 +57,9 @@ class Squeeze(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        demand(self.row.name, "temperature", self.temperature, self.temperature > 0, "must be positive")
+        super().__post_init__()
+        least = "must be positive, and at least 0.02: fusing takes exp(similarity / temperature)"
+        demand(self.row.name, "temperature", self.temperature, self.temperature >= 0.02, least)
 
     @property
     def reads_positions(self) -> bool:

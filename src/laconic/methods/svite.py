@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from laconic.parts import check_choices, demand, split
+from laconic.parts import demand, split
 from laconic.reducer import Method, Reducer, Site, method
 from laconic.rows import iota
 from laconic.schedule import Schedule
@@ -105,7 +105,7 @@ class SViTE(Method):
     tau: float = 1.0
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         demand("svite", "tau", self.tau, self.tau > 0, "must be above 0")
 
     def build(self, site: Site) -> Reducer:

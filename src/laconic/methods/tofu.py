@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from laconic.attention import Seen
-from laconic.parts import Pairing, lay, parity, share, soft_matching
-from laconic.reducer import Reducer, Site, choice, method
+from laconic.parts import Pairing, demand, lay, parity, share, soft_matching
+from laconic.reducer import Reducer, Site, method
 from laconic.rows import iota
 from laconic.schedule import Schedule
 from laconic.shapes import Float
@@ -89,7 +89,8 @@ class ToFu(Pairing):
     ratio: float | None = None
 
     def __post_init__(self) -> None:
-        choice("tofu", "norm", self.norm, ("host", "mean", "none"))
+        super().__post_init__()
+        demand("tofu", "switch", self.switch, 0 <= self.switch <= 1, "is a share of the depth, from 0 to 1")
 
     def build(self, site: Site) -> Reducer:
         return ToFuReducer(site.block <= self.switch * max(site.depth, 1), self.norm)

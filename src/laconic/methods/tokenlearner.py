@@ -22,7 +22,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from laconic.parts import HIDDEN, Fused, Mixer, Slots, check_choices, learned_at, learning, mapping
+from laconic.parts import HIDDEN, Fused, Mixer, Slots, learned_at, learning, mapping
 from laconic.reducer import Reducer, Site, method
 from laconic.schedule import Schedule
 from laconic.tokens import Tokens
@@ -87,9 +87,6 @@ class TokenLearner(Slots):
 
     version: Literal["1.1", "1"] = "1.1"
     after: Literal["tokens", "fused"] = "tokens"
-
-    def __post_init__(self) -> None:
-        check_choices(self)
 
     def build(self, site: Site) -> Reducer:
         site = learning(site) if self.after == "fused" else site

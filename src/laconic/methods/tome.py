@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from laconic.attention import Seen
-from laconic.parts import Pairing, lay, parity, soft_matching
+from laconic.parts import Pairing, demand, lay, parity, soft_matching
 from laconic.reducer import Reducer, Site, method
 from laconic.rows import iota
 from laconic.schedule import Schedule, cumulative, of_the_initial
@@ -60,6 +60,13 @@ class ToMe(Pairing):
     r: int | tuple[int | float, ...] | None = None
     proportional: bool = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.r, tuple):
+            counts, inflection = (self.r[:1], self.r[1]) if _inflected(self.r) else (self.r, 0.0)
+            fits = all(isinstance(count, int) and count >= 0 for count in counts) and -1 <= inflection <= 1
+            demand("tome", "r", self.r, fits, "must be whole numbers, 0 or more, or (r, inflection) as (16, -1.0)")
+
     def build(self, site: Site) -> Reducer:
         return ToMeReducer(self.proportional)
 
@@ -86,10 +93,14 @@ class ToMe(Pairing):
         return {"matmul": (before // 2) * (before - before // 2) * (site.dim // site.heads)}
 
 
+def _inflected(r: tuple[int | float, ...]) -> bool:
+    return len(r) == 2 and (isinstance(r[1], float) or r[1] < 0)
+
+
 def _per_block(r: int | tuple[int | float, ...], blocks: int) -> list[int]:
     if isinstance(r, int):
         return [r] * blocks
-    if len(r) == 2 and (isinstance(r[1], float) or r[1] < 0):
+    if _inflected(r):
         low = int(r[0] * (1 - r[1]))
         step = (2 * r[0] - 2 * low) / max(1, blocks - 1)
         return [int(low + step * i) for i in range(blocks)]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from laconic.attention import Seen
 from laconic.parts import SCORES, ScoreName, arbitrary, split
-from laconic.reducer import Method, Prune, Reducer, Site, choice, method
+from laconic.reducer import Method, Prune, Reducer, Site, method
 from laconic.tokens import Tokens
 
 
@@ -36,9 +36,6 @@ class TopK(Method):
     """Options of ``topk``: what scores a token, ``class`` attention or (without class token) the ``mean-query``'s."""
 
     score: ScoreName = "class"
-
-    def __post_init__(self) -> None:
-        choice("topk", "score", self.score, list(SCORES))
 
     def build(self, site: Site) -> Reducer:
         return Prune(SCORES[self.score], drop, looks="class" if self.score == "class" else "anywhere")

@@ -17,7 +17,7 @@ from laconic.parts.matching import bipartite, cosine, lay, length, one_to_one, s
 from laconic.parts.medoids import cheapest, medoids_of, nearest_medoid, spread
 from laconic.parts.names import joined, last_copies, renamed
 from laconic.parts.nearest import best_of_rows, greedy_pairs, nearest
-from laconic.parts.options import check_choices, taking_away
+from laconic.parts.options import taking_away
 from laconic.parts.pairing import Pairing, as_in_0_1, spread_out
 from laconic.parts.parity import by_parity, parity, soft_matching
 from laconic.parts.patterns import distances, evenly, ring, square, within
@@ -61,7 +61,6 @@ __all__ = [
     "by_stage",
     "cells",
     "cheapest",
-    "check_choices",
     "class_attention",
     "cosine",
     "demand",

@@ -35,7 +35,7 @@ def arbitrary(tokens: Tokens, seed: int) -> Float[Tensor, "B L"]:
     changing ``seed``.
     """
     # an integer hash (xorshift-multiply) of position and seed: needs no generator, so it compiles and exports
-    h = (tokens.place + (seed + 1) * 0x9E3779B1) & 0x7FFFFFFF
+    h = (tokens.place + ((seed + 1) * 0x9E3779B1 & 0x7FFFFFFF)) & 0x7FFFFFFF  # no sum leaves 64 bits, whatever the seed
     for multiplier in (0x45D9F3B, 0x119DE1F3, 0x3C6EF35):
         h = ((h ^ (h >> 15)) * multiplier) & 0x7FFFFFFF
     return h.float() / 0x7FFFFFFF

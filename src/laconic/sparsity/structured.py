@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from laconic.compression import find_compression
 from laconic.hosts import find_host, path_of
-from laconic.reducer import choice
 from laconic.sparsity.topology import Topology
+from laconic.values import choice
 
 
 class StructuredSparsity(Topology):

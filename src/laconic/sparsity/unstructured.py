@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from laconic.reducer import choice
 from laconic.sparsity.topology import Topology, erk
+from laconic.values import choice
 
 
 class UnstructuredSparsity(Topology):

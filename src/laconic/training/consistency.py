@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from laconic.compression import Compression, compression_of
-from laconic.reducer import choice
 from laconic.schedule import Schedule
 from laconic.shapes import Float
+from laconic.values import choice
 
 Judge = Literal["student", "teacher"]
 
