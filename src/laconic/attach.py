@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from laconic.arguments import checked
 from laconic.compression import Compression, Rows, compression_of, find_compression
 from laconic.dense import Fill
 from laconic.hosts import HOSTS, Host, find_host
@@ -69,6 +70,7 @@ def reduce_(
         ValueError: a keep rate outside (0, 1], blocks out of range or repeated, a model reduced or compiled already,
             attention that is not fused, a budget that cannot be met, a model whose blocks do not behave as their class says.
     """
+    keep, at, restore = checked(keep=keep, at=at, budget=budget, restore=restore, rows=rows, example=example)
     if budget is not None and _is_an_option(method, budget):
         budget, options = None, {**options, "budget": budget}
     config = resolve(method, options)
@@ -84,8 +86,8 @@ def reduce_(
 
         schedule = planned_for(model, config, budget, at=at, example=example).schedule
     plan = planned(config, entry, host, keep, at) if schedule is None else Schedule.of(schedule)
-    if rows not in (None, "needed", "all"):
-        raise ValueError(f"rows must be 'needed', 'all' or None, not {rows!r}")
+    if schedule is not None and not config.may_rise():
+        plan.check_falling([(shape.depth, shape.patches) for shape in entry.shapes(host)])
     compression = Compression(host, entry, config, plan, restore, rows)
     _refuse_wrapped(model, host, compression)
     verify(host, entry, compression, example)

@@ -8,6 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from laconic import arguments
+from laconic.values import items, shown
+
 Unit = str  # "keep" | "leave" | "remove" | "decide"
 UNITS = ("keep", "leave", "remove", "decide")
 # how a method turns keep rates (one a stage so far), tokens now and patches at the start into tokens left
@@ -28,49 +31,44 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
             raise ValueError(f"schedule: unit must be one of {', '.join(map(repr, UNITS))}, not {self.unit!r}")
-        if not self.at:
-            raise ValueError("schedule: no blocks; give at least one, e.g. at=[3, 6, 9]")
-        if len(set(self.at)) != len(self.at):
-            raise ValueError(f"schedule: at={list(self.at)} repeats a block; each block may reduce once")
-        if any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in self.at):
-            raise ValueError(f"schedule: at={list(self.at)} must be zero-based block numbers")
-        if list(self.at) != sorted(self.at):
-            raise ValueError(f"schedule: at={list(self.at)} must be in rising order")
-        if len(self.values) != len(self.at):
-            raise ValueError(f"schedule: {len(self.values)} values for {len(self.at)} blocks {list(self.at)}")
-        for value in self.values:
-            self._check(value)
+        at, values = arguments.blocks(self.at), items(self.values)
+        if values is None:
+            raise TypeError(f"schedule: values must be a sequence, one for each block, not {shown(self.values)}")
+        if len(values) != len(at):
+            raise ValueError(f"schedule: {len(values)} values for {len(at)} blocks {list(at)}")
+        object.__setattr__(self, "at", at)
+        object.__setattr__(self, "values", tuple(map(self._checked, values)))
 
-    def _check(self, value: float | int) -> None:
-        if self.unit == "decide":
-            if value != 1:
-                raise ValueError(f"schedule: where the method decides the value is 1, not {value!r}")
-        elif self.unit == "keep":
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-                raise ValueError(f"keep rate must be in (0, 1], got {value!r}; for counts use Schedule.leaving or .removing")
-        elif isinstance(value, bool) or not isinstance(value, int) or value < (1 if self.unit == "leave" else 0):
-            raise ValueError(f"schedule: counts to {self.unit} must be whole numbers of tokens, got {value!r}")
+    def _checked(self, value: Any) -> float | int:
+        if self.unit == "keep":
+            return arguments.rate(value)
+        if self.unit != "decide":
+            return arguments.count(value, self.unit)
+        if not isinstance(value, int | float) or value != 1:
+            raise ValueError(f"schedule: where the method decides the value is 1, not {shown(value)}")
+        return value
 
     @classmethod
     def rates(cls, keep: float | Sequence[float], at: Sequence[int]) -> Schedule:
         """Keep rates as the method's paper counts them: one for all blocks, or one for each."""
-        values = tuple(keep) if isinstance(keep, Sequence) else (keep,) * len(tuple(at))
-        return cls(tuple(at), values)
+        blocks, values = arguments.blocks(at), arguments.rates(keep)
+        return cls(blocks, values if isinstance(values, tuple) else (values,) * len(blocks))
 
     @classmethod
     def leaving(cls, counts: Mapping[int, int]) -> Schedule:
         """Explicit counts: block -> patch tokens it leaves."""
-        return cls(tuple(counts), tuple(counts.values()), "leave")
+        return cls(*arguments.counts_of("leaving", counts), "leave")
 
     @classmethod
     def removing(cls, counts: Mapping[int, int]) -> Schedule:
         """ToMe's way: block -> patch tokens it takes away, at most half of what there is."""
-        return cls(tuple(counts), tuple(counts.values()), "remove")
+        return cls(*arguments.counts_of("removing", counts), "remove")
 
     @classmethod
     def deciding(cls, at: Sequence[int]) -> Schedule:
         """The method itself decides at these blocks how many tokens of an image it leaves."""
-        return cls(tuple(at), (1,) * len(tuple(at)), "decide")
+        blocks = arguments.blocks(at)
+        return cls(blocks, (1,) * len(blocks), "decide")
 
     @classmethod
     def of(cls, value: Schedule | Mapping[str, Any]) -> Schedule:
@@ -81,8 +79,13 @@ class Schedule:
             raise TypeError(f"schedule must be a laconic.Schedule or its JSON object, not {type(value).__name__}")
         units = [key for key in value if key != "at"]
         if "at" not in value or len(units) != 1 or units[0] not in UNITS:
-            raise ValueError(f"schedule must have 'at' and one of {', '.join(map(repr, UNITS))}; got {sorted(value)}")
-        return cls(tuple(value["at"]), tuple(value[units[0]]), units[0])
+            given = shown(list(value))
+            raise ValueError(f"schedule must have 'at' and one of {', '.join(map(repr, UNITS))}; got {given}")
+        values = items(value[units[0]])
+        if values is None:
+            single = shown(value[units[0]])
+            raise TypeError(f"schedule: {units[0]} must be a list with a value for each block in 'at', not {single}")
+        return cls(arguments.blocks(value["at"]), values, units[0])
 
     def to_json(self) -> dict[str, Any]:
         """The object that `of` reads."""
@@ -93,6 +96,26 @@ class Schedule:
         beyond = [i for i in self.at if i >= depth]
         if beyond:
             raise ValueError(f"schedule: blocks {beyond} are out of range; the model has blocks 0 to {depth - 1}")
+
+    def check_falling(self, stages: Sequence[tuple[int, int]]) -> None:
+        """Refuse counts to leave that rise within a stage; ``stages`` are (blocks, patches). A count above the patches is none.
+
+        Raises:
+            ValueError: a block is to leave more than a block before it leaves.
+        """
+        start = 0
+        for depth, patches in stages:
+            part = self.part(start, start + depth) if self.unit == "leave" else None
+            least, where = patches, 0
+            for block, value in () if part is None else zip(part.at, part.values, strict=True):
+                if least < value <= patches:
+                    raise ValueError(
+                        f"schedule: block {start + block} is to leave {value} tokens, but block {start + where} leaves only "
+                        f"{least}; counts must not rise"
+                    )
+                if value < least:
+                    least, where = int(value), block
+            start += depth
 
     def part(self, start: int, stop: int) -> Schedule | None:
         """The steps at blocks from ``start`` to before ``stop``, with ``start`` as block 0; None where there are none."""

@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from laconic.arguments import check_budget
+
 Kind = Literal["macs", "macs-ratio", "speedup", "time"]
 FORMS = (
     "multiply-adds of one image (2.3G, 230M), a speed-up measured on this machine (1.6x), the same ratio of multiply-adds "
@@ -37,8 +39,7 @@ class Target:
         Raises:
             TypeError: no text. ValueError: none of these, zero, or a ratio that asks for nothing.
         """
-        if not isinstance(text, str):
-            raise TypeError(f"a budget is text: {FORMS}; got {text!r}")
+        check_budget(text)
         found = PATTERN.fullmatch(text.strip())
         if found is None:
             raise ValueError(f"budget {text!r}: expected {FORMS}")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laconic.arguments import blocks
 from laconic.planning.budget import Target
 from laconic.planning.fidelity import Judge, Judged, difference
 from laconic.planning.latency import Table, measure_table
@@ -70,6 +71,7 @@ def plan(
             than the unreduced model takes; a method that decides for every image, or must be trained, with images.
         TypeError, LookupError: as `laconic.reduce_`.
     """
+    at = None if at is None else blocks(at)
     space = Space(model, resolve(method, options), example=example)
     batch_size = batch_size if batch_size is not None else 1 if space.example is None else len(space.example)
     planner = Planner(space, Target.parse(target), at, Measuring(batch_size, rounds))
