@@ -19,12 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from laconic import rebuild_transformers
+from laconic.arguments import check_rows, fill
 from laconic.attach import reduce_, restore_
 from laconic.compression import find_compression
 from laconic.parts import as_in_0_1
 from laconic.rebuild import build, describe_model, mismatch
 from laconic.reducer import Method, resolve
 from laconic.schedule import Schedule
+from laconic.values import is_whole, parsed, shown
 
 WEIGHTS, RECORD, FORMAT = "model.safetensors", "laconic.json", 1
 Place = str | os.PathLike[str]
@@ -174,27 +176,36 @@ def _read_record(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, so {path.parent} is not a directory that laconic.save has finished")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = parsed(json.loads, path.read_text(encoding="utf-8"))
     except ValueError as error:  # not JSON, or not even text
         raise ValueError(f"{path} is damaged ({error}); copy or download it again, or save the model again") from error
     found = record.get("format") if isinstance(record, dict) else None
-    if isinstance(found, int) and found > FORMAT:
+    if is_whole(found) and found > FORMAT:
         raise ValueError(
             f"{path} has format {found}, written by laconic {record.get('laconic')}; this version reads up to {FORMAT}: "
             "pip install --upgrade laconic"
         )
-    if not isinstance(found, int) or not all(isinstance(record.get(part), dict) for part in ("model", "method", "schedule")):
+    if found is None or not all(isinstance(record.get(part), dict) for part in ("model", "method", "schedule")):
         raise ValueError(f"{path} is not a record of laconic.save: it must hold format, model, method and schedule")
+    if not is_whole(found) or found < 1:
+        raise ValueError(f"{path}: format must be a whole number from 1 to {FORMAT}, not {shown(found)}")
+    try:
+        fill(record.get("restore"))
+        check_rows(record.get("rows"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return record
 
 
 def _read_method(path: Path, record: dict[str, Any]) -> tuple[Method, Schedule]:
+    name, options = record["method"].get("name"), record["method"].get("options", {})
+    if not isinstance(name, str) or not isinstance(options, dict):
+        raise ValueError(f"{path}: method must be a name and a table of options, not {shown(record['method'])}")
     try:
-        options = {name: _tuples(value) for name, value in record["method"].get("options", {}).items()}
-        return resolve(record["method"].get("name"), options), Schedule.of(record["schedule"])
+        return resolve(name, {option: _tuples(value) for option, value in options.items()}), Schedule.of(record["schedule"])
     except LookupError as error:
         raise LookupError(f"{path}: {error} (a method of your own must be imported before its models are loaded)") from error
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from laconic.fitting import build
-from laconic.reducer import nearest_names
 from laconic.settings import About, AugmentationPart, DataPart, LossPart, MethodPart, ModelPart, OptimizationPart, StepPart
+from laconic.values import check_nesting, is_whole, nearest_names, parsed, shown
 
 __all__ = [
     "About",
@@ -46,8 +46,8 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"seed must be 0 or more, not {self.seed}")
+        if not is_whole(self.seed) or self.seed < 0:
+            raise ValueError(f"seed must be 0 or more, not {shown(self.seed)}")
 
     def to_json(self) -> dict[str, Any]:
         """All of it, as plain JSON."""
@@ -79,8 +79,8 @@ class Recipe:
 
 def _value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return parsed(tomllib.loads, f"value = {text}")["value"]
+    except ValueError:
         return text
 
 
@@ -101,11 +101,9 @@ def read(name: str) -> Recipe:
     """
     text, is_toml = _text(name)
     try:
-        tree = tomllib.loads(text) if is_toml else json.loads(text)
+        return from_json(parsed(tomllib.loads if is_toml else json.loads, text))
     except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"recipe {name} is not {'TOML' if is_toml else 'JSON'}: {error}") from error
-    try:
-        return from_json(tree)
     except ValueError as error:
         raise ValueError(f"recipe {name}: {error}") from error
 
@@ -137,4 +135,5 @@ def from_json(tree: Mapping[str, Any]) -> Recipe:
     Raises:
         ValueError: an unknown key (and the nearest one), or a value of the wrong type.
     """
+    check_nesting(tree)
     return build(Recipe, tree)
