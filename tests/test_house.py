@@ -81,7 +81,8 @@ def test_optional_libraries_are_imported_where_used(path):
 
 
 def test_layers_do_not_point_upwards():
-    order = ["shapes", "rows", "tokens", "attention", "schedule", "reducer", "parts", "pooling", "methods", "compression"]
+    order = ["shapes", "rows", "tokens", "attention", "schedule", "reducer", "parts", "methods", "history", "hosts"]
+    order += ["block_forward", "dense", "runtime", "compression", "readout", "patching", "verify", "attach"]
     for i, module in enumerate(order):
         path = SOURCE / module / "__init__.py" if (SOURCE / module).is_dir() else SOURCE / f"{module}.py"
         above = tuple(f"laconic.{later}" for later in order[i + 1 :])
@@ -91,7 +92,7 @@ def test_layers_do_not_point_upwards():
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_sizes(path):
     text = path.read_text()
-    assert len(text.splitlines()) <= 240
+    assert len(text.splitlines()) <= 400
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             documented = ast.get_docstring(node) is not None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from laconic.values import is_whole, items, plain, shown
 
-FILLS = ("zeros", "nearest", "last", "mean")  # of `restore`
+FILLS = ("similar", "nearest", "mean", "zeros", "last")  # of `restore`
 
 
 # ------------------------------------------------------------------------------------------------ schedules

@@ -125,8 +125,8 @@ class Compression(nn.Module):
         if grid is not None and grid[0] * grid[1] != patches:
             raise ValueError(
                 f"{x.shape[1]} tokens enter the first block; expected {prefix} prefix tokens (num_prefix_tokens) and a grid of "
-                f"{grid[0]} x {grid[1]} patches. Tokens of another kind (prompts, registers) must be counted as prefix tokens and "
-                "stand first, or they would be reduced as if they were patches"
+                f"{grid[0]} x {grid[1]} patches. Tokens of another kind (prompts, registers) must be counted as prefix tokens "
+                "and stand first, or they would be reduced as if they were patches"
             )
         positions = entry.positions(host) if self.config.reads_positions and len(self.staging.shapes) == 1 else None
         if positions is not None and len(positions) != patches:

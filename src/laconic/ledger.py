@@ -77,8 +77,8 @@ def _of_output(of: Any) -> History:
     found = next((h for value in values if isinstance(value, Tensor) and (h := find(value)) is not None), None)
     if found is None:
         raise ValueError(
-            "this comes from no forward of a reduced model that is known: it is a copy, or the result of an operation. Pass what "
-            "the model (or one of its blocks) returned, a view of it along the batch, or the model itself"
+            "this comes from no forward of a reduced model that is known: it is a copy, or the result of an operation. Pass "
+            "what the model (or one of its blocks) returned, a view of it along the batch, or the model itself"
         )
     return found
 
@@ -148,9 +148,9 @@ def restore_dense(
         found = current(features, compression.ref) if isinstance(features, Tensor) and features.dim() == 3 else None
         if found is None:
             raise ValueError(
-                f"features of shape {tuple(features.shape)} come from no forward of this model that is known: they are a copy, the "
-                "result of an operation, or another model's. Pass them as the model returned them (a view along the batch will "
-                "do), or say which forward they are of: restore_dense(laconic.provenance(model), features)"
+                f"features of shape {tuple(features.shape)} come from no forward of this model that is known: they are a copy, "
+                "the result of an operation, or another model's. Pass them as the model returned them (a view along the batch "
+                "will do), or say which forward they are of: restore_dense(laconic.provenance(model), features)"
             )
         history = found
     tokens = history.tokens
@@ -158,8 +158,8 @@ def restore_dense(
     prefix = tokens.prefix if features.dim() == 3 and features.shape[1] == count else 0
     if features.dim() != 3 or features.shape[0] != images or features.shape[1] - prefix != len(tokens):
         raise ValueError(
-            f"features of shape {tuple(features.shape)} do not fit their forward, which left {images} images of {tokens.prefix} "
-            f"prefix and {len(tokens)} patch tokens"
+            f"features of shape {tuple(features.shape)} do not fit their forward, which left {images} images of "
+            f"{tokens.prefix} prefix and {len(tokens)} patch tokens"
         )
     if history.given_back:
         return laid_out(features[:, prefix:], tokens, layout)

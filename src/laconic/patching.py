@@ -156,8 +156,8 @@ def _remake(base: type, methods: Replaced) -> Any:
 
 def _refuse_script(module: Any) -> None:
     raise TypeError(
-        f"torch.jit.script cannot read the forward of a reduced {type(module).__name__}; use torch.jit.trace, torch.export.export or "
-        "laconic.export, or laconic.restore_(model) first"
+        f"torch.jit.script cannot read the forward of a reduced {type(module).__name__}; use torch.jit.trace, "
+        "torch.export.export or laconic.export, or laconic.restore_(model) first"
     )
 
 

@@ -46,9 +46,9 @@ class Readout:
             if not x.shape[0] or (not self.reduction.merges and not self.host.training):
                 return None  # every token counts the same, whichever they are
             raise ValueError(
-                f"features of shape {tuple(x.shape)} come from no forward of this reduced model that is known: they are a copy, or "
-                "the result of an operation. Their tokens stand for unequally many patches, so a mean over them needs to know "
-                "which; hand on the features as the model returned them (views of them along the batch will do)"
+                f"features of shape {tuple(x.shape)} come from no forward of this reduced model that is known: they are a "
+                "copy, or the result of an operation. Their tokens stand for unequally many patches, so a mean over them needs "
+                "to know which; hand on the features as the model returned them (views of them along the batch will do)"
             )
         tokens = history.tokens
         whole = x.shape[1] == tokens.prefix + tokens.where.shape[1]
@@ -87,8 +87,8 @@ class Readout:
     def _check_answer(self, kind: str) -> None:
         if self.reduction.config.row.class_readout:
             raise ValueError(
-                f"{self.reduction.config.row.name} gives its answer in the class token, and this model pools by {kind!r} now; set "
-                "it back to the class token, or laconic.restore_(model) and take another method (ats, dtps, dynamicvit)"
+                f"{self.reduction.config.row.name} gives its answer in the class token, and this model pools by {kind!r} now; "
+                "set it back to the class token, or laconic.restore_(model) and take another method (ats, dtps, dynamicvit)"
             )
 
 

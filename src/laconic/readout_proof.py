@@ -32,10 +32,10 @@ def check_readout(host: nn.Module, compression: Compression, image: Tensor) -> N
         difference, size, told = float("inf"), 1.0, f"it fails ({error})"
     if difference > 1e-2 * max(size, 1e-6):
         raise ValueError(
-            f"{path_of(type(host))} reads its last tokens in a way of its own: where one token stands for several equal patches "
-            f"{told} from that to the patches themselves, so tokens merged by {compression.config.row.name} would count too "
-            "little. Take a method that only drops tokens (topk, random, dynamicvit), or let the class average in the pool method "
-            "of its base"
+            f"{path_of(type(host))} reads its last tokens in a way of its own: where one token stands for several equal "
+            f"patches {told} from that to the patches themselves, so tokens merged by {compression.config.row.name} would "
+            "count too little. Take a method that only drops tokens (topk, random, dynamicvit), or let the class average in the pool "
+            "method of its base"
         )
 
 

@@ -78,7 +78,8 @@ class Call:
 
     ``grid`` is that of the image, if known. ``fast``: rows that are not read may be left out; ``answers``: only the prefix
     tokens are read of the last block. ``history`` is that of the tokens as far as it got, ``begun`` the number of forwards
-    that began inside; ``runs_blocks``: not by way of another call. ``tracing``: a graph is traced, and features cannot be marked.
+    that began inside; ``runs_blocks``: not by way of another call. ``tracing``: a graph is traced, and features
+    cannot be marked.
     """
 
     def __init__(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laconic.arguments import check_example
 from laconic.attention import Watch
 from laconic.block_forward import attend, first_of, name_of
 from laconic.compression import Compression
@@ -101,9 +102,7 @@ def _image(host: nn.Module, entry: Host, example: Tensor | None) -> Tensor:
         raise ValueError("this model has no weights yet (meta device); load them before reducing it")
     if example is None:
         return entry.example(host)
-    if not isinstance(example, Tensor) or example.dim() != 4:
-        found = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
-        raise ValueError(f"example must be an image batch [B, channels, height, width], got {found}")
+    check_example(example, entry.example(host).shape[1])
     return example.to(reference.device, reference.dtype)
 
 
@@ -227,8 +226,8 @@ def _run_reduced(host: nn.Module, compression: Compression, image: Tensor) -> tu
     history = compression.last()
     if history is None or (history.block + 1 != compression.depth and not _idle_after(compression, history)):
         raise ValueError(
-            f"{path_of(type(host))} has a forward of its own (put on it by another tool) that does not go through the methods of "
-            "its class; undo that before reducing"
+            f"{path_of(type(host))} has a forward of its own (put on it by another tool) that does not go through the methods "
+            "of its class; undo that before reducing"
         )
     return out, history
 
