@@ -105,14 +105,14 @@ def _run(
 ) -> Tokens:
     """The block untouched, by known steps, or with its attention watched."""
     spec: Halves = link.spec
-    packing = Packing.of(tokens) if packs(reduction, spec) else None
-    rows = _bias_rows(spec, tokens)
+    packing = Packing.of(tokens) if reduction.adaptive and packs(reduction, spec) else None
+    rows = _bias_rows(spec, tokens) if spec.relative else None
     # transformers checkpoints a block inside of its class's forward; the runtime has done it around all of this already
     again = block.training and getattr(block, "gradient_checkpointing", False)
     idle = between is None and watcher is None and packing is None and rows is None and not again
     if idle and tokens.attention is None and tokens.switches is None and (tokens.ordinary or _bias(spec, tokens) is None):
         return tokens.replace(x=first_of(own(block, tokens.x, **_placed(spec, tokens, None, kwargs))))
-    if reads != "all" and watcher is None and packing is None and not reduction.packed:
+    if reads != "all" and watcher is None and packing is None and not (reduction.adaptive and reduction.packed):
         steps = known_steps(block, spec, tokens, kwargs)
         if steps is not None:
             return _by_steps(block, spec, steps, reduction, tokens, between, n)
@@ -163,8 +163,8 @@ def _watched(
 
 
 def _mlp(block: Any, spec: Halves, reduction: Any, tokens: Tokens) -> Tensor:
-    assert spec.mlp is not None
-    packing, half = Packing.of(tokens) if packs(reduction, spec) else None, partial(spec.mlp, block)
+    mlp: Any = spec.mlp
+    packing, half = Packing.of(tokens) if packs(reduction, spec) else None, partial(mlp, block)
     if packing is None:
         return tokens.x + switched(tokens, None, "mlp", half, tokens.x)
     row = packing.pack(tokens.x)
@@ -188,7 +188,7 @@ def _look_ahead(
 def known_steps(block: Any, spec: Halves, tokens: Tokens, kwargs: Mapping[str, Any]) -> Steps | None:
     """The steps of this block's attention; None where they are not known, or more is to be done for these tokens."""
     steps = spec.steps
-    if steps is None or not _only_gated(tokens) or not _bare(kwargs) or not steps.known(block):
+    if steps is None or not _only_gated(tokens) or not (not kwargs or _bare(kwargs)) or not steps.known(block):
         return None
     return steps
 
@@ -197,7 +197,7 @@ def _by_steps(
     block: Any, spec: Halves, steps: Steps, reduction: Any, tokens: Tokens, between: Reducer | None, n: int
 ) -> Tokens:
     """Both halves of a block; a method that only keeps some tokens, by the class query, is asked before the other queries."""
-    assert spec.mlp is not None
+    mlp: Any = spec.mlp
     bias = _bias(spec, tokens)
     h = steps.norm(block, tokens.x)
     if between is not None and between.looks == "class" and not reduction.adaptive:
@@ -206,14 +206,14 @@ def _by_steps(
         tokens = apply(reduction, between, "between", tokens, Seen.of([call], tokens, "a block"), n)
         q = steps.queries(block, steps.norm(block, tokens.x))
         x = tokens.x + attend(block, steps, q, k, v, bias)
-        return tokens.replace(x=x + spec.mlp(block, x))
+        return tokens.replace(x=x + mlp(block, x))
     q, k, v = steps.project(block, h)
     bias = None if bias is None else bias.to(k.dtype)
     tokens = tokens.replace(x=tokens.x + attend(block, steps, q, k, v, bias))
     if between is not None:
         seen = Seen.of([{"query": q, "key": k, "value": v, "attn_mask": bias}], tokens, "a block")
         tokens = apply(reduction, between, "between", tokens, seen, n)
-    return tokens.replace(x=tokens.x + spec.mlp(block, tokens.x))
+    return tokens.replace(x=tokens.x + mlp(block, tokens.x))
 
 
 def prefix_only(
@@ -296,7 +296,7 @@ def first_of(output: Any) -> Tensor:
 
 def packs(reduction: Any, spec: Halves) -> bool:
     """True if hidden tokens may be left out: not where a bias for pairs, or a grid, is made for the whole batch."""
-    return reduction.packed and not spec.relative and spec.grid is None
+    return reduction.adaptive and reduction.packed and not spec.relative and spec.grid is None
 
 
 def _only_gated(tokens: Tokens) -> bool:

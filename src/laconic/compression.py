@@ -16,8 +16,9 @@ from laconic.deciding import Deciding
 from laconic.dense import FILLS
 from laconic.history import History, Last
 from laconic.hosts import HOSTS, Host, halves_of
+from laconic.links import BlockLink, HostRef, reduction_in
 from laconic.reducer import Method, Reducer
-from laconic.runtime import BlockLink, HostRef, call_of, reduction_in
+from laconic.runtime import call_of
 from laconic.schedule import Schedule
 from laconic.staging import Staging
 from laconic.tokens import Tokens
@@ -117,7 +118,7 @@ class Compression(nn.Module):
         Raises:
             ValueError: they are not the prefix tokens and one for every patch of the image.
         """
-        shape, start, entry = self.staging.shapes[stage], self.staging.starts[stage], self.entry_of_host
+        shape, start, entry = self.staging.shapes[stage], self.staging.starts[stage], HOSTS[self.host_path]
         prefix, has_cls = entry.prefix(host) if len(self.staging.shapes) == 1 else (shape.prefix, shape.has_cls)
         patches = x.shape[1] - prefix
         if grid is None and shape.patches == patches:

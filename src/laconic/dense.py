@@ -10,7 +10,7 @@ from torch import Tensor
 
 from laconic.grid import GridMap, image_of
 from laconic.history import History, find, mark
-from laconic.hosts import Host
+from laconic.hosts import HOSTS, Host
 from laconic.rows import in_parts, take
 from laconic.shapes import Float
 from laconic.tokens import Tokens
@@ -105,7 +105,7 @@ def hand_over(host: Any, module: Any, name: str, out: Any, call: Any) -> Any:
     ``call`` is the `laconic.runtime.Call` that it was made in. Where several forwards began in it, or none, it is as it is.
     """
     history, reduction = call.history, call.reduction
-    entry = reduction.entry_of_host
+    entry = HOSTS[reduction.host_path]
     if call.begun != 1 and name not in entry.head_methods:
         return out
     if reduction.restore or entry.gives_back:

@@ -37,20 +37,18 @@ class History:
         counts: tuple[int, ...],
         start: int,
         previous: History | None = None,
-        *,
-        fast: bool = False,
-        answers: bool = False,
     ) -> None:
         self.reduction, self.tokens, self.block, self.previous = reduction, tokens.replace(x=None), block, previous
         self.counts, self.start, self.with_gradient = counts, start, torch.is_grad_enabled()
-        self.fast, self.answers = fast, answers  # those of the call: a block that is computed again must go the same way
+        # those of the call: a block that is computed again must go the same way
+        self.fast: bool = previous is not None and previous.fast
+        self.answers: bool = previous is not None and previous.answers
         self.shape, self.plain = tokens.shape, tokens.ordinary  # images and tokens; do blocks run on them as they stand?
         self.given_back = False  # are these patches that were given their tokens' features again, after the last block?
 
     def after(self, block: int, tokens: Tokens) -> History:
         """The next entry."""
-        way = {"fast": self.fast, "answers": self.answers}
-        return History(self.reduction, tokens, block, self.counts, self.start, self, **way)
+        return History(self.reduction, tokens, block, self.counts, self.start, self)
 
     def chain(self) -> Iterator[History]:
         """This entry and all before it, last first."""

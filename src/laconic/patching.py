@@ -21,8 +21,9 @@ from torch import nn
 from laconic.compression import Compression, passes_through
 from laconic.hosts import Host, block_path, path_of
 from laconic.intermediates import forward_intermediates, refuse_pruning
+from laconic.links import LINK, BlockLink, HostRef, PartLink
 from laconic.readout import pool, read
-from laconic.runtime import LINK, BlockLink, HostRef, PartLink, run_block, run_call
+from laconic.runtime import run_block, run_call
 
 log = logging.getLogger(__name__)
 # Names of methods, what replaces them, f(module, own, *arguments), and for `read` the function that it calls

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from laconic.attention import Watch
 from laconic.dense import as_patches
+from laconic.hosts import HOSTS
+from laconic.links import HostRef, reduction_in
 from laconic.masking import SOFT_FLOOR
-from laconic.runtime import HostRef, call_of, current, reduction_in
+from laconic.runtime import call_of, current
 from laconic.shapes import Float
 from laconic.tokens import Tokens
 
@@ -64,7 +66,7 @@ class Readout:
         Raises:
             ValueError: a pooling that cannot be weighted.
         """
-        usual, prefix_too = self.reduction.entry_of_host.pooling(self.host)
+        usual, prefix_too = HOSTS[self.reduction.host_path].pooling(self.host)
         if (kind or usual) in ("token", "none"):
             self._check_prefix(x)
             return pool(x, kind)

@@ -34,8 +34,8 @@ def check_readout(host: nn.Module, compression: Compression, image: Tensor) -> N
         raise ValueError(
             f"{path_of(type(host))} reads its last tokens in a way of its own: where one token stands for several equal "
             f"patches {told} from that to the patches themselves, so tokens merged by {compression.config.row.name} would "
-            "count too little. Take a method that only drops tokens (topk, random, dynamicvit), or let the class average in the pool "
-            "method of its base"
+            "count too little. Take a method that only drops tokens (topk, random, dynamicvit), or let the class average in "
+            "the pool method of its base"
         )
 
 

@@ -9,68 +9,23 @@ Under torch.compile and torch.export one trace is one call, and features are not
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from laconic.block_forward import Reads, pass_block, quiet
 from laconic.dense import hand_over
 from laconic.grid import GridMap
 from laconic.history import History, find, mark
-from laconic.hosts import BLOCKS, HOSTS, Host
+from laconic.hosts import HOSTS, Host
+from laconic.links import LINK, BlockLink, HostRef, reduction_in
 from laconic.running import on_thread, traced
 
 MASKS = ("attn_mask", "attention_mask", "is_causal", "head_mask", "layer_head_mask", "output_attentions")
-LINK = "_laconic"  # under which name a module of a reduced model has its link
 # norms that treat every token alone
 NORMS = ("torch.nn.modules.normalization", "torch.nn.modules.linear", "timm.layers.norm", "laconic.models")
-
-
-class HostRef:
-    """A weak reference to a reduced model, shared by all its parts; in a copy of the model, to the copy."""
-
-    def __init__(self, host: nn.Module | None) -> None:
-        self._host = None if host is None else weakref.ref(host)
-
-    def __call__(self) -> Any:
-        return None if self._host is None else self._host()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> HostRef:
-        copy = memo.get(id(self()))  # None where a part is copied alone: it still belongs to the same model
-        return self if copy is None else HostRef(copy)
-
-    def __reduce__(self) -> Any:
-        return HostRef, (self(),)
-
-
-class PartLink:
-    """What a module whose methods are replaced knows of the reduced model: the model, and the parameters of its forward."""
-
-    def __init__(self, ref: HostRef, names: tuple[str, ...]) -> None:
-        self.ref, self.names = ref, names
-
-
-class BlockLink(PartLink):
-    """What a block knows since the model was reduced, and what cannot change after.
-
-    ``path`` is that of its class, ``passthrough``: it has neither a reducer nor anything to be told of its tokens.
-    """
-
-    def __init__(self, ref: HostRef, names: tuple[str, ...], index: int, path: str, passthrough: bool) -> None:
-        super().__init__(ref, names)
-        self.index, self.path, self.passthrough = index, path, passthrough
-        self.spec = BLOCKS[path]
-
-    @property
-    def name(self) -> str:
-        """The block, in words."""
-        return f"block {self.index} ({self.path})"
-
-    def __reduce__(self) -> Any:
-        return BlockLink, (self.ref, self.names, self.index, self.path, self.passthrough)
 
 
 class Call:
@@ -107,24 +62,6 @@ def call_of(ref: HostRef) -> Call | None:
     """The innermost running call, if it is of this model."""
     calls = traced or on_thread.calls
     return calls[-1] if calls and calls[-1].ref is ref else None
-
-
-def reduction_in(host: Any) -> Any:
-    """The `Compression` of a reduced model; of PEFT's wrapper around it the one that runs.
-
-    Raises:
-        TypeError: it is wrapped in another way.
-    """
-    found = host._modules["laconic"]
-    if getattr(type(found), "reduces_tokens", False):
-        return found
-    if not hasattr(found, "modules_to_save") or not hasattr(found, "original_module"):
-        raise TypeError(f"the laconic module of this model is now a {type(found).__name__}; wrap the whole model instead")
-    names = getattr(found, "active_adapters", None) or getattr(found, "active_adapter", None) or ()
-    active = [name for name in ([names] if isinstance(names, str) else names) if name in found.modules_to_save]
-    if getattr(found, "disable_adapters", False) or not active:
-        return found.original_module
-    return found.modules_to_save[active[0]]
 
 
 # ------------------------------------------------------------------------------------------------ calls of the model
@@ -178,7 +115,7 @@ def calling(module: Any, own: Any, args: Sequence[Any], kwargs: Mapping[str, Any
     calls.append(call)
     try:
         out = own(module, *args, **kwargs)
-        if call.history is not None:
+        if call.history is not None and (outer is None or name not in HOSTS[call.reduction.host_path].head_methods):
             out = hand_over(host, module, name, out, call)
     finally:
         calls.pop()
@@ -194,7 +131,9 @@ def _open(host: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], 
     reduction, link = reduction_in(host), host._laconic
     entry, image = HOSTS[reduction.host_path], args[0] if args else kwargs.get(link.names[0])
     grid = None if outer is None else outer.grid
-    if isinstance(image, Tensor) and image.dim() == 4:
+    if outer is not None and not outer.begun:
+        pass  # the same images
+    elif isinstance(image, Tensor) and image.dim() == 4:
         grid = entry.grid_of(host, (image.shape[2], image.shape[3]))
     elif image is not None:
         _refuse_proxy(image)
@@ -278,7 +217,9 @@ def run_block(block: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
         out = own(block, x, **kwargs)
         leaving(call, history, out[0] if isinstance(out, tuple) else out, link.index)
         return out
-    x, named = by_name(link.names, args, kwargs, link.spec.own_mask)
+    named: dict[str, Any] = {}
+    if kwargs or len(args) != 1:
+        x, named = by_name(link.names, args, kwargs, link.spec.own_mask)
     reduction, tokens = history.reduction, history.tokens.replace(x=x)
     if block.training:
         reduction.refuse_lost(history, tokens)

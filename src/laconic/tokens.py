@@ -248,9 +248,6 @@ class Tokens:
         return out.masked_fill((self.where < 0).unsqueeze(-1), fill)
 
     def _follow(self, lead: Tensor, dst: Tensor, x: Tensor, size: Tensor) -> Tokens:
-        def of_lead(value: Tensor | None) -> Tensor | None:
-            return None if value is None else take(value, lead)
-
         still = self.patch is None and not self.merged  # every token is its own patch
         dropped = self.dropped
         if dropped is not None:
@@ -266,9 +263,9 @@ class Tokens:
             size=size,
             where=dst if still else follow(self.where, dst),
             patch=lead if self.patch is None else take(self.patch, lead),
-            gate=of_lead(self.gate),
-            alive=of_lead(self.alive),
-            columns={name: take(c, lead) for name, c in self.columns.items()},
+            gate=None if self.gate is None else take(self.gate, lead),
+            alive=None if self.alive is None else take(self.alive, lead),
+            columns={name: take(c, lead) for name, c in self.columns.items()} if self.columns else {},
         )
 
     def _most_similar(self, lead: Int[Tensor, "B M"]) -> Int[Tensor, "B L"]:

@@ -163,15 +163,14 @@ def plain_type(module: Any) -> type:
     return getattr(kind, "laconic_base", kind)
 
 
-def unhooked(module: nn.Module) -> bool:
-    """True if calling this module is to call its class's forward: no hooks of any kind, no forward of its own."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
+def unhooked(*modules: nn.Module) -> bool:
+    """True if calling each module is to call its class's forward: no hooks of any kind, no forward of its own."""
+    for module in modules:
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return False
+        if "forward" in module.__dict__:
+            return False
+    return True
 
 
 def halves_of(block: nn.Module) -> Halves:

@@ -20,7 +20,8 @@ def _block_attention(b: Any, x: Tensor, **kw: Any) -> Tensor:
 
 
 def _block_mlp(b: Any, x: Tensor) -> Tensor:
-    return b.drop_path2(b.ls2(b.mlp(b.norm2(x))))
+    parts = b._modules  # an attribute would cost a call of Module.__getattr__
+    return parts["drop_path2"](parts["ls2"](parts["mlp"](parts["norm2"](x))))
 
 
 def _post_attention(b: Any, x: Tensor, **kw: Any) -> Tensor:
@@ -51,7 +52,7 @@ def _known(b: Any) -> bool:
         return False
     if type(qkv._parameters.get("weight")) is not nn.Parameter:  # quantised, sharded, or of a DataParallel replica
         return False
-    return path_of(type(attn)) in _ATTENTION and unhooked(attn) and unhooked(qkv) and attn._modules.get("gate") is None
+    return path_of(type(attn)) in _ATTENTION and unhooked(attn, qkv) and attn._modules.get("gate") is None
 
 
 def _heads_of(attn: Any, out: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ def _queries(b: Any, h: Tensor) -> Tensor:
     weight, bias = qkv["weight"], qkv["bias"]
     width = weight.shape[0] // 3
     out = F.linear(h, weight[:width], None if bias is None else bias[:width])
-    queries: Tensor = attn.q_norm(_heads_of(attn, out)[0])
+    queries: Tensor = attn._modules["q_norm"](_heads_of(attn, out)[0])
     return queries
 
 
@@ -74,24 +75,30 @@ def _keys_values(b: Any, h: Tensor) -> tuple[Tensor, Tensor]:
     weight, bias = qkv["weight"], qkv["bias"]
     width = weight.shape[0] // 3
     k, v = _heads_of(attn, F.linear(h, weight[width:], None if bias is None else bias[width:])).unbind(0)
-    return attn.k_norm(k), v
+    return attn._modules["k_norm"](k), v
 
 
 def _project(b: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     attn = b._modules["attn"]
     qkv = attn._modules["qkv"]._parameters
     q, k, v = _heads_of(attn, F.linear(h, qkv["weight"], qkv["bias"])).unbind(0)
-    return attn.q_norm(q), attn.k_norm(k), v
+    return attn._modules["q_norm"](q), attn._modules["k_norm"](k), v
 
 
 def _added(b: Any, heads: Tensor) -> Tensor:
     attn = b._modules["attn"]
-    x, norm = heads.transpose(1, 2).flatten(2), attn._modules.get("norm")
+    inside, around = attn._modules, b._modules
+    x, norm = heads.transpose(1, 2).flatten(2), inside.get("norm")
     x = x if norm is None else norm(x)
-    return b.drop_path1(b.ls1(attn.proj_drop(attn.proj(x))))
+    return around["drop_path1"](around["ls1"](inside["proj_drop"](inside["proj"](x))))
 
 
-_steps = Steps(_known, lambda b, x: b.norm1(x), _queries, _keys_values, _project, _added)
+def _norm(b: Any, x: Tensor) -> Tensor:
+    h: Tensor = b._modules["norm1"](x)
+    return h
+
+
+_steps = Steps(_known, _norm, _queries, _keys_values, _project, _added)
 register_block("timm.models.vision_transformer.Block", Halves(_block_attention, _block_mlp, steps=_steps))
 register_block("timm.models.vision_transformer.ResPostBlock", Halves(_post_attention, _post_mlp))
 register_block("timm.models.vision_transformer.ParallelScalingBlock", Halves())  # attention and MLP side by side

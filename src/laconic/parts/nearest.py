@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from laconic.parts.matching import cosine, length
-from laconic.rows import in_parts, iota, take
+from laconic.rows import WHOLE, in_parts, iota, take
 from laconic.shapes import Bool, Float, Int
 
 NOBODY = -2.0  # less than any cosine
@@ -41,7 +41,10 @@ def nearest(
         similarity = cosine(part, y)
         return similarity if hidden is None else similarity.masked_fill(hidden.unsqueeze(1), NOBODY)
 
-    if len(in_parts(x, y.shape[1])) == 1 or not torch.is_grad_enabled():
+    if x.shape[1] * y.shape[1] <= WHOLE:
+        best = similar(x).max(2)
+        return best.values, best.indices
+    if not torch.is_grad_enabled():
         return best_of_rows(x, y.shape[1], similar)
     # backwards through the parts would hold all of them: find the matches without a gradient, and compute these again
     with torch.no_grad():
