@@ -735,7 +735,13 @@ def test_a_head_of_its_own_that_reads_all_tokens(method, family):
 
 
 @cases("plain", "gap", kinds=("dtps", "tome", "topk"))
-@pytest.mark.parametrize("name", ["forward_features", "norm.forward", "forward_head", "fc_norm.forward", "blocks.forward"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("forward_features", "norm.forward", "forward_head", "fc_norm.forward", "blocks.forward"),
+        *("blocks.3.mlp.forward", "blocks.3.norm2.forward", "blocks.3.attn.forward", "blocks.2.attn.qkv.forward"),
+    ],
+)
 def test_a_wrapper_that_records_sees_all_rows(method, family, name):
     at, x = (0, 2) if method != "avit" else AT, images(family, 2)
     seen = []
@@ -862,10 +868,12 @@ def test_every_hook_on_every_submodule_fires(method, family, hook):
     inside = [name for name, _ in base.blocks[0].named_modules() if EVERY or name not in QUIET]
     paths = [f"blocks.{i}.{name}".rstrip(".") for i in (2, 3) for name in inside] + ["blocks", "norm", "fc_norm"]
     often, rows = fired(base, x, paths, hook), fired(whole, x, paths, hook)
+    wrong = {}
     for path in paths if EVERY or "global" not in hook.__name__ else paths[::3]:
         got = fired(model, x, [path], hook)[path]
-        assert len(got) == len(often[path]), path
-        assert got == rows[path], path
+        if len(got) != len(often[path]) or got != rows[path]:
+            wrong[path] = f"fired {len(got)} times, not {len(often[path])}; saw {got}, not {rows[path]}"
+    assert not wrong
 
 
 @cases("plain", "gap", kinds=("tome", "topk"))

@@ -363,7 +363,7 @@ def test_features_of_no_forward_are_refused(method, family, gradient):
             refused(partial(laconic.restore_dense, model, stranger))
             refused(partial(laconic.provenance, stranger))
         refused(partial(laconic.restore_dense, model, theirs))
-        refused(partial(laconic.restore_dense, model, kept[:, 1:4]))
+        refused(partial(laconic.restore_dense, model, kept[:, 2:]))  # a patch is missing
         refused(partial(laconic.restore_dense, model, kept.transpose(1, 2)))
         refused(partial(laconic.provenance, x))
     same_provenance(laconic.provenance(theirs), laconic.provenance(kept))
@@ -577,6 +577,8 @@ def test_features_die_with_their_user(method, family):
 
 @cases("plain", kinds=("ats", "dtps", "tome"))
 def test_features_of_a_training_step_die_after_it(method, family):
+    if method == "iared":
+        pytest.skip("its decisions wait for a reward, with the graph that they come from")
     model, x, dead = reduced(method, family).train(), images(family, 2), []
     for block in model.blocks:
         block.register_forward_hook(lambda module, args, out: dead.append(weakref.ref(out)))
