@@ -23,6 +23,7 @@ from kinds import (
     assert_close,
     batches,
     cases,
+    early,
     features,
     of_methods,
     off,
@@ -650,7 +651,7 @@ def changed_by_weights(method, family, at, path):
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_to_change_a_module_is_as_changed_weights(method, family, way):
     """A module may be changed by overrides, hooks, wrappers and classes; each is called, and taken away again it is gone."""
-    at, x = (0, 2) if method != "avit" else AT, images(family, 2)
+    at, x = early(method), images(family, 2)
     model = reduced(method, family, at=at)
     plain = run(model, x)
     for path in PATHS:
@@ -667,7 +668,7 @@ def test_every_way_to_change_a_module_is_as_changed_weights(method, family, way)
 @pytest.mark.parametrize("path", ["blocks.1.attn.qkv", "blocks.2.attn.proj", "blocks.3.norm1", "blocks.3.mlp.fc2"])
 def test_changed_weights_are_as_before_it_was_reduced(method, family, path):
     """What the other ways are compared with."""
-    at, x, base = (0, 2) if method != "avit" else AT, images(family, 2), make(family)
+    at, x, base = early(method), images(family, 2), make(family)
     with weights(base, path):
         expected = run(reduced(method, family, base, at=at), x)
     assert_close(changed_by_weights(method, family, at, path), expected)
@@ -677,7 +678,7 @@ def test_changed_weights_are_as_before_it_was_reduced(method, family, path):
 @pytest.mark.parametrize("way", [way for way in WAYS if way not in ("weights", "weights set in a hook")])
 def test_every_way_to_change_a_whole_block(method, family, way):
     """What a block gives is changed on its way to the next one, or the change is refused."""
-    at, x = (0, 2) if method != "avit" else AT, images(family, 2)
+    at, x = early(method), images(family, 2)
     model, whole = reduced(method, family, at=at), reduced(method, family, at=at, rows="all")
     plain = run(model, x)
     for path in ("blocks.0", "blocks.1", "blocks.2", "blocks.3", "blocks"):
@@ -707,7 +708,7 @@ SCALES = {"forward": "answer", "forward_head": "answer", "pool": "pooled", "forw
 @cases("plain", "gap", kinds=("dtps", "tome", "topk"))
 @pytest.mark.parametrize("name", SCALES)
 def test_methods_of_the_model_that_are_wrapped_on_the_instance(method, family, name):
-    at, x = (0, 2) if method != "avit" else AT, images(family, 2)
+    at, x = early(method), images(family, 2)
     model, whole = reduced(method, family, at=at), reduced(method, family, at=at, rows="all")
     plain = run(model, x)
     expected, own = by_hand(whole, x, SCALES[name]), getattr(model, name)
@@ -721,7 +722,7 @@ def test_methods_of_the_model_that_are_wrapped_on_the_instance(method, family, n
 @cases("plain", "gap", kinds=FEW)
 def test_a_head_of_its_own_that_reads_all_tokens(method, family):
     """``model.forward_head = ...`` after `reduce_`: it gets every token."""
-    at, x = (0, 2) if method != "avit" else AT, images(family, 2)
+    at, x = early(method), images(family, 2)
     model, whole, seen = reduced(method, family, at=at), reduced(method, family, at=at, rows="all"), []
 
     def head(f, pre_logits=False):
@@ -743,7 +744,7 @@ def test_a_head_of_its_own_that_reads_all_tokens(method, family):
     ],
 )
 def test_a_wrapper_that_records_sees_all_rows(method, family, name):
-    at, x = (0, 2) if method != "avit" else AT, images(family, 2)
+    at, x = early(method), images(family, 2)
     seen = []
     for rows in ("all", None):
         model, taken = reduced(method, family, at=at, rows=rows), []
@@ -863,7 +864,7 @@ QUIET = ("attn.k_norm", "attn.norm", "attn.proj_drop", "drop_path1", "ls2", "dro
 @pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook.__name__)
 def test_every_hook_on_every_submodule_fires(method, family, hook):
     """As often as on the unreduced model, with all the rows that ``rows="all"`` gives; one hook at a time."""
-    at, x = (0, 2) if method != "avit" else AT, images(family, 1)
+    at, x = early(method), images(family, 1)
     base, model, whole = make(family), reduced(method, family, at=at), reduced(method, family, at=at, rows="all")
     inside = [name for name, _ in base.blocks[0].named_modules() if EVERY or name not in QUIET]
     paths = [f"blocks.{i}.{name}".rstrip(".") for i in (2, 3) for name in inside] + ["blocks", "norm", "fc_norm"]
@@ -873,12 +874,12 @@ def test_every_hook_on_every_submodule_fires(method, family, hook):
         got = fired(model, x, [path], hook)[path]
         if len(got) != len(often[path]) or got != rows[path]:
             wrong[path] = f"fired {len(got)} times, not {len(often[path])}; saw {got}, not {rows[path]}"
-    assert not wrong
+    assert not wrong, "\n".join(f"{path} {told}" for path, told in wrong.items())
 
 
 @cases("plain", "gap", kinds=("tome", "topk"))
 def test_hooks_on_weights_see_whole_gradients(method, family):
-    at, x, found = (0, 2) if method != "avit" else AT, images(family, 2), []
+    at, x, found = early(method), images(family, 2), []
     for rows in ("all", None):
         model, seen = reduced(method, family, at=at, rows=rows), {}
         for name, p in model.named_parameters():
@@ -915,11 +916,11 @@ def test_hooks_of_accelerate_that_change_the_output(method, family):
         def post_forward(self, module, output):
             return scaled(output)
 
-    model, x = reduced(method, family, at=(0, 2)), images(family, 2)
+    model, x = reduced(method, family, at=early(method)), images(family, 2)
     for path in PATHS:
         layer = model.get_submodule(path)
         accelerate.hooks.add_hook_to_module(layer, Doubling())
-        assert_close(run(model, x), changed_by_weights(method, family, (0, 2), path), of=path)
+        assert_close(run(model, x), changed_by_weights(method, family, early(method), path), of=path)
         accelerate.hooks.remove_hook_from_module(layer)
 
 
