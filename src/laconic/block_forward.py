@@ -200,7 +200,7 @@ def _by_steps(
     mlp: Any = spec.mlp
     bias = _bias(spec, tokens)
     h = steps.norm(block, tokens.x)
-    if between is not None and between.looks == "class" and not reduction.adaptive:
+    if between is not None and between.looks == "class" and not reduction.adaptive and quiet(block):
         k, v = steps.keys_values(block, h)
         call = {"query": steps.queries(block, h[:, :1]), "key": k, "value": v, "attn_mask": bias}
         tokens = apply(reduction, between, "between", tokens, Seen.of([call], tokens, "a block"), n)

@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from laconic.block_forward import Reads, pass_block, quiet
 from laconic.dense import hand_over
 from laconic.grid import GridMap
 from laconic.history import History, find, mark
-from laconic.hosts import HOSTS, Host
+from laconic.hosts import HOSTS, Host, unhooked
 from laconic.links import LINK, BlockLink, HostRef, reduction_in
 from laconic.running import on_thread, traced
 
@@ -134,7 +134,7 @@ def _open(host: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], 
     if outer is not None and not outer.begun:
         pass  # the same images
     elif isinstance(image, Tensor) and image.dim() == 4:
-        grid = entry.grid_of(host, (image.shape[2], image.shape[3]))
+        grid = entry.grid_of(host, (int(image.shape[2]), int(image.shape[3])))  # torch.jit.trace has tensors for sizes
     elif image is not None:
         _refuse_proxy(image)
     if entry.refused and name == "forward":
@@ -164,6 +164,9 @@ def _answers(host: Any, entry: Host, reduction: Any) -> bool:
     for name in entry.reads_prefix:
         if name in host.__dict__:
             return False
+    for child in host._modules.values():  # the container of the blocks hands on what the last of them does
+        if isinstance(child, nn.Sequential | nn.ModuleList) and not unhooked(child):
+            return False
     norm = entry.final_norm(host)
     return norm is None or (type(norm).__module__.startswith(NORMS) and quiet(norm))
 
@@ -175,7 +178,14 @@ def _check_blocks(host: Any, entry: Host, reduction: Any) -> bool:
         RuntimeError: a block was added since.
     """
     last = None
-    for number, block in enumerate(entry.blocks(host)):
+    try:
+        blocks = entry.blocks(host)
+    except (TypeError, AttributeError) as error:
+        raise RuntimeError(
+            f"the blocks of this {type(host).__name__} are not found where they were when it was reduced ({error}); "
+            "laconic.restore_(model), change its blocks, and reduce it again"
+        ) from error
+    for number, block in enumerate(blocks):
         link = block.__dict__.get(LINK)
         if link is None:  # it may be wrapped, as FSDP does
             link = next((one.__dict__[LINK] for one in block.modules() if isinstance(one.__dict__.get(LINK), BlockLink)), None)

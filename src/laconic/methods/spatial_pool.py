@@ -30,7 +30,7 @@ class SpatialPoolReducer(Reducer):
     def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
         grid = grid_of("spatial-pool", tokens)
         kept, rest = self.options.part(tokens, seen, n, "raster")
-        group, first = cells(tokens.place.gather(1, rest), grid, n - kept.shape[1])
+        group, first = cells(tokens.place.gather(1, rest), grid, n - int(kept.shape[1]))
         dst, lead = set_out(kept, rest, group, first)
         return tokens.merge(dst, None, lead)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def start_small(module: nn.Module) -> None:
@@ -12,3 +12,9 @@ def start_small(module: nn.Module) -> None:
             nn.init.trunc_normal_(layer.weight, std=0.02)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+
+
+def in_dtype_of(module: nn.Module, x: Tensor) -> Tensor:
+    """Return ``x`` in the dtype of a module's parameters; a DataParallel replica has none, and gets ``x`` as it is."""
+    parameter = next(module.parameters(), None)
+    return x if parameter is None else x.to(parameter.dtype)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from laconic.parts.learned import in_dtype_of
 from laconic.shapes import Float
 
 
@@ -29,7 +30,7 @@ class Predictor(nn.Module):
 
     def forward(self, x: Float[Tensor, "B L C"], alive: Float[Tensor, "B L"] | None = None) -> Float[Tensor, "B L 2"]:
         """Log-probabilities of keeping and of dropping each token; the global half averages over ``alive`` ones."""
-        local, whole = self.in_conv(x.to(next(self.parameters()).dtype)).chunk(2, dim=-1)
+        local, whole = self.in_conv(in_dtype_of(self, x)).chunk(2, dim=-1)
         if alive is None:
             whole = whole.mean(1, keepdim=True)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from laconic.parts.learned import in_dtype_of
 from laconic.parts.predictor import Predictor
 from laconic.shapes import Float
 
@@ -24,7 +25,7 @@ class Selector(nn.Module):
         self, x: Float[Tensor, "B L C"], alive: Float[Tensor, "B L"]
     ) -> tuple[Float[Tensor, "B L 2"], Float[Tensor, "B L 2"]]:
         """Log-probabilities and probabilities of keeping (0) and dropping (1), [B, L, 2] each, as means over heads."""
-        parts = x.to(next(self.parameters()).dtype).reshape(*x.shape[:2], self.heads, -1)  # [B, L, H, D]
+        parts = in_dtype_of(self, x).reshape(*x.shape[:2], self.heads, -1)  # [B, L, H, D]
         weight = self.senet(parts.mean(3)).float().sigmoid().unsqueeze(3)
         weight = weight / weight.sum(2, keepdim=True)
         log = self.predictor(parts.transpose(1, 2).flatten(0, 1), alive.repeat_interleave(self.heads, 0))

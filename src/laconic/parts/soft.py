@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from laconic.parts.learned import in_dtype_of
 from laconic.reducer import Method, Reducer, Site
 from laconic.schedule import of_the_initial
 from laconic.shapes import Float
@@ -34,7 +35,7 @@ class Mixer(Reducer):
                 "the count, so use the image size and the schedule that it was built with (no keep-rate warm-in), or, for "
                 "images of any size, schedule=Schedule.leaving({block: count})"
             )
-        matrix, features = self.matrix(tokens.patches.to(next(self.parameters()).dtype), tokens)
+        matrix, features = self.matrix(in_dtype_of(self, tokens.patches), tokens)
         x = torch.cat([tokens.x[:, : tokens.prefix], features.to(tokens.x.dtype)], 1)
         return tokens.replace(x=x).mix(matrix)
 
