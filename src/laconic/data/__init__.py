@@ -2,9 +2,10 @@
 
 from laconic.data.opening import find_data, open_images
 from laconic.data.order import Order
-from laconic.data.pictures import ImageSet, Part, Unreadable, decode
+from laconic.data.pictures import ImageSet, Part, decode
 from laconic.data.prepared import Prepared, seeded
 from laconic.data.report import Report, count_read
+from laconic.data.sizes import Unreadable
 
 __all__ = [
     "ImageSet",

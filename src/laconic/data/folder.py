@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from laconic.data.pictures import ImageSet, Unreadable, decode
+from laconic.data.pictures import ImageSet, decode
+from laconic.data.sizes import Unreadable, read_bytes
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "evaluation"), "test": ("test",)}
@@ -115,7 +116,7 @@ class FolderImages(ImageSet):
 
     def load(self, i: int) -> Any:
         try:
-            data = (self.folder / self.files[i]).read_bytes()
+            data = read_bytes(self.folder / self.files[i], self.name(i))
         except OSError as error:
             raise Unreadable(self.name(i), f"its file cannot be read: {error.strerror or error}") from error
         return decode(data, self.name(i))

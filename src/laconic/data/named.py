@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from laconic.data.folder import SPLITS, plain_split
-from laconic.data.pictures import ImageSet, Unreadable, decode
+from laconic.data.pictures import ImageSet, decode
+from laconic.data.sizes import Unreadable, check_bytes, check_size, strict, too_large
 from laconic.extras import missing, need
 
 STREAMS = ("wds", "hfids", "tfds")
@@ -58,7 +60,10 @@ class HubImages(ImageSet):
         try:
             file, label = self.reader[i]
             with file:
-                data = file.read()
+                size = file.seek(0, io.SEEK_END)  # 0 for a device
+                check_bytes(self.name(i), size)
+                file.seek(0)
+                data = file.read(size)
         except (OSError, AssertionError) as error:
             raise Unreadable(self.name(i), f"its data cannot be read: {error}") from error
         return decode(data, self.name(i)), self._check(label, i)
@@ -110,14 +115,20 @@ class TorchImages(ImageSet):
         return self[i][0]
 
     def label(self, i: int) -> int:
-        return int(self.images[i][1] if self.targets is None else self.targets[i])
+        return self[i][1] if self.targets is None else int(self.targets[i])
 
     def name(self, i: int) -> str:
         return f"{self.title} {i}"
 
     def __getitem__(self, i: int) -> tuple[Any, int]:
+        from PIL import Image
+
         try:
-            image, label = self.images[i]
+            with strict():
+                image, label = self.images[i]
+            check_size(self.name(i), image)
             return image.convert("RGB"), int(label)
+        except Image.DecompressionBombError as error:
+            raise too_large(self.name(i), error) from error
         except (OSError, SyntaxError) as error:
             raise Unreadable(self.name(i), str(error)) from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
@@ -11,21 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from laconic.data.sizes import Unreadable, check_size, strict, too_large
+
 UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> number of the Pillow transposition that undoes it
 ORIENTATION = 0x0112  # the EXIF tag
 LARGEST_16 = 65535
+BAND = 2**22  # pixels that are worked on at a time, where that takes memory
 ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
-
-
-class Unreadable(ValueError):
-    """An image that cannot be read: its ``name`` and the ``reason``."""
-
-    def __init__(self, name: str, reason: str) -> None:
-        super().__init__(name, reason)  # both, so that it crosses process borders
-        self.name, self.reason = name, reason
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.reason}"
 
 
 class ImageSet(ABC):
@@ -108,31 +99,31 @@ def decode(data: bytes, name: str) -> Any:
     are scaled by their largest value. Of several frames it is the first.
 
     Raises:
-        Unreadable: the data is cut off or damaged, as far as its format can tell, or it is no image.
+        Unreadable: the data is cut off or damaged, as far as its format can tell, or it is no image; or it has no pixels, or
+            more than `laconic.limits` allows (they are not decoded).
     """
-    from PIL import Image, ImageFile, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     if not data:
         raise Unreadable(name, "the file is empty")
     if data[:2] == b"\xff\xd8" and not _has_end(data):
         raise Unreadable(name, "the JPEG data is cut off: it has no end marker")
-    lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False  # others set it, and get half images
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # damaged EXIF data and the like: no damage to the picture
-            with Image.open(io.BytesIO(data)) as image:
-                image.load()
-                return _to_rgb(_upright(image))
+        with strict(), Image.open(io.BytesIO(data)) as image:
+            check_size(name, image)
+            image.load()
+            check_size(name, image)  # an icon holds several
+            return _to_rgb(_upright(image))
     except Unreadable as error:
         raise Unreadable(name, error.reason) from error
     except UnidentifiedImageError as error:
         raise Unreadable(name, "it is no image that Pillow knows") from error
+    except Image.DecompressionBombError as error:
+        raise too_large(name, error) from error
     except MemoryError:
         raise
     except Exception as error:  # whatever a damaged file makes the decoders raise: OSError, SyntaxError, struct.error ...
         raise Unreadable(name, " ".join(str(error).split()) or type(error).__name__) from error
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
 
 
 def _has_end(data: bytes) -> bool:
@@ -168,22 +159,38 @@ def _to_rgb(image: Any) -> Any:
     if image.mode == "RGB":
         return image.copy()  # of a class of its own, without the file behind it
     if image.mode == "F" or image.mode.startswith("I"):
-        return Image.fromarray(_to_bytes(np.asarray(image))).convert("RGB")
-    if image.mode in ALPHA or "transparency" in image.info:
-        clear = image.convert("RGBA")
+        return Image.fromarray(_to_bytes(image)).convert("RGB")
+    if image.mode not in ALPHA and "transparency" not in image.info:
+        return image.convert("RGB")
+    out = Image.new("RGB", image.size)
+    for band in _bands(image.size):
+        clear = image.crop(band).convert("RGBA")
         white = Image.new("RGBA", clear.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, clear).convert("RGB")
-    return image.convert("RGB")
+        out.paste(Image.alpha_composite(white, clear).convert("RGB"), band[:2])
+    return out
 
 
-def _to_bytes(grey: NDArray[Any]) -> NDArray[np.uint8]:
-    """Grey [H, W] of 16 or 32 bits or floats in 8 bits. Pillow itself makes white of all that is above 255."""
-    values = grey.astype(np.float64)
-    if not np.isfinite(values).all():
-        raise Unreadable("", "there are pixels in it that are not finite")
-    top = values.max(initial=0)
-    if grey.dtype.kind == "f":
+def _bands(size: tuple[int, int]) -> list[tuple[int, int, int, int]]:
+    """Boxes of whole rows, each of about ``BAND`` pixels."""
+    width, height = size
+    rows = max(1, BAND // width)
+    return [(0, top, width, min(height, top + rows)) for top in range(0, height, rows)]
+
+
+def _to_bytes(image: Any) -> NDArray[np.uint8]:
+    """A grey image of 16 or 32 bits or floats as [H, W] of 8 bits. Pillow itself makes white of all that is above 255."""
+    bands, top = _bands(image.size), 0.0
+    for band in bands:
+        values = np.asarray(image.crop(band))
+        if not np.isfinite(values).all():
+            raise Unreadable("", "there are pixels in it that are not finite")
+        top = max(top, float(values.max()))
+    if image.mode == "F":
         full = 1.0 if top <= 1 else 255.0 if top <= 255 else top
     else:
         full = LARGEST_16 if top <= LARGEST_16 else top
-    return (values.clip(0) * (255 / full) + 0.5).astype(np.uint8)
+    out = np.empty(image.size[::-1], np.uint8)
+    for band in bands:
+        values = np.asarray(image.crop(band)).astype(np.float64)
+        out[band[1] : band[3]] = values.clip(0) * (255 / full) + 0.5
+    return out

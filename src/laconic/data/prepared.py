@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from laconic.data.pictures import ImageSet, Unreadable
+from laconic.data.pictures import ImageSet
+from laconic.data.sizes import Unreadable, check_resize
 
 Key = tuple[int, int, int]  # epoch, copy, index
 Item = tuple[Tensor, int, int, int]
@@ -65,16 +66,21 @@ class Prepared(Dataset[Item]):
         with seeded(self.seed, epoch, index, copy):
             return self.transform(image), label, found, failed
 
+    def _one(self, index: int) -> tuple[Any, int]:
+        image, label = self.images[index]
+        check_resize(self.images.name(index), image, self.transform)
+        return image, label
+
     def _read(self, index: int) -> tuple[Any, int, int, int]:
         try:
-            return *self.images[index], index, -1
+            return *self._one(index), index, -1
         except Unreadable as error:
             first = error
         label = self.images.label(index)
         for step in range(1, min(len(self.images), PATIENCE)):
             other = (index + step) % len(self.images)
             try:
-                image, its_label = self.images[other]
+                image, its_label = self._one(other)
             except Unreadable:
                 continue
             return (image, its_label, other, index) if self.replace else (image, label, index, index)
@@ -88,7 +94,7 @@ class Prepared(Dataset[Item]):
     def failure(self, index: int) -> Unreadable:
         """Why image ``index``, which failed in a worker, cannot be read; it is read once more to find out."""
         try:
-            self.images.load(index)
+            self._one(index)
         except Unreadable as error:
             return error
         return Unreadable(self.images.name(index), "it could not be read at first, and later it could")

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from laconic.data.pictures import ImageSet, Unreadable
+from laconic.data.pictures import ImageSet
+from laconic.data.sizes import Unreadable
 
 SHOWN = 5  # names that a sentence lists
 

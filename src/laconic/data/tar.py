@@ -15,7 +15,10 @@ from typing import Any
 
 from laconic.data.folder import EXTENSIONS, is_hidden, natural, plain_split, split_folder
 from laconic.data.folder import SPLITS as NAMES
-from laconic.data.pictures import ImageSet, Unreadable, decode
+from laconic.data.pictures import ImageSet, decode
+from laconic.data.sizes import Unreadable, check_bytes
+
+DEEPEST = 8  # tars within tars
 
 
 @dataclass(frozen=True)
@@ -37,27 +40,50 @@ def members(tar: Path, inside: str) -> list[Member]:
     """What is in a tar, and in tars in it, as if it were unpacked in a folder called ``inside``.
 
     Raises:
-        ValueError: it is no tar file, or cut off.
+        ValueError: it is no tar file, or cut off; or it holds images as sparse files, or tars within tars without end.
     """
     try:
         with open(tar, "rb") as file:
-            return list(_members(file, tar, inside, 0))
+            return list(_members(file, tar, inside))
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(
             f"{tar} cannot be read as a tar file: {error}; it must be a whole .tar that is not compressed"
         ) from error
 
 
-def _members(file: Any, tar: Path, inside: str, start: int) -> Iterator[Member]:
-    with tarfile.open(fileobj=file, mode="r:") as opened:
+class _Bounded:
+    """A file that is never asked for more than it has: a header of a tar may claim any length, which would be allocated."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.length = file, file.seek(0, os.SEEK_END)
+        file.seek(0)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self.length - self.file.tell())
+        data: bytes = self.file.read(left if size < 0 else min(size, left))
+        return data
+
+
+def _members(file: Any, tar: Path, inside: str, start: int = 0, depth: int = 0) -> Iterator[Member]:
+    if depth > DEEPEST:
+        raise ValueError(f"{tar} holds tars within tars, more than {DEEPEST} deep; unpack the inner ones")
+    bounded: Any = _Bounded(file)
+    with tarfile.open(fileobj=bounded, mode="r:") as opened:
         for info in opened:
             path = os.path.normpath(os.path.join(inside, info.name))
+            if info.issparse() and info.name.lower().endswith((".tar", *EXTENSIONS)):
+                raise ValueError(
+                    f"{tar} holds {info.name} as a sparse file, whose bytes are not all there; write it without them"
+                )
             if info.isdir():
                 yield Member(tar, path, 0, -1)
             elif info.isfile() and info.name.lower().endswith(".tar"):
                 inner = opened.extractfile(info)
                 if inner is not None:
-                    yield from _members(inner, tar, os.path.splitext(path)[0], start + info.offset_data)
+                    yield from _members(inner, tar, os.path.splitext(path)[0], start + info.offset_data, depth + 1)
             elif info.isfile():
                 yield Member(tar, path, start + info.offset_data, info.size)
 
@@ -119,6 +145,7 @@ class TarImages(ImageSet):
 
     def load(self, i: int) -> Any:
         member = self.images[i]
+        check_bytes(self.name(i), member.size)
         try:
             with open(member.tar, "rb") as file:
                 file.seek(member.start)

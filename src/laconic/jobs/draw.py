@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from laconic import limits
 from laconic.jobs.output import Refusal, write_atomically
 from laconic.ledger import Provenance
 
@@ -153,7 +154,7 @@ def save_sheet(path: Path, rows: Sequence[Sequence[np.ndarray]], titles: Sequenc
     """Write pictures as a sheet of rows, titles over the first row, as PNG.
 
     Raises:
-        Refusal: matplotlib is not there, or the file cannot be written.
+        Refusal: matplotlib is not there, the sheet is too large, or the file cannot be written.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -162,6 +163,11 @@ def save_sheet(path: Path, rows: Sequence[Sequence[np.ndarray]], titles: Sequenc
         raise Refusal('drawing needs matplotlib: pip install "laconic[demo]"') from error
     (height, width), top, bottom, gap = rows[0][0].shape[:2], 54, 20, 8  # pixels
     across, down = len(titles) * (width + gap) + gap, len(rows) * (height + gap) + top + bottom
+    if max(across, down) >= 2**16 or across * down > limits.PIXELS * limits.factor():
+        raise Refusal(
+            f"{path} would have {across:,} x {down:,} pixels, more than a picture may have; reduce at fewer blocks, or draw "
+            "fewer images or methods at a time"
+        )
     figure = Figure(figsize=(across / DPI, down / DPI), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
     for i, row in enumerate(rows):

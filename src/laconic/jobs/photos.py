@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from laconic.data import Unreadable, decode
+from laconic.data.sizes import check_resize, read_bytes
 from laconic.jobs.output import Refusal
 
 SHIPPED = {  # what scikit-image ships in its wheel and everybody may use: file -> what it is, and who gave it away
@@ -26,7 +28,7 @@ class Photo:
     """An image as a model sees it: ``pixels`` for the model, and the same crop as a picture."""
 
     name: str  # of its file, or in its set
-    image: Any  # of PIL, whole
+    image: Any  # of PIL, whole, where it was read from a file
     pixels: Tensor  # [3, H, W], normalised
     picture: np.ndarray  # [H, W, 3] in [0, 1]
 
@@ -59,26 +61,33 @@ def read(path: Path, model: nn.Module) -> Photo:
     """An image file, resized, cropped and normalised as timm says this model wants it.
 
     Raises:
-        Refusal: there is no such file, or it is not an image.
+        Refusal: there is no such file, it is not an image, or one too large (see `laconic.limits`).
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import UnidentifiedImageError
 
     try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-    except UnidentifiedImageError as error:
-        raise Refusal(f"{path} is not an image that Pillow can read; give a PNG or JPEG file") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise Refusal(f"{path} cannot be read as an image: {getattr(error, 'strerror', None) or error}") from error
-    return prepare(path.name, image, model)
+        image = decode(read_bytes(path, path.name), path.name)
+        return replace(prepare(path.name, image, model), image=image)
+    except OSError as error:
+        raise Refusal(f"{path} cannot be read as an image: {error.strerror or error}") from error
+    except Unreadable as error:
+        if isinstance(error.__cause__, UnidentifiedImageError):
+            raise Refusal(f"{path} is not an image that Pillow can read; give a PNG or JPEG file") from error
+        raise Refusal(f"{path} cannot be read as an image: {error.reason}") from error
 
 
 def prepare(name: str, image: Any, model: nn.Module) -> Photo:
-    """An image of PIL, resized, cropped and normalised as timm says this model wants it."""
+    """An image of PIL, resized, cropped and normalised as timm says this model wants it.
+
+    Raises:
+        Unreadable: it would be resized to a picture too large (see `laconic.limits`).
+    """
     from timm.data.config import resolve_model_data_config
     from timm.data.transforms_factory import create_transform
 
     config: dict[str, Any] = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
-    pixels: Tensor = create_transform(**config, is_training=False)(image)
+    transform: Any = create_transform(**config, is_training=False)
+    check_resize(name, image, transform)
+    pixels: Tensor = transform(image)
     mean, std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("mean", "std"))
-    return Photo(name, image, pixels, (pixels * std + mean).clamp(0, 1).permute(1, 2, 0).numpy())
+    return Photo(name, None, pixels, (pixels * std + mean).clamp(0, 1).permute(1, 2, 0).numpy())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ def show(
     if not images:
         raise Refusal("give at least one image file, e.g. laconic show photo.jpg --method bat")
     base, line, remark = _open(model, weights)
-    read = [photos.read(path, base) for path in images]
+    read = [replace(photos.read(path, base), image=None) for path in images]  # only the crops are drawn
     saved = find_compression(base)
     if saved is not None:
         if method or keep or options:
