@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from laconic import rebuild_transformers
+from laconic import limits, rebuild_transformers
 from laconic.arguments import check_rows, fill
 from laconic.attach import reduce_, restore_
 from laconic.compression import find_compression
@@ -26,6 +27,7 @@ from laconic.parts import as_in_0_1
 from laconic.rebuild import build, describe_model, mismatch
 from laconic.reducer import Method, resolve
 from laconic.schedule import Schedule
+from laconic.trial import build_within, check_reducers
 from laconic.values import is_whole, parsed, shown
 
 WEIGHTS, RECORD, FORMAT = "model.safetensors", "laconic.json", 1
@@ -95,8 +97,8 @@ def load(directory: Place, *, model: nn.Module | None = None, device: str | torc
     Raises:
         FileNotFoundError, NotADirectoryError: no such directory, or a file is missing in it.
         LookupError: an unknown method.
-        ValueError: a file is damaged or of a newer format, the model cannot be built without ``model``, or the weights do
-            not fit. A given ``model`` is then as it was.
+        ValueError: a file is damaged or of a newer format, the model cannot be built without ``model``, it takes far more
+            memory than its weights (see `laconic.limits`), or the weights do not fit. A given ``model`` is then as it was.
     """
     directory = _existing(directory)
     record = _read_record(directory / RECORD)
@@ -104,7 +106,9 @@ def load(directory: Place, *, model: nn.Module | None = None, device: str | torc
     schedule = as_in_0_1(config, schedule)
     how: dict[str, Any] = {name: record.get(name) for name in ("restore", "rows")}
     weights = read_safetensors(directory / WEIGHTS)
+    held, source = limits.check_file(directory / WEIGHTS), str(directory / RECORD)
     if model is not None:
+        check_reducers(model, config, schedule, source, held, len(weights))
         reduce_(model, config, schedule=schedule, **how)
         try:
             load_strictly(unwrapped(model), weights, str(directory))
@@ -112,7 +116,9 @@ def load(directory: Place, *, model: nn.Module | None = None, device: str | torc
             restore_(model)
             raise
         return model.eval()
-    model = reduce_(_build(directory / RECORD, record["model"]), config, schedule=schedule, **how)
+    build_on = partial(_build, directory / RECORD, record["model"])
+    model = build_within(build_on, source, held, len(weights), (config, schedule))
+    reduce_(model, config, schedule=schedule, **how)
     dtypes = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
     if len(dtypes) == 1:
         model.to(dtypes.pop())
@@ -124,11 +130,14 @@ def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], source: str, 
     """Load weights if all of them fit, and none if one does not.
 
     Raises:
-        ValueError: tensors are missing, unexpected or of another shape; they are listed, then ``advice`` follows.
+        ValueError: tensors are missing, unexpected or of another shape (they are listed, then ``advice`` follows), or one is
+            of another kind (see `laconic.limits.check_kinds`).
     """
-    difference = mismatch(model.state_dict(), weights, "the file", "the model")
+    own = model.state_dict()
+    difference = mismatch(own, weights, "the file", "the model")
     if difference:
         raise ValueError(f"{source} does not fit this {type(model).__name__}; nothing was loaded.\n{difference}{advice}")
+    limits.check_kinds(own, weights, source)
     model.load_state_dict(weights, strict=True)
 
 
@@ -176,7 +185,9 @@ def _read_record(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, so {path.parent} is not a directory that laconic.save has finished")
     try:
-        record = parsed(json.loads, path.read_text(encoding="utf-8"))
+        record = parsed(lambda _: limits.read_json(path), "")
+    except limits.TooLarge:
+        raise
     except ValueError as error:  # not JSON, or not even text
         raise ValueError(f"{path} is damaged ({error}); copy or download it again, or save the model again") from error
     found = record.get("format") if isinstance(record, dict) else None
@@ -194,6 +205,9 @@ def _read_record(path: Path) -> dict[str, Any]:
         check_rows(record.get("rows"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    options = record["method"].get("options", {})
+    sizes = {name: value for name, value in options.items() if name != "seed"} if isinstance(options, dict) else {}
+    limits.check_numbers({"model": record["model"], "options": sizes, "schedule": record["schedule"]}, str(path))
     return record
 
 
@@ -213,10 +227,12 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value  # options are never lists
 
 
-def _build(path: Path, record: dict[str, Any]) -> nn.Module:
+def _build(path: Path, record: dict[str, Any], device: str) -> nn.Module:
     if record.get("library") == rebuild_transformers.LIBRARY:
         try:
-            return rebuild_transformers.build(record, "cpu")
+            return rebuild_transformers.build(record, device)
+        except limits.TooLarge:
+            raise
         except ValueError as error:
             raise ValueError(f"{path}: {error}; or give a model to fill: laconic.load(directory, model=your_model)") from error
     if record.get("library") != "timm":
@@ -225,6 +241,8 @@ def _build(path: Path, record: dict[str, Any]) -> nn.Module:
             "and have it filled: laconic.load(directory, model=your_model)"
         )
     try:
-        return build(record["architecture"], record.get("tag") or "", record["args"], "cpu")
+        return build(record["architecture"], record.get("tag") or "", record["args"], device)
+    except limits.TooLarge:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: {error}; or give the model to fill: laconic.load(directory, model=your_model)") from error

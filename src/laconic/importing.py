@@ -12,6 +12,7 @@ import math
 import re
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +20,34 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from laconic import limits
 from laconic.attach import reduce_, restore_
 from laconic.checkpoints import Place, load_strictly, read_safetensors
 from laconic.compression import Compression, compression_of
 from laconic.rebuild import build
 from laconic.reducer import Method, resolve
 from laconic.schedule import Schedule
+from laconic.trial import build_within
 
 EVIT = "2202.07800"  # the arXiv number of methods that the arguments in an EViT file apply to
 DEIT = {192: "deit_tiny", 384: "deit_small", 768: "deit_base"}  # by width
+LONGEST = 1000  # characters of a list of blocks in the training arguments
 _scalar: Any = np.float64(0).__reduce__()[0]
+
+
+def _number(dtype: Any, data: bytes) -> Any:
+    """A numpy scalar of a file; one that is no number could be of any size."""
+    if not isinstance(dtype, np.dtype) or dtype.kind not in "biuf":
+        raise ValueError(f"it holds a numpy scalar of {dtype}, where a number was expected")
+    return _scalar(dtype, data)
+
+
 SAFE: list[Any] = [  # beside what torch itself lets through: training arguments, and accuracies that are numpy scalars
     Namespace,
     np.dtype,
     *{type(np.dtype(kind)) for kind in "?bhilqBHILQefd"},
-    (_scalar, "numpy.core.multiarray.scalar"),
-    (_scalar, "numpy._core.multiarray.scalar"),
+    (_number, "numpy.core.multiarray.scalar"),
+    (_number, "numpy._core.multiarray.scalar"),
 ]
 
 
@@ -66,13 +79,15 @@ def import_checkpoint(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is damaged, is not a checkpoint or holds other objects than tensors; or a tensor is missing,
-            unexpected or of another shape (they are listed). A given ``model`` is then as it was.
+        ValueError: the file is damaged, is not a checkpoint or holds other objects than tensors; a tensor is missing,
+            unexpected or of another shape (they are listed); or the tensors, or the model they call for, take far more
+            memory than the file (see `laconic.limits`). A given ``model`` is then as it was.
         TypeError, LookupError: as `laconic.reduce_`.
     """
     config = resolve(method, options)
-    content, source = (path_or_dict, "the given dict") if isinstance(path_or_dict, Mapping) else _read(Path(path_or_dict))
+    content, source, held = _content(path_or_dict)
     weights = _unwrap(content, source, ema)
+    held = limits.check_tensors(weights, source, held)
     if config.row.paper == EVIT:
         said = _said_by_evit(content.get("args"), source)
         if "fuse" in said and isinstance(method, str) and hasattr(config, "fuse") and "fuse" not in options:
@@ -80,7 +95,11 @@ def import_checkpoint(
         if schedule is None:
             keep, at = said.get("keep") if keep is None else keep, said.get("at") if at is None else at
     model = reduce_(
-        _deit(weights, source, config.official_model) if model is None else model, config, keep=keep, at=at, schedule=schedule
+        _deit(weights, source, config.official_model, held) if model is None else model,
+        config,
+        keep=keep,
+        at=at,
+        schedule=schedule,
     )
     compression = compression_of(model)
     try:
@@ -92,17 +111,26 @@ def import_checkpoint(
     return model.eval()
 
 
-def _read(path: Path) -> tuple[Any, str]:
+def _content(place: Place | Mapping[str, Any]) -> tuple[Any, str, int | None]:
+    """What a file or a dict holds, what to call it, and the bytes of the file."""
+    if isinstance(place, Mapping):
+        return place, "the given dict", None
+    path = Path(place)
+    return _read(path), str(path), limits.check_file(path)
+
+
+def _read(path: Path) -> Any:
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}; download it first, from where the authors of the method point to")
     if path.is_dir():
         raise ValueError(f"{path} is a directory; what laconic.save wrote is read by laconic.load")
+    limits.check_file(path)
     if path.suffix == ".safetensors":
-        return read_safetensors(path), str(path)
+        return read_safetensors(path)
     with path.open("rb") as file:
         try:
             with torch.serialization.safe_globals(SAFE):
-                return torch.load(file, map_location="cpu", weights_only=True), str(path)
+                return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a parser makes of bytes that are not a checkpoint
             raise ValueError(f"{path} {_fault(error, path.suffix)}") from error
 
@@ -149,12 +177,22 @@ def _said_by_evit(args: Any, source: str) -> dict[str, Any]:
         if args.get("fuse_token") is not None:
             said["fuse"] = bool(args["fuse_token"])
         if args.get("drop_loc") is not None:
-            blocks = ast.literal_eval(args["drop_loc"]) if isinstance(args["drop_loc"], str) else args["drop_loc"]
-            said["at"] = (blocks,) if isinstance(blocks, int) else tuple(blocks)
-    except (ValueError, TypeError, SyntaxError) as error:
-        shown = {name: args.get(name) for name in ("base_keep_rate", "fuse_token", "drop_loc")}
+            said["at"] = _blocks(args["drop_loc"])
+    except (ValueError, TypeError, SyntaxError, ArithmeticError, RuntimeError) as error:
+        shown = {name: str(args.get(name))[:LONGEST] for name in ("base_keep_rate", "fuse_token", "drop_loc")}
         raise ValueError(f"the training arguments in {source} are not EViT's ({shown}: {error}); pass keep= and at=") from error
     return said
+
+
+def _blocks(said: Any) -> tuple[int, ...]:
+    if isinstance(said, str):
+        if len(said) > LONGEST:
+            raise ValueError(f"drop_loc is a text of {len(said):,} characters")
+        said = ast.literal_eval(said)
+    blocks = tuple(said) if isinstance(said, list | tuple) else (said,)
+    if not all(isinstance(block, int) for block in blocks):
+        raise TypeError("drop_loc is no list of blocks")
+    return blocks
 
 
 def _advice(weights: Mapping[str, Tensor], compression: Compression) -> str:
@@ -169,7 +207,7 @@ def _advice(weights: Mapping[str, Tensor], compression: Compression) -> str:
     return "\nIf the file is of another architecture or input size, build that model and pass it as model=."
 
 
-def _deit(weights: Mapping[str, Tensor], source: str, more: Mapping[str, Any]) -> nn.Module:
+def _deit(weights: Mapping[str, Tensor], source: str, more: Mapping[str, Any], held: int) -> nn.Module:
     """The DeiT that the shapes call for; what else is in the weights shows when they are loaded."""
     shape, distilled = list(weights["pos_embed"].shape) if "pos_embed" in weights else [], "dist_token" in weights
     _, length, width = shape if len(shape) == 3 else (0, 0, 0)
@@ -181,5 +219,7 @@ def _deit(weights: Mapping[str, Tensor], source: str, more: Mapping[str, Any]) -
         )
     patch, head = weights.get("patch_embed.proj.weight"), weights.get("head.weight")
     channels = patch.shape[1] if patch is not None and tuple(patch.shape[2:]) == (16, 16) else 3
-    args = {"img_size": 16 * side, "num_classes": 0 if head is None else len(head), "in_chans": channels, **more}
-    return build(f"{DEIT[width]}{'_distilled' * distilled}_patch16_224", "", args, "cpu")
+    classes = head.shape[0] if head is not None and head.dim() == 2 else 0
+    args = {"img_size": 16 * side, "num_classes": classes, "in_chans": channels, **more}
+    name = f"{DEIT[width]}{'_distilled' * distilled}_patch16_224"
+    return build_within(partial(build, name, "", args), source, held, len(weights))

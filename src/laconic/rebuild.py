@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from laconic.compression import Compression
 from laconic.extras import need
 from laconic.hosts import path_of, plain_type
+from laconic.limits import TooLarge
 
 LISTED = 10  # names listed of each kind of difference
 REFUSED = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "scriptable"}
@@ -97,13 +98,15 @@ def build(architecture: str, tag: str, args: Mapping[str, Any], device: str) -> 
             "timm, or give the model to fill: laconic.load(directory, model=your_model)"
         )
     try:
-        with torch.device(device), _NothingToFill():
+        with torch.device(device), NothingToFill():
             return timm.create_model(f"{architecture}.{tag}" if tag else architecture, pretrained=False, **args)
+    except TooLarge:
+        raise
     except Exception as error:  # whatever timm makes of arguments it does not take
         raise ValueError(f"timm {timm.__version__} cannot build {architecture!r} with {_shown(args)}: {error}") from error
 
 
-class _NothingToFill(TorchFunctionMode):
+class NothingToFill(TorchFunctionMode):
     """Passes over the initialisation of meta tensors, which have no values but take long over it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

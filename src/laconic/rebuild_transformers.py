@@ -12,14 +12,17 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from laconic import limits
 from laconic.compression import Compression
 from laconic.extras import need
 from laconic.hosts import path_of
+from laconic.limits import TooLarge, read_json
 from laconic.rebuild import compare
 
 LIBRARY = "transformers"
@@ -75,6 +78,8 @@ def build(record: Mapping[str, Any], device: str) -> Any:
         config = cls.config_class.from_dict(record["config"])
         with torch.device(device):
             model: Any = cls(config, **record["args"])
+    except TooLarge:
+        raise
     except Exception as error:  # whatever this version makes of a config of another
         raise ValueError(f"transformers {version} cannot build {path}: {error}") from error
     return model
@@ -98,9 +103,21 @@ def from_directory(directory: str) -> Any:
     """
     library = need("transformers", "transformers")
     try:
+        limits.check_numbers(read_json(Path(directory, "config.json")), directory)
         config = library.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         (name,) = config.architectures or ("AutoModel",)
+        _check_size(getattr(library, name), config, directory)
         model: Any = getattr(library, name).from_pretrained(directory, local_files_only=True)
+    except TooLarge:
+        raise
     except Exception as error:  # there are many ways to be no such directory
         raise ValueError(f"transformers {library.__version__} cannot load {directory}: {error}") from error
     return model.eval()
+
+
+def _check_size(cls: Any, config: Any, directory: str) -> None:
+    """Build a model without weights, within the limits that the files of weights in its directory set."""
+    files = [file for ending in (".safetensors", ".bin") for file in Path(directory).glob(f"*{ending}")]
+    held, tensors = sum(map(limits.check_file, files)), sum(map(limits.tensors_in, files))
+    with limits.building(directory, held, tensors), torch.device("meta"):
+        (cls.from_config if hasattr(cls, "from_config") else cls)(config)

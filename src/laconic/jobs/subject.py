@@ -20,7 +20,7 @@ from laconic.doctor import twin
 from laconic.jobs.evaluate import config_for
 from laconic.jobs.models import create, open_model
 from laconic.jobs.output import Refusal
-from laconic.jobs.weights import Loaded, load
+from laconic.jobs.weights import Loaded, fill, load
 
 GENERATED = ("scenes", "digits")  # data whose images have the size that is asked for
 
@@ -107,11 +107,9 @@ def _with_weights(name: str, path: Path | None, args: dict[str, Any], classes: i
         return Loaded(create(name, **args), line, True)
     if not path.is_file():
         raise Refusal(f"--weights {path}: there is no such file; give a .safetensors file or a checkpoint of torch")
-    from timm.models import load_checkpoint
-
     model = create(name, **{"num_classes": classes, **args})
     try:
-        load_checkpoint(model, str(path))
+        fill(model, path)
     except Exception as error:  # whatever a damaged file makes the readers of two libraries raise
         lines = str(error).splitlines() or [type(error).__name__]
         raise Refusal(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from laconic import limits
 from laconic.jobs.models import create
 from laconic.jobs.output import Refusal
 
@@ -68,17 +69,34 @@ def _random(model: nn.Module, reason: str) -> Loaded:
 
 
 def _from_file(name: str, path: Path, options: dict[str, Any]) -> nn.Module:
-    from timm.models import load_checkpoint
-
     model = create(name, **options)
     if not path.is_file():
         raise Refusal(f"--weights {path}: there is no such file; give a .safetensors file or a checkpoint of torch")
     try:
-        load_checkpoint(model, str(path))
+        fill(model, path)
     except Exception as error:  # whatever a damaged file makes the readers of two libraries raise
         lines = str(error).splitlines() or [type(error).__name__]
         raise Refusal(f"--weights {path} does not hold the weights of {name}: {' '.join(lines[:2]).strip()}") from error
     return model
+
+
+def fill(model: nn.Module, path: Path) -> None:
+    """Fill a timm model with the weights of a file, as timm reads it.
+
+    Raises:
+        Exception: whatever a damaged file makes the readers of two libraries raise; ValueError: it claims far more than it
+            holds (see `laconic.limits`), or its tensors are not weights.
+    """
+    from timm.models import load_checkpoint, load_state_dict
+
+    held = limits.check_file(path)
+    if path.suffix.lower() in (".npz", ".npy"):
+        load_checkpoint(model, str(path))
+        return
+    weights = load_state_dict(str(path), weights_only=True)
+    limits.check_tensors(weights, str(path), held)
+    limits.check_kinds(model.state_dict(), weights, str(path))
+    model.load_state_dict(weights)
 
 
 def _cached(cfg: dict[str, Any]) -> Path | None:

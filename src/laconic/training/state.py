@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from laconic import limits
 from laconic.compression import find_compression
 from laconic.jobs.output import Refusal, json_lines, write_atomically
 from laconic.recipe import Recipe
@@ -48,6 +49,7 @@ def load_checkpoint(folder: Path, recipe: Recipe) -> tuple[Progress, dict[str, A
     if not path.is_file():
         raise Refusal(f"--resume: {folder} holds no {CHECKPOINT}; start the run without --resume")
     try:
+        limits.check_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
         made, states = json.loads(content["recipe"]), content["states"]
         progress = Progress(content["step"], content["best"])
