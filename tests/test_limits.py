@@ -31,6 +31,8 @@ from laconic.importing import import_checkpoint
 from laconic.jobs import draw, photos
 from laconic.jobs.output import Refusal
 from laconic.jobs.weights import fill
+from laconic.rebuild import build
+from laconic.trial import check_input
 
 TINY = "vit_tiny_patch16_224"
 
@@ -419,6 +421,10 @@ def test_archives_that_unpack_to_far_more_than_they_are(tmp_path, monkeypatch):
     ):
         with pytest.raises(ValueError, match=r"a\.pth is an archive of 0\.. MiB that unpacks to 6.* LACONIC_LIMITS=\d+"):
             read()
+    data = (tmp_path / "a.pth").read_bytes()
+    (tmp_path / "b.pth").write_bytes(data[:-30] + b"?" * 30)  # its list of members cannot be found
+    with pytest.raises(ValueError, match=r"b\.pth is damaged"):
+        import_checkpoint(tmp_path / "b.pth", "evit", keep=0.7)
     np.savez_compressed(tmp_path / "a.npz", kernel=np.zeros(2**24, np.float32))
     with pytest.raises(ValueError, match="is an archive"):
         fill(make("plain"), tmp_path / "a.npz")
@@ -567,6 +573,42 @@ def test_models_of_transformers(tmp_path):
         (tmp_path / "c" / "config.json").write_text(json.dumps(config))
         with pytest.raises(limits.TooLarge, match="LACONIC_LIMITS"):
             from_directory(str(tmp_path / "c"))
+
+
+def test_models_of_transformers_without_a_table_of_positions(tmp_path):
+    library = pytest.importorskip("transformers")
+    from laconic.rebuild_transformers import from_directory
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    library.DINOv3ViTModel(library.DINOv3ViTConfig(**sizes)).save_pretrained(tmp_path)
+    from_directory(str(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text()) | {"image_size": 10**6}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(limits.TooLarge, match="for images of 1,000,000,000,000 pixels"):
+        from_directory(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("deit_tiny_patch16_224", {"img_size": 1024}),
+        ("deit_small_patch16_224", {"img_size": 1024}),
+        ("vit_large_patch16_384", {"img_size": 1024}),
+        ("beit_large_patch16_512", {}),
+        ("eva02_large_patch14_448", {}),
+        ("pvt_tiny", {"img_size": 1024}),
+        ("cvt_13", {"img_size": 384}),
+        ("lvvit_medium", {"img_size": 448}),
+    ],
+)
+def test_genuine_models_are_within_the_limits(name, args):
+    import laconic.models  # noqa: F401
+
+    weights = build(name, "", args, "meta").state_dict()
+    held = sum(tensor.numel() * 2 for tensor in weights.values())  # stored in half precision
+    with limits.building("x", held, len(weights)):
+        model = build(name, "", args, "meta")
+    check_input(model, "x", held)
 
 
 def test_weights_of_the_command_line(tmp_path, capsys):

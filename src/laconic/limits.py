@@ -62,7 +62,7 @@ def check(claim: str, found: int | float, limit: int | float, unit: str = "bytes
     if found > allowed:
         raise TooLarge(
             f"{claim} {_amount(found, unit)}, and the limit is {_amount(allowed, unit)}; if the file is genuine, set the "
-            f"environment variable {VARIABLE}={math.ceil(found / limit)}, a factor on all limits"
+            f"environment variable {VARIABLE}={math.ceil(found / limit)} or more, a factor on all limits"
         )
 
 
@@ -81,17 +81,22 @@ def check_file(path: Path) -> int:
 
     Raises:
         OSError: there is no such file.
-        ValueError: a device, a pipe or a directory; or an archive above the limit.
+        ValueError: a device, a pipe or a directory; an archive whose list of members is damaged, or above the limit.
     """
     facts = os.stat(path)
     if not stat.S_ISREG(facts.st_mode):
         raise ValueError(f"{path} is not a regular file; copy what it holds into one")
-    if zipfile.is_zipfile(path):
+    with path.open("rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"
+    if zipped or zipfile.is_zipfile(path):
         try:
             with zipfile.ZipFile(path) as archive:
                 unpacked = sum(info.file_size for info in archive.infolist())
-        except zipfile.BadZipFile:
-            return facts.st_size  # its reader says what is wrong with it
+        except (zipfile.BadZipFile, ValueError, NotImplementedError, OverflowError) as error:
+            raise ValueError(
+                f"{path} is damaged, cut short or not a checkpoint ({error}); compare its size with the original and download "
+                "it again"
+            ) from error
         check(f"{path} is an archive of {_amount(facts.st_size, 'bytes')} that unpacks to", unpacked, beside(facts.st_size))
     return facts.st_size
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -24,7 +25,9 @@ from laconic.extras import need
 from laconic.hosts import path_of
 from laconic.limits import TooLarge, read_json
 from laconic.rebuild import compare
+from laconic.trial import check_input
 
+LOG = logging.getLogger(__name__)
 LIBRARY = "transformers"
 CLASS = re.compile(r"transformers\.models(\.\w+)+\.modeling_\w+\.\w+")
 FLAGS: dict[str, Callable[[Any], bool]] = {
@@ -120,4 +123,10 @@ def _check_size(cls: Any, config: Any, directory: str) -> None:
     files = [file for ending in (".safetensors", ".bin") for file in Path(directory).glob(f"*{ending}")]
     held, tensors = sum(map(limits.check_file, files)), sum(map(limits.tensors_in, files))
     with limits.building(directory, held, tensors), torch.device("meta"):
-        (cls.from_config if hasattr(cls, "from_config") else cls)(config)
+        trial = (cls.from_config if hasattr(cls, "from_config") else cls)(config)
+    try:
+        check_input(trial, directory, held)
+    except TooLarge:
+        raise
+    except (TypeError, ValueError) as error:  # one that laconic does not reduce: reduce_ says so
+        LOG.debug("%s", error)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from laconic import limits
-from laconic.hosts import Host, find_host
+from laconic.hosts import find_host
 from laconic.rebuild import NothingToFill
 from laconic.reducer import Method
 from laconic.schedule import Schedule
@@ -39,8 +39,7 @@ def build_within(
     """
     with limits.building(source, held, tensors):
         trial = build("meta")
-    host, entry = find_host(trial)
-    _check_input(host, entry, source, held)
+    check_input(trial, source, held)
     if method is not None:
         check_reducers(trial, *method, source, held, tensors)
     return build("cpu")
@@ -60,12 +59,22 @@ def check_reducers(model: nn.Module, config: Method, schedule: Schedule, source:
             config.build(site)
 
 
-def _check_input(host: nn.Module, entry: Host, source: str, held: int) -> None:
-    """Refuse a model for images so large that the proof by one of them (`laconic.verify`) would take gigabytes."""
+def check_input(model: nn.Module, source: str, held: int) -> None:
+    """Refuse a model for images so large that the proof by one of them (`laconic.verify`) would take gigabytes.
+
+    In a model of several stages the keys of every stage are about as many as the patches of the last one.
+
+    Raises:
+        TooLarge: it is one of these.
+        TypeError, ValueError: it is no model that laconic knows.
+    """
+    host, entry = find_host(model)
     with _NoNoise():
         height, width = entry.example(host).shape[-2:]
     limits.check(f"{source} asks for a model for images of", height * width, limits.INPUT_PIXELS, "pixels")
-    most = max(4 * shape.heads * (shape.patches + shape.prefix) ** 2 for shape in entry.shapes(host))
+    shapes = entry.shapes(host)
+    keys = shapes[-1].patches + shapes[-1].prefix
+    most = max(4 * shape.heads * (shape.patches + shape.prefix) * keys for shape in shapes)
     allowed = limits.ATTENTION_TIMES * held + limits.ATTENTION_BYTES
     limits.check(f"{source} asks for a model whose attention weights take", most, allowed)
 
