@@ -28,7 +28,7 @@ from laconic.rebuild import build, describe_model, mismatch
 from laconic.reducer import Method, resolve
 from laconic.schedule import Schedule
 from laconic.trial import build_within, check_reducers
-from laconic.values import is_whole, parsed, shown
+from laconic.values import check_nesting, is_whole, shown
 
 WEIGHTS, RECORD, FORMAT = "model.safetensors", "laconic.json", 1
 Place = str | os.PathLike[str]
@@ -185,7 +185,8 @@ def _read_record(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, so {path.parent} is not a directory that laconic.save has finished")
     try:
-        record = parsed(lambda _: limits.read_json(path), "")
+        record = limits.read_json(path)
+        check_nesting(record)
     except limits.TooLarge:
         raise
     except ValueError as error:  # not JSON, or not even text
