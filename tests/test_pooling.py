@@ -30,16 +30,17 @@ both = pytest.mark.parametrize("pooled", BOTH)
 
 
 def tokens(patches=36, batch=2, channels=8):
-    return Tokens.start(torch.randn(batch, 1 + patches, channels), 1, True)
+    grid = (6, 6) if patches == 36 else None
+    return Tokens.start(torch.randn(batch, 1 + patches, channels), 1, True, grid=grid)
 
 
 def look(t):
     return Seen(*[t.x.unsqueeze(1)] * 3, None, 1.0, 1, True)
 
 
-def pool(config, t, n, grid=(6, 6), site=None):
+def pool(config, t, n, site=None):
     """(what is left, the reducer) of one reduction to n."""
-    site = site or Site(0, 1, t.x.shape[2], 2, 0.5, len(t), n, grid)
+    site = site or Site(0, 1, t.x.shape[2], 2, 0.5, len(t), n, t.grid or (6, 6))
     reducer = config.build(site)
     reducer.site = site
     return reducer.between(t, look(t), n), reducer
@@ -202,8 +203,8 @@ def test_the_highest_of_each_group():
 # ------------------------------------------------------------------------------------------------ on the grid
 @pytest.mark.parametrize(("grid", "n"), [((6, 6), 9), ((6, 6), 18), ((6, 6), 4), ((4, 8), 8), ((3, 5), 15), ((14, 14), 98)])
 def test_torch_pools_the_same_on_a_grid_that_is_tiled(grid, n):
-    t = tokens(grid[0] * grid[1])
-    left, _ = pool(SpatialPool(), t, n, grid)
+    t = tokens(grid[0] * grid[1]).replace(grid=grid)
+    left, _ = pool(SpatialPool(), t, n)
     image = t.patches.transpose(1, 2).unflatten(2, grid)
     expected = F.adaptive_avg_pool2d(image, tiling(grid, n)).flatten(2).transpose(1, 2)
     torch.testing.assert_close(left.patches, expected)
@@ -621,11 +622,38 @@ def test_options_are_checked(config, options, words):
 
 
 @pytest.mark.parametrize("config", [SpatialPool(), BAT(merger="spatial-pool", clusters=3, pairs=2)], ids=str)
-def test_the_grid_has_to_fit_the_image(config):
-    model = laconic.reduce_(make("plain", dynamic_img_size=True), config, keep=0.6, at=AT)
-    words = r"grid of 6 x 6 patches, and these images have 24; make the model for their size \(img_size="
-    with pytest.raises(ValueError, match=words):
-        forward(model, torch.randn(1, 3, 64, 96))
+def test_an_unknown_grid_is_refused(config):
+    t = tokens().replace(grid=None)
+    with pytest.raises(ValueError, match="the grid of these 36 patches is not known"):
+        pool(config, t, 19)
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (96, 64), (128, 48)])
+def test_images_of_another_shape_are_pooled_on_their_own_grid(shape):
+    grid, x = (shape[0] // 16, shape[1] // 16), torch.randn(2, 3, *shape)
+    model = laconic.reduce_(make("plain", dynamic_img_size=True), SpatialPool(), keep=0.6, at=AT[:1])
+    forward(model, x)
+    stage = laconic.provenance(model).final
+    assert stage.grid == grid
+    place = iota(stage.where)
+    expected, lead = cells(place, grid, stage.size.shape[1])
+    assert torch.equal(stage.where, expected)
+    assert torch.equal(stage.kept, lead)
+    assert not torch.equal(expected, cells(place, grid[::-1], stage.size.shape[1])[0])
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (96, 64)])
+def test_bat_pools_images_of_another_shape_on_their_own_grid(shape):
+    config, x = BAT(merger="spatial-pool", clusters=3, pairs=0), torch.randn(2, 3, *shape)
+    model = laconic.reduce_(make("plain", dynamic_img_size=True), config, keep=0.6, at=AT[:1])
+    forward(model, x)
+    stage = laconic.provenance(model).final
+    count = stage.size.shape[1]
+    for b in range(2):
+        alone = stage.kept[b, : count - 3]
+        rest = torch.tensor([[p for p in range(24) if p not in alone]])
+        expected, _ = cells(rest, (shape[0] // 16, shape[1] // 16), 3)
+        assert torch.equal(stage.where[b, rest[0]], expected[0] + count - 3)
 
 
 def test_runs():

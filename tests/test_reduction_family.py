@@ -55,8 +55,16 @@ def deit(method, **options):
 
 
 def answer(model, x):
+    """The logits, and the tokens before and after each reduction."""
     moments = []
-    model.laconic.observer = lambda before, after: moments.append((before, after)) if len(after) < len(before) else None
+
+    def around(own, tokens, *arguments):
+        left = own(tokens, *arguments)
+        if len(left) < len(tokens):
+            moments.append((tokens, left))
+        return left
+
+    model.laconic.around = around
     with torch.no_grad():
         return model(x), moments
 
@@ -435,7 +443,7 @@ def test_equal_logits_give_the_mean_token(method):
 
 def test_tokenlearner_1_by_hand():
     """Four convolutions over the grid, rows first, without bias; sigmoid; a plain sum."""
-    t, reducer = tokens(), stir(laconic.TokenLearner(version="1").build(site(3)))
+    t, reducer = tokens(grid=(4, 5)), stir(laconic.TokenLearner(version="1").build(site(3)))
     convolutions = [layer for layer in reducer.maps if isinstance(layer, nn.Conv2d)]
     assert [tuple(c.weight.shape) for c in convolutions] == [(3, 8, 3, 3)] + [(3, 3, 3, 3)] * 3
     assert len(list(reducer.parameters())) == 6  # the LayerNorm's two, and no bias
@@ -452,8 +460,22 @@ def test_tokenlearner_1_needs_the_whole_grid():
         laconic.reduce_(make("plain"), "tokenlearner", keep=0.6, at=(1, 2), version="1")
     model = laconic.reduce_(make("plain"), "tokenlearner", keep=0.25, at=[2], version="1")
     assert laconic.summary(model).tokens == (36, 36, 9, 9)
-    with pytest.raises(ValueError, match="their grid, 4 x 5, and got 16 tokens;"):
-        laconic.TokenLearner(version="1").build(site(3)).before(tokens(patches=16), 3)
+    reducer = laconic.TokenLearner(version="1").build(site(3))
+    for grid in ((4, 5), None):  # another number of tokens; a grid that is not known
+        with pytest.raises(ValueError, match="on their grid, and got 16 tokens;"):
+            reducer.before(tokens(patches=16, grid=grid), 3)
+
+
+def test_tokenlearner_1_goes_by_the_grid_of_the_image():
+    reducer = stir(laconic.TokenLearner(version="1").build(site(3)))
+    wide = tokens(grid=(4, 5))
+    turned = torch.arange(20).view(4, 5).T.flatten()
+    tall = wide.replace(x=torch.cat([wide.x[:, :1], wide.patches[:, turned]], 1), grid=(5, 4))
+    for layer in reducer.maps:
+        if isinstance(layer, nn.Conv2d):  # rows and columns alike
+            layer.weight.data = layer.weight.data + layer.weight.data.transpose(2, 3)
+    torch.testing.assert_close(reducer.before(tall, 3).patches, reducer.before(wide, 3).patches)
+    assert not torch.allclose(reducer.before(tall.replace(grid=(4, 5)), 3).patches, reducer.before(wide, 3).patches)
 
 
 def test_tokenlearner_leaves_16_tokens_three_quarters_into_the_depth():
@@ -640,8 +662,8 @@ def test_published_distances(side, norm):
 @pytest.mark.parametrize("norm", ["l1", "l2", "linf"])
 @pytest.mark.parametrize("grid", [(6, 6), (4, 9), (9, 4)])
 def test_the_nearest_n_patches_stay(norm, grid):
-    t = tokens(patches=36)
-    out = laconic.Heuristic(norm=norm).build(site(11, 36, grid=grid)).before(t, 11)
+    t = tokens(patches=36, grid=grid)
+    out = laconic.Heuristic(norm=norm).build(site(11, 36)).before(t, 11)
     order = {"l1": 1, "l2": 2, "linf": math.inf}[norm]
     y, x = torch.meshgrid(*(torch.arange(s) - (s - 1) / 2 for s in grid), indexing="ij")
     far = torch.linalg.vector_norm(torch.stack([y, x], 2), ord=order, dim=2).flatten().tolist()
@@ -653,7 +675,7 @@ def test_the_nearest_n_patches_stay(norm, grid):
 
 def test_the_pattern_goes_by_the_places_of_the_tokens():
     """Whatever has left before: of those that are there, the ones nearest to the centre stay."""
-    t = tokens(patches=36).keep(torch.tensor([[35, 0, 14, 1, 21], [7, 15, 3, 30, 5]]))
+    t = tokens(patches=36, grid=(6, 6)).keep(torch.tensor([[35, 0, 14, 1, 21], [7, 15, 3, 30, 5]]))
     out = laconic.Heuristic().build(site(2, 36, grid=(6, 6))).before(t, 2)
     assert out.place.tolist() == [[14, 21], [7, 15]]
 
@@ -663,6 +685,8 @@ def test_a_square_image_of_another_size():
     assert out.place.tolist() == [[5, 6, 9, 10]] * 2
     with pytest.raises(ValueError, match="20 patches are no square"):
         laconic.Heuristic().build(site(4, 36, grid=(6, 6))).before(tokens(patches=20), 4)
+    out = laconic.Heuristic().build(site(4, 36, grid=(6, 6))).before(tokens(patches=20, grid=(2, 10)), 4)
+    assert out.place.tolist() == [[4, 5, 14, 15]] * 2
 
 
 @pytest.mark.parametrize("smallest", [1.0, 0.0, 2.5])
