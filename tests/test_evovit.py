@@ -9,7 +9,7 @@ import torch
 
 import golden_init
 import laconic
-from families import AT, images, make
+from families import AT, images, make, observe
 from laconic.methods.evovit import ENTERED, EVOLVED, EvoViT
 from laconic.parts import CLASS_LOGITS, joined, last_copies, renamed
 from laconic.recipe import LossPart
@@ -34,7 +34,7 @@ def test_the_authors_model_and_its_checkpoint():
             orders.append(torch.cat([after.place, after.aside.place], 1))
             scores.append(torch.cat([after.columns[EVOLVED], after.aside.columns[EVOLVED]], 1))
 
-    model.laconic.observer = look
+    observe(model, look)
     with torch.no_grad():
         close(model(picture()), z["logits"], LOGITS)
     run = [cost.attention_tokens for cost in laconic.summary(model).blocks]
@@ -105,7 +105,7 @@ def test_parked_tokens_come_back_as_they_were_and_fast_ones_all_move_alike():
             if old.aside is not None and new.aside is None:
                 after[update] = new
 
-        model.laconic.observer = look
+        observe(model, look)
         with torch.no_grad():
             model(x)
     moved = {u: after[u].patches[:, 18:] - before[u].patches for u in before}
@@ -116,7 +116,7 @@ def test_parked_tokens_come_back_as_they_were_and_fast_ones_all_move_alike():
 
 def test_what_is_kept_evolves_and_what_is_parked_keeps_its_score():
     model, seen = laconic.reduce_(make("plain"), "evovit", keep=0.5, at=[1, 3]), []
-    model.laconic.observer = lambda old, new: seen.append((old, new))
+    observe(model, lambda old, new: seen.append((old, new)))
     with torch.no_grad():
         model(images("plain"))
     chosen = next(new for old, new in seen if old.aside is None and new.aside is not None)
@@ -137,7 +137,7 @@ def with_second_head(keep=0.5, classes=7, **options):
 @pytest.mark.parametrize("update", ["parked", "fast"])
 def test_the_second_head_reads_the_class_token_in_training(update, keep):
     model, seen = with_second_head(keep, update=update), []
-    model.laconic.observer = lambda before, after: seen.append(after.x[:, 0])
+    observe(model, lambda before, after: seen.append(after.x[:, 0]))
     head = model.laconic.reducers["3"].second_head
     with torch.no_grad():
         expected = model(images("plain"))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import golden_init
 import laconic
+from families import observe
 from laconic.distill import logit_distillation, token_distillation
 from laconic.methods import dynamicvit
 from laconic.parts import density_peaks
@@ -74,10 +75,11 @@ def test_plain_deit():
 )
 def test_reduced_deit(name, method):
     z, model, moments = golden(name), reduced(method, keep=0.7), []
-    model.laconic.observer = lambda before, after: moments.append((before, after))
+    observe(model, lambda before, after: moments.append((before, after)))
     with torch.no_grad():
         logits = model(picture())
     close(logits, z["logits"], LOGITS)
+    assert len(moments) == len(AT)
     for i, (before, after) in enumerate(moments):
         kept = z[f"kept_rel_{i}"]
         count = kept.shape[1]

@@ -13,7 +13,7 @@ from torch import nn
 
 import golden_init
 import laconic
-from families import fill, images, make
+from families import fill, images, make, observe
 from laconic.methods.adavit import TOKENS, USED
 from laconic.methods.avit import ANSWER, HALTING, PONDER, SPENT, depth_target, halting_divergence
 from laconic.parts.usage import LOGITS as NOTED
@@ -338,7 +338,7 @@ def test_skipped_tokens_come_out_as_they_went_in():
     for execution in EXECUTIONS:
         model = full(execution=execution)
         moments.clear()
-        model.laconic.observer = lambda before, after: moments.append(after)
+        observe(model, lambda before, after: moments.append(after))
         run(model, x)
         for entering, leaving in zip(moments[::2], moments[1::2], strict=True):
             same = (entering.patches == leaving.patches).all(2)
@@ -389,7 +389,7 @@ def test_diverse_and_undecided_by_hand(diverse, entropy):
                 logits["layers"].append(own.layers(before.x[:, 0]))
 
     firsts = []
-    model.laconic.observer = look
+    observe(model, look)
     run(model, x)
     assert (len(firsts), len(logits["heads"])) == (1, 3)
     losses = laconic.losses(model)

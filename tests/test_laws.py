@@ -22,6 +22,7 @@ from families import (
     VARIABLE,
     images,
     make,
+    observe,
     options,
     rate,
     reduced,
@@ -64,7 +65,7 @@ def test_keep_1_is_the_identity(method, family):
 @more_pairs
 def test_tokens_leave_as_scheduled_and_every_patch_is_accounted_for(method, family):
     model, moments = reduced(method, family), []
-    model.laconic.observer = lambda before, after: moments.append((before, after))
+    observe(model, lambda before, after: moments.append((before, after)))
     run(model, images(family))
     stages, config, expected = laconic.provenance(model).stages, model.laconic.config, [36]
     for stage in stages:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import laconic
-from families import AT, images, make, reduced
+from families import AT, images, make, observe, reduced
 from laconic.attention import Seen, Watch
 from laconic.masking import bias_of
 from laconic.methods.evit import pack
@@ -109,7 +109,7 @@ def test_positions_follow_the_tokens(method, features):
     x, model = images("plain"), make("plain")
     laconic.reduce_(model, method, keep=0.6, at=AT, features=features)
     moments = []
-    model.laconic.observer = lambda before, after: moments.append((before, after))
+    observe(model, lambda before, after: moments.append((before, after)))
     forward(model, x)
     before, after = moments[1]
     view = model.laconic.config.view(before, iota(before.size))

@@ -13,7 +13,7 @@ from torch import nn
 
 import golden_init
 import laconic
-from families import AT, fill, images, make, reduced
+from families import AT, fill, images, make, observe, reduced
 from laconic.methods.kmedoids import RECEIVED
 from laconic.parts import (
     agglomerate,
@@ -58,13 +58,11 @@ def answer(model, x):
     """The logits, and the tokens before and after each reduction."""
     moments = []
 
-    def around(own, tokens, *arguments):
-        left = own(tokens, *arguments)
-        if len(left) < len(tokens):
-            moments.append((tokens, left))
-        return left
+    def look(before, after):
+        if len(after) < len(before):
+            moments.append((before, after))
 
-    model.laconic.around = around
+    observe(model, look)
     with torch.no_grad():
         return model(x), moments
 
