@@ -137,6 +137,11 @@ def _open(host: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], 
         grid = entry.grid_of(host, (int(image.shape[2]), int(image.shape[3])))  # torch.jit.trace has tensors for sizes
     elif image is not None:
         _refuse_proxy(image)
+    if torch._C._is_tracing() and torch.onnx.is_in_onnx_export():
+        raise ValueError(
+            "torch.onnx.export(dynamo=False) cannot write the sorting of a reduced model; use laconic.export(model, ...), or "
+            "torch.onnx.export(..., dynamo=True)"
+        )
     if entry.refused and name == "forward":
         _refuse_arguments(host, entry.refused, args, kwargs)
     ends = _check_blocks(host, entry, reduction) if outer is None else False
