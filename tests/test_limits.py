@@ -26,7 +26,7 @@ from laconic.checkpoints import RECORD, WEIGHTS, load, save
 from laconic.cli import main
 from laconic.data import Prepared, Unreadable, decode, open_images, pictures
 from laconic.data.named import TorchImages
-from laconic.data.sizes import planned_size
+from laconic.data.sizes import check_size, planned_size
 from laconic.importing import import_checkpoint
 from laconic.jobs import draw, photos
 from laconic.jobs.output import Refusal
@@ -118,10 +118,18 @@ def test_pictures_that_claim_too_many_pixels(kind):
     assert usual == Image.MAX_IMAGE_PIXELS
 
 
-@pytest.mark.parametrize("data", [png(0, 5), png(5, 0), png(4, 4), bmp(0, 4), WIDE[:200]])
+@pytest.mark.parametrize("data", [png(0, 5), png(5, 0), bmp(0, 4), png(4, 4), WIDE[:200]], ids=range(5))
 def test_pictures_without_pixels_or_cut_off(data):
     with pytest.raises(Unreadable, match="x: "):
         decode(data, "x")
+
+
+def test_sizes_do_not_depend_on_pillows_own_check(monkeypatch):
+    monkeypatch.setattr(Image, "_decompression_bomb_check", lambda *args, **how: None)  # as plugins of others may come without
+    with pytest.raises(Unreadable, match="it is 100,000 x 100,000: 10,000,000,000 pixels, and the limit is"):
+        decode(BOMBS["png"], "x")
+    with pytest.raises(Unreadable, match=r"it has no pixels \(0 x 4\)"):
+        check_size("x", Image.new("RGB", (0, 4)))
 
 
 def test_the_limit_of_pixels_is_kept_exactly_and_can_be_raised(monkeypatch):
@@ -155,8 +163,9 @@ def noisy(mode, seed=0):
     if mode == "F":
         return Image.fromarray(draws.random((23, 17), np.float32) * 300)
     if mode.startswith("I"):
-        kind = np.uint16 if mode == "I;16" else np.int32
-        return Image.fromarray(draws.integers(0, 60_000, (23, 17)).astype(kind))
+        grey = draws.integers(0, 60_000, (23, 17)).astype(np.uint16 if mode == "I;16" else np.int32)
+        grey[0, 0] += 5_000 if mode == "I;16" else 90_000  # the largest value is in the first band
+        return Image.fromarray(grey)
     return Image.fromarray(draws.integers(0, 256, (23, 17, 4), dtype=np.uint8), "RGBA").convert(mode)
 
 
@@ -442,9 +451,14 @@ class Call:
 
 def test_calls_in_a_pickle_that_allocate(tmp_path):
     scalar = np.float64(0).__reduce__()[0]
-    for call in (Call(scalar, np.dtype("V1900000000")), Call(torch.Tensor, 10**9), Call(bytearray, 3 * 10**9)):
-        torch.save(deit(pos_embed=call) | {"best": call}, tmp_path / "a.pth")
-        with pytest.raises(ValueError, match=r"a\.pth"):
+    for content, found in (
+        (deit() | {"best": Call(scalar, Call(np.dtype, "V500000000"))}, "is damaged"),
+        (deit() | {"best": Call(bytearray, 3 * 10**9)}, "is damaged.*MemoryError"),
+        (deit(extra=Call(torch.Tensor, 10**8)), "its tensors claim"),  # without values
+        (deit(extra=Call(torch.Tensor, 10**9)), "is damaged"),
+    ):
+        torch.save(content, tmp_path / "a.pth")
+        with pytest.raises(ValueError, match=rf"a\.pth .*{found}"):
             import_checkpoint(tmp_path / "a.pth", "evit", keep=0.7)
 
 
@@ -550,6 +564,21 @@ def test_what_a_refused_build_leaves_behind(sound, tmp_path):
         load(tmp_path)
     torch.nn.Linear(10**5, 10**5, device="meta")  # no limit is left on what others build
     torch.nn.ParameterList(torch.zeros(1, device="meta") for _ in range(3000))
+
+
+@pytest.mark.parametrize("sizes", [[(4, 4)], [(2, 4), (2, 4)]])
+def test_parameters_count_by_their_bytes_and_once(sizes, monkeypatch):
+    monkeypatch.setattr(limits, "ALLOWANCE", 60)
+
+    def built():
+        tensors = [torch.nn.Parameter(torch.zeros(size, device="meta")) for size in sizes]
+        torch.nn.ParameterList([*tensors, *tensors])
+
+    with limits.building("x", 1, 1):  # 4 of 1 byte, and 60: as many as 16 floats
+        built()
+    monkeypatch.setattr(limits, "ALLOWANCE", 59)
+    with pytest.raises(limits.TooLarge), limits.building("x", 1, 1):
+        built()
 
 
 def test_models_of_transformers(tmp_path):

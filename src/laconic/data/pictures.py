@@ -112,7 +112,6 @@ def decode(data: bytes, name: str) -> Any:
         with strict(), Image.open(io.BytesIO(data)) as image:
             check_size(name, image)
             image.load()
-            check_size(name, image)  # an icon holds several
             return _to_rgb(_upright(image))
     except Unreadable as error:
         raise Unreadable(name, error.reason) from error
