@@ -5,6 +5,7 @@ import torch
 
 import laconic
 from families import AT, images, make, options, reduced
+from families import fill as fill_parameters
 
 
 @pytest.mark.parametrize("method", ["etps", "bat", "topk", "diffrate"])
@@ -38,3 +39,19 @@ def test_it_is_saved_with_the_model(tmp_path):
     with torch.no_grad():
         assert torch.equal(again.forward_features(x), model.forward_features(x))
     assert again.laconic.restore
+
+
+@pytest.mark.parametrize("fill", ["last", "similar"])
+@pytest.mark.parametrize("method", ["ats", "iared", "avit"])
+def test_patches_that_are_only_hidden_are_filled_as_those_that_left(method, fill):
+    x, found = images("plain"), []
+    for execution in ("packed", "masked"):
+        model = laconic.reduce_(make("plain"), method, at=AT, restore=fill, execution=execution)
+        fill_parameters(model.laconic)
+        with torch.no_grad():
+            found.append(model.forward_features(x))
+        absent = laconic.provenance(model).final.where < 0
+        filled = found[-1][:, 1:][absent]
+        assert len(filled) > 0
+        assert fill == "similar" or len(filled.unique(dim=0)) == len(filled)  # each its own
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)

@@ -131,3 +131,20 @@ def test_take_is_a_gather():
     expected = torch.stack([values[b, index[b]] for b in range(3)])
     assert torch.equal(take(values, index), expected)
     assert torch.equal(take(values[..., 0, 0], index), expected[..., 0, 0])
+
+
+def test_fading_fills_dropped_patches_as_keeping_does():
+    """``dropped`` and ``similar`` are kept track of where tokens leave, and where they are only hidden."""
+    hard = soft = tokens(3, 12, 8).replace(dropped=torch.zeros(3, 12, 8), similar=torch.arange(12).expand(3, -1))
+    stays = torch.arange(12).expand(3, -1)
+    for count in (7, 4):
+        chosen = torch.stack([torch.randperm(stays.shape[1])[:count].sort().values for _ in range(3)])
+        hard, stays = hard.keep(chosen), stays.gather(1, chosen)
+        alive = torch.zeros(3, 12).scatter(1, stays, 1.0)
+        soft = soft.fade(alive, torch.where(alive > 0, torch.arange(12), -1))
+        soft = soft.replace(x=torch.randn(3, 13, 8))
+        hard = hard.replace(x=torch.cat([soft.x[:, :1], soft.rows(stays)], 1))
+        for left in (soft, soft.compact()):
+            assert torch.equal(left.dropped, hard.dropped)
+            assert torch.equal(left.place.gather(1, left.similar), hard.place.gather(1, hard.similar))
+    assert ((soft.dropped.abs().sum(2) > 0) == (soft.where < 0)).all()

@@ -198,7 +198,9 @@ class Tokens:
         """Soft removal, for training: none leaves, but tokens with ``alive == 0`` hand their patches to ``dst`` (-1: drop)."""
         into = dst.clamp_min(0)
         size = add_rows(self.size.masked_fill(dst < 0, 0.0), into, len(self))
-        return self.replace(alive=alive, size=size, where=follow(self.where, dst), merged=True)
+        dropped, similar = self._of_dropped(dst, iota(dst), size)
+        where = follow(self.where, dst)
+        return self.replace(alive=alive, size=size, where=where, merged=True, dropped=dropped, similar=similar)
 
     def switch(self, halves: Float[Tensor, "B S N"], heads: Float[Tensor, "B H"] | None = None) -> Tokens:
         """Let the next block use its halves and heads by these factors (see `Switches`); every token goes on."""
@@ -249,13 +251,7 @@ class Tokens:
 
     def _follow(self, lead: Tensor, dst: Tensor, x: Tensor, size: Tensor) -> Tokens:
         still = self.patch is None and not self.merged  # every token is its own patch
-        dropped = self.dropped
-        if dropped is not None:
-            now = ((self.where >= 0) & (dst.gather(1, self.where.clamp_min(0)) < 0)).unsqueeze(-1)
-            dropped = torch.where(now, take(self.patches, self.where.clamp_min(0)).to(dropped.dtype), dropped)
-        similar = self.similar
-        if similar is not None:
-            similar = torch.where(dst < 0, self._most_similar(lead), dst).gather(1, similar)
+        dropped, similar = self._of_dropped(dst, lead, self.size)
         return self.replace(
             x=x,
             dropped=dropped,
@@ -268,9 +264,22 @@ class Tokens:
             columns={name: take(c, lead) for name, c in self.columns.items()} if self.columns else {},
         )
 
-    def _most_similar(self, lead: Int[Tensor, "B M"]) -> Int[Tensor, "B L"]:
+    def _of_dropped(self, dst: Tensor, lead: Tensor, size: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return ``dropped`` and ``similar`` once each token i has gone to ``dst[i]`` (-1: dropped); None where not wanted.
+
+        ``lead`` are the tokens that stay. One that holds no patch by ``size`` [B, L] is similar to nothing.
+        """
+        dropped, similar = self.dropped, self.similar
+        if dropped is not None:
+            now = ((self.where >= 0) & (dst.gather(1, self.where.clamp_min(0)) < 0)).unsqueeze(-1)
+            dropped = torch.where(now, take(self.patches, self.where.clamp_min(0)).to(dropped.dtype), dropped)
+        if similar is not None:
+            similar = torch.where(dst < 0, self._most_similar(lead, size), dst).gather(1, similar)
+        return dropped, similar
+
+    def _most_similar(self, lead: Int[Tensor, "B M"], size: Float[Tensor, "B L"]) -> Int[Tensor, "B L"]:
         """For every token the one of ``lead`` whose features have the highest cosine with its own, as a place in ``lead``."""
         features = F.normalize(self.patches.detach().float(), dim=2)
-        kept, absent = take(features, lead).transpose(1, 2), (take(self.size, lead) <= 0).unsqueeze(1)
+        kept, absent = take(features, lead).transpose(1, 2), (take(size, lead) <= 0).unsqueeze(1)
         found = [(part @ kept).masked_fill(absent, -2.0).argmax(2) for part in in_parts(features, lead.shape[1])]
         return torch.cat(found, 1)
