@@ -195,6 +195,14 @@ class OwnPoolOfSizes(VisionTransformer):
         return super().pool(x, pool_type) * 1.5
 
 
+def test_an_answer_of_nan_proves_nothing():
+    model = new(MeanInForward)
+    with torch.no_grad():
+        model.head.bias[0] = float("nan")
+    refused(lambda: laconic.reduce_(model, "tome", keep=0.6, at=AT), "differs by nan")
+    assert laconic.reduce_(model, "topk", keep=0.6, at=AT) is model
+
+
 class PlainAverage(VisionTransformer):
     """A class that says it averages and has its own plain mean for it."""
 
