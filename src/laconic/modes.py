@@ -27,17 +27,22 @@ def evaluating(*models: Any) -> Iterator[None]:
 
 @contextmanager
 def aside(host: nn.Module, rows: Rows = "needed") -> Iterator[None]:
-    """Evaluation mode for a while; what is remembered of the last forward is put back afterwards."""
+    """Evaluation mode for a while, for forwards that are no use of the model: the last forward stays the last one.
+
+    They do not warn of untrained parameters; the first use still does.
+    """
     compression = find_compression(host)
     if compression is None:
         with evaluating(host):
             yield
         return
-    spares, remembered = compression.spares, compression.remembered()
+    spares, remembered, fresh = compression.spares, compression.remembered(), compression.__dict__["_fresh"]
     try:
+        compression.__dict__["_fresh"] = None
         compression.spares = spares and rows != "all"
         with evaluating(host):
             yield
     finally:
         compression.spares = spares
         compression.remember(remembered)
+        compression.__dict__["_fresh"] = fresh
