@@ -45,8 +45,8 @@ class Watch(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is not F.scaled_dot_product_attention or len(running_calls()) != self.depth:
-            return func(*args, **(kwargs or {}))  # something else, or inside a forward that a hook has started
+        if func is not F.scaled_dot_product_attention or (self.depth and len(running_calls()) != self.depth):
+            return func(*args, **(kwargs or {}))  # something else, or inside a forward that a hook of the block has started
         call = {**dict(zip(_ARGUMENTS, args, strict=False)), **(kwargs or {})}
         if self.rows is not None and call.get("attn_mask") is not None:
             call["attn_mask"] = narrowed(call["attn_mask"], self.rows)

@@ -115,7 +115,7 @@ def _run(
     if reads != "all" and watcher is None and packing is None and not (reduction.adaptive and reduction.packed):
         steps = known_steps(block, spec, tokens, kwargs)
         if steps is not None:
-            return _by_steps(block, spec, steps, reduction, tokens, between, n)
+            return _by_steps(block, link, steps, reduction, tokens, between, n)
     return _watched(block, own, link, reduction, tokens, kwargs, between, watcher, n, packing, rows, again)
 
 
@@ -193,17 +193,16 @@ def known_steps(block: Any, spec: Halves, tokens: Tokens, kwargs: Mapping[str, A
     return steps
 
 
-def _by_steps(
-    block: Any, spec: Halves, steps: Steps, reduction: Any, tokens: Tokens, between: Reducer | None, n: int
-) -> Tokens:
+def _by_steps(block: Any, link: Any, steps: Steps, reduction: Any, tokens: Tokens, between: Reducer | None, n: int) -> Tokens:
     """Both halves of a block; a method that only keeps some tokens, by the class query, is asked before the other queries."""
+    spec: Halves = link.spec
     mlp: Any = spec.mlp
     bias = _bias(spec, tokens)
     h = steps.norm(block, tokens.x)
     if between is not None and between.looks == "class" and not reduction.adaptive and quiet(block):
         k, v = steps.keys_values(block, h)
         call = {"query": steps.queries(block, h[:, :1]), "key": k, "value": v, "attn_mask": bias}
-        tokens = apply(reduction, between, "between", tokens, Seen.of([call], tokens, "a block"), n)
+        tokens = apply(reduction, between, "between", tokens, Seen.of([call], tokens, link.name), n)
         q = steps.queries(block, steps.norm(block, tokens.x))
         x = tokens.x + attend(block, steps, q, k, v, bias)
         return tokens.replace(x=x + mlp(block, x))
@@ -211,7 +210,7 @@ def _by_steps(
     bias = None if bias is None else bias.to(k.dtype)
     tokens = tokens.replace(x=tokens.x + attend(block, steps, q, k, v, bias))
     if between is not None:
-        seen = Seen.of([{"query": q, "key": k, "value": v, "attn_mask": bias}], tokens, "a block")
+        seen = Seen.of([{"query": q, "key": k, "value": v, "attn_mask": bias}], tokens, link.name)
         tokens = apply(reduction, between, "between", tokens, seen, n)
     return tokens.replace(x=tokens.x + mlp(block, tokens.x))
 
@@ -251,7 +250,7 @@ def prefix_only(
     bias = None if bias is None else bias.to(k.dtype)
     x = first + attend(block, steps, q, k, v, bias)
     if reducer is not None:
-        seen = Seen.of([{"query": q, "key": k, "value": v, "attn_mask": bias}], tokens, "a block")
+        seen = Seen.of([{"query": q, "key": k, "value": v, "attn_mask": bias}], tokens, link.name)
         tokens = apply(reduction, reducer, "between", tokens, seen, n)  # of features that are not read: those before the block
     return tokens.replace(x=x + spec.mlp(block, x))
 

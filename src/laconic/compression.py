@@ -6,6 +6,7 @@ Nothing of a forward is kept here but, for each thread, the last one that was co
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
@@ -80,8 +81,8 @@ class Compression(nn.Module):
         fresh, self.__dict__["_fresh"] = self.__dict__["_fresh"], None
         if fresh and fresh == self._versions():
             log.warning(
-                "%s decides by parameters that were neither trained nor loaded: its choice of tokens is arbitrary. Train it "
-                "(laconic train), or load weights (laconic.load, laconic.import_checkpoint, load_state_dict)",
+                "%s adds parameters to the model, and they were neither trained nor loaded. Train them (laconic train), or "
+                "load weights (laconic.load, laconic.import_checkpoint, load_state_dict)",
                 self.config.row.name,
             )
 
@@ -112,8 +113,11 @@ class Compression(nn.Module):
         return self.staging.counts(patches)
 
     # -------------------------------------------------------------------------------------------- one forward
-    def begin(self, host: Any, x: Tensor, stage: int, grid: tuple[int, int] | None, previous: History | None) -> History:
-        """The tokens that enter a stage of the model.
+    def begin(self, host: Any, x: Tensor, stage: int, call: Any, previous: History | None) -> History:
+        """Return the tokens that enter a stage of the model.
+
+        ``call`` is the `laconic.runtime.Call` that knows the grid of the image. Without one (blocks that are run by hand) it is
+        the model's own, unless the model takes images of any size; None where it is not known.
 
         Raises:
             ValueError: they are not the prefix tokens and one for every patch of the image.
@@ -121,8 +125,12 @@ class Compression(nn.Module):
         shape, start, entry = self.staging.shapes[stage], self.staging.starts[stage], HOSTS[self.host_path]
         prefix, has_cls = entry.prefix(host) if len(self.staging.shapes) == 1 else (shape.prefix, shape.has_cls)
         patches = x.shape[1] - prefix
-        if grid is None and shape.patches == patches:
-            grid = shape.grid
+        single = len(self.staging.shapes) == 1
+        grid = None if call is None else call.grid
+        if not single:
+            grid = shape.grid if shape.patches == patches else None
+        elif call is None and not getattr(host, "dynamic_img_size", False):
+            grid = entry.grid(host) if math.prod(entry.grid(host)) == patches else None
         if grid is not None and grid[0] * grid[1] != patches:
             raise ValueError(
                 f"{x.shape[1]} tokens enter the first block; expected {prefix} prefix tokens (num_prefix_tokens) and a grid of "

@@ -121,8 +121,9 @@ def _each(change: Callable[[Tensor], Tensor], out: Any) -> Any:
     """Apply to the last features in a result: a tensor, the first tensors of a tuple, or the entries of a mapping."""
     if isinstance(out, Tensor):
         return change(out)
-    if isinstance(out, tuple) and not hasattr(out, "_fields"):
-        return tuple(change(x) if isinstance(x, Tensor) else x for x in out)
+    if isinstance(out, tuple | list):
+        values = [change(x) if isinstance(x, Tensor) else x for x in out]
+        return type(out)(*values) if hasattr(out, "_fields") else type(out)(values)
     if isinstance(out, Mapping):
         for key, value in list(out.items()):
             if isinstance(value, Tensor):

@@ -23,7 +23,8 @@ class Stage:
     ``where[b, p]`` is the patch token that holds patch p (-1: dropped), ``size[b, j]`` the patches token j holds,
     ``kept[b, j]`` the patch in whose place token j stands. ``alive`` is set where some tokens are hidden from the others:
     softly removed ones in training, and what fills up the images of a batch that have fewer tokens (their size is 0).
-    Patches that are parked for a while (Evo-ViT) are -1 until they are back. ``grid``: rows and columns of the patches.
+    Patches that are parked for a while (Evo-ViT) are -1 until they are back. ``grid``: rows and columns of the patches, None where they are
+    not known.
     """
 
     block: int
@@ -31,15 +32,15 @@ class Stage:
     size: Float[Tensor, "B L"]
     kept: Int[Tensor, "B L"]
     alive: Float[Tensor, "B L"] | None
-    grid: tuple[int, int]
+    grid: tuple[int, int] | None
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """The stages of one forward, first to last, and the patch grid (rows, columns) of its images."""
+    """The stages of one forward, first to last, and the patch grid (rows, columns) of its images (None: not known)."""
 
     stages: tuple[Stage, ...]
-    grid: tuple[int, int]
+    grid: tuple[int, int] | None
     _history: History | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -89,12 +90,10 @@ def _provenance(history: History) -> Provenance:
     def stage(block: int) -> Stage:
         t = history.entry(block + 1)
         alive = None if t.alive is None else t.alive.detach()
-        grid = t.grid or compression.staging.shapes[compression.staging.stage(block)].grid
-        return Stage(block, t.where, t.size.detach(), t.place, alive, grid)
+        return Stage(block, t.where, t.size.detach(), t.place, alive, t.grid)
 
     reached = [block for block in compression.schedule.at if block <= history.block]
-    last = history.tokens.grid or compression.grid
-    return Provenance(tuple(stage(block) for block in reached), last, history)
+    return Provenance(tuple(stage(block) for block in reached), history.tokens.grid, history)
 
 
 def losses(of: nn.Module | Tensor | Mapping[str, Any] | tuple[Any, ...]) -> dict[str, Tensor]:

@@ -65,7 +65,7 @@ def _last_block_gives(host: nn.Module, compression: Compression, *, merged: bool
         x: Tensor = args[0] if args else kwargs[names[0]]
         call = call_of(compression.ref)
         stage = len(compression.staging.shapes) - 1
-        history = compression.begin(host, x, stage, None if call is None else call.grid, None)
+        history = compression.begin(host, x, stage, call, None)
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device, x.dtype)
         patch = torch.arange(len(history.tokens), device=x.device).unsqueeze(0)
         same = max(1, patch.shape[1] // 2)

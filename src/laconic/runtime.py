@@ -67,7 +67,7 @@ def call_of(ref: HostRef) -> Call | None:
 # ------------------------------------------------------------------------------------------------ calls of the model
 def run_call(module: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
     """Replaces a method of the model that runs its blocks, or reads their features: the method itself, as a call."""
-    if not running() and _empty(module, args, kwargs) is not None:
+    if call_of(module._laconic.ref) is None and _empty(module, args, kwargs) is not None:
         return _of_no_images(module, own, args, kwargs)
     return calling(module, own, args, kwargs)[0]
 
@@ -92,8 +92,9 @@ def _of_no_images(module: Any, own: Any, args: Sequence[Any], kwargs: Mapping[st
 def _none_of(out: Any) -> Any:
     if isinstance(out, Tensor):
         return out[:0]
-    if isinstance(out, (tuple, list)):
-        return type(out)(map(_none_of, out))
+    if isinstance(out, tuple | list):
+        values = [_none_of(value) for value in out]
+        return type(out)(*values) if hasattr(out, "_fields") else type(out)(values)
     if isinstance(out, Mapping):
         for key in list(out):
             out[key] = _none_of(out[key])  # type: ignore[index]
@@ -137,10 +138,10 @@ def _open(host: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], 
         grid = entry.grid_of(host, (int(image.shape[2]), int(image.shape[3])))  # torch.jit.trace has tensors for sizes
     elif image is not None:
         _refuse_proxy(image)
-    if torch._C._is_tracing() and torch.onnx.is_in_onnx_export():
+    if (tracing or torch._C._is_tracing()) and torch.onnx.is_in_onnx_export():
         raise ValueError(
-            "torch.onnx.export(dynamo=False) cannot write the sorting of a reduced model; use laconic.export(model, ...), or "
-            "torch.onnx.export(..., dynamo=True)"
+            "torch.onnx.export cannot write the stable sorting of a reduced model; use laconic.export(model, path), which "
+            "writes ONNX files and proves them"
         )
     if entry.refused and name == "forward":
         _refuse_arguments(host, entry.refused, args, kwargs)
@@ -293,7 +294,7 @@ def _begin(host: Any, reduction: Any, call: Call | None, link: BlockLink, x: Ten
         history = known(x, link.ref)
         if history is not None and history.block < link.index:
             return history
-    history = reduction.begin(host, x, stage, None if call is None else call.grid, call.history if call and stage else None)
+    history = reduction.begin(host, x, stage, call, call.history if call and stage else None)
     if call is not None:
         call.history, call.runs_blocks = history, True
         call.begun += stage == 0

@@ -70,7 +70,8 @@ def maps(provenance: Provenance, image: int) -> list[Map]:
         if len(np.unique(place)) < len(place):  # soft merges may put two tokens in one place: then by their first patch
             place = np.array([np.flatnonzero(where == token).min(initial=len(where)) for token in range(len(place))])
         holder = np.where(where < 0, -1, place[where.clip(0)])
-        out.append(Map(holder, stage.grid, stage.block, int((stage.size[image] > 0).sum())))
+        grid = stage.grid or (1, len(where))  # not known: in one row
+        out.append(Map(holder, grid, stage.block, int((stage.size[image] > 0).sum())))
     return out
 
 

@@ -124,7 +124,7 @@ def look(model: nn.Module, read: Sequence[Photo]) -> Provenance:
 def draw_one(file: Path, photo: Photo, ledger: Provenance, number: int, method: str, rate: str, remark: str = "") -> Picture:
     """Write the token map of one photograph, the ``number``-th of the ledger, under one method."""
     stages = draw.maps(ledger, number)
-    patches = ledger.grid[0] * ledger.grid[1]
+    patches = ledger.final.where.shape[1]
     tokens = (patches, *(stage.tokens for stage in stages))
     titles = ["input", *(f"after block {stage.block}" for stage in stages)]
     keep = f"keep {rate}" if rate[0].isdigit() else rate
