@@ -67,7 +67,7 @@ def _last_block_gives(host: nn.Module, compression: Compression, *, merged: bool
         stage = len(compression.staging.shapes) - 1
         history = compression.begin(host, x, stage, call, None)
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device, x.dtype)
-        patch = torch.arange(len(history.tokens), device=x.device).unsqueeze(0)
+        patch = torch.arange(len(history.tokens), device=x.device).expand(x.shape[0], -1)
         same = max(1, patch.shape[1] // 2)
         first = patch.where(patch >= same, 0)
         prefix = history.tokens.prefix

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from laconic.parts.matching import cosine, length
-from laconic.rows import WHOLE, in_parts, iota, take
+from laconic.rows import in_parts, iota, take
 from laconic.shapes import Bool, Float, Int
 
 NOBODY = -2.0  # less than any cosine
@@ -41,7 +41,7 @@ def nearest(
         similarity = cosine(part, y)
         return similarity if hidden is None else similarity.masked_fill(hidden.unsqueeze(1), NOBODY)
 
-    if x.shape[1] * y.shape[1] <= WHOLE:
+    if len(in_parts(x, y.shape[1])) == 1:
         best = similar(x).max(2)
         return best.values, best.indices
     if not torch.is_grad_enabled():
