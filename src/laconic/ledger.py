@@ -23,7 +23,7 @@ class Stage:
     ``where[b, p]`` is the patch token that holds patch p (-1: dropped), ``size[b, j]`` the patches token j holds,
     ``kept[b, j]`` the patch in whose place token j stands. ``alive`` is set where some tokens are hidden from the others:
     softly removed ones in training, and what fills up the images of a batch that have fewer tokens (their size is 0).
-    Patches that are parked for a while (Evo-ViT) are -1 until they are back. ``grid``: rows and columns of the patches, or None.
+    Patches that are parked for a while (Evo-ViT) are -1 until they are back. ``grid``: rows and columns of the patches or None.
     """
 
     block: int

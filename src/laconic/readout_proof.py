@@ -66,7 +66,7 @@ def _last_block_gives(host: nn.Module, compression: Compression, *, merged: bool
         call = call_of(compression.ref)
         stage = len(compression.staging.shapes) - 1
         history = compression.begin(host, x, stage, call, None)
-        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device, x.dtype)
+        noise = torch.empty(x.shape).normal_(generator=torch.Generator().manual_seed(0)).to(x.device, x.dtype)
         patch = torch.arange(len(history.tokens), device=x.device).expand(x.shape[0], -1)
         same = max(1, patch.shape[1] // 2)
         first = patch.where(patch >= same, 0)
