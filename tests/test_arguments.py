@@ -393,8 +393,8 @@ DEEP = "[" * 100_000 + "]" * 100_000
         ({"schedule": {"at": [1], "keep": 0.5}}, "keep must be a list"),
         ({"schedule": {"at": [1], "keep": [NAN]}}, "keep rate must be"),
         ({"schedule": {"at": [1e400], "keep": [0.5]}}, "zero-based block numbers"),
-        ({"schedule": nested(200)}, "nested more than"),
-        ({"more": nested(200)}, "nested more than"),
+        ({"schedule": nested(200)}, "nested"),
+        ({"more": nested(200)}, "nested"),
     ],
 )
 def test_damaged_records(saved, tmp_path, changed, match):
@@ -411,16 +411,16 @@ def test_damaged_records(saved, tmp_path, changed, match):
 def test_records_and_recipes_nested_too_deep(saved, tmp_path):
     text = (saved / RECORD).read_text()
     (tmp_path / RECORD).write_text(text.replace('"schedule": {', f'"more": {DEEP}, "schedule": {{'))
-    with pytest.raises(ValueError, match=r"laconic\.json.*nested more than"):
+    with pytest.raises(ValueError, match=r"laconic\.json.*nested"):
         laconic.load(tmp_path)
     for depth in (100_000, 900, 101):
         for name, text in (("a.json", '{"seed": %s}'), ("a.toml", "seed = %s")):
             (tmp_path / name).write_text(text % ("[" * depth + "]" * depth))
-            with pytest.raises(ValueError, match=f"recipe .*{name}.*nested more than"):
+            with pytest.raises(ValueError, match=f"recipe .*{name}.*nested"):
                 recipe.read(str(tmp_path / name))
         with pytest.raises(ValueError, match="seed must be a whole number"):
             recipe.Recipe().replaced([f"seed={'[' * depth + ']' * depth}"])
-        with pytest.raises(ValueError, match="nested more than"):
+        with pytest.raises(ValueError, match="nested"):
             recipe.from_json({"method": {"options": {"a": nested(depth)}}})
     (tmp_path / "a.json").write_text('{"seed": [1]}')
     with pytest.raises(ValueError, match="seed must be a whole number"):
