@@ -53,7 +53,7 @@ MEASURES = ("correlation", "difference", "cosine", "cosine_filled")
 # ------------------------------------------------------------------------------------------------ fills
 @dataclass
 class Run:
-    """What a reduced model left of a batch of images; all features [..., C] are those after the final norm."""
+    """The tokens that a reduced model left of a batch of images; all features [..., C] are those after the final norm."""
 
     tokens: Tensor  # [B, L, C] the patch tokens that are left
     size: Tensor  # [B, L] how many patches each of them holds

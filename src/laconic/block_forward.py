@@ -1,4 +1,4 @@
-"""The ways through one block of a reduced model; `pass_block` chooses.
+"""Run one block of a reduced model in one of four ways; `pass_block` chooses.
 
 1. Untouched: the block's own forward, where nothing is to be done for these tokens.
 2. In two halves: attention, the method with a view of that attention, MLP. Where the steps of a block's attention are known
@@ -256,7 +256,7 @@ def prefix_only(
 
 
 def attend(block: Any, steps: Steps, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """What attention adds to the rows that the queries were made of."""
+    """Return what attention adds to the rows that the queries were made of."""
     mask = None if bias is None else bias.to(k.dtype)
     return steps.added(block, F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
 
@@ -279,7 +279,7 @@ def quiet(module: nn.Module) -> bool:
 
 # ------------------------------------------------------------------------------------------------ parts of the above
 def switched(tokens: Tokens, packing: Packing | None, part: str, half: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """What a part of the block adds to ``x``, as far as the switches let it (see `laconic.switches`)."""
+    """Return what a part of the block adds to ``x``, as far as the switches let it (see `laconic.switches`)."""
     switches = tokens.switches
     if switches is None:
         return half(x)
@@ -317,7 +317,7 @@ def _bare(kwargs: Mapping[str, Any]) -> bool:
 
 
 def _bias(spec: Halves, tokens: Tokens) -> Tensor | None:
-    """What the tokens add to the attention: nothing where its keys are of the full grid, which shows them as it should."""
+    """Return the bias of the tokens on attention logits; None where its keys are cells of the full grid."""
     if spec.grid is not None or (tokens.gate is None and tokens.alive is None and tokens.shown is None):
         return None
     return bias_of(tokens)

@@ -1,4 +1,4 @@
-"""What a reduced model has beside its own modules, as ``model.laconic``: the reducers, the schedule, and its options.
+"""The module ``model.laconic`` of a reduced model: its reducers, its schedule and its options.
 
 Nothing of a forward is kept here but, for each thread, the last one that was complete (see `laconic.history`).
 """
@@ -48,7 +48,7 @@ class Compression(nn.Module):
         self.ref = HostRef(model)  # the model owns this module, not the other way round
         last = self.staging.shapes[-1]
         self.prefix, self.has_cls, self.grid = last.prefix, last.has_cls, last.grid
-        self.adaptive = isinstance(config, Deciding)  # does every image keep a number of tokens of its own?
+        self.adaptive = isinstance(config, Deciding)  # True if every image keeps a number of tokens of its own
         self.compacts = isinstance(config, Deciding) and config.compacts
         self.starts = frozenset(self.staging.starts)
         self.reducers = nn.ModuleDict({str(block): config.build(site) for block, site in self.staging.sites().items()})
@@ -56,13 +56,13 @@ class Compression(nn.Module):
         reference = next(model.parameters())
         self.to(reference.device, reference.dtype)
         self.train(model.training)
-        self.restore = restore  # is every patch to have features again after the last block, and how are dropped ones filled?
+        self.restore = restore  # True or a fill: give every patch features again after the last block
         self.rows = rows  # as asked for
-        self.spares = False  # may rows be left out that are not read? `laconic.verify` says so
-        self.known_readout = False  # are the methods between the last block and the answer those of the library?
-        self.merges = True  # do tokens stand for several patches after the last block? `laconic.verify` looks
-        self.in_tuples = False  # do the model's blocks give their output as the first of a tuple?
-        self.settled: dict[int, Any] = {}  # what of the model was set for as long as it is reduced, and what it was before
+        self.spares = False  # True once `laconic.verify` has proved that rows that are not read may be left out
+        self.known_readout = False  # True if the methods between the last block and the answer are the library's own
+        self.merges = True  # True if tokens may stand for several patches after the last block
+        self.in_tuples = False  # True if the model's blocks return a tuple
+        self.settled: dict[int, Any] = {}  # settings of the model before it was reduced
         # called as around(own, tokens, *arguments) wherever a reducer works; ``own`` of the rest is what it would do
         self.around: Callable[..., Tokens] | None = None
         self.forget()
@@ -160,7 +160,7 @@ class Compression(nn.Module):
             last.training = history
 
     def remembered(self) -> tuple[History | None, History | None]:
-        """What `remember` puts back: the last forwards of this thread, of any kind and in training mode."""
+        """Return the last forwards of this thread, of any kind and in training mode, for `remember`."""
         return self.__dict__["_last"].any, self.__dict__["_last"].training
 
     def remember(self, forwards: tuple[History | None, History | None]) -> None:
@@ -253,7 +253,7 @@ class Compression(nn.Module):
 
     @property
     def pooling(self) -> tuple[str, bool]:
-        """How the model reads its last tokens now, and whether the prefix tokens are pooled too."""
+        """Return how the model reads its last tokens now, and if the prefix tokens are pooled too."""
         return self.entry_of_host.pooling(self.model)
 
     @property

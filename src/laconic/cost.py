@@ -51,7 +51,7 @@ def summary(
     images: Iterable[Tensor] | Tensor | None = None,
     example: Tensor | None = None,
 ) -> Summary:
-    """What a supported model costs, reduced or not, at inference: at the size of ``example``, or else at its own.
+    """Return what a supported model costs, reduced or not, at inference: at the size of ``example``, or else at its own.
 
     Of a module with a supported model inside, parameters are of the whole, MACs and tokens of the model inside.
 

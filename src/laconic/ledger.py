@@ -1,4 +1,4 @@
-"""What became of every patch, in the last forward or in that of given features; and features given back to all patches."""
+"""Follow every patch through the last forward, or that of given features; give features back to all patches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the modules of a reduced model know of it, such that copies, pickles and replicas know of their own model."""
+"""Links from the modules of a reduced model to it; in copies, pickles and replicas, to their own model."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class HostRef:
 
 
 class PartLink:
-    """What a module whose methods are replaced knows of the reduced model: the model, and the parameters of its forward."""
+    """The link of a module whose methods are replaced: the model, and the parameters of its forward."""
 
     def __init__(self, ref: HostRef, names: tuple[str, ...]) -> None:
         self.ref, self.names = ref, names
 
 
 class BlockLink(PartLink):
-    """What a block knows since the model was reduced, and what cannot change after.
+    """The link of a block: facts that cannot change after the model was reduced.
 
     ``path`` is that of its class, ``passthrough``: it has neither a reducer nor anything to be told of its tokens.
     """

@@ -1,4 +1,4 @@
-"""What runs in a reduced model: the calls of the model, and the forwards of its blocks.
+"""The calls of a reduced model, and the forwards of its blocks.
 
 `laconic.patching` gives the model and its blocks classes with these functions as methods. A call of the model (`Call`) lasts
 from entering one of its methods to leaving it, on one thread; a block finds the tokens that come in by its features
