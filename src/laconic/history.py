@@ -1,10 +1,11 @@
 """The state of one forward, kept with its tokens.
 
-Each entry holds the tokens as one block left them (without their features), and the entry before it; the chain of entries is
-the forward. The newest entry is kept with the storage of the features that go on, so any code that continues with those
-features finds it: the next block, a checkpointed block that is recomputed (in any thread), a head that runs later, a hook. It
-survives views and `detach`, is not copied or saved with a tensor, and is freed with the features. Features that an operation has
-made of others have no entry: inside the model's own forward they belong to that forward, elsewhere they are refused.
+Each entry holds the tokens as one block left them (without their features), and the entry before it; the chain of entries
+is the forward. The newest entry is kept with the storage of the features that go on, so any code that continues with those
+features finds it: the next block, a checkpointed block that is recomputed (in any thread), a head that runs later, a hook.
+It survives views and `detach`, is not copied or saved with a tensor, and is freed with the features. Features that an
+operation has made of others have no entry: inside the model's own forward they belong to that forward, elsewhere they are
+refused.
 
 The model itself keeps nothing but, for each thread, the last complete forward (for `laconic.provenance(model)`).
 """
