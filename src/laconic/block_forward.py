@@ -188,7 +188,7 @@ def _look_ahead(
 def known_steps(block: Any, spec: Halves, tokens: Tokens, kwargs: Mapping[str, Any]) -> Steps | None:
     """The steps of this block's attention; None where they are not known, or more is to be done for these tokens."""
     steps = spec.steps
-    if steps is None or not _only_gated(tokens) or not (not kwargs or _bare(kwargs)) or not steps.known(block):
+    if steps is None or not _only_gated(tokens) or not (not kwargs or bare(kwargs)) or not steps.known(block):
         return None
     return steps
 
@@ -257,8 +257,8 @@ def prefix_only(
 
 def attend(block: Any, steps: Steps, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """Return what attention adds to the rows that the queries were made of."""
-    mask = None if bias is None else bias.to(k.dtype)
-    return steps.added(block, F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+    bias = None if bias is None else bias.to(k.dtype)
+    return steps.added(block, F.scaled_dot_product_attention(q, k, v, attn_mask=bias))
 
 
 # ------------------------------------------------------------------------------------------------ hooks and overrides
@@ -309,7 +309,8 @@ def _only_gated(tokens: Tokens) -> bool:
     )
 
 
-def _bare(kwargs: Mapping[str, Any]) -> bool:
+def bare(kwargs: Mapping[str, Any]) -> bool:
+    """True if no argument of a block says anything."""
     for value in kwargs.values():  # noqa: SIM110 (a generator would cost a frame for every value)
         if value is not None and value is not False:
             return False

@@ -132,7 +132,7 @@ def _each(change: Callable[[Tensor], Tensor], out: Any) -> Any:
 
 
 def _fits(x: Tensor, tokens: Tokens) -> int | None:
-    """How many prefix tokens features of the tokens have in front: all or none; None for anything else."""
+    """Return the number of prefix tokens in front of features of these tokens: all or none; None for anything else."""
     images, count = tokens.shape
     if x.dim() != 3 or x.shape[0] != images:
         return None

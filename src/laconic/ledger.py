@@ -49,7 +49,7 @@ class Provenance:
 
 
 def provenance(of: nn.Module | Tensor | Mapping[str, Any] | tuple[Any, ...]) -> Provenance:
-    """Where every patch of a batch went, stage by stage.
+    """Return where every patch of a batch went, stage by stage.
 
     Args:
         of: a reduced model: the last complete forward of this thread, or, inside of a running one (a hook), that one as far

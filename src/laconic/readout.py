@@ -75,7 +75,7 @@ class Readout:
         return pool(x, kind) if tokens is None else pool_by_size(pool, x, tokens, kind or usual, prefix_too)
 
     def key_bias(self, x: Tensor) -> Tensor | None:
-        """What an attention over all tokens ``x`` [B, N, C] adds to its logits, [B, N]: log of sizes; None for nothing."""
+        """Return the bias [B, N] on attention towards the tokens ``x`` [B, N, C]: log of sizes; None where all are equal."""
         tokens = self.tokens(x)
         if tokens is None:
             return None

@@ -15,12 +15,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from laconic.block_forward import Reads, pass_block, quiet
+from laconic.block_forward import Reads, bare, pass_block, quiet
 from laconic.dense import hand_over
 from laconic.grid import GridMap
 from laconic.history import History, find, mark
 from laconic.hosts import HOSTS, Host, unhooked
 from laconic.links import LINK, BlockLink, HostRef, reduction_in
+from laconic.running import calls as running
 from laconic.running import on_thread, traced
 
 MASKS = ("attn_mask", "attention_mask", "is_causal", "head_mask", "layer_head_mask", "output_attentions")
@@ -51,11 +52,6 @@ class Call:
         self.tracing = tracing
         self.history: History | None = None
         self.begun, self.runs_blocks = 0, False
-
-
-def running() -> list[Call]:
-    """The calls of reduced models that are running on this thread, outermost first."""
-    return traced or on_thread.calls
 
 
 def call_of(ref: HostRef) -> Call | None:
@@ -229,7 +225,7 @@ def run_block(block: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
     calls = traced or on_thread.calls
     call = calls[-1] if calls and calls[-1].ref is link.ref else None
     history = arriving(link, call, x)
-    if link.passthrough and history.plain and len(args) == 1 and not block.training and not (kwargs and _told(kwargs)):
+    if link.passthrough and history.plain and len(args) == 1 and not block.training and (not kwargs or bare(kwargs)):
         out = own(block, x, **kwargs)
         leaving(call, history, out[0] if isinstance(out, tuple) else out, link.index)
         return out
@@ -372,11 +368,3 @@ def by_name(
         if name != own_mask and named.get(name) is not None and named[name] is not False:
             raise ValueError(f"a reduced model takes no {name}: what is made for all tokens does not fit those that are left")
     return named.pop(names[0]), named
-
-
-def _told(kwargs: Mapping[str, Any]) -> bool:
-    """True if any argument says something."""
-    for value in kwargs.values():  # noqa: SIM110 (a generator would cost a frame for every value)
-        if value is not None and value is not False:
-            return True
-    return False

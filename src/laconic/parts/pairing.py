@@ -1,4 +1,4 @@
-"""What methods share that merge tokens in pairs: one block keeps at least half of its tokens, so smaller rates take several."""
+"""Options of methods that merge tokens in pairs: a block keeps at least half of its tokens, so smaller rates take several."""
 
 from __future__ import annotations
 
