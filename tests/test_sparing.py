@@ -147,7 +147,7 @@ def test_blocks_that_never_have_anything_to_do_run_as_they_stand(monkeypatch):
     model = laconic.reduce_(make("plain"), "etps", keep=0.6, at=[1])
     assert model.laconic.passed == {0, 2}  # the last may be spared
     x, steps, own = images("plain"), [], laconic.runtime.pass_block
-    record = lambda block, forward, link, *args: (steps.append(link.index), own(block, forward, link, *args))[1]  # noqa: E731
+    record = lambda run, tokens: (steps.append(run.link.index), own(run, tokens))[1]  # noqa: E731
     monkeypatch.setattr("laconic.runtime.pass_block", record)
     model(x)
     assert steps == [1, 3]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,45 +33,52 @@ from laconic.tokens import Tokens
 Reads = Literal["all", "needed", "prefix"]  # rows of a block that are needed: all, or as its method says, or the prefix tokens'
 
 
-def pass_block(
-    block: Any,
-    own: Any,
-    link: Any,
-    reduction: Any,
-    tokens: Tokens,
-    kwargs: dict[str, Any],
-    reducer: Reducer | None,
-    watcher: Reducer | None,
-    n: int,
-    reads: Reads,
-) -> Tokens:
-    """Run a block on tokens, with all moments of its reducer.
+class BlockRun(NamedTuple):
+    """One run of a block of a reduced model.
 
     Args:
         block: the module.
         own: the forward of the block's class.
-        link: what is known of the block since it was reduced (`laconic.runtime.BlockLink`).
+        link: what is known of the block since the model was reduced (`laconic.links.BlockLink`).
         reduction: the model's `laconic.compression.Compression`.
-        tokens: as they come in.
-        kwargs: the block's arguments beside the features, by name.
-        reducer: the block's, if it has anything to do.
-        watcher: the reducer of the next block, if it looks at this block's attention.
-        n: patch tokens to leave.
+        kwargs: the block's arguments besides the features, by name.
+        reducer: the block's reducer; None if it has nothing to do.
+        watcher: the reducer of the next block, if it reads this block's attention.
+        n: patch tokens to keep.
         reads: rows of the output that are read; "all" also where the fast path is off.
     """
-    if reads == "prefix":
-        alone = prefix_only(block, link, reduction, tokens, kwargs, reducer, watcher, n)
+
+    block: Any
+    own: Any
+    link: Any
+    reduction: Any
+    kwargs: dict[str, Any]
+    reducer: Reducer | None
+    watcher: Reducer | None
+    n: int
+    reads: Reads
+
+    @property
+    def spec(self) -> Halves:
+        """The two halves of the block's class."""
+        return self.link.spec  # type: ignore[no-any-return]
+
+
+def pass_block(run: BlockRun, tokens: Tokens) -> Tokens:
+    """Run a block on tokens, and its reducer at each of its moments."""
+    reducer, reduction = run.reducer, run.reduction
+    if run.reads == "prefix":
+        alone = prefix_only(run, tokens)
         if alone is not None:
             return alone
     moments = () if reducer is None else reducer.moments
     if reducer is not None and "before" in moments:
-        tokens = apply(reduction, reducer, "before", tokens, n)
+        tokens = apply(reduction, reducer, "before", tokens, run.n)
     if reducer is not None and "ahead" in moments:
-        tokens = _look_ahead(block, own, link, reduction, tokens, kwargs, reducer, n)
-    between = reducer if "between" in moments else None
-    tokens = _run(block, own, link, reduction, tokens, kwargs, between, watcher, n, reads)
+        tokens = _look_ahead(run, reducer, tokens)
+    tokens = _run(run, reducer if "between" in moments else None, tokens)
     if reducer is not None and "after" in moments:
-        tokens = apply(reduction, reducer, "after", tokens, n)
+        tokens = apply(reduction, reducer, "after", tokens, run.n)
     return tokens
 
 
@@ -91,52 +98,30 @@ def apply(reduction: Any, reducer: Reducer, moment: str, tokens: Tokens, *argume
 
 
 # ------------------------------------------------------------------------------------------------ whole blocks
-def _run(
-    block: Any,
-    own: Any,
-    link: Any,
-    reduction: Any,
-    tokens: Tokens,
-    kwargs: dict[str, Any],
-    between: Reducer | None,
-    watcher: Reducer | None,
-    n: int,
-    reads: Reads,
-) -> Tokens:
-    """The block untouched, by known steps, or with its attention watched."""
-    spec: Halves = link.spec
+def _run(run: BlockRun, between: Reducer | None, tokens: Tokens) -> Tokens:
+    """Run the block untouched, by known steps, or with its attention watched; ``between`` is applied after the attention."""
+    block, spec, reduction = run.block, run.link.spec, run.reduction
     packing = Packing.of(tokens) if reduction.adaptive and packs(reduction, spec) else None
     rows = _bias_rows(spec, tokens) if spec.relative else None
     # transformers checkpoints a block inside of its class's forward; the runtime has done it around all of this already
     again = block.training and getattr(block, "gradient_checkpointing", False)
-    idle = between is None and watcher is None and packing is None and rows is None and not again
+    idle = between is None and run.watcher is None and packing is None and rows is None and not again
     if idle and tokens.attention is None and tokens.switches is None and (tokens.ordinary or _bias(spec, tokens) is None):
-        return tokens.replace(x=first_of(own(block, tokens.x, **_placed(spec, tokens, None, kwargs))))
-    if reads != "all" and watcher is None and packing is None and not (reduction.adaptive and reduction.packed):
-        steps = known_steps(block, spec, tokens, kwargs)
+        return tokens.replace(x=first_of(run.own(block, tokens.x, **_placed(spec, tokens, None, run.kwargs))))
+    if run.reads != "all" and run.watcher is None and packing is None and not (reduction.adaptive and reduction.packed):
+        steps = known_steps(run, tokens)
         if steps is not None:
-            return _by_steps(block, link, steps, reduction, tokens, between, n)
-    return _watched(block, own, link, reduction, tokens, kwargs, between, watcher, n, packing, rows, again)
+            return _by_steps(run, steps, between, tokens)
+    return _watched(run, between, tokens, packing, rows, again)
 
 
 def _watched(
-    block: Any,
-    own: Any,
-    link: Any,
-    reduction: Any,
-    tokens: Tokens,
-    kwargs: dict[str, Any],
-    between: Reducer | None,
-    watcher: Reducer | None,
-    n: int,
-    packing: Packing | None,
-    rows: Tensor | None,
-    again: bool,
+    run: BlockRun, between: Reducer | None, tokens: Tokens, packing: Packing | None, rows: Tensor | None, again: bool
 ) -> Tokens:
-    """The block with its call of fused attention seen, and on a packed row where there is one."""
-    spec: Halves = link.spec
+    """Run the block with its call of fused attention watched, and on a packed row where there is one."""
+    block, spec, watcher = run.block, run.spec, run.watcher
     bias = None if packing is not None else _bias(spec, tokens)
-    kwargs = _placed(spec, tokens, packing, kwargs)
+    kwargs = _placed(spec, tokens, packing, run.kwargs)
     calls: list[dict[str, Any]] = []
     x = tokens.x if packing is None else packing.pack(tokens.x)
     parted = between is not None or tokens.switches is not None or spec.hidden or again
@@ -144,21 +129,21 @@ def _watched(
         if parted and spec.attention is not None:
             x = x + switched(tokens, packing, "attention", partial(spec.attention, block, **kwargs), x)
         elif tokens.switches is not None:
-            x = x + switched(tokens, packing, "whole", partial(own, block, **kwargs), x)
+            x = x + switched(tokens, packing, "whole", partial(run.own, block, **kwargs), x)
         else:
-            x = first_of(own(block, x, **kwargs))
+            x = first_of(run.own(block, x, **kwargs))
     if not calls and (bias is not None or rows is not None):
-        Seen.of(calls, tokens, link.name)  # the bias was added to nothing: it says so
+        Seen.of(calls, tokens, run.link.name)  # the bias was added to nothing: it says so
     tokens = tokens.replace(x=x if packing is None else packing.unpack(x, tokens.x), attention=None)
     if watcher is not None or between is not None:
         looked = calls if packing is None else packing.seen(calls)
-        seen = Seen.of(looked, tokens, link.name, coarse=spec.grid is not None)
+        seen = Seen.of(looked, tokens, run.link.name, coarse=spec.grid is not None)
         if watcher is not None:
-            tokens = apply(reduction, watcher, "watch", tokens, seen)
+            tokens = apply(run.reduction, watcher, "watch", tokens, seen)
         if between is not None:
-            tokens = apply(reduction, between, "between", tokens, seen, n)
+            tokens = apply(run.reduction, between, "between", tokens, seen, run.n)
     if parted and spec.mlp is not None:
-        tokens = tokens.replace(x=_mlp(block, spec, reduction, tokens))
+        tokens = tokens.replace(x=_mlp(block, spec, run.reduction, tokens))
     return tokens.replace(switches=None)
 
 
@@ -171,38 +156,36 @@ def _mlp(block: Any, spec: Halves, reduction: Any, tokens: Tokens) -> Tensor:
     return packing.unpack(row + switched(tokens, packing, "mlp", half, row), tokens.x)
 
 
-def _look_ahead(
-    block: Any, own: Any, link: Any, reduction: Any, tokens: Tokens, kwargs: dict[str, Any], reducer: Reducer, n: int
-) -> Tokens:
-    """A look at the block's attention before the block: its first half is run once more, for its q, k and v."""
-    spec: Halves = link.spec
+def _look_ahead(run: BlockRun, reducer: Reducer, tokens: Tokens) -> Tokens:
+    """Show the reducer the block's attention before the block: its first half runs once more, for its q, k and v."""
+    spec = run.spec
     calls: list[dict[str, Any]] = []
     with Watch(calls, _bias(spec, tokens), rows=_bias_rows(spec, tokens)):
-        half = spec.attention or own
-        half(block, tokens.x, **_placed(spec, tokens, None, kwargs))
-    seen = Seen.of(calls, tokens, link.name, coarse=spec.grid is not None)
-    return apply(reduction, reducer, "ahead", tokens, seen, n)
+        half = spec.attention or run.own
+        half(run.block, tokens.x, **_placed(spec, tokens, None, run.kwargs))
+    seen = Seen.of(calls, tokens, run.link.name, coarse=spec.grid is not None)
+    return apply(run.reduction, reducer, "ahead", tokens, seen, run.n)
 
 
 # ------------------------------------------------------------------------------------------------ by known steps
-def known_steps(block: Any, spec: Halves, tokens: Tokens, kwargs: Mapping[str, Any]) -> Steps | None:
-    """The steps of this block's attention; None where they are not known, or more is to be done for these tokens."""
-    steps = spec.steps
-    if steps is None or not _only_gated(tokens) or not (not kwargs or bare(kwargs)) or not steps.known(block):
+def known_steps(run: BlockRun, tokens: Tokens) -> Steps | None:
+    """Return the steps of this block's attention; None where they are not known, or more is to be done for these tokens."""
+    steps = run.link.spec.steps
+    if steps is None or not _only_gated(tokens) or not (not run.kwargs or bare(run.kwargs)) or not steps.known(run.block):
         return None
-    return steps
+    return steps  # type: ignore[no-any-return]
 
 
-def _by_steps(block: Any, link: Any, steps: Steps, reduction: Any, tokens: Tokens, between: Reducer | None, n: int) -> Tokens:
-    """Both halves of a block; a method that only keeps some tokens, by the class query, is asked before the other queries."""
-    spec: Halves = link.spec
+def _by_steps(run: BlockRun, steps: Steps, between: Reducer | None, tokens: Tokens) -> Tokens:
+    """Run both halves; a method that only keeps some tokens, by the class query, is asked before the other queries."""
+    block, spec, reduction = run.block, run.link.spec, run.reduction
     mlp: Any = spec.mlp
     bias = _bias(spec, tokens)
     h = steps.norm(block, tokens.x)
     if between is not None and between.looks == "class" and not reduction.adaptive and quiet(block):
         k, v = steps.keys_values(block, h)
         call = {"query": steps.queries(block, h[:, :1]), "key": k, "value": v, "attn_mask": bias}
-        tokens = apply(reduction, between, "between", tokens, Seen.of([call], tokens, link.name), n)
+        tokens = apply(reduction, between, "between", tokens, Seen.of([call], tokens, run.link.name), run.n)
         q = steps.queries(block, steps.norm(block, tokens.x))
         x = tokens.x + attend(block, steps, q, k, v, bias)
         return tokens.replace(x=x + mlp(block, x))
@@ -210,34 +193,25 @@ def _by_steps(block: Any, link: Any, steps: Steps, reduction: Any, tokens: Token
     bias = None if bias is None else bias.to(k.dtype)
     tokens = tokens.replace(x=tokens.x + attend(block, steps, q, k, v, bias))
     if between is not None:
-        seen = Seen.of([{"query": q, "key": k, "value": v, "attn_mask": bias}], tokens, link.name)
-        tokens = apply(reduction, between, "between", tokens, seen, n)
+        seen = Seen.of([{"query": q, "key": k, "value": v, "attn_mask": bias}], tokens, run.link.name)
+        tokens = apply(reduction, between, "between", tokens, seen, run.n)
     return tokens.replace(x=tokens.x + mlp(block, tokens.x))
 
 
-def prefix_only(
-    block: Any,
-    link: Any,
-    reduction: Any,
-    tokens: Tokens,
-    kwargs: dict[str, Any],
-    reducer: Reducer | None,
-    watcher: Reducer | None,
-    n: int,
-) -> Tokens | None:
-    """The block for its prefix tokens alone: the features are theirs; of the patch tokens it is known what becomes of them.
+def prefix_only(run: BlockRun, tokens: Tokens) -> Tokens | None:
+    """Run the block for its prefix tokens alone; of the patch tokens, record where they go.
 
-    None where that cannot be had. Where the attention has no known steps it is run whole, and the MLP is not; then there must
-    be no reducer.
+    None where that is not possible. Where the attention has no known steps it runs on all rows, and the MLP does not; then
+    there must be no reducer.
     """
-    spec: Halves = link.spec
+    block, spec, reducer, reduction = run.block, run.spec, run.reducer, run.reduction
     decides = reducer is not None and (reducer.looks == "anywhere" or reduction.adaptive)
-    if decides or watcher is not None or spec.attention is None or spec.mlp is None or not _only_gated(tokens):
+    if decides or run.watcher is not None or spec.attention is None or spec.mlp is None or not _only_gated(tokens):
         return None
     if spec.grid is not None or spec.relative or not quiet(block):
         return None
-    kwargs, bias = _placed(spec, tokens, None, kwargs), _bias(spec, tokens)
-    steps = known_steps(block, spec, tokens, kwargs)
+    kwargs, bias = _placed(spec, tokens, None, run.kwargs), _bias(spec, tokens)
+    steps = known_steps(run._replace(kwargs=kwargs), tokens)
     first = tokens.x[:, : tokens.prefix]
     if steps is None:
         if reducer is not None:
@@ -250,8 +224,8 @@ def prefix_only(
     bias = None if bias is None else bias.to(k.dtype)
     x = first + attend(block, steps, q, k, v, bias)
     if reducer is not None:
-        seen = Seen.of([{"query": q, "key": k, "value": v, "attn_mask": bias}], tokens, link.name)
-        tokens = apply(reduction, reducer, "between", tokens, seen, n)  # of features that are not read: those before the block
+        seen = Seen.of([{"query": q, "key": k, "value": v, "attn_mask": bias}], tokens, run.link.name)
+        tokens = apply(reduction, reducer, "between", tokens, seen, run.n)  # of features that are not read: before the block
     return tokens.replace(x=x + spec.mlp(block, x))
 
 

@@ -17,8 +17,10 @@ def iota(like: Tensor) -> Tensor:
     return torch.arange(like.shape[1], device=like.device).expand(like.shape[0], -1)
 
 
-def follow(where: Tensor, dst: Tensor) -> Tensor:
-    """Send every patch on: from the token that held it to where that token went."""
+def follow(where: Tensor, dst: Tensor, *, complete: bool = False) -> Tensor:
+    """Send every patch on: from the token that held it to where that token went. ``complete``: no ``where`` is -1."""
+    if complete:
+        return dst.gather(1, where)
     return torch.where(where < 0, -1, dst.gather(1, where.clamp_min(0)))
 
 
@@ -26,6 +28,8 @@ def take(values: Tensor, index: Tensor) -> Tensor:
     """Rows ``index`` [B, K] of ``values`` [B, L, ...], as one flat row gather (many times quicker than an expanded one)."""
     if values.dim() == 2:
         return values.gather(1, index)
+    if values.shape[0] == 1 and not _exporting():  # one image needs no offsets: half the operations
+        return values.index_select(1, index[0])
     start = torch.arange(values.shape[0], device=index.device).unsqueeze(1) * values.shape[1]
     return values.flatten(0, 1).index_select(0, (index + start).flatten()).reshape(*index.shape, *values.shape[2:])
 
@@ -42,6 +46,11 @@ def in_parts(values: Tensor, width: int) -> tuple[Tensor, ...]:
     return (values,) if values.shape[1] * width <= WHOLE else torch.split(values, ROWS, 1)  # type: ignore[no-untyped-call]
 
 
+def one_of(parts: list[Tensor]) -> Tensor:
+    """Parts of rows, [B, m, ...] each, as one tensor; a single part is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
 def add_rows(values: Tensor, dst: Tensor, count: int) -> Tensor:
     """Sum the rows of ``values`` [B, L, C] or [B, L] into ``count`` rows by ``dst`` [B, L]; the same sum on every run."""
     batch, here = values.shape[0], values.device.type == "cpu" and not _exporting()
@@ -49,6 +58,8 @@ def add_rows(values: Tensor, dst: Tensor, count: int) -> Tensor:
         if here:
             return values.new_zeros(batch, count).scatter_add(1, dst, values)
         return add_rows(values.unsqueeze(2), dst, count).squeeze(2)
+    if here and batch == 1:
+        return values.new_zeros(1, count, values.shape[2]).index_add(1, dst[0], values)
     if here:
         start = torch.arange(batch, device=dst.device).unsqueeze(1) * count
         out = values.new_zeros(batch * count, values.shape[2])

@@ -9,13 +9,14 @@ Under torch.compile and torch.export one trace is one call, and features are not
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from laconic.block_forward import Reads, bare, pass_block, quiet
+from laconic.block_forward import BlockRun, Reads, bare, pass_block, quiet
 from laconic.dense import hand_over
 from laconic.grid import GridMap
 from laconic.history import History, find, mark
@@ -134,7 +135,7 @@ def _open(host: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], 
         grid = entry.grid_of(host, (int(image.shape[2]), int(image.shape[3])))  # torch.jit.trace has tensors for sizes
     elif image is not None:
         _refuse_proxy(image)
-    if (tracing or torch._C._is_tracing()) and torch.onnx.is_in_onnx_export():
+    if (tracing or torch._C._is_tracing()) and _in_onnx_export():
         raise ValueError(
             "torch.onnx.export cannot write the stable sorting of a reduced model; use laconic.export(model, path), which "
             "writes ONNX files and proves them"
@@ -153,6 +154,12 @@ def _open(host: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], 
     if name in entry.head_methods and isinstance(image, Tensor):
         call.history = known(image, call.ref) or (None if outer is None or outer.begun != 1 else outer.history)
     return call
+
+
+def _in_onnx_export() -> bool:
+    """True inside torch.onnx.export; its second attempt traces by dynamo, which takes is_in_onnx_export to be False."""
+    flags = sys.modules.get("torch.onnx._internal.exporter._flags")
+    return torch.onnx.is_in_onnx_export() or bool(getattr(flags, "_is_onnx_exporting", False))
 
 
 def _global_hooks() -> bool:
@@ -245,7 +252,7 @@ def run_block(block: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
     way = call if call is not None else history if _computed_again() else None
     if way is not None and way.fast and not block.training:
         reads = "prefix" if last and way.answers else "needed"
-    tokens = pass_block(block, own, link, reduction, tokens, named, reducer, watcher, n, reads)
+    tokens = pass_block(BlockRun(block, own, link, reduction, named, reducer, watcher, n, reads), tokens)
     if reducer is not None and not reduction.adaptive and len(tokens) != n and tokens.alive is None:
         raise RuntimeError(
             f"{reduction.config.row.name} left {len(tokens)} patch tokens at block {link.index}; {n} were asked for"

@@ -37,6 +37,7 @@ class Tokens:
     gate: Float[Tensor, "B L"] | None = None  # factor on exp(logit) towards a token (proportional attention: its size)
     alive: Float[Tensor, "B L"] | None = None  # soft keep decision of training: 0 is seen by nobody but itself
     columns: dict[str, Tensor] = field(default_factory=dict)  # [B, L, ...] whatever else travels with a token
+    complete: bool = True  # does a token hold every patch? False: some may have been dropped
     merged: bool = False  # may a token stand for more than one patch? (then pooling weighs tokens by size)
     shown: Float[Tensor, "B R"] | None = None  # the prefix tokens that others may still see (A-ViT's may halt); None: all
     attention: Float[Tensor, "B H N N"] | None = None  # weights that the next attention uses in place of its softmax, once
@@ -134,25 +135,34 @@ class Tokens:
         prefix = torch.arange(self.prefix, device=index.device).expand(index.shape[0], -1)
         x = take(self.x, torch.cat([prefix, index + self.prefix], 1))
         dst = index.new_full(self.size.shape, -1).scatter(1, index, iota(index))
-        return self._follow(index, dst, x, take(self.size, index))
+        return self._follow(index, dst, x, take(self.size, index), False)
 
-    def merge(self, dst: Int[Tensor, "B L"], weight: Float[Tensor, "B L"] | None, lead: Int[Tensor, "B M"]) -> Tokens:
+    def merge(
+        self,
+        dst: Int[Tensor, "B L"],
+        weight: Float[Tensor, "B L"] | None,
+        lead: Int[Tensor, "B M"],
+        *,
+        complete: bool = False,
+    ) -> Tokens:
         """Sum tokens into new ones: ``x'[m] = sum of weight[i] * x[i] over dst[i] == m``; ``dst[i] == -1`` drops token i.
 
         The caller chooses the weights (and whether they sum to one); None makes the mean, every token counted as often as it
-        has patches. ``lead[m]`` is the old token whose place, position and columns new token m inherits.
+        has patches. ``lead[m]`` is the old token whose place, position and columns new token m inherits. ``complete`` says
+        that no ``dst`` is -1, which saves the operations that look for it.
         """
-        count = lead.shape[1]
-        gone, into = dst < 0, dst.clamp_min(0)
-        size = add_rows(self.size.masked_fill(gone, 0.0), into, count)
+        count, old, into = lead.shape[1], self.size, dst
+        if not complete:
+            gone, into = dst < 0, dst.clamp_min(0)
+            old = old.masked_fill(gone, 0.0)
+        size = add_rows(old, into, count)
         if weight is None:
-            weight = self.size / size.gather(1, into).clamp_min(torch.finfo(size.dtype).tiny)
-        weight = weight.masked_fill(gone, 0.0)
-        # prefix tokens go along, each to itself with weight one: a single pass without a copy to put them in front
-        every = torch.cat([torch.arange(self.prefix, device=dst.device).expand(dst.shape[0], -1), into + self.prefix], 1)
-        weighted = self.x * F.pad(weight, (self.prefix, 0), value=1.0).unsqueeze(-1)
-        x = add_rows(weighted, every, self.prefix + count).to(self.x.dtype)
-        return self._follow(lead, dst, x, size).replace(merged=True)
+            weight = old / size.gather(1, into).clamp_min(torch.finfo(size.dtype).tiny)
+        elif not complete:
+            weight = weight.masked_fill(gone, 0.0)
+        new = add_rows(self.patches * weight.unsqueeze(-1), into, count).to(self.x.dtype)
+        x = torch.cat([self.x[:, : self.prefix], new], 1)
+        return self._follow(lead, dst, x, size, complete).replace(merged=True)
 
     def highest(self, dst: Int[Tensor, "B L"], lead: Int[Tensor, "B M"]) -> Tokens:
         """The highest value of each channel over ``dst[i] == m``, without weights; all else as in `merge`."""
@@ -161,7 +171,7 @@ class Tokens:
         new = patches.new_zeros(lead.shape[0], lead.shape[1], patches.shape[2])
         new = new.scatter_reduce(1, into.unsqueeze(-1).expand_as(patches), patches, "amax", include_self=False)
         x = torch.cat([self.x[:, : self.prefix], new], 1)
-        return self._follow(lead, dst, x, add_rows(size, into, lead.shape[1])).replace(merged=True)
+        return self._follow(lead, dst, x, add_rows(size, into, lead.shape[1]), False).replace(merged=True)
 
     def mix(self, matrix: Float[Tensor, "B M L"]) -> Tokens:
         """Soft merge, ``x' = matrix @ x``. Sizes are shared out by column; a patch is said to be where most of it went."""
@@ -169,7 +179,7 @@ class Tokens:
         mixed = (matrix @ self.patches.to(matrix.dtype)).to(self.x.dtype)
         size = (mass @ self.size.to(mass.dtype).unsqueeze(-1)).squeeze(-1).to(self.size.dtype)
         x = torch.cat([self.x[:, : self.prefix], mixed], 1)
-        return self._follow(matrix.argmax(2), matrix.argmax(1), x, size).replace(merged=True)
+        return self._follow(matrix.argmax(2), matrix.argmax(1), x, size, True).replace(merged=True)
 
     def park(self, index: Int[Tensor, "B K"]) -> tuple[Tokens, Tokens]:
         """Split into (kept, parked) by patch-token index; ``kept.join(parked)`` puts them together again."""
@@ -199,8 +209,8 @@ class Tokens:
         into = dst.clamp_min(0)
         size = add_rows(self.size.masked_fill(dst < 0, 0.0), into, len(self))
         dropped, similar = self._of_dropped(dst, iota(dst), size)
-        where = follow(self.where, dst)
-        return self.replace(alive=alive, size=size, where=where, merged=True, dropped=dropped, similar=similar)
+        where = follow(self.where, dst, complete=self.complete)
+        return self.replace(alive=alive, size=size, where=where, complete=False, merged=True, dropped=dropped, similar=similar)
 
     def switch(self, halves: Float[Tensor, "B S N"], heads: Float[Tensor, "B H"] | None = None) -> Tokens:
         """Let the next block use its halves and heads by these factors (see `Switches`); every token goes on."""
@@ -249,7 +259,7 @@ class Tokens:
         out = take(values, self.where.clamp_min(0))
         return out.masked_fill((self.where < 0).unsqueeze(-1), fill)
 
-    def _follow(self, lead: Tensor, dst: Tensor, x: Tensor, size: Tensor) -> Tokens:
+    def _follow(self, lead: Tensor, dst: Tensor, x: Tensor, size: Tensor, complete: bool) -> Tokens:
         still = self.patch is None and not self.merged  # every token is its own patch
         dropped, similar = self._of_dropped(dst, lead, self.size)
         return self.replace(
@@ -257,7 +267,8 @@ class Tokens:
             dropped=dropped,
             similar=similar,
             size=size,
-            where=dst if still else follow(self.where, dst),
+            where=dst if still else follow(self.where, dst, complete=self.complete),
+            complete=self.complete and complete,
             patch=lead if self.patch is None else take(self.patch, lead),
             gate=None if self.gate is None else take(self.gate, lead),
             alive=None if self.alive is None else take(self.alive, lead),

@@ -41,7 +41,7 @@ class ATCReducer(Reducer):
         lead = cheapest(distance.sum(2), cluster, n)
         if not self.proportional:
             return tokens.merge(cluster, share(torch.ones_like(tokens.size), cluster, n), lead)
-        tokens = tokens.merge(cluster, None, lead)
+        tokens = tokens.merge(cluster, None, lead, complete=True)
         return tokens.replace(gate=tokens.size)
 
 

@@ -84,14 +84,14 @@ class Decouple(Method):
             fused = tokens.merge(dst, self._weights(score, dst, left + rest.shape[1], left), torch.cat([lead, rest], 1))
             return fused.highest(*set_out(iota(lead), iota(rest) + left, cluster, centres))
         dst = lay(kept, rest, of_kept, cluster + left if clusters else cluster)
-        weight = self._weights(score, dst, n, left)
+        weight = self._weights(score, dst, n, left, complete=clusters > 0)
         if self.merger.endswith("pool"):
             weight = torch.where(dst < left, weight, share(tokens.size, dst, n))
-        return tokens.merge(dst, weight, torch.cat([lead, rest.gather(1, centres)], 1))
+        return tokens.merge(dst, weight, torch.cat([lead, rest.gather(1, centres)], 1), complete=clusters > 0)
 
-    def _weights(self, score: Tensor, dst: Tensor, n: int, attentive: int) -> Tensor:
+    def _weights(self, score: Tensor, dst: Tensor, n: int, attentive: int, *, complete: bool = False) -> Tensor:
         """Eq. 8: normalised, or as printed (for clusters only, or for all); a token alone in its set keeps weight one."""
-        shared = share(score, dst, n)
+        shared = share(score, dst, n, complete=complete)
         if self.weights == "normalised" and self.steps != "pack":
             return shared
         literal = dst >= 0 if self.weights == "literal" else dst >= attentive

@@ -32,7 +32,7 @@ def pack(tokens: Tokens, score: Tensor, n: int) -> Tokens:
     kept, rest = split(score, n - 1)
     dst = lay(kept, rest, iota(kept), torch.full_like(rest, n - 1))
     weight = score.scatter(1, kept, 1.0)
-    return tokens.merge(dst, weight, torch.cat([kept, rest[:, :1]], 1))
+    return tokens.merge(dst, weight, torch.cat([kept, rest[:, :1]], 1), complete=True)
 
 
 def _by_chance(score: str, seed: int, tokens: Tokens, seen: Seen) -> Tensor:

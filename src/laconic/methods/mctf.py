@@ -74,7 +74,7 @@ class MCTFReducer(Fusion):
     def ahead(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
         attention = seen.matrix
         dst, weight, lead = self.groups(tokens, attention.mean((1, 2))[:, tokens.prefix :], n)
-        tokens = tokens.merge(dst, weight, lead)
+        tokens = tokens.merge(dst, weight, lead, complete=True)
         return tokens.replace(gate=tokens.size, attention=fuse(attention, dst, weight, n))
 
 
@@ -88,7 +88,7 @@ class LateMCTFReducer(Fusion):
         columns = dict(tokens.columns)
         tokens = tokens.replace(columns=columns)
         dst, weight, lead = self.groups(tokens, columns.pop(RECEIVED), n)
-        tokens = tokens.merge(dst, weight, lead)
+        tokens = tokens.merge(dst, weight, lead, complete=True)
         return tokens.replace(gate=tokens.size)
 
 

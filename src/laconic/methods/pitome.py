@@ -50,7 +50,7 @@ class PiToMeReducer(Reducer):
         merged, stay, into = soft_matching(keys, line[:, ::2], line[:, 1::2], r, "similarity")
         lead = torch.cat([protected, stay], 1)
         dst = lay(lead, merged, iota(lead), into + protected.shape[1])
-        tokens = tokens.merge(dst, None, lead)
+        tokens = tokens.merge(dst, None, lead, complete=True)
         return tokens.replace(gate=tokens.size) if self.proportional else tokens
 
 

@@ -24,7 +24,7 @@ class AvgPoolReducer(Reducer):
 
     def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
         dst, lead = self.options.runs(tokens, seen, n)
-        return tokens.merge(dst, None, lead)
+        return tokens.merge(dst, None, lead, complete=True)
 
 
 class MaxPoolReducer(Reducer):

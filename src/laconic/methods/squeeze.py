@@ -108,7 +108,8 @@ class Squeeze(Method):
             pull, into = pull.masked_fill(host < 0, 0.0), host.clamp_min(0)
         total = own + add_rows(pull, into, n)
         weight = lay(kept, rest, own / total, pull / total.gather(1, into))
-        return tokens.merge(lay(kept, rest, iota(kept), host), weight, kept)
+        dst = lay(kept, rest, iota(kept), host)
+        return tokens.merge(dst, weight, kept, complete=self.matching == "many-to-one")
 
     def soft_squeeze(self, tokens: Tokens, keep: Tensor, gone: Tensor) -> Tokens:
         """The same with all tokens in place: hosts (``keep``) are fused with the tokens that leave now (``gone``)."""

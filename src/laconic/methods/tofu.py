@@ -51,7 +51,7 @@ class ToFuReducer(Reducer):
             return tokens.keep(stay)
         dst, before = lay(stay, merged, iota(stay), into), _lengths(tokens)
         longest = torch.zeros_like(tokens.size[:, :n]).scatter_reduce(1, dst, before, "amax", include_self=False)
-        tokens = tokens.merge(dst, share(torch.ones_like(tokens.size), dst, n), stay)
+        tokens = tokens.merge(dst, share(torch.ones_like(tokens.size), dst, n), stay, complete=True)
         if self.norm == "none":
             return tokens
         now = before.gather(1, stay) if self.norm == "host" else _lengths(tokens)

@@ -33,7 +33,7 @@ class ToMeReducer(Reducer):
     def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
         merged, stay, into = soft_matching(seen.keys, *parity(tokens), len(tokens) - n)
         dst = lay(stay, merged, iota(stay), into)
-        tokens = tokens.merge(dst, None, stay)
+        tokens = tokens.merge(dst, None, stay, complete=True)
         return tokens.replace(gate=tokens.size) if self.proportional else tokens
 
 

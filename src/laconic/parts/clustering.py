@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from laconic.parts.matching import split
-from laconic.rows import in_parts, iota, take
+from laconic.rows import in_parts, iota, one_of, take
 from laconic.shapes import Float, Int
 
 
@@ -90,13 +90,13 @@ def density_peaks(
         few = d2.topk(min(neighbours, x.shape[1]), dim=2, largest=False).values if density == "knn" else None
         near.append(-d2.sum(2) if few is None else -few.mean(2) / x.shape[2])
         widest.append(d2.amax(2).sqrt())
-    log_density, wide = torch.cat(near, 1), torch.cat(widest, 1)
+    log_density, wide = one_of(near), one_of(widest)
     line, _ = split(log_density, x.shape[1])
     rank = torch.empty_like(line).scatter(1, line, iota(line))  # of a row by its density: the densest has 0
     for part in distances.parts:
         denser = rank.unsqueeze(1) < rank[:, part].unsqueeze(2)
         gaps.append(distances.of(part).masked_fill(~denser, math.inf).amin(2).sqrt())
-    gap = torch.cat(gaps, 1)
+    gap = one_of(gaps)
     wide = wide if farthest == "own" else wide.amax(1, keepdim=True)
     gap = torch.where(gap < math.inf, gap, wide)
     centres, _ = split(log_density + gap.log(), count)
@@ -108,4 +108,4 @@ def density_peaks(
             allowed = allowed | ~allowed.any(2, keepdim=True)  # nothing denser among the centres: the nearest of all
             to_centre = to_centre.masked_fill(~allowed, math.inf)
         cluster.append(to_centre.argmin(2))
-    return torch.cat(cluster, 1).scatter(1, centres, iota(centres)), centres
+    return one_of(cluster).scatter(1, centres, iota(centres)), centres

@@ -30,13 +30,19 @@ def cosine(x: Float[Tensor, "B M C"], y: Float[Tensor, "B K C"]) -> Float[Tensor
     """Cosine similarity of every x to every y, in float32, with lengths |x| + 1e-6."""
     x, y = x.float(), y.float()
     # the products are fewer than the features: divide those
-    return x @ y.transpose(1, 2) / length(x).unsqueeze(2) / length(y).unsqueeze(1)
+    return torch.bmm(x, y.transpose(1, 2)) / length(x).unsqueeze(2) / length(y).unsqueeze(1)
 
 
-def share(weight: Float[Tensor, "B L"], dst: Int[Tensor, "B L"], count: int) -> Float[Tensor, "B L"]:
-    """Weights that sum to one inside every group (an all-zero group is shared out evenly); ``dst == -1`` is left alone."""
-    into, there = dst.clamp_min(0), (dst >= 0).to(weight.dtype)
-    whole, members = (add_rows(w, into, count).gather(1, into) for w in (weight * there, there))
+def share(weight: Float[Tensor, "B L"], dst: Int[Tensor, "B L"], count: int, *, complete: bool = False) -> Float[Tensor, "B L"]:
+    """Weights that sum to one inside every group (an all-zero group is shared out evenly); ``dst == -1`` is left alone.
+
+    ``complete`` says that no ``dst`` is -1.
+    """
+    into, there, counted = dst, torch.ones_like(weight), weight
+    if not complete:
+        into, there = dst.clamp_min(0), (dst >= 0).to(weight.dtype)
+        counted = weight * there
+    whole, members = (add_rows(w, into, count).gather(1, into) for w in (counted, there))
     return torch.where(whole > 0, weight / whole.clamp_min(torch.finfo(weight.dtype).tiny), 1.0 / members.clamp_min(1.0))
 
 

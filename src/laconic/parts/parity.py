@@ -27,10 +27,10 @@ def by_parity(tokens: Tokens) -> tuple[Int[Tensor, "B M"], Int[Tensor, "B K"]]:
     return place[:, even], place[:, odd]
 
 
-def _of(part: Tensor | slice, features: Tensor) -> tuple[Tensor, Tensor]:
+def _of(part: Tensor | slice, features: Tensor, every: Tensor) -> tuple[Tensor, Tensor]:
     """Features and indices of some tokens."""
     if isinstance(part, slice):  # every second one: nothing has to be gathered
-        return features[:, part], iota(features)[:, part]
+        return features[:, part], every[:, part]
     return take(features, part), part
 
 
@@ -49,7 +49,8 @@ def soft_matching(
     Raises:
         ValueError: more are to leave than there are in ``a``, or there is nothing to merge into.
     """
-    (of_a, a), (of_b, b) = _of(a, features.detach()), _of(b, features.detach())
+    features, every = features.detach(), iota(features)
+    (of_a, a), (of_b, b) = _of(a, features, every), _of(b, features, every)
     if count > a.shape[1] or not b.shape[1]:
         raise ValueError(
             f"one matching merges away at most half of the tokens: {count} of {a.shape[1] + b.shape[1]} were asked for; keep "
