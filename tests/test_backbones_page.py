@@ -6,8 +6,8 @@ import pytest
 
 pytest.importorskip("timm")
 
-from laconic.jobs import backbones
-from laconic.jobs.backbones import ROWS, as_printed, cost
+from benchmarks import backbones
+from benchmarks.backbones import ROWS, as_printed, cost
 
 PAGE = Path(__file__).parents[1] / "docs" / "backbones.md"
 EDGE = {("LV-ViT-S, eTPS", "3.8")}  # 3.85 to 3.87 by convention: see the notes of the page

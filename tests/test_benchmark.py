@@ -9,10 +9,10 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 
 import laconic
+from benchmarks.ship import ship
+from laconic.analysis.evaluate import answers, transform_for
 from laconic.data import open_images, scenes
-from laconic.jobs.evaluate import answers, transform_for
-from laconic.jobs.output import Refusal
-from laconic.jobs.ship import ship
+from laconic.files import Refusal
 from laconic.jobs.weights import load
 from laconic.models.scenes import FOLDER, load_scorer
 
@@ -112,7 +112,7 @@ def test_of_a_run_with_a_method_only_its_own_tensors_are_shipped(tmp_path):
 @pytest.mark.parametrize("method", ["dtps", "dynamicvit"])
 def test_the_shipped_scorers_know_the_object(base, method):
     """Trained, they keep more of the object than of its surroundings; with random weights they keep about as much of each."""
-    from laconic.experiments.looks import look
+    from benchmarks.experiments.looks import look
 
     images = open_images("scenes", "test", limit=200)
     reduced = laconic.reduce_(base, method, keep=0.7)

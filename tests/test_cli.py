@@ -64,7 +64,6 @@ VERBS = {
         "{tmp}/s.csv",
     ],
     "export": [TINY, "--method", "topk", "--to", "torch-export", "--rounds", "0", "--output", "{tmp}"],
-    "evidence": ["--claim", "7-toy", "--minutes", "1e-9", "--output", "{tmp}/evidence.jsonl"],
     "train": [
         *(
             "--set",
@@ -91,6 +90,12 @@ def test_json_is_all_there_is_on_stdout(laconic_, tmp_path, verb):
     code, out, _ = laconic_(verb, *(word.format(tmp=tmp_path) for word in VERBS[verb]), "--json")
     assert code == 0
     assert isinstance(json.loads(out), dict)
+
+
+def test_a_moved_command_names_its_new_place(laconic_):
+    code, out, err = laconic_("evidence", "--claim", "7-toy")
+    assert (code, out) == (2, "")
+    assert "python -m benchmarks.evidence" in err
 
 
 def test_list_as_a_table(laconic_):
@@ -129,7 +134,7 @@ def test_help_has_examples(laconic_, verb):
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_examples_parse(verb):
     for example in cli.VERBS[verb].examples:
-        job, as_json = cli.parse(verb, example.split()[2:])
+        job, as_json = cli.parse(f"laconic {verb}", cli.VERBS[verb], example.split()[2:])
         assert callable(job)
         assert as_json == ("--json" in example)
 
@@ -142,7 +147,8 @@ def test_usage_and_version(laconic_):
 
 
 def test_options_of_measuring_reach_the_job():
-    job, _ = cli.parse("bench", [TINY, "--rounds", "3", "--threads", "2", "--compile", "--keep", "0.5", "--keep", "0.7"])
+    words = [TINY, "--rounds", "3", "--threads", "2", "--compile", "--keep", "0.5", "--keep", "0.7"]
+    job, _ = cli.parse("laconic bench", cli.VERBS["bench"], words)
     setting = job.keywords["setting"]
     assert (setting.rounds, setting.threads, setting.compile) == (3, 2, True)
     assert job.keywords["keep"] == (0.5, 0.7)

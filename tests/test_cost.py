@@ -12,12 +12,12 @@ from timm.layers import SwiGLUPacked
 from torch import nn
 
 import laconic
+from benchmarks import tables
+from benchmarks.published import ENTRIES, LOGS
 from families import AT, FAMILIES, METHODS, SITE, SMALL, VARIABLE, images, make, reduced
 from laconic import work
 from laconic.cost import CONVENTIONS, counted, estimate, summary
 from laconic.hosts import find_host
-from laconic.jobs import tables
-from laconic.jobs.published import ENTRIES, LOGS
 from laconic.methods import BAT, DTPS, ETPS, DynamicViT, EViT, ToMe, TopK
 from laconic.reducer import Method
 from laconic.schedule import Schedule

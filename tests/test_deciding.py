@@ -6,8 +6,8 @@ import torch
 
 import golden_init
 import laconic
+from benchmarks.executions import Given
 from families import AT, FAMILIES, images, make, options, reduced
-from laconic.jobs.executions import Given
 from laconic.methods.ats import raster_sample, sorted_sample
 from laconic.packing import Packing
 from laconic.parts import SCORES

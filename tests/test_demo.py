@@ -10,13 +10,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import laconic
+from laconic.analysis.evaluate import evaluate, transform_for
+from laconic.analysis.timing import Setting
 from laconic.data import ImageSet, Unreadable, open_images
+from laconic.files import Refusal
 from laconic.jobs import draw, exhibit, fates, photos, weights
 from laconic.jobs.demo import demo
-from laconic.jobs.evaluate import evaluate, transform_for
-from laconic.jobs.measure import Setting
 from laconic.jobs.models import create
-from laconic.jobs.output import Refusal
 from laconic.jobs.weights import Loaded
 from laconic.models import scenes
 

@@ -14,15 +14,16 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import laconic
+from laconic.analysis.accuracy import Accuracy
+from laconic.analysis.evaluate import Processes, answers, config_for, evaluate, make_loader, transform_for
+from laconic.analysis.intervals import wilson
+from laconic.analysis.timing import Setting
 from laconic.data import ImageSet, Prepared, Unreadable, open_images
 from laconic.doctor import twin
+from laconic.files import Refusal
 from laconic.jobs import plots, record
 from laconic.jobs import sweep as sweep_job
-from laconic.jobs.accuracy import Accuracy, wilson
 from laconic.jobs.eval import eval_
-from laconic.jobs.evaluate import Processes, answers, config_for, evaluate, make_loader, transform_for
-from laconic.jobs.measure import Setting
-from laconic.jobs.output import Refusal
 from laconic.jobs.scores import Score
 from laconic.jobs.subject import Reading, command, digest, parse_args
 from laconic.jobs.sweep import sweep

@@ -8,13 +8,13 @@ import statistics
 import pytest
 import torch
 
-from laconic.experiments import cells, store
-from laconic.experiments.cells import Cell
-from laconic.experiments.claims import CLAIMS, STEPS, all_cells
-from laconic.experiments.statistics import accuracy, difference
-from laconic.experiments.tables import NONE, TABLES, Reader, signed
-from laconic.jobs.evidence import evidence
-from laconic.jobs.output import Refusal
+from benchmarks.evidence import evidence, main
+from benchmarks.experiments import cells, store
+from benchmarks.experiments.cells import Cell
+from benchmarks.experiments.claims import CLAIMS, STEPS, all_cells
+from benchmarks.experiments.statistics import accuracy, difference
+from benchmarks.experiments.tables import NONE, TABLES, Reader, signed
+from laconic.files import Refusal
 
 
 def outcomes(seed, share, count=400):
@@ -99,7 +99,7 @@ def test_results_survive_a_torn_line_and_other_weights(tmp_path):
 
 
 def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("laconic.jobs.evidence.fingerprint", lambda: "w")
+    monkeypatch.setattr("benchmarks.evidence.fingerprint", lambda: "w")
     asked = []
 
     def run(cell):
@@ -108,12 +108,12 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
         asked.append(cell)
         return result(cell)
 
-    monkeypatch.setattr("laconic.jobs.evidence.run", run)
+    monkeypatch.setattr("benchmarks.evidence.run", run)
     path = tmp_path / "results.jsonl"
     with pytest.raises(KeyboardInterrupt):
         evidence(claim=("7-toy",), output=path)
     first = list(asked)
-    monkeypatch.setattr("laconic.jobs.evidence.run", lambda cell: (asked.append(cell), result(cell))[1])
+    monkeypatch.setattr("benchmarks.evidence.run", lambda cell: (asked.append(cell), result(cell))[1])
     for share in ("1/2", "2/2"):
         report = evidence(claim=("7-toy",), output=path, share=share)
     assert report.missing == 0
@@ -122,7 +122,7 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
 
 
 def test_refusals(tmp_path, monkeypatch):
-    monkeypatch.setattr("laconic.jobs.evidence.fingerprint", lambda: "w")
+    monkeypatch.setattr("benchmarks.evidence.fingerprint", lambda: "w")
     with pytest.raises(Refusal, match="no claim '7'"):
         evidence(claim=("7",), output=tmp_path / "r.jsonl")
     with pytest.raises(Refusal, match="expected something like 1/2"):
@@ -131,12 +131,23 @@ def test_refusals(tmp_path, monkeypatch):
         evidence(seeds=0, output=tmp_path / "r.jsonl")
 
 
+def test_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("benchmarks.evidence.fingerprint", lambda: "w")
+    monkeypatch.setattr("benchmarks.evidence.run", result)
+    words = ["--claim", "7-toy", "--minutes", "1e-9", "--output", str(tmp_path / "r.jsonl")]
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["done"] in (0, 1)
+    assert main(["--claim", "7"]) == 1
+    assert "7-toy" in capsys.readouterr().err
+    assert main(["--nothing"]) == 2
+
+
 def test_the_others_are_what_the_attended_are_not():
     import timm
 
     import laconic
     import laconic.models
-    from laconic.experiments.complement import split_once
+    from benchmarks.experiments.complement import split_once
 
     torch.manual_seed(0)
     model = timm.create_model("scenes_vit_tiny").eval()

@@ -14,14 +14,14 @@ import laconic
 import test_lvvit_psvit
 import test_pvt_cvt
 import test_transformers
+from benchmarks import export_page
 from families import CLASS_SCORED, METHODS, VARIABLE, fill, images, make, options, rate, serves
 from laconic import cli
+from laconic.analysis.timing import Quartiles
 from laconic.exporting import graph, inspect, openvino, proof, runner, trace, write
+from laconic.files import Refusal
 from laconic.jobs import export as job
-from laconic.jobs import export_page
 from laconic.jobs.export_speed import Speed
-from laconic.jobs.measure import Quartiles
-from laconic.jobs.output import Refusal
 from zoo import ZOO
 
 FAMILIES = {

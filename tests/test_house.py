@@ -80,6 +80,17 @@ def test_optional_libraries_are_imported_where_used(path):
     assert [m for m in imports(path, top_level_only=True) if m.split(".")[0] in OPTIONAL] == []
 
 
+@pytest.mark.parametrize("path", [f for f in FILES if f.parent.name != "jobs"], ids=name)
+def test_the_library_does_not_import_its_commands(path):
+    """Only the command line imports jobs, and the package never imports the scripts of the repository."""
+    upwards = (
+        ("benchmarks",)
+        if path.name in ("cli.py", "verbs.py")
+        else ("benchmarks", "laconic.jobs", "laconic.cli", "laconic.verbs")
+    )
+    assert [m for m in imports(path) if m.startswith(upwards)] == []
+
+
 def test_layers_do_not_point_upwards():
     order = ["shapes", "rows", "tokens", "attention", "schedule", "reducer", "parts", "methods", "history", "hosts"]
     order += ["block_forward", "dense", "runtime", "compression", "readout", "patching", "verify", "attach"]

@@ -14,11 +14,13 @@ import torch
 from PIL import Image
 
 import laconic
+from laconic.analysis import machine, timing
+from laconic.analysis.timing import Quartiles, Sample, Setting, Time
 from laconic.doctor import doctor, twin
-from laconic.jobs import agreement, compare, draw, machine, measure, models, photos, variants, weights
+from laconic.files import Refusal, write_atomically
+from laconic.jobs import agreement, compare, draw, models, photos, variants, weights
 from laconic.jobs.bench import bench
-from laconic.jobs.measure import Quartiles, Sample, Setting, Time
-from laconic.jobs.output import Refusal, sentence, write_atomically
+from laconic.jobs.output import sentence
 from laconic.jobs.show import show
 
 TINY = "deit_tiny_patch16_224"
@@ -134,7 +136,7 @@ class Clock:
 
 def fake_rounds(seconds, rounds):
     clock = Clock(seconds)
-    return clock, measure.interleave({name: lambda name=name: name for name in seconds}, rounds, clock)
+    return clock, timing.interleave({name: lambda name=name: name for name in seconds}, rounds, clock)
 
 
 def test_rounds_are_interleaved_and_every_other_one_goes_backwards():
@@ -146,7 +148,7 @@ def test_rounds_are_interleaved_and_every_other_one_goes_backwards():
 def test_ratios_do_not_see_that_the_machine_slows_down():
     _, samples = fake_rounds({"base": 3.0, "half": 1.5, "same": 3.0, "slow": 6.0}, 6)
     for name, expected in {"base": 1.0, "half": 2.0, "same": 1.0, "slow": 0.5}.items():
-        for quartiles in measure.ratios(samples[name]):
+        for quartiles in timing.ratios(samples[name]):
             assert quartiles.median == pytest.approx(expected, rel=0.03)
             assert quartiles.low <= quartiles.median <= quartiles.high
 
@@ -286,7 +288,7 @@ def test_bench_measures_files(monkeypatch):
 )
 def test_bench_refuses_what_no_file_can_be(setting, said):
     with pytest.raises(Refusal, match=said):
-        bench(TINY, setting=measure.Setting(rounds=1, device="cpu", **setting), exported="onnx")
+        bench(TINY, setting=timing.Setting(rounds=1, device="cpu", **setting), exported="onnx")
 
 
 @pytest.mark.slow
@@ -321,7 +323,7 @@ def test_a_dozen_models_are_all_compiled(small):
     compile_ = torch.compile
     with pytest.MonkeyPatch.context() as patch, config.patch(fail_on_recompile_limit_hit=True):
         patch.setattr(torch, "compile", lambda call, dynamic: compile_(call, dynamic=dynamic, backend="eager"))
-        runs = [measure.forward(model, torch.zeros(1, 3, 96, 96), compiled=True) for model in models_]
+        runs = [timing.forward(model, torch.zeros(1, 3, 96, 96), compiled=True) for model in models_]
         with torch.inference_mode():
             for run in [*runs, *runs]:
                 run()

@@ -27,9 +27,9 @@ from laconic.cli import main
 from laconic.data import Prepared, Unreadable, decode, open_images, pictures
 from laconic.data.named import TorchImages
 from laconic.data.sizes import check_size, planned_size
+from laconic.files import Refusal
 from laconic.importing import import_checkpoint
 from laconic.jobs import draw, photos
-from laconic.jobs.output import Refusal
 from laconic.jobs.weights import fill
 from laconic.rebuild import build
 from laconic.trial import check_input

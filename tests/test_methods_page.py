@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import laconic
+from benchmarks import executions, methods_table
 from families import images, make
-from laconic.jobs import executions, methods_table
-from laconic.jobs.measure import Setting
+from laconic.analysis.timing import Setting
 from laconic.methods import AvgPool
 
 

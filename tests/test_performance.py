@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from laconic.jobs import performance
-from laconic.jobs.output import Refusal
-from laconic.jobs.performance import goal_of, measure, page, rows_of, slower
-from laconic.jobs.suites import GOALS, SUITES, Job, Suite
+from benchmarks import performance
+from benchmarks.performance import goal_of, measure, page, rows_of, slower
+from benchmarks.suites import GOALS, SUITES, Job, Suite
+from laconic.files import Refusal
 
 SMALL = Suite(
     (("test_vit", 160, (1, 2)),),

@@ -11,9 +11,9 @@ import torch
 import laconic
 from families import AT, make, options
 from laconic import cli
+from laconic.analysis.timing import Quartiles
+from laconic.files import Refusal
 from laconic.jobs import plan as plan_job
-from laconic.jobs.measure import Quartiles
-from laconic.jobs.output import Refusal
 from laconic.jobs.plan_report import CheckReport, checked
 from laconic.jobs.plan_scores import Scores
 from laconic.planning.budget import Target
@@ -701,7 +701,7 @@ def test_the_page_is_of_its_plans():
     """As it is in the repository: written again it is the same."""
     from pathlib import Path
 
-    from laconic.jobs.plan_page import page
+    from benchmarks.plan_page import page
 
     top = Path(__file__).parent.parent
     assert page(sorted((top / "results").glob("plan-*.json"))) == (top / "docs" / "plan.md").read_text()

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 import laconic
+from benchmarks import tables
 from families import AT, images, make, reduced
 from laconic.attention import Seen
 from laconic.cost import counted, estimate, summary
-from laconic.jobs import tables
 from laconic.methods import BAT, AvgPool, ConvPool, KMeans, MaxPool, MLPPool, SpatialPool
 from laconic.parts import cells, lloyd, runs, share, split, strided
 from laconic.parts.kmeans import _fill as fill_empty

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 
 import laconic
-from laconic.jobs.readme import TOP, filled, main, read_runs
+from benchmarks.readme import TOP, filled, main, read_runs
 
 README = TOP / "README.md"
 
 
 def test_the_tables_are_generated():
     runs = read_runs()
-    assert filled(README.read_text(), runs) == README.read_text(), "python -m laconic.jobs.readme"
+    assert filled(README.read_text(), runs) == README.read_text(), "python -m benchmarks.readme"
     assert "/tmp" not in json.dumps(runs)
 
 

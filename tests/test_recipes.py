@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 import laconic
+from benchmarks.others import ROWS
+from benchmarks.published import ENTRIES, LOGS
 from laconic import recipe as recipes
+from laconic.files import Refusal
 from laconic.jobs.list import list_
-from laconic.jobs.others import ROWS
-from laconic.jobs.output import Refusal
-from laconic.jobs.published import ENTRIES, LOGS
 from laconic.jobs.train import prepare, train
 from laconic.recipe import Recipe
 from laconic.training.checks import check

@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from laconic.jobs import scaling
-from laconic.jobs.memory import peak_bytes
+from benchmarks import scaling
+from laconic.analysis.memory import peak_bytes
 
 MB = 4 * 1000 * 1000
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import laconic
+from laconic.files import Refusal
 from laconic.jobs import train as job
-from laconic.jobs.output import Refusal
 from laconic.jobs.train import prepare, train
 from laconic.recipe import MethodPart, Recipe
 from laconic.schedule import Schedule

@@ -393,8 +393,8 @@ def test_only_classes_of_transformers_are_built(tmp_path):
 
 
 def test_the_doctor_reads_a_directory_of_theirs(tmp_path):
+    from laconic.files import Refusal
     from laconic.jobs.doctor import doctor
-    from laconic.jobs.output import Refusal
 
     make("dinov3").save_pretrained(tmp_path / "dinov3")
     found = doctor(str(tmp_path / "dinov3")).found

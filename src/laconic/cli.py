@@ -22,7 +22,7 @@ from typing import Annotated, Any
 from laconic import __version__
 from laconic.extras import missing
 from laconic.reducer import nearest_names
-from laconic.verbs import VERBS
+from laconic.verbs import MOVED, VERBS, Verb
 
 JSON_HELP = "print the report as JSON and nothing else"
 EXTRAS = {
@@ -43,11 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[:1] in (["--help"], ["-h"]):
         print(usage())
         return 0
+    if words[:1] and words[0] in MOVED:
+        print(f"laconic {words[0]} is now `{MOVED[words[0]]}`, run in a clone of the repository.", file=sys.stderr)
+        return 2
     if not words or words[0] not in VERBS:
         wrong = f"laconic has no verb {words[0]!r}.{nearest_names(words[0], list(VERBS))}\n\n" if words else ""
         print(f"{wrong}{usage()}", file=sys.stderr)
         return 2
-    return run(words[0], words[1:])
+    return run(f"laconic {words[0]}", VERBS[words[0]], words[1:])
 
 
 def usage() -> str:
@@ -59,12 +62,12 @@ def usage() -> str:
     )
 
 
-def run(name: str, words: list[str]) -> int:
-    """Run one verb; the exit code."""
+def run(program: str, verb: Verb, words: list[str]) -> int:
+    """Run a verb as the command ``program``; return the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("laconic").setLevel(logging.INFO)
     try:
-        job, as_json = parse(name, words)
+        job, as_json = parse(program, verb, words)
         with contextlib.redirect_stdout(sys.stderr):  # whatever a library prints is not the report
             report = job()
         if report is None:  # of several processes that train, the main one reports
@@ -82,14 +85,14 @@ def run(name: str, words: list[str]) -> int:
         message = refusal(error)
         if message is None or os.environ.get("LACONIC_TRACEBACK"):
             raise
-        print(f"laconic {name}: {message}", file=sys.stderr)
+        print(f"{program}: {message}", file=sys.stderr)
         return 1
     return 0
 
 
 def refusal(error: Exception) -> str | None:
     """What to tell the user of an error, in one paragraph; None if it is a fault of the program."""
-    from laconic.jobs.output import Refusal
+    from laconic.files import Refusal
 
     if isinstance(error, ImportError):
         module = (error.name or "").partition(".")[0]
@@ -101,17 +104,17 @@ def refusal(error: Exception) -> str | None:
 
 
 # ------------------------------------------------------------------------------------------------ a job as a verb
-def parse(name: str, words: list[str]) -> tuple[Callable[[], Any], bool]:
-    """The job of a verb with what it takes, and whether JSON is asked for. Leaves by SystemExit after help or wrong usage."""
+def parse(program: str, verb: Verb, words: list[str]) -> tuple[Callable[[], Any], bool]:
+    """Return the verb's job with its arguments, and True if JSON is asked for. Exits after help or wrong usage."""
     import tyro
 
-    module, _, function = VERBS[name].job.partition(":")
+    module, _, function = verb.job.partition(":")
     job = getattr(importlib.import_module(module), function)
     try:
-        return tyro.cli(as_verb(job), prog=f"laconic {name}", args=words, config=(tyro.conf.FlagCreatePairsOff,))
+        return tyro.cli(as_verb(job), prog=program, args=words, config=(tyro.conf.FlagCreatePairsOff,))
     except SystemExit as stop:
         if stop.code in (0, None) and {"-h", "--help"} & set(words):
-            print("examples:", *(f"  {example}" for example in VERBS[name].examples), sep="\n")
+            print("examples:", *(f"  {example}" for example in verb.examples), sep="\n")
         raise
 
 

@@ -51,15 +51,6 @@ VERBS = {
             "laconic sweep deit_small_patch16_224 --data imagenet --method etps --keep 0.9 --output sweep.csv --speed",
         ),
     ),
-    "evidence": Verb(
-        "Put the papers' claims to the test on the generated benchmark; can be stopped and called again.",
-        "laconic.jobs.evidence:evidence",
-        (
-            "laconic evidence --claim 7-toy",
-            "laconic evidence --share 1/2",
-            "laconic evidence --page docs/evidence.md",
-        ),
-    ),
     "train": Verb(
         "Train or fine-tune a model, reduced or not, by a recipe.",
         "laconic.jobs.train:train",
@@ -108,3 +99,6 @@ VERBS = {
         ),
     ),
 }
+
+# Commands that are scripts of the repository now, outside the package.
+MOVED = {"evidence": "python -m benchmarks.evidence"}

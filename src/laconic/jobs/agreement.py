@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from laconic.analysis.accuracy import Accuracy
 from laconic.distill import logit_distillation
-from laconic.jobs.accuracy import Accuracy
 from laconic.jobs.fates import Fate
 from laconic.jobs.photos import Photo
 

@@ -9,15 +9,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from laconic.analysis import machine
+from laconic.analysis.timing import Setting
 from laconic.attach import restore_
 from laconic.compression import find_compression
 from laconic.doctor import twin
-from laconic.jobs import compare, machine
+from laconic.files import Refusal
+from laconic.jobs import compare
 from laconic.jobs.compare import Row, threads
 from laconic.jobs.exported import Format, check, write
-from laconic.jobs.measure import Setting
 from laconic.jobs.models import open_model
-from laconic.jobs.output import Refusal, Report, Table
+from laconic.jobs.output import Report, Table
 from laconic.jobs.variants import (
     ALWAYS,
     Variant,

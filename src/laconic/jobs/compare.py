@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from laconic.jobs import measure, memory
+from laconic.analysis import memory, timing
+from laconic.analysis.timing import Quartiles, Sample, Setting
+from laconic.files import write_atomically
 from laconic.jobs.exported import Exported
-from laconic.jobs.measure import Quartiles, Sample, Setting
-from laconic.jobs.output import Table, csv_text, sentence, write_atomically
+from laconic.jobs.output import Table, csv_text, sentence
 from laconic.jobs.variants import Kind, Variant, label_of, size_of
 
 CALM = 1.25  # upper by lower quartile of one model's times
@@ -68,15 +69,15 @@ def compare(
 
     In PyTorch, or as the files that they were exported to (whose memory is not known).
     """
-    place, dtype = setting.place, measure.DTYPES[setting.dtype]
+    place, dtype = setting.place, timing.DTYPES[setting.dtype]
     models = {}
     for variant in variants:
         noise = torch.randn(batch_size, 3, *variant.image, generator=torch.Generator().manual_seed(0))
         models[variant.label] = (variant.model.to(place, dtype), noise.to(place, dtype))
     if exported is not None:
         runs = exported.runs({label: images for label, (_, images) in models.items()}, setting.threads)
-        return rows_of(variants, batch_size, measure.time_runs(runs, setting, warmup))
-    rows = rows_of(variants, batch_size, measure.time_models(models, setting, warmup))
+        return rows_of(variants, batch_size, timing.time_runs(runs, setting, warmup))
+    rows = rows_of(variants, batch_size, timing.time_models(models, setting, warmup))
     peaks = [memory.peak_of(*models[variant.label]) for variant in variants]
     return [dataclasses.replace(row, peak=peak) for row, peak in zip(rows, peaks, strict=True)]
 
@@ -88,7 +89,7 @@ def rows_of(variants: Sequence[Variant], batch_size: int, samples: dict[str, lis
         own = samples[v.label]
         seconds = Quartiles.of([sample.own.wall for sample in own])
         facts = (v.name, v.kind, v.keep, v.image, v.tokens, v.parameters, v.macs, batch_size)
-        out.append(Row(*facts, seconds, variants[0].macs / v.macs, *measure.ratios(own)))
+        out.append(Row(*facts, seconds, variants[0].macs / v.macs, *timing.ratios(own)))
     return out
 
 

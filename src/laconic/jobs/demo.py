@@ -11,12 +11,14 @@ from typing import Any
 
 from torch import nn
 
-from laconic.jobs import compare, fates, machine
+from laconic.analysis import machine
+from laconic.analysis.timing import Setting
+from laconic.files import Refusal
+from laconic.jobs import compare, fates
 from laconic.jobs.agreement import Judged
 from laconic.jobs.compare import Row, threads
 from laconic.jobs.exhibit import Exhibit, judge, open_exhibit
-from laconic.jobs.measure import Setting
-from laconic.jobs.output import Refusal, Report, Table, sentence
+from laconic.jobs.output import Report, Table, sentence
 from laconic.jobs.show import Picture, draw_all
 from laconic.jobs.variants import Variant, alternatives, pairs, parse_methods, reduced, unreduced
 from laconic.jobs.weights import load

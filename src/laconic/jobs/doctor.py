@@ -8,8 +8,9 @@ from typing import Any
 
 from laconic.doctor import Report as Examination
 from laconic.doctor import doctor as examine
+from laconic.files import Refusal
 from laconic.jobs.models import open_model
-from laconic.jobs.output import Refusal, Report, Table
+from laconic.jobs.output import Report, Table
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from laconic import limits
-from laconic.jobs.output import Refusal, write_atomically
+from laconic.files import Refusal, write_atomically
 from laconic.ledger import Provenance
 
 SIDE = 336  # about as many pixels has the longer side of a picture

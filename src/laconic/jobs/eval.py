@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from laconic.analysis import machine
+from laconic.analysis.timing import Setting
 from laconic.compression import find_compression
 from laconic.data import Report as DataReport
-from laconic.jobs import machine, scores
-from laconic.jobs.measure import Setting
-from laconic.jobs.output import Refusal, Report, Table, write_atomically
+from laconic.files import Refusal, write_atomically
+from laconic.jobs import scores
+from laconic.jobs.output import Report, Table
 from laconic.jobs.scores import Score
 from laconic.jobs.subject import Reading, Subject, command, open_subject
 from laconic.jobs.variants import Variant, as_reduced, pairs, parse_methods, reduced, unreduced

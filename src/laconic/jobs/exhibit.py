@@ -9,14 +9,15 @@ from pathlib import Path
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from laconic.analysis import evaluate
+from laconic.analysis.timing import DTYPES, Setting
 from laconic.compression import find_compression
 from laconic.data import ImageSet, Unreadable
+from laconic.files import Refusal
 from laconic.hosts import find_host
-from laconic.jobs import agreement, evaluate, photos
+from laconic.jobs import agreement, photos
 from laconic.jobs.agreement import Agreement, Judged
 from laconic.jobs.fates import Count, counting, object_patches
-from laconic.jobs.measure import DTYPES, Setting
-from laconic.jobs.output import Refusal
 from laconic.jobs.photos import Photo
 from laconic.jobs.subject import GENERATED, Reading, open_subject
 from laconic.jobs.variants import Variant

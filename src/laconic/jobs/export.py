@@ -11,15 +11,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from laconic.analysis import machine
+from laconic.analysis.timing import Setting
 from laconic.attach import restore_
 from laconic.compression import find_compression
 from laconic.doctor import twin
 from laconic.exporting import OPSET, SUFFIXES, TOLERANCE, ExportReport, trace, write
-from laconic.jobs import machine
+from laconic.files import Refusal, write_atomically
 from laconic.jobs.export_speed import INT8, Quantized, Speed, measure_formats, quantized, table
-from laconic.jobs.measure import Setting
 from laconic.jobs.models import open_model
-from laconic.jobs.output import Refusal, Report, Table, sentence, write_atomically
+from laconic.jobs.output import Report, Table, sentence
 from laconic.jobs.variants import Variant, as_reduced, pairs, parse_methods, reduced, unreduced
 
 LOG = logging.getLogger(__name__)

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from laconic.analysis import timing
+from laconic.analysis.timing import Quartiles
 from laconic.exporting import RUNTIMES, quantize, runner
 from laconic.exporting.proof import compare, tensors
-from laconic.jobs import measure
-from laconic.jobs.measure import Quartiles
 from laconic.jobs.output import Table
 from laconic.jobs.variants import Variant
 
@@ -107,11 +107,11 @@ def measure_formats(
     for kind in tqdm(("eager", *formats), desc="measuring", unit="runtime", leave=False, disable=None):
         runs = {v.label: _run(v, kind, files, batch, threads) for v in variants}
         with torch.inference_mode():
-            measure.interleave(runs, 2, measure.cpu_clock)
-            samples = measure.interleave(runs, rounds, measure.cpu_clock)
+            timing.interleave(runs, 2, timing.cpu_clock)
+            samples = timing.interleave(runs, rounds, timing.cpu_clock)
         for number, v in enumerate(variants):
             seconds = Quartiles.of([sample.own.wall for sample in samples[v.label]])
-            ratio = measure.ratios(samples[v.label])[0] if number else None
+            ratio = timing.ratios(samples[v.label])[0] if number else None
             own = eager.get(v.label)
             kept = ratio.median / own.ratio.median if ratio and own and own.ratio else None
             first = eager[variants[0].label].seconds if eager else seconds

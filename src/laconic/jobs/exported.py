@@ -9,10 +9,10 @@ from typing import Literal
 
 from torch import Tensor
 
+from laconic.analysis.timing import Run, Setting
 from laconic.exporting import OPSET, TOLERANCE, runner
+from laconic.files import Refusal
 from laconic.jobs.export import versions, write_all
-from laconic.jobs.measure import Run, Setting
-from laconic.jobs.output import Refusal
 from laconic.jobs.variants import Variant
 
 Format = Literal["onnx", "torch-export", "openvino"]

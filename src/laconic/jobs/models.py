@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from laconic.doctor import twin
-from laconic.jobs.output import Refusal
+from laconic.files import Refusal
 
 SIZES = ("giant", "huge", "large", "base", "medium", "small", "tiny")  # a word of timm's names, from large to small
 

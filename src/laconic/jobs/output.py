@@ -1,24 +1,16 @@
-"""What every job returns and how it is written: tables for people, JSON for programs, files that are whole or absent."""
+"""The report of a job: tables for people, JSON for programs."""
 
 from __future__ import annotations
 
 import csv
 import io
-import json
-import os
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 NONE = "–"  # in a table, where there is no value
 NARROWEST = 132  # columns, where the output is no terminal
-
-
-class Refusal(Exception):
-    """What was asked for cannot be done; the message says what was found, what was expected and what to do."""
 
 
 @dataclass(frozen=True)
@@ -70,45 +62,6 @@ class Report(ABC):
             console.width = max(console.width, NARROWEST)
         for part in self.parts():
             console.print(part.draw() if isinstance(part, Table) else part, soft_wrap=not isinstance(part, Table))
-
-
-def json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects in a file of one JSON object a line, without lines that were cut off; none where there is no file."""
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that it is there whole or, if anything fails, as it was before.
-
-    Raises:
-        Refusal: the file cannot be written.
-    """
-    data = content.encode() if isinstance(content, str) else content
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            os.chmod(name, 0o666 & ~_umask())
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
-    except OSError as error:
-        raise Refusal(f"{path} cannot be written: {error.strerror or error}; choose another --output") from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def csv_text(lines: Sequence[dict[str, Any]]) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from laconic.data import Unreadable, decode
 from laconic.data.sizes import check_resize, read_bytes
-from laconic.jobs.output import Refusal
+from laconic.files import Refusal
 
 SHIPPED = {  # what scikit-image ships in its wheel and everybody may use: file -> what it is, and who gave it away
     "astronaut.png": "Eileen Collins, astronaut (NASA; public domain)",

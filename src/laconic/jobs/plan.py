@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from laconic.jobs import machine
-from laconic.jobs.evaluate import make_loader
-from laconic.jobs.measure import DTYPES, Setting
+from laconic.analysis import machine
+from laconic.analysis.evaluate import make_loader
+from laconic.analysis.timing import DTYPES, Setting
+from laconic.files import Refusal, write_atomically
 from laconic.jobs.models import create, open_model
-from laconic.jobs.output import Refusal, write_atomically
 from laconic.jobs.plan_report import CheckReport, PlanReport, checked
 from laconic.jobs.plan_scores import Scores
 from laconic.jobs.record import commit

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from laconic.files import Refusal
 from laconic.jobs.compare import threads
-from laconic.jobs.output import NONE, Refusal, Report, Table
+from laconic.jobs.output import NONE, Report, Table
 from laconic.planning.budget import Target
 from laconic.planning.fidelity import Judged
 from laconic.planning.result import Plan, off_target

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from laconic.jobs.output import Refusal, json_lines
+from laconic.files import Refusal, json_lines
 from laconic.planning.latency import Table
 from laconic.schedule import Schedule
 

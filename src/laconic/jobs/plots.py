@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from laconic.jobs.output import Refusal, write_atomically
+from laconic.files import Refusal, write_atomically
 from laconic.jobs.scores import Score
 
 Against = Literal["GMACs", "speed"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import laconic
-from laconic.jobs.output import Refusal, write_atomically
+from laconic.files import Refusal, write_atomically
 from laconic.jobs.scores import Score, to_csv
 
 Key = tuple[str, float | None, str]  # name, keep rate, options as JSON

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from laconic.analysis.accuracy import Answers
+from laconic.analysis.evaluate import answers, config_for
+from laconic.analysis.timing import DTYPES, Setting
 from laconic.compression import find_compression
 from laconic.data import ImageSet
-from laconic.jobs.accuracy import Answers
-from laconic.jobs.evaluate import answers, config_for
-from laconic.jobs.measure import DTYPES, Setting
 from laconic.jobs.output import Table, csv_text
 from laconic.jobs.subject import Reading
 from laconic.jobs.variants import Kind, Variant, as_observed, label_of, size_of

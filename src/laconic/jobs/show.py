@@ -12,9 +12,10 @@ from torch import nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from laconic.compression import find_compression
+from laconic.files import Refusal
 from laconic.jobs import draw, photos
 from laconic.jobs.models import open_model
-from laconic.jobs.output import Refusal, Report, Table, sentence
+from laconic.jobs.output import Report, Table, sentence
 from laconic.jobs.photos import Photo
 from laconic.jobs.variants import Variant, pairs, parse_methods, reduced
 from laconic.jobs.weights import load

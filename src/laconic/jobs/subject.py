@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from laconic.analysis.evaluate import config_for
 from laconic.attach import restore_
 from laconic.compression import find_compression
 from laconic.data import ImageSet, find_data, open_images
 from laconic.doctor import twin
-from laconic.jobs.evaluate import config_for
+from laconic.files import Refusal
 from laconic.jobs.models import create, open_model
-from laconic.jobs.output import Refusal
 from laconic.jobs.weights import Loaded, fill, load
 
 GENERATED = ("scenes", "digits")  # data whose images have the size that is asked for

@@ -12,13 +12,15 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from laconic.jobs import machine, plots, scores
+from laconic.analysis import machine
+from laconic.analysis.timing import Setting
+from laconic.files import Refusal
+from laconic.jobs import plots, scores
 from laconic.jobs.bench import METHODS
 from laconic.jobs.compare import compare
 from laconic.jobs.eval import EXPLAINED, check_output, notes_on, reduced_of, saved_variant, scorer_notes
-from laconic.jobs.measure import Setting
 from laconic.jobs.models import smaller_name
-from laconic.jobs.output import Refusal, Report, Table
+from laconic.jobs.output import Report, Table
 from laconic.jobs.record import Key, Record
 from laconic.jobs.scores import Score, options_of, score
 from laconic.jobs.subject import Reading, Subject, command, digest, open_subject

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from laconic.analysis.accuracy import Accuracy
 from laconic.attach import reduce_
 from laconic.cost import summary
 from laconic.data import find_data, open_images
 from laconic.doctor import twin
-from laconic.jobs.accuracy import Accuracy
+from laconic.files import Refusal, write_atomically
 from laconic.jobs.models import create
-from laconic.jobs.output import Refusal, Report, Table, write_atomically
+from laconic.jobs.output import Report, Table
 from laconic.jobs.weights import load
 from laconic.recipe import Recipe, read
 from laconic.training.checks import check

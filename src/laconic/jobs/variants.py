@@ -21,9 +21,9 @@ from laconic.attach import reduce_
 from laconic.compression import Rows, find_compression
 from laconic.cost import counted, summary
 from laconic.doctor import twin
+from laconic.files import Refusal
 from laconic.hosts import find_host
 from laconic.jobs.models import create, lower_resolution, smaller_name
-from laconic.jobs.output import Refusal
 from laconic.observed import observe
 from laconic.reducer import METHODS, Method, nearest_names, resolve
 from laconic.report import Observed

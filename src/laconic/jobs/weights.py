@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from laconic import limits
+from laconic.files import Refusal
 from laconic.jobs.models import create
-from laconic.jobs.output import Refusal
 
 PATIENCE = 6.0  # seconds that the hub of pretrained weights may take to answer at all
 

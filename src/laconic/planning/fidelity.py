@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from laconic.jobs.accuracy import NORMAL, wilson
+from laconic.analysis.intervals import NORMAL, wilson
 from laconic.planning.space import Space
 from laconic.planning.timing import reduced
 from laconic.schedule import Schedule

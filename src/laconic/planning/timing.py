@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laconic.analysis.timing import Quartiles, Sample, interleave, ratios
 from laconic.attach import reduce_
 from laconic.doctor import twin
 from laconic.hosts import find_host
-from laconic.jobs.measure import Quartiles, Sample, interleave, ratios
 from laconic.patching import settle
 from laconic.paying import quiet
 from laconic.planning.progress import ticking

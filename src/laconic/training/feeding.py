@@ -34,7 +34,7 @@ def train_transform(model: nn.Module, part: AugmentationPart) -> Callable[[Any],
         RandomVerticalFlip,
     )
 
-    from laconic.jobs.evaluate import transform_for
+    from laconic.analysis.evaluate import transform_for
 
     if part.crop is None:
         wanted = [name for name in ("color_jitter", "auto_augment", "erase") if getattr(part, name)]

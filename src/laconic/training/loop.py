@@ -15,8 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from laconic.analysis.evaluate import Accuracy, Processes, evaluate
 from laconic.compression import find_compression
-from laconic.jobs.evaluate import Accuracy, Processes, evaluate
 from laconic.training.batches import Batch, Batches
 from laconic.training.feeding import mixer, seed_everything
 from laconic.training.objective import Change, Objective, Step

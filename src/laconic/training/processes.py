@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from laconic.extras import missing
-from laconic.jobs.output import Refusal
+from laconic.files import Refusal
 from laconic.recipe import Recipe
 from laconic.reducer import nearest_names
 from laconic.training.running import Running

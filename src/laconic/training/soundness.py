@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from laconic.jobs.output import Refusal
+from laconic.files import Refusal
 from laconic.training.state import CHECKPOINT
 
 

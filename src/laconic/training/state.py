@@ -15,7 +15,7 @@ from torch import nn
 
 from laconic import limits
 from laconic.compression import find_compression
-from laconic.jobs.output import Refusal, json_lines, write_atomically
+from laconic.files import Refusal, json_lines, write_atomically
 from laconic.recipe import Recipe
 
 LOG = logging.getLogger(__name__)

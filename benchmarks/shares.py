@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laconic.analysis.timing import TINY, cpu_clock
 from laconic.compression import compression_of
-from laconic.jobs.measure import TINY, cpu_clock
 from laconic.paying import stepping
 
 RUNS = 12

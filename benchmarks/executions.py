@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laconic.analysis import machine, timing
+from laconic.analysis.timing import Quartiles, Setting
 from laconic.attach import reduce_
 from laconic.attention import Seen
 from laconic.compression import compression_of
 from laconic.cost import summary
 from laconic.deciding import DecidingReducer
-from laconic.jobs import machine, measure
-from laconic.jobs.measure import Quartiles, Setting
 from laconic.jobs.models import create
 from laconic.jobs.output import markdown
 from laconic.observed import observe
@@ -60,8 +60,8 @@ def executions(model: str, batch: int, setting: Setting) -> dict[str, Any]:
             given.site = site
             models[execution] = (reduced, noise)
         with machine.prepared(setting):
-            samples = measure.time_models(models, setting)
-        found = {way: measure.ratios(samples[way])[0] for way in list(models)[1:]}
+            samples = timing.time_models(models, setting)
+        found = {way: timing.ratios(samples[way])[0] for way in list(models)[1:]}
         seen = observe(models["packed"][0], noise)
         out[name] = {
             "counts": counts.tolist(),

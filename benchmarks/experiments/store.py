@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from laconic.experiments.cells import Cell
-from laconic.jobs.output import json_lines, write_atomically
+from benchmarks.experiments.cells import Cell
+from laconic.files import json_lines, write_atomically
 
 Results = dict[Cell, dict[str, Any]]
 

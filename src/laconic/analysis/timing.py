@@ -1,4 +1,4 @@
-"""Measuring fairly: every variant in one process, interleaved round by round, as ratios to the unreduced model.
+"""Time variants in one process, interleaved round by round, as ratios to the unreduced model.
 
 Absolute times depend on the machine and on what else it does; the ratio of two forwards that follow each other hardly does.
 So a round runs every variant once and the unreduced model between them, every few variants; each variant is divided into

@@ -1,10 +1,10 @@
-"""``python -m laconic.jobs.ship RUN NAME``: put the weights of a finished run of ``laconic train`` into the package.
+"""``python -m benchmarks.ship RUN NAME``: put the weights of a finished run of ``laconic train`` into the package.
 
 Of a run with a method only the method's own tensors are taken (the scorer): its backbone was frozen. The metrics go beside
 the other results. This is how the weights in src/laconic/weights were made::
 
-    laconic train --recipe scenes_vit_small --output RUN && python -m laconic.jobs.ship RUN scenes_vit_small
-    laconic train --recipe scenes_dtps --output RUN && python -m laconic.jobs.ship RUN scenes_vit_small.dtps
+    laconic train --recipe scenes_vit_small --output RUN && python -m benchmarks.ship RUN scenes_vit_small
+    laconic train --recipe scenes_dtps --output RUN && python -m benchmarks.ship RUN scenes_vit_small.dtps
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from laconic.jobs.output import Refusal, write_atomically
+from laconic.files import Refusal, write_atomically
 from laconic.models.scenes import FOLDER
 from laconic.training.state import METRICS
 
-TOP = Path(__file__).parents[3]
+TOP = Path(__file__).parents[1]
 
 
 def ship(run: Path, name: str, weights: Path = FOLDER, results: Path = TOP / "results") -> Path:

@@ -1,4 +1,4 @@
-"""``python -m laconic.jobs.performance``: docs/performance.md, how much of what the multiply-adds promise is delivered.
+"""``python -m benchmarks.performance``: docs/performance.md, how much of what the multiply-adds promise is delivered.
 
 ``--run`` measures a suite and writes it to results/; without it the page is made of what is there. ``--check`` measures
 the suite again and says whether any row has become slower than the committed run.
@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 
-from laconic.jobs import compare, machine
+from benchmarks.shares import share
+from benchmarks.suites import GOALS, SUITES, Suite, variants
+from laconic.analysis import machine
+from laconic.analysis.timing import Quartiles
+from laconic.files import Refusal, write_atomically
+from laconic.jobs import compare
 from laconic.jobs.compare import Row
-from laconic.jobs.measure import Quartiles
-from laconic.jobs.output import Refusal, markdown, write_atomically
-from laconic.jobs.shares import share
-from laconic.jobs.suites import GOALS, SUITES, Suite, variants
+from laconic.jobs.output import markdown
 
 RESULTS = Path("results")
 SLACK = 0.05  # of a ratio: how much slower than the committed run a row may be, beyond both runs' quartiles
@@ -123,7 +125,7 @@ def slower(committed: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the page, after a measurement if asked; with ``--check`` 1 if something has become slower."""
-    parser = argparse.ArgumentParser(prog="python -m laconic.jobs.performance", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.performance", description=__doc__)
     parser.add_argument("path", type=Path, help="the Markdown file to write, e.g. docs/performance.md")
     parser.add_argument("--run", choices=tuple(SUITES), help="measure this suite first")
     parser.add_argument("--check", choices=tuple(SUITES), help="measure this suite, and compare with the committed run")

@@ -1,6 +1,6 @@
 """The page on budgets: how to, what is promised, and a table of plans that were made and measured again.
 
-``python -m laconic.jobs.plan_page docs/plan.md results/plan-*.json``; a ``.check.json`` beside a plan is what
+``python -m benchmarks.plan_page docs/plan.md results/plan-*.json``; a ``.check.json`` beside a plan is what
 ``laconic plan --check`` found in a process of its own.
 """
 
@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from laconic.jobs.output import markdown, write_atomically
+from laconic.files import write_atomically
+from laconic.jobs.output import markdown
 
 CHECK = ".check.json"
 HEAD = """# A budget as a schedule
@@ -108,7 +109,7 @@ def page(paths: Sequence[Path]) -> str:
     environment = (
         f"{'; '.join(kinds)}; {min(e['date'] for e in here)[:10]}, on a machine that others used at the time. Written by "
     )
-    environment += "`python -m laconic.jobs.plan_page`; commands and all numbers are in `results/plan-*.json`."
+    environment += "`python -m benchmarks.plan_page`; commands and all numbers are in `results/plan-*.json`."
     images = ", ".join(map(str, sorted({plan["judged"][0]["images"] for plan in searched})))
     checked = markdown(columns, [cells for cells in again if cells is not None])
     return HEAD.format(searched=table, checked=checked, environment=environment, images=images, verdict=verdict)
@@ -151,7 +152,7 @@ def check_row(plan: dict[str, Any], path: Path) -> tuple[str, ...] | None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the page."""
-    parser = argparse.ArgumentParser(prog="python -m laconic.jobs.plan_page", description="Write the page of plans.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plan_page", description="Write the page of plans.")
     parser.add_argument("path", type=Path, help="the Markdown file to write, e.g. docs/plan.md")
     parser.add_argument("plans", type=Path, nargs="+", help="files that laconic plan wrote")
     given = parser.parse_args(arguments)

@@ -1,6 +1,6 @@
 """The page of costs: the rows of the papers beside the closed form of `laconic.cost`.
 
-python -m laconic.jobs.tables docs/macs.md
+python -m benchmarks.tables docs/macs.md
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from benchmarks.others import section
+from benchmarks.published import ENTRIES, LOGS, Entry
 from laconic.cost import estimate
-from laconic.jobs.others import section
-from laconic.jobs.output import write_atomically
-from laconic.jobs.published import ENTRIES, LOGS, Entry
+from laconic.files import write_atomically
 from laconic.methods import BAT, ToMe
 from laconic.report import Summary
 
-COMMAND = "python -m laconic.jobs.tables docs/macs.md"
+COMMAND = "python -m benchmarks.tables docs/macs.md"
 MODELS = {"DeiT-T": "deit_tiny_patch16_224", "DeiT-S": "deit_small_patch16_224", "DeiT-B": "deit_base_patch16_224"}
 NOTHING = "–"
 TOME = (8, 13, 16)
@@ -134,7 +134,7 @@ def _markdown(header: str, rows: Iterable[Sequence[str]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the page."""
-    parser = argparse.ArgumentParser(prog="python -m laconic.jobs.tables", description="Write the page of costs.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description="Write the page of costs.")
     parser.add_argument("path", type=Path, help="the Markdown file to write, e.g. docs/macs.md")
     write_atomically(parser.parse_args(arguments).path, page())
 

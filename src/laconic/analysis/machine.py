@@ -1,4 +1,4 @@
-"""The machine that is measured on: what a number depends on besides the code, and a process made ready to measure in."""
+"""The environment of a measurement: hardware, versions, settings; and the process prepared for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from laconic.jobs.measure import Setting
+from laconic.analysis.timing import Setting
 
 
 @contextmanager

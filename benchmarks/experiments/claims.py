@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import product
 
-from laconic.experiments.cells import Cell
+from benchmarks.experiments.cells import Cell
 
 STEPS = 40  # of fine-tuning, of 32 images each
 SEEDS = (0, 1, 2)

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from laconic.analysis.evaluate import transform_for
 from laconic.compression import compression_of
 from laconic.data import ImageSet
 from laconic.data.generated import Scenes
 from laconic.diversity import diversity_score
-from laconic.jobs.evaluate import transform_for
 from laconic.jobs.fates import fates
 from laconic.ledger import provenance
 from laconic.paying import stepping

@@ -1,25 +1,35 @@
-"""``laconic evidence``: the papers' claims, put to the test on the generated benchmark."""
+"""``python -m benchmarks.evidence``: test the papers' claims on the generated benchmark. It can be stopped and called again."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from laconic.experiments import store
-from laconic.experiments.cells import Cell, fingerprint, run
-from laconic.experiments.claims import CLAIMS, SEEDS, all_cells
-from laconic.jobs import machine
-from laconic.jobs.measure import Setting
-from laconic.jobs.output import Refusal, Report, Table, write_atomically
+from benchmarks.experiments import store
+from benchmarks.experiments.cells import Cell, fingerprint, run
+from benchmarks.experiments.claims import CLAIMS, SEEDS, all_cells
+from laconic.analysis import machine
+from laconic.analysis.timing import Setting
+from laconic.cli import run as run_command
+from laconic.files import Refusal, write_atomically
+from laconic.jobs.output import Report, Table
 from laconic.reducer import nearest_names
+from laconic.verbs import Verb
 
-LOG = logging.getLogger(__name__)
+LOG = logging.getLogger("laconic.evidence")
+COMMAND = "python -m benchmarks.evidence"
+VERB = Verb(
+    "Test the papers' claims on the generated benchmark.",
+    "benchmarks.evidence:evidence",
+    (f"{COMMAND} --claim 7-toy", f"{COMMAND} --share 1/2", f"{COMMAND} --page docs/evidence.md"),
+)
 
 
 @dataclass(frozen=True)
@@ -109,7 +119,7 @@ def _mine(cells: list[Cell], number: int, parts: int) -> list[Cell]:
 
 
 def _write_page(page: Path, results: store.Results, source: Path) -> None:
-    from laconic.experiments.page import write_page
+    from benchmarks.experiments.page import write_page
 
     environment = machine.environment(Setting(threads=1))
     facts = source.with_suffix(".environment.json")
@@ -117,3 +127,12 @@ def _write_page(page: Path, results: store.Results, source: Path) -> None:
         write_atomically(facts, json.dumps(environment, indent=2))
     store.tidy(source, results.values())
     write_page(page, results, json.loads(facts.read_text()))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return the exit code."""
+    return run_command(COMMAND, VERB, list(sys.argv[1:] if arguments is None else arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""``python -m laconic.jobs.methods_table``: docs/methods.md, every method side by side at one budget.
+"""``python -m benchmarks.methods_table``: docs/methods.md, every method side by side at one budget.
 
 What results/methods.jsonl holds already is not run again. Accuracy is on the generated benchmark, without training and after
 the same short fine-tuning; cost and speed are on DeiT-S, where every method leaves as many tokens (or decides for itself).
@@ -14,17 +14,18 @@ from typing import Any
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from benchmarks.executions import executions, section
+from benchmarks.experiments.cells import LEAVING, Cell, run
+from benchmarks.experiments.claims import STEPS
+from benchmarks.experiments.store import append
+from laconic.analysis import machine
+from laconic.analysis.timing import Setting
 from laconic.attach import reduce_
 from laconic.cost import summary
-from laconic.experiments.cells import LEAVING, Cell, run
-from laconic.experiments.claims import STEPS
-from laconic.experiments.store import append
-from laconic.jobs import machine
+from laconic.files import json_lines, write_atomically
 from laconic.jobs.compare import compare
-from laconic.jobs.executions import executions, section
-from laconic.jobs.measure import Setting
 from laconic.jobs.models import create
-from laconic.jobs.output import json_lines, markdown, write_atomically
+from laconic.jobs.output import markdown
 from laconic.jobs.variants import as_reduced, unreduced
 from laconic.reducer import Row, methods, resolve
 from laconic.schedule import Schedule
@@ -164,7 +165,7 @@ def numbers(name: str, found: dict[tuple[str, str], dict[str, Any]]) -> list[str
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what is missing, and write the page."""
-    parser = argparse.ArgumentParser(prog="python -m laconic.jobs.methods_table", description="Write the page of methods.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.methods_table", description="Write the page of methods.")
     parser.add_argument("path", type=Path, help="the Markdown file to write, e.g. docs/methods.md")
     parser.add_argument("--results", type=Path, default=Path("results/methods.jsonl"))
     parser.add_argument("--method", action="append", help="only these methods (default: all)")

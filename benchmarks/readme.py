@@ -1,4 +1,4 @@
-"""``python -m laconic.jobs.readme``: the tables of README.md, from committed runs of ``laconic demo`` and the registry.
+"""``python -m benchmarks.readme``: the tables of README.md, from committed runs of ``laconic demo`` and the registry.
 
 The runs are made by ``laconic demo --json > results/demo.json`` and
 ``laconic demo --model deit_small_patch16_224 --rounds 24 --json > results/demo-deit-small.json``.
@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from laconic.jobs.output import markdown, write_atomically
+from laconic.files import write_atomically
+from laconic.jobs.output import markdown
 from laconic.reducer import methods
 from laconic.training.token_labels import COVERED
 
-TOP = Path(__file__).parents[3]
+TOP = Path(__file__).parents[1]
 RUNS = ("demo", "demo-deit-small")  # the names of the tables in README.md, and of the files in results/
 COST = ("", "M params", "GMACs", "patch tokens", "MACs-implied", "**measured**", "(quartiles)")
 FATES = ("", "object: kept", "merged", "dropped", "surroundings: kept", "merged", "dropped")

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from laconic.analysis.timing import Setting
 from laconic.compression import Rows
-from laconic.jobs.measure import Setting
 from laconic.jobs.models import create
 from laconic.jobs.variants import Variant, class_row_only, reduced, unreduced
 from laconic.reducer import resolve

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from laconic.experiments.claims import ALTERNATIVES, CUTS, DIVERSITY
-from laconic.experiments.statistics import accuracy
-from laconic.experiments.tables import Reader
+from benchmarks.experiments.claims import ALTERNATIVES, CUTS, DIVERSITY
+from benchmarks.experiments.statistics import accuracy
+from benchmarks.experiments.tables import Reader
 from laconic.extras import need
-from laconic.jobs.output import write_atomically
+from laconic.files import write_atomically
 
 
 def _drawn(path: Path, width: float, paint: Callable[[Any], None]) -> None:

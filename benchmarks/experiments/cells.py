@@ -17,16 +17,16 @@ import numpy as np
 import torch
 from torch import nn
 
+from benchmarks.experiments.complement import split_once
+from benchmarks.experiments.looks import look
+from laconic.analysis.evaluate import answers
 from laconic.attach import reduce_
 from laconic.compression import find_compression
 from laconic.cost import summary
 from laconic.data import ImageSet, open_images
 from laconic.data.generated import Scenes
-from laconic.experiments.complement import split_once
-from laconic.experiments.looks import look
-from laconic.jobs.evaluate import answers
+from laconic.files import Refusal
 from laconic.jobs.models import lower_resolution
-from laconic.jobs.output import Refusal
 from laconic.jobs.variants import mean_tokens
 from laconic.jobs.weights import load
 from laconic.models.scenes import FOLDER, load_scorer

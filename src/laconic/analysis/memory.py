@@ -1,4 +1,4 @@
-"""Peak memory: as the allocator says on CUDA; on the CPU, where none does, of the storages that operations make and let go."""
+"""Peak memory of a forward: from the allocator on CUDA; on the CPU from the storages that operations allocate and free."""
 
 from __future__ import annotations
 

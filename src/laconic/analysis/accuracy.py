@@ -1,4 +1,4 @@
-"""What an evaluation found: numbers for every image, and what they say of the model."""
+"""Results of an evaluation: the numbers of every image, and the accuracy they add up to."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from laconic.analysis.intervals import wilson
 from laconic.data import Unreadable, count_read
 
-NORMAL = 1.959964  # the normal quantile of a 95 % interval
 COLUMNS = ("read", "top1", "top5", "loss", "finite", "agrees", "divergence", "failed")
 
 
@@ -106,11 +106,3 @@ class Answers:
         agreement, divergence = (means["agrees"], means["divergence"]) if self.compared else (None, None)
         shares = (means["top1"], means["top5"], wilson(right, len(read)), means["loss"])
         return Accuracy(len(read), *shares, agreement, divergence, bad, self.unreadable)
-
-
-def wilson(right: int, total: int) -> tuple[float, float]:
-    """The 95 % interval of a share, as Wilson (1927) has it: from 0 to 1, also where all or none are right."""
-    share, square = right / total, NORMAL**2
-    centre = (share + square / (2 * total)) / (1 + square / total)
-    half = NORMAL * math.sqrt(share * (1 - share) / total + square / (4 * total**2)) / (1 + square / total)
-    return max(0.0, centre - half), min(1.0, centre + half)

@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from laconic.experiments.cells import Cell, unpacked
-from laconic.experiments.claims import (
+from benchmarks.experiments.cells import Cell, unpacked
+from benchmarks.experiments.claims import (
     ABLATED,
     ABLATIONS,
     ALTERNATIVES,
@@ -23,8 +23,8 @@ from laconic.experiments.claims import (
     STEPS,
     TRAINING_FREE,
 )
-from laconic.experiments.statistics import Estimate, accuracy, difference
-from laconic.experiments.store import Results
+from benchmarks.experiments.statistics import Estimate, accuracy, difference
+from benchmarks.experiments.store import Results
 from laconic.jobs.output import NONE, markdown
 
 Options = tuple[tuple[str, Any], ...]

@@ -1,0 +1,1 @@
+"""Measure and evaluate models: timing, memory, the machine, accuracy and its intervals."""
