@@ -51,6 +51,8 @@ with random weights here, so their cost is what these rules make of noise.
 apart. Methods with parameters of their own start untrained (dtps and dynamicvit: with the scorers that come with laconic,
 trained for 200 steps), so their *free* number says what the untrained parameters do, and {steps} steps are few for them. For
 what the papers claim of their methods, and what of that holds here, see [the evidence](evidence.md).
+
+This page lists the {known} methods that were registered when it was written; `laconic list` shows those added since.
 """
 
 
@@ -113,7 +115,11 @@ def page(found: dict[tuple[str, str], dict[str, Any]]) -> str:
         half=196 * (share * (1 - share) / full["images"]) ** 0.5,
         **{name: here[name] for name in ("device", "torch", "timm")},
         date=here["date"][:10],
+        known=len(known),
     )
+    waiting = [f"`{name}`" for name in known if (name, "speed") not in found]
+    if waiting:
+        head += f"The results are older than the registry: `make methods` has yet to measure {', '.join(waiting)}.\n"
     rows = [[*facts(row), *numbers(name, found)] for name, row in known.items()]
     notes = "\n".join(
         f"- `{row.name}`: {row.title} ([{row.paper}](https://arxiv.org/abs/{row.paper}))" for row in known.values()

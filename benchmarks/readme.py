@@ -97,7 +97,8 @@ def methods_table() -> str:
         (f"`{row.name}`", f"{row.title} ([{row.paper}](https://arxiv.org/abs/{row.paper}))", yes[row.trained], yes[row.learns])
         for row in methods().values()
     ]
-    return markdown(("name", "what it does", "needs training", "adds parameters"), rows)
+    table = markdown(("name", "what it does", "needs training", "adds parameters"), rows)
+    return f"{table}\n\n`laconic list` shows the methods of your version."
 
 
 def filled(text: str, runs: Sequence[dict[str, Any]]) -> str:

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import json
 from functools import partial
-from pathlib import Path
 
 import onnx
 import pytest
@@ -310,13 +309,3 @@ def test_a_missing_library_is_named(traced, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(ImportError, match=r"laconic\[export\]"):
         openvino.write_openvino(traced, tmp_path / "m.onnx", tmp_path / "m.xml", 20)
-
-
-# ---------------------------------------------------------------------------------------------------- the page
-def test_the_committed_page_is_made_of_the_committed_record(tmp_path):
-    top = Path(__file__).parents[1]
-    export_page.main([str(tmp_path / "page.md"), "--results", str(top / "results" / "export.json")])
-    page = (tmp_path / "page.md").read_text()
-    assert (top / "docs" / "export.md").read_text() == page
-    assert "| ONNX Runtime |" in page
-    assert "nothing against it" in page

@@ -695,13 +695,3 @@ def test_a_check_goes_by_ratios():
         with pytest.raises(Refusal, match=r"now off by .*Plan it again"):
             checked(bad)
     assert off_target(Target.parse("2G"), slow.now) is None
-
-
-def test_the_page_is_of_its_plans():
-    """As it is in the repository: written again it is the same."""
-    from pathlib import Path
-
-    from benchmarks.plan_page import page
-
-    top = Path(__file__).parent.parent
-    assert page(sorted((top / "results").glob("plan-*.json"))) == (top / "docs" / "plan.md").read_text()

@@ -1,7 +1,6 @@
 """A method in a package of its own is found, works, and cannot break the others."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,13 +52,3 @@ def test_one_that_cannot_be_loaded_is_named_and_left_out(tmp_path, source, messa
     done = python("import laconic; print(sorted(laconic.methods())[:2], laconic.methods()['topk'].config.__module__)", tmp_path)
     assert "laconic.methods.topk" in done.stdout, done.stderr
     assert message in done.stderr
-
-
-@pytest.mark.parametrize(("page", "files"), [("new-method.md", 2), ("new-backbone.md", 1)])
-def test_the_page_shows_the_files_as_they_are(page, files):
-    top = Path(__file__).parents[1]
-    shown = re.findall(r"<!-- (\S+) -->\n```python\n(.*?)\n```", (top / "docs" / page).read_text(), re.S)
-    assert len(shown) == files
-    for name, text in shown:
-        assert (top / name).read_text().rstrip() == text, name
-        assert len(text.splitlines()) < 80

@@ -201,17 +201,6 @@ def test_a_recipe_of_another_method_says_whose_it_is(name):
 SIZES = {"deit_tiny": "DeiT-T", "deit_small": "DeiT-S"}
 
 
-def test_there_is_one_for_every_published_training():
-    trained = {recipes.read(name).method.name for name in OTHERS}
-    assert {row.name for row in laconic.methods().values() if row.trained} - trained - {
-        r.split("_")[0] for r in TABLES
-    } == LEFT_OUT
-
-
-# mergers of BAT's Table 4, trained as BAT; composites; and what is calibrated and then trained as any model
-LEFT_OUT = {"conv-pool", "mlp-pool", "dynamicvit+bat", "patch-slimming"}
-
-
 @pytest.mark.parametrize("name", TABLES)
 def test_published_costs_are_those_of_the_table_of_costs(name):
     """docs/macs.md is made of the same entries, and shows that the methods here cost that much."""
