@@ -23,10 +23,13 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
 
-docs: $(VENV)/.demo
+# The pages that need no measurement.
+docs: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.tables docs/macs.md
 	$(BIN)/python -m benchmarks.backbones docs/backbones.md
 	$(BIN)/python -m benchmarks.plan_page docs/plan.md results/plan-*.json
+	$(BIN)/python -m benchmarks.methods_table docs/methods.md --page-only
+	$(BIN)/python -m benchmarks.readme
 
 # Hours on two cores; stop it and call it again as you like. What results/evidence.jsonl holds already is not run again.
 evidence: $(VENV)/.dev
