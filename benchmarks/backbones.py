@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from laconic.attach import planned
-from laconic.cost import estimate
-from laconic.files import write_atomically
-from laconic.hosts import find_host
-from laconic.jobs.output import NONE, markdown
-from laconic.reducer import resolve
-from laconic.report import Summary
+from laconic.analysis.macs import estimate
+from laconic.analysis.summary import Summary
+from laconic.api import planned
+from laconic.cli.output import NONE, markdown
+from laconic.core.backbone import find_host
+from laconic.core.files import write_atomically
+from laconic.core.method import resolve
 
 COMMAND = "python -m benchmarks.backbones docs/backbones.md"
 HEAD = f"""# The papers' other backbones

@@ -17,11 +17,11 @@ from benchmarks.experiments.cells import Cell, fingerprint, run
 from benchmarks.experiments.claims import CLAIMS, SEEDS, all_cells
 from laconic.analysis import machine
 from laconic.analysis.timing import Setting
-from laconic.cli import run as run_command
-from laconic.files import Refusal, write_atomically
-from laconic.jobs.output import Report, Table
-from laconic.reducer import nearest_names
-from laconic.verbs import Verb
+from laconic.cli.app import run as run_command
+from laconic.cli.commands import Verb
+from laconic.cli.output import Report, Table
+from laconic.core.files import Refusal, write_atomically
+from laconic.core.method import nearest_names
 
 LOG = logging.getLogger("laconic.evidence")
 COMMAND = "python -m benchmarks.evidence"

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 from laconic.analysis import machine, timing
+from laconic.analysis.macs import summary
+from laconic.analysis.per_image_cost import observe
 from laconic.analysis.timing import Quartiles, Setting
-from laconic.attach import reduce_
-from laconic.attention import Seen
-from laconic.compression import compression_of
-from laconic.cost import summary
-from laconic.deciding import DecidingReducer
-from laconic.jobs.models import create
-from laconic.jobs.output import markdown
-from laconic.observed import observe
-from laconic.rows import iota
-from laconic.schedule import Schedule
-from laconic.tokens import Tokens
+from laconic.api import reduce_
+from laconic.cli.models import create
+from laconic.cli.output import markdown
+from laconic.core.adaptive import AdaptiveReducer
+from laconic.core.attention import AttentionView
+from laconic.core.gather import arange_like
+from laconic.core.schedule import Schedule
+from laconic.core.token_reduction import reduction_of
+from laconic.core.tokens import Tokens
 
 BLOCK = 3
 SPREADS = {"much alike": (105, 140), "very different": (50, 196)}  # the fewest and the most patch tokens of an image
@@ -31,15 +31,15 @@ every image keeps the mean. Ratios to the unreduced model, interleaved, median (
 """
 
 
-class Given(DecidingReducer):
+class Given(AdaptiveReducer):
     """Every image keeps its first so many tokens."""
 
     def __init__(self, counts: Tensor) -> None:
         super().__init__()
         self.counts = counts
 
-    def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
-        return self.leave(tokens, (iota(tokens.size) < self.counts.unsqueeze(1)).to(tokens.size.dtype))
+    def between(self, tokens: Tokens, seen: AttentionView, n: int) -> Tokens:
+        return self.leave(tokens, (arange_like(tokens.size) < self.counts.unsqueeze(1)).to(tokens.size.dtype))
 
 
 def executions(model: str, batch: int, setting: Setting) -> dict[str, Any]:
@@ -50,13 +50,13 @@ def executions(model: str, batch: int, setting: Setting) -> dict[str, Any]:
         mean = round(counts.float().mean().item())
         noise = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0))
         models: dict[str, Any] = {"unreduced": (create(model), noise)}
-        fixed = reduce_(create(model), "topk", schedule=Schedule.leaving({BLOCK: mean}))
+        fixed = reduce_(create(model), "topk", schedule=Schedule.keep_counts({BLOCK: mean}))
         models["mean for all"] = (fixed, noise)
         for execution in ("packed", "padded", "masked"):
             reduced: Any = reduce_(create(model), "ats", at=[BLOCK], execution=execution)
-            compression = compression_of(reduced)
-            site: Any = compression.reducers[str(BLOCK)].site
-            compression.reducers[str(BLOCK)] = given = Given(counts)
+            reduction = reduction_of(reduced)
+            site: Any = reduction.reducers[str(BLOCK)].site
+            reduction.reducers[str(BLOCK)] = given = Given(counts)
             given.site = site
             models[execution] = (reduced, noise)
         with machine.prepared(setting):

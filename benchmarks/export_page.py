@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from laconic.cli.export_speed import SURVIVES
+from laconic.cli.output import markdown
+from laconic.core.files import write_atomically
 from laconic.exporting import OPSET, TOLERANCE, TOPK_LIMIT
-from laconic.files import write_atomically
-from laconic.jobs.export_speed import SURVIVES
-from laconic.jobs.output import markdown
 
 HEAD = """# Models in other runtimes
 

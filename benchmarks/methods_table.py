@@ -15,20 +15,20 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from benchmarks.executions import executions, section
-from benchmarks.experiments.cells import LEAVING, Cell, run
+from benchmarks.experiments.cells import KEEP_COUNTS, Cell, run
 from benchmarks.experiments.claims import STEPS
 from benchmarks.experiments.store import append
 from laconic.analysis import machine
+from laconic.analysis.macs import summary
 from laconic.analysis.timing import Setting
-from laconic.attach import reduce_
-from laconic.cost import summary
-from laconic.files import json_lines, write_atomically
-from laconic.jobs.compare import compare
-from laconic.jobs.models import create
-from laconic.jobs.output import markdown
-from laconic.jobs.variants import as_reduced, unreduced
-from laconic.reducer import Row, methods, resolve
-from laconic.schedule import Schedule
+from laconic.api import reduce_
+from laconic.cli.compare import compare
+from laconic.cli.models import create
+from laconic.cli.output import markdown
+from laconic.cli.variants import as_reduced, unreduced
+from laconic.core.files import json_lines, write_atomically
+from laconic.core.method import MethodInfo, methods, resolve
+from laconic.core.schedule import Schedule
 
 MODEL = "deit_small_patch16_224"
 COUNTS = {3: 98, 6: 49, 9: 25}  # patch tokens that blocks of DeiT-S leave: half, a quarter, an eighth
@@ -61,7 +61,7 @@ def speed(name: str, setting: Setting) -> dict[str, Any]:
     base, row = create(MODEL), methods()[name]
     config = resolve(name, {})
     torch.manual_seed(0)
-    plan = {} if row.count == "variable" else {"schedule": Schedule.leaving(COUNTS)}
+    plan = {} if row.count == "variable" else {"schedule": Schedule.keep_counts(COUNTS)}
     reduced = as_reduced(name, reduce_(create(MODEL), config, **plan), None)  # type: ignore[arg-type]
     with machine.prepared(setting):
         measured = compare([unreduced("unreduced", base), reduced], BATCH, setting)[1]
@@ -108,7 +108,7 @@ def page(found: dict[tuple[str, str], dict[str, Any]]) -> str:
         batch=BATCH,
         rounds=ROUNDS,
         counts=", ".join(map(str, COUNTS.values())),
-        leaving=", ".join(map(str, LEAVING.values())),
+        leaving=", ".join(map(str, KEEP_COUNTS.values())),
         full=100 * share,
         images=full["images"],
         steps=STEPS,
@@ -148,14 +148,14 @@ number of tokens for every image, or each image's own. *training*: is it meant t
 it need all attention weights?"""
 
 
-def own() -> dict[str, Row]:
+def own() -> dict[str, MethodInfo]:
     """The methods that come with laconic."""
     return {name: row for name, row in methods().items() if row.config.__module__.startswith("laconic.")}
 
 
-def facts(row: Row) -> list[str]:
+def facts(row: MethodInfo) -> list[str]:
     """What the registry says of a method."""
-    return [f"`{row.name}`", row.moment, row.score, row.rest, row.count, WORDS[row.trained], WORDS[row.full_attention]]
+    return [f"`{row.name}`", row.phase, row.score, row.rest, row.count, WORDS[row.trained], WORDS[row.full_attention]]
 
 
 def numbers(name: str, found: dict[tuple[str, str], dict[str, Any]]) -> list[str | None]:

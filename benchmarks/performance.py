@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.shares import share
-from benchmarks.suites import GOALS, SUITES, Suite, variants
+from benchmarks.bench_suites import GOALS, SUITES, Suite, variants
+from benchmarks.reducer_time_share import share
 from laconic.analysis import machine
 from laconic.analysis.timing import Quartiles
-from laconic.files import Refusal, write_atomically
-from laconic.jobs import compare
-from laconic.jobs.compare import Row
-from laconic.jobs.output import markdown
+from laconic.cli import compare
+from laconic.cli.compare import Row
+from laconic.cli.output import markdown
+from laconic.core.files import Refusal, write_atomically
 
 RESULTS = Path("results")
 SLACK = 0.05  # of a ratio: how much slower than the committed run a row may be, beyond both runs' quartiles

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from laconic.files import write_atomically
-from laconic.jobs.output import markdown
+from laconic.cli.output import markdown
+from laconic.core.files import write_atomically
 
 CHECK = ".check.json"
 HEAD = """# A budget as a schedule

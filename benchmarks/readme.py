@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from laconic.files import write_atomically
-from laconic.jobs.output import markdown
-from laconic.reducer import methods
+from laconic.cli.output import markdown
+from laconic.core.files import write_atomically
+from laconic.core.method import methods
 from laconic.training.token_labels import COVERED
 
 TOP = Path(__file__).parents[1]

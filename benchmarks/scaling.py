@@ -21,13 +21,13 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from laconic.analysis import machine
 from laconic.analysis.memory import peak_bytes
 from laconic.analysis.timing import Setting, cpu_clock
-from laconic.attention import Seen
-from laconic.files import write_atomically
-from laconic.jobs.output import markdown
-from laconic.reducer import resolve
-from laconic.schedule import Schedule
-from laconic.sites import Site
-from laconic.tokens import Tokens
+from laconic.cli.output import markdown
+from laconic.core.attention import AttentionView
+from laconic.core.block_context import BlockContext
+from laconic.core.files import write_atomically
+from laconic.core.method import resolve
+from laconic.core.schedule import Schedule
+from laconic.core.tokens import Tokens
 
 RESULTS = Path("results/scaling.json")
 METHODS = ("topk", "evit", "etps", "bat", "tome", "pitome", "kmeans", "dpc-knn")
@@ -53,14 +53,14 @@ def reduction(method: str, side: int, dim: int, heads: int) -> Callable[[], Toke
     config = resolve(method, {})
     schedule = Schedule.rates(KEEP, (BLOCK,))
     after = config.counts(schedule, DEPTH, patches)[BLOCK]
-    site = Site(0, BLOCK, dim, heads, KEEP, patches, after, (side, side), DEPTH, schedule)
+    site = BlockContext(0, BLOCK, dim, heads, KEEP, patches, after, (side, side), DEPTH, schedule)
     reducer = config.build(site).eval()
     reducer.site = site
     tokens = Tokens.start(torch.randn(1, patches + 1, dim, generator=generator), 1, True)
-    if config.row.moment == "before":
+    if config.info.phase == "before":
         return lambda: reducer.before(tokens, after)
     q, k, v = torch.randn(3, 1, heads, patches + 1, dim // heads, generator=generator).unbind(0)
-    seen = Seen(q, k, v, None, (dim // heads) ** -0.5, 1, True)
+    seen = AttentionView(q, k, v, None, (dim // heads) ** -0.5, 1, True)
     return lambda: reducer.between(tokens, seen, after)
 
 

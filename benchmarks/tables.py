@@ -1,4 +1,4 @@
-"""The page of costs: the rows of the papers beside the closed form of `laconic.cost`.
+"""The page of costs: the rows of the papers beside the closed form of `laconic.analysis.macs`.
 
 python -m benchmarks.tables docs/macs.md
 """
@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.others import section
-from benchmarks.published import ENTRIES, LOGS, Entry
-from laconic.cost import estimate
-from laconic.files import write_atomically
+from benchmarks.other_rows import section
+from benchmarks.paper_costs import ENTRIES, LOGS, Entry
+from laconic.analysis.macs import estimate
+from laconic.analysis.summary import Summary
+from laconic.core.files import write_atomically
 from laconic.methods import BAT, ToMe
-from laconic.report import Summary
 
 COMMAND = "python -m benchmarks.tables docs/macs.md"
 MODELS = {"DeiT-T": "deit_tiny_patch16_224", "DeiT-S": "deit_small_patch16_224", "DeiT-B": "deit_base_patch16_224"}
@@ -50,7 +50,7 @@ NOTES = """## Where they disagree
 LOGS_INTRO = """## The logs of BAT
 
 The logs of DeiT-S print MACs as integers (torchprofile). No one rule for clusters and pairs explains all six, and only the
-difference of the two can be told from a log; `bat(budget="log")` has the differences that fit best.
+difference of the two can be told from a log; `bat(count_rule="log")` has the differences that fit best.
 """
 TOME_INTRO = """## ToMe on DeiT-S
 
@@ -67,7 +67,7 @@ def deit(model: str) -> nn.Module:
 
 def cost(entry: Entry, model: nn.Module) -> Summary:
     """The cost of a row."""
-    plan = None if entry.config is None else entry.config.plan(12, entry.keep, None)
+    plan = None if entry.config is None else entry.config.default_schedule(12, entry.keep, None)
     return estimate(model, entry.config, plan, entry.convention)
 
 
@@ -108,7 +108,7 @@ def _rows(entries: Iterable[Entry], models: dict[str, nn.Module]) -> str:
 def _logs(small: nn.Module) -> str:
     rows = []
     for keep, logged in LOGS.items():
-        s = cost(Entry("BAT", "DeiT-S", BAT(budget="log"), keep, "torchprofile"), small)
+        s = cost(Entry("BAT", "DeiT-S", BAT(count_rule="log"), keep, "torchprofile"), small)
         rows.append([f"{keep}", f"{logged}", f"{s.macs}", f"{100 * (s.macs / logged - 1):+.2f} %", _stages(s)])
     return _markdown("keep|logged|ours|deviation|tokens left", rows)
 

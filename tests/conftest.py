@@ -20,7 +20,7 @@ def _seeded():
 @pytest.fixture
 def no_pretrained_weights(monkeypatch):
     """As on a machine without a cache and without a hub."""
-    from laconic.jobs import weights
+    from laconic.cli import weights
 
     monkeypatch.setattr(weights, "_cached", lambda cfg: None)
     monkeypatch.setattr(weights, "_hub_answers", lambda: False)

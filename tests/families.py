@@ -97,7 +97,9 @@ def observe(model, look):
     model.laconic.around = around
 
 
-SITE = laconic.Site(0, 1, 48, 3, 0.6, before=36, after=21, grid=(6, 6), depth=4, schedule=laconic.Schedule.rates(0.6, AT))
+SITE = laconic.BlockContext(
+    0, 1, 48, 3, 0.6, before=36, after=21, grid=(6, 6), depth=4, schedule=laconic.Schedule.rates(0.6, AT)
+)
 WIDE = {"etps", "tome"}  # each uses the seam with the host in another way
 EVERY = bool(os.environ.get("LACONIC_EVERY_PAIR"))  # every method on every family: make test-slow
 

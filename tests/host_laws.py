@@ -7,7 +7,7 @@ import torch
 
 import laconic
 from families import AT, EVERY, VARIABLE, fill, rate
-from laconic.parts import class_attention, mean_query_attention
+from laconic.methods.ops import class_attention, mean_query_attention
 from test_laws import Hidden
 
 WIDE = (
@@ -24,7 +24,7 @@ def reduced(kind, method, **more):
     """A reduced model of this kind, what the method has learned being random."""
     model = kind.make()
     laconic.reduce_(model, method, **{"keep": rate(method), "at": AT, **kind.options(model, method), **more})
-    fill(laconic.compression.compression_of(model))
+    fill(laconic.core.token_reduction.reduction_of(model))
     return model
 
 
@@ -40,9 +40,9 @@ def lets_tokens_leave(kind, method):
     base = run(kind, kind.make(), x)
     assert (run(kind, model, x) - base).abs().max() > 1e-3
     counts = [36] + [stage.size.shape[1] for stage in laconic.provenance(model).stages]
-    compression = laconic.compression.compression_of(model)
+    reduction = laconic.core.token_reduction.reduction_of(model)
     if method not in VARIABLE:
-        assert counts[1:] == [compression.counts(36)[block] for block in AT]
+        assert counts[1:] == [reduction.counts(36)[block] for block in AT]
         assert counts == sorted(set(counts), reverse=True)
     assert counts[-1] < 36
     for stage in laconic.provenance(model).stages:
@@ -57,16 +57,16 @@ def does_not_mix_images(kind, method):
 
 def answers_as_if_what_left_were_hidden(kind):
     """Removing tokens is the same as keeping them where nobody sees them: the proof that positions stay right."""
-    x, schedule = kind.images(), laconic.Schedule.leaving({1: 22, 2: 14, 3: 9})
+    x, schedule = kind.images(), laconic.Schedule.keep_counts({1: 22, 2: 14, 3: 9})
     removed = reduced(kind, "topk", keep=None, at=None, schedule=schedule)
     expected = run(kind, removed, x)
     hidden = reduced(kind, "topk", keep=None, at=None, schedule=schedule)
-    compression = laconic.compression.compression_of(hidden)
+    reduction = laconic.core.token_reduction.reduction_of(hidden)
     for block in AT:
         score = mean_query_attention if kind.options(kind.make(), "topk") else class_attention
-        compression.reducers[str(block)] = Hidden(score)
+        reduction.reducers[str(block)] = Hidden(score)
     torch.testing.assert_close(run(kind, hidden, x), expected, rtol=1e-4, atol=1e-4)
-    assert len(compression.entry(4)) == 36
+    assert len(reduction.entry(4)) == 36
     return hidden, removed
 
 
@@ -89,7 +89,7 @@ def can_be_undone(kind, method):
 def trains(kind, method):
     """The gradient reaches every parameter of the blocks and of the method."""
     model, x = reduced(kind, method).train(), kind.images()
-    host = laconic.compression.compression_of(model).model
+    host = laconic.core.token_reduction.reduction_of(model).model
     loss = kind.logits(model, x).square().mean() + sum(laconic.losses(model).values())
     loss.backward()
     for name, p in [(n, p) for n, p in host.named_parameters() if "blocks." in n or "layers." in n or n.startswith("laconic.")]:

@@ -13,12 +13,12 @@ import torch
 
 import laconic
 from families import make
-from laconic import recipe
-from laconic.arguments import check_example
-from laconic.checkpoints import RECORD
-from laconic.reducer import METHODS
-from laconic.schedule import Schedule
-from laconic.values import plain, shown
+from laconic.checkpoints.save_load import RECORD
+from laconic.core.arguments import check_example
+from laconic.core.method import METHODS
+from laconic.core.schedule import Schedule
+from laconic.core.values import plain, shown
+from laconic.training import recipe
 from test_errors import refused
 
 pytestmark = pytest.mark.unchecked  # bad arguments on purpose
@@ -109,7 +109,7 @@ def test_blocks(at, error, match):
         with pytest.raises(error, match=match):
             laconic.plan(make("plain"), "evovit", "1.1x-macs", at=at)
         with pytest.raises(error, match=match):
-            Schedule.deciding(at)
+            Schedule.adaptive(at)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -118,7 +118,7 @@ def test_blocks_of_numpy(method, at):
     config = METHODS[method].config()
     if method == "diffrate":
         config = dataclasses.replace(config, pruned=0.25)
-    model = laconic.reduce_(make("plain"), config, keep=0.5 if config.takes_keep else None, at=at)
+    model = laconic.reduce_(make("plain"), config, keep=0.5 if config.accepts_keep else None, at=at)
     assert model.laconic.schedule.at == (1, 3)
     assert {type(block) for block in model.laconic.schedule.at} == {int}
 
@@ -144,9 +144,9 @@ def test_a_budget_has_a_unit(budget, match):
 
 
 @pytest.mark.parametrize("value", ["no", "yes", "", 1, 0, 1.0, ["zeros"], {}, np.array([True, False]), torch.ones(2)])
-def test_restore_and_rows_are_choices(value):
+def test_restore_and_compute_are_choices(value):
     refused(make("plain"), ValueError, "restore must be True, False, None or one of", restore=value)
-    refused(make("plain"), ValueError, "rows must be 'needed', 'all' or None", rows=value)
+    refused(make("plain"), ValueError, "compute must be 'needed', 'all' or None", rows=value)
     refused(make("plain"), ValueError, "rows must be", rows=True)
 
 
@@ -187,8 +187,8 @@ def test_an_example_of_other_channels():
     ("schedule", "error", "match"),
     [
         ({"at": [1], "keep": 0.5}, TypeError, "keep must be a list"),
-        ({"at": [1], "leave": 5}, TypeError, "leave must be a list"),
-        ({"at": [1], "leave": "5"}, TypeError, "leave must be a list"),
+        ({"at": [1], "keep_counts": 5}, TypeError, "keep_counts must be a list"),
+        ({"at": [1], "keep_counts": "5"}, TypeError, "keep_counts must be a list"),
         ({"at": 1, "keep": [0.5]}, TypeError, "at must be a sequence"),
         ({"at": [1], 2: [0.5]}, ValueError, "must have 'at'"),
         ({1: 0.5}, ValueError, "must have 'at'"),
@@ -196,16 +196,16 @@ def test_an_example_of_other_channels():
         ({"at": [1], "keep": ["0.5"]}, ValueError, "keep rate must be"),
         ({"at": [1], "keep": nested(3000)}, ValueError, "keep rate must be"),
         ({"at": nested(3000), "keep": [0.5]}, ValueError, "zero-based block numbers"),
-        ({"at": [1], "leave": [True]}, ValueError, "counts to leave must be whole numbers"),
-        ({"at": [1], "leave": [10.0]}, ValueError, "counts to leave must be whole numbers"),
-        ({"at": [1], "leave": [0]}, ValueError, "counts to leave must be whole numbers"),
-        ({"at": [1], "remove": [-1]}, ValueError, "counts to remove must be whole numbers"),
-        ({"at": [1], "remove": ["4"]}, ValueError, "counts to remove must be whole numbers"),
-        ({"at": [1], "decide": [0.5]}, ValueError, "the value is 1"),
-        ({"at": [1], "decide": ["1"]}, ValueError, "the value is 1"),
+        ({"at": [1], "keep_counts": [True]}, ValueError, "keep_counts must be whole numbers"),
+        ({"at": [1], "keep_counts": [10.0]}, ValueError, "keep_counts must be whole numbers"),
+        ({"at": [1], "keep_counts": [0]}, ValueError, "keep_counts must be whole numbers"),
+        ({"at": [1], "remove_counts": [-1]}, ValueError, "remove_counts must be whole numbers"),
+        ({"at": [1], "remove_counts": ["4"]}, ValueError, "remove_counts must be whole numbers"),
+        ({"at": [1], "adaptive": [0.5]}, ValueError, "the value is 1"),
+        ({"at": [1], "adaptive": ["1"]}, ValueError, "the value is 1"),
         ('{"at": [1], "keep": [0.5]}', TypeError, "schedule must be"),
-        ({"at": [1, 2], "leave": [10, 20]}, ValueError, "block 2 is to leave 20 tokens, but block 1 leaves only 10"),
-        ({"at": [0, 1, 3], "leave": [10, 99, 11]}, ValueError, "block 3 is to leave 11 .*block 0 leaves only 10"),
+        ({"at": [1, 2], "keep_counts": [10, 20]}, ValueError, "block 2 is to keep 20 tokens, but block 1 keeps only 10"),
+        ({"at": [0, 1, 3], "keep_counts": [10, 99, 11]}, ValueError, "block 3 is to keep 11 .*block 0 keeps only 10"),
     ],
 )
 def test_schedules(schedule, error, match):
@@ -214,26 +214,26 @@ def test_schedules(schedule, error, match):
 
 @pytest.mark.parametrize("counts", [[1, 2], 5, "12", {1, 2}, None])
 def test_counts_are_a_mapping(counts):
-    for made in (Schedule.leaving, Schedule.removing):
+    for made in (Schedule.keep_counts, Schedule.remove_counts):
         with pytest.raises(TypeError, match=f"Schedule.{made.__name__} takes a mapping from block to count"):
             made(counts)
 
 
 def test_counts_of_numpy():
-    schedule = Schedule.leaving({np.int64(1): np.int32(10), np.int64(2): np.int32(10)})
-    assert schedule == Schedule.leaving({1: 10, 2: 10})
-    assert json.loads(json.dumps(schedule.to_json())) == {"at": [1, 2], "leave": [10, 10]}
-    assert Schedule.of({"at": np.array([1]), "remove": np.array([3])}) == Schedule.removing({1: 3})
+    schedule = Schedule.keep_counts({np.int64(1): np.int32(10), np.int64(2): np.int32(10)})
+    assert schedule == Schedule.keep_counts({1: 10, 2: 10})
+    assert json.loads(json.dumps(schedule.to_json())) == {"at": [1, 2], "keep_counts": [10, 10]}
+    assert Schedule.of({"at": np.array([1]), "remove_counts": np.array([3])}) == Schedule.remove_counts({1: 3})
     assert Schedule([1], [0.5]) == Schedule((1,), (0.5,))
     assert laconic.reduce_(make("plain"), "topk", schedule=schedule).laconic.counts() == (36, 10, 10, 10)
 
 
 def test_counts_may_rise_from_stage_to_stage_and_above_what_there_is():
-    Schedule.leaving({1: 10, 3: 20, 4: 20}).check_falling([(2, 100), (4, 25)])
-    Schedule.leaving({1: 10, 3: 101}).check_falling([(4, 100)])
+    Schedule.keep_counts({1: 10, 3: 20, 4: 20}).check_falling([(2, 100), (4, 25)])
+    Schedule.keep_counts({1: 10, 3: 101}).check_falling([(4, 100)])
     with pytest.raises(ValueError, match="block 4 is to leave 21 tokens, but block 3 leaves only 20"):
-        Schedule.leaving({1: 10, 3: 20, 4: 21}).check_falling([(2, 100), (4, 25)])
-    Schedule.removing({1: 10, 2: 20}).check_falling([(4, 100)])
+        Schedule.keep_counts({1: 10, 3: 20, 4: 21}).check_falling([(2, 100), (4, 25)])
+    Schedule.remove_counts({1: 10, 2: 20}).check_falling([(4, 100)])
     published = laconic.DiffRate(merge_kept=(37, 18, 25, 20))  # passed over where they rise; so it can be saved and loaded
     schedule = laconic.reduce_(make("plain"), published).laconic.schedule
     assert laconic.reduce_(make("plain"), published, schedule=schedule).laconic.counts() == (36, 17, 17, 17)
@@ -314,7 +314,7 @@ def test_tokens_taken_away(r):
 def test_tokens_taken_away_of_numpy():
     for r in ([4, 3, 2, 1], np.array([4, 3, 2, 1]), range(4, 0, -1)):
         assert laconic.ToMe(r=r).r == (4, 3, 2, 1)
-    assert laconic.reduce_(make("plain"), "tome", r=np.int64(4)).laconic.schedule == Schedule.removing(
+    assert laconic.reduce_(make("plain"), "tome", r=np.int64(4)).laconic.schedule == Schedule.remove_counts(
         dict.fromkeys(range(4), 4)
     )
     assert laconic.MCTF(r=[np.int8(2)] * 3).r == (2, 2, 2)
@@ -384,7 +384,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
     [
         *(({"format": value}, "format must be a whole number from 1") for value in (True, -1, 0, "1", 1.0, NAN, [1], {})),
         *(({"restore": value}, "restore must be") for value in ("no", 1, 0, [])),
-        *(({"rows": value}, "rows must be") for value in ("some", True, ["all"])),
+        *(({"compute": value}, "rows must be") for value in ("some", True, ["all"])),
         ({"method": {"name": "random", "options": {"seed": [1]}}}, "random: seed must be a whole number"),
         ({"method": {"name": "random", "options": {"seed": {"a": 1}}}}, "random: seed must be a whole number"),
         ({"method": {"name": "random", "options": {"seed": nested(90)}}}, "random: seed must be a whole number"),

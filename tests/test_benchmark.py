@@ -9,11 +9,11 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 
 import laconic
-from benchmarks.ship import ship
+from benchmarks.package_weights import ship
 from laconic.analysis.evaluate import answers, transform_for
+from laconic.cli.weights import load
+from laconic.core.files import Refusal
 from laconic.data import open_images, scenes
-from laconic.files import Refusal
-from laconic.jobs.weights import load
 from laconic.models.scenes import FOLDER, load_scorer
 
 IMAGES = 500
@@ -78,7 +78,7 @@ def test_the_base_model_stands_where_differences_show(base):
     assert 0.80 <= full <= 0.95
     assert full == pytest.approx(answers(base, open_images("scenes", "test", limit=IMAGES)).accuracy.top1)
 
-    reduced = laconic.reduce_(base, "random", schedule=laconic.Schedule.leaving({1: 50}))
+    reduced = laconic.reduce_(base, "random", schedule=laconic.Schedule.keep_counts({1: 50}))
     try:
         assert full - top1(reduced) >= 0.05  # half of the tokens, dropped at random
     finally:
@@ -112,7 +112,7 @@ def test_of_a_run_with_a_method_only_its_own_tensors_are_shipped(tmp_path):
 @pytest.mark.parametrize("method", ["dtps", "dynamicvit"])
 def test_the_shipped_scorers_know_the_object(base, method):
     """Trained, they keep more of the object than of its surroundings; with random weights they keep about as much of each."""
-    from benchmarks.experiments.looks import look
+    from benchmarks.experiments.reads import look
 
     images = open_images("scenes", "test", limit=200)
     reduced = laconic.reduce_(base, method, keep=0.7)

@@ -220,9 +220,9 @@ def answers_as_changed_before(method, family, change):
     x, after = images(family, 2), reduced(method, family)
     run(after, x)
     learned = after.laconic.state_dict()
-    before, _ = answer_or_refusal(lambda: reduced(method, family, changed(make(family), change), rows="all"))
+    before, _ = answer_or_refusal(lambda: reduced(method, family, changed(make(family), change), compute="all"))
     if before is None:
-        before, refusal = answer_or_refusal(lambda: changed(reduced(method, family, rows="all"), change))
+        before, refusal = answer_or_refusal(lambda: changed(reduced(method, family, compute="all"), change))
     _, refusal = answer_or_refusal(lambda: changed(after, change))
     if refusal is not None:
         return False
@@ -402,7 +402,7 @@ def test_blocks_cut_off(method, family, way):
     base = make(family)
     cut(base)
     at = tuple(block for block in AT if block < depth)
-    before, refusal = answer_or_refusal(partial(reduced, method, family, base, at=at, rows="all"))
+    before, refusal = answer_or_refusal(partial(reduced, method, family, base, at=at, compute="all"))
     assert refusal is None
     own = after.laconic.state_dict()
     before.laconic.load_state_dict({name: own[name] for name in before.laconic.state_dict()})
@@ -428,10 +428,10 @@ def test_blocks_put_together_again(method, family, way):
         return
     right = [{"at": tuple(sorted(places.values()))}]
     if method not in VARIABLE and way != "reverse":
-        right.append({"schedule": laconic.Schedule.leaving({new: counts[old] for old, new in places.items()})})
+        right.append({"schedule": laconic.Schedule.keep_counts({new: counts[old] for old, new in places.items()})})
     differences = []
     for how in right:
-        before = reduced(method, family, changed(make(family), change), rows="all", **how)
+        before = reduced(method, family, changed(make(family), change), compute="all", **how)
         for old, new in places.items():
             prefix = f"reducers.{old}."
             own = {name.removeprefix(prefix): value for name, value in learned.items() if name.startswith(prefix)}
@@ -446,7 +446,7 @@ def test_pruning_of_intermediate_layers(method, family):
     base.prune_intermediate_layers(2)
     _, refusal = answer_or_refusal(partial(after.prune_intermediate_layers, 2))
     if refusal is None:
-        before = reduced(method, family, base, at=AT, rows="all")
+        before = reduced(method, family, base, at=AT, compute="all")
         right_or_refused(partial(run, after, x), run(before, x))
     else:
         assert_close(run(after, x), run(reduced(method, family), x))  # a refused call leaves the model as it was
@@ -487,7 +487,7 @@ def test_prompts_that_are_put_in_later(method, family):
     base = make(family)
     insert(base)
     base.num_prefix_tokens = 5
-    before = reduced(method, family, base, rows="all")
+    before = reduced(method, family, base, compute="all")
     if right_or_refused(partial(run, model, x), run(before, x)):
         assert laconic.provenance(model).final.where.shape == (2, 36)
 
@@ -636,7 +636,7 @@ WAYS = {
 @functools.cache
 def with_all_rows(method, family, at):
     """Return a model that computes all rows."""
-    return reduced(method, family, at=at, rows="all")
+    return reduced(method, family, at=at, compute="all")
 
 
 @functools.cache
@@ -679,7 +679,7 @@ def test_changed_weights_are_as_before_it_was_reduced(method, family, path):
 def test_every_way_to_change_a_whole_block(method, family, way):
     """What a block gives is changed on its way to the next one, or the change is refused."""
     at, x = early(method), images(family, 2)
-    model, whole = reduced(method, family, at=at), reduced(method, family, at=at, rows="all")
+    model, whole = reduced(method, family, at=at), reduced(method, family, at=at, compute="all")
     plain = run(model, x)
     for path in ("blocks.0", "blocks.1", "blocks.2", "blocks.3", "blocks"):
         handle = whole.get_submodule(path).register_forward_hook(lambda module, args, out: scaled(out))
@@ -709,7 +709,7 @@ SCALES = {"forward": "answer", "forward_head": "answer", "pool": "pooled", "forw
 @pytest.mark.parametrize("name", SCALES)
 def test_methods_of_the_model_that_are_wrapped_on_the_instance(method, family, name):
     at, x = early(method), images(family, 2)
-    model, whole = reduced(method, family, at=at), reduced(method, family, at=at, rows="all")
+    model, whole = reduced(method, family, at=at), reduced(method, family, at=at, compute="all")
     plain = run(model, x)
     expected, own = by_hand(whole, x, SCALES[name]), getattr(model, name)
     assert off(expected, plain) > 1e-3
@@ -723,7 +723,7 @@ def test_methods_of_the_model_that_are_wrapped_on_the_instance(method, family, n
 def test_a_head_of_its_own_that_reads_all_tokens(method, family):
     """``model.forward_head = ...`` after `reduce_`: it gets every token."""
     at, x = early(method), images(family, 2)
-    model, whole, seen = reduced(method, family, at=at), reduced(method, family, at=at, rows="all"), []
+    model, whole, seen = reduced(method, family, at=at), reduced(method, family, at=at, compute="all"), []
 
     def head(f, pre_logits=False):
         seen.append(f.shape)
@@ -747,7 +747,7 @@ def test_a_wrapper_that_records_sees_all_rows(method, family, name):
     at, x = early(method), images(family, 2)
     seen = []
     for rows in ("all", None):
-        model, taken = reduced(method, family, at=at, rows=rows), []
+        model, taken = reduced(method, family, at=at, compute=rows), []
         *path, last = name.split(".")
         owner = model.get_submodule(".".join(path))
         own = getattr(owner, last)
@@ -863,9 +863,9 @@ QUIET = ("attn.k_norm", "attn.norm", "attn.proj_drop", "drop_path1", "ls2", "dro
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # global hooks fire for the first layers, too
 @pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook.__name__)
 def test_every_hook_on_every_submodule_fires(method, family, hook):
-    """As often as on the unreduced model, with all the rows that ``rows="all"`` gives; one hook at a time."""
+    """As often as on the unreduced model, with all the rows that ``compute="all"`` gives; one hook at a time."""
     at, x = early(method), images(family, 1)
-    base, model, whole = make(family), reduced(method, family, at=at), reduced(method, family, at=at, rows="all")
+    base, model, whole = make(family), reduced(method, family, at=at), reduced(method, family, at=at, compute="all")
     inside = [name for name, _ in base.blocks[0].named_modules() if EVERY or name not in QUIET]
     paths = [f"blocks.{i}.{name}".rstrip(".") for i in (2, 3) for name in inside] + ["blocks", "norm", "fc_norm"]
     often, rows = fired(base, x, paths, hook), fired(whole, x, paths, hook)
@@ -881,7 +881,7 @@ def test_every_hook_on_every_submodule_fires(method, family, hook):
 def test_hooks_on_weights_see_whole_gradients(method, family):
     at, x, found = early(method), images(family, 2), []
     for rows in ("all", None):
-        model, seen = reduced(method, family, at=at, rows=rows), {}
+        model, seen = reduced(method, family, at=at, compute=rows), {}
         for name, p in model.named_parameters():
             p.register_hook(lambda g, name=name, seen=seen: seen.__setitem__(name, g.clone()))
             p.register_post_accumulate_grad_hook(

@@ -20,10 +20,10 @@ from torch import nn
 import laconic
 from families import AT, FAMILIES, METHODS, images, make, reduced, serves
 from golden_init import golden_input, golden_param
-from laconic import checkpoints
-from laconic.checkpoints import RECORD, WEIGHTS, load, save
-from laconic.hub import from_pretrained, push_to_hub, save_pretrained
-from laconic.importing import import_checkpoint
+from laconic.checkpoints import save_load as checkpoints
+from laconic.checkpoints.hub import from_pretrained, push_to_hub, save_pretrained
+from laconic.checkpoints.official_weights import import_checkpoint
+from laconic.checkpoints.save_load import RECORD, WEIGHTS, load, save
 
 GOLDENS = Path(__file__).parent / "goldens"
 KINDS = pytest.mark.parametrize("method", ["evit", "dtps"])
@@ -124,7 +124,7 @@ def test_options_survive(config, tmp_path):
 
 
 def test_explicit_counts_survive(tmp_path):
-    model = laconic.reduce_(make("plain"), "topk", schedule=laconic.Schedule.leaving({1: 20, 3: 7}))
+    model = laconic.reduce_(make("plain"), "topk", schedule=laconic.Schedule.keep_counts({1: 20, 3: 7}))
     save(model, tmp_path)
     assert load(tmp_path).laconic.schedule == model.laconic.schedule
 

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 import laconic
-from laconic import cli
-from laconic.jobs import photos
+from laconic.cli import app as cli
+from laconic.cli import image_io
 
 TINY = "deit_tiny_patch16_224"
 
@@ -27,7 +27,7 @@ def laconic_(capsys):
 
 
 def image():
-    return str(next(iter(photos.shipped(1))))
+    return str(next(iter(image_io.shipped(1))))
 
 
 # ---------------------------------------------------------------------------------------------------- all verbs

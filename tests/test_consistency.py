@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import laconic
 from families import AT, fill, images, make
-from laconic.schedule import Schedule
+from laconic.core.schedule import Schedule
 from laconic.training.consistency import (
     Answer,
     certainty,
@@ -121,10 +121,10 @@ def test_the_schedule_comes_back_whatever_happens(wrong):
 @pytest.mark.parametrize(
     ("schedule", "share", "expected"),
     [
-        (Schedule.removing({1: 6, 2: 5, 3: 1}), 0.5, Schedule.removing({1: 3, 2: 2, 3: 0})),
-        (Schedule.removing({1: 6}), 0.0, Schedule.removing({1: 0})),
-        (Schedule.leaving({1: 26, 3: 12}), 0.5, Schedule.leaving({1: 31, 3: 24})),
-        (Schedule.leaving({1: 26, 3: 99}), 0.25, Schedule.leaving({1: 34, 3: 36})),
+        (Schedule.remove_counts({1: 6, 2: 5, 3: 1}), 0.5, Schedule.remove_counts({1: 3, 2: 2, 3: 0})),
+        (Schedule.remove_counts({1: 6}), 0.0, Schedule.remove_counts({1: 0})),
+        (Schedule.keep_counts({1: 26, 3: 12}), 0.5, Schedule.keep_counts({1: 31, 3: 24})),
+        (Schedule.keep_counts({1: 26, 3: 99}), 0.25, Schedule.keep_counts({1: 34, 3: 36})),
         (Schedule.rates((0.6, 1.0), (1, 2)), 0.25, Schedule.rates((0.9, 1.0), (1, 2))),
         (Schedule.rates(0.5, (0, 2)), 0.0, Schedule.rates(1.0, (0, 2))),
     ],

@@ -12,14 +12,14 @@ from torch import nn
 
 import laconic
 from benchmarks import tables
-from benchmarks.published import ENTRIES, LOGS
+from benchmarks.paper_costs import ENTRIES, LOGS
 from families import AT, FAMILIES, METHODS, SITE, SMALL, VARIABLE, images, make, reduced
-from laconic import work
-from laconic.cost import CONVENTIONS, counted, estimate, summary
-from laconic.hosts import find_host
+from laconic.analysis import layer_macs as work
+from laconic.analysis.macs import CONVENTIONS, counted, estimate, summary
+from laconic.core.backbone import find_host
+from laconic.core.method import Method
+from laconic.core.schedule import Schedule
 from laconic.methods import BAT, DTPS, ETPS, DynamicViT, EViT, ToMe, TopK
-from laconic.reducer import Method
-from laconic.schedule import Schedule
 
 UNFUSED = EViT(fuse=False)
 # GMACs of the authors' code as (matmul, fvcore, torchprofile), run with torch 2.15 on 224 x 224; eTPS: EViT's code with
@@ -81,7 +81,7 @@ def deits():
 
 
 def plan(config, keep):
-    return None if config is None else config.plan(12, keep, None)
+    return None if config is None else config.default_schedule(12, keep, None)
 
 
 # ---------------------------------------------------------------------------------------------------- the papers
@@ -90,7 +90,7 @@ def test_the_authors_code_counts_the_same(deits, model, config, keep, expected):
     costs = [estimate(deits[model], config, plan(config, keep), convention) for convention in CONVENTIONS]
     assert list(CONVENTIONS) == ["matmul", "fvcore", "torchprofile"]
     assert [f"{cost.macs / 1e9:.4f}" for cost in costs] == expected.split()
-    learned = config is not None and config.row.learns
+    learned = config is not None and config.info.learns
     assert {cost.parameters for cost in costs} == {PARAMETERS["learned" if learned else "none"][model]}
 
 
@@ -114,7 +114,7 @@ def test_decimals_are_cut_off_only_where_the_authors_do():
 
 @pytest.mark.parametrize(("keep", "logged"), LOGS.items())
 def test_the_logs_of_bat_within_half_a_per_cent(deits, keep, logged):
-    config = BAT(budget="log")
+    config = BAT(count_rule="log")
     assert estimate(deits["DeiT-S"], config, plan(config, keep), "torchprofile").macs == pytest.approx(logged, rel=0.005)
 
 
@@ -272,8 +272,8 @@ def test_a_model_on_the_meta_device_has_costs_at_any_size():
 
 # ---------------------------------------------------------------------------------------------------- the summary
 def test_tokens_inside_a_block_follow_the_moment():
-    between = summary(laconic.reduce_(make("plain"), "topk", schedule=Schedule.leaving({1: 20, 3: 7})))
-    before = summary(laconic.reduce_(make("plain"), "dynamicvit", schedule=Schedule.leaving({1: 20, 3: 7})))
+    between = summary(laconic.reduce_(make("plain"), "topk", schedule=Schedule.keep_counts({1: 20, 3: 7})))
+    before = summary(laconic.reduce_(make("plain"), "dynamicvit", schedule=Schedule.keep_counts({1: 20, 3: 7})))
     assert between.tokens == before.tokens == (36, 20, 20, 7)
     assert [(b.attention_tokens, b.mlp_tokens) for b in between.blocks] == [(37, 37), (37, 21), (21, 21), (21, 8)]
     assert [(b.attention_tokens, b.mlp_tokens) for b in before.blocks] == [(37, 37), (21, 21), (21, 21), (8, 8)]
@@ -284,7 +284,7 @@ def test_tokens_inside_a_block_follow_the_moment():
 def test_a_method_reduces_when_its_row_says(method):
     config = laconic.methods()[method].config()
     reducer = config.build(SITE)
-    assert config.row.moment in [m for m in ("before", "ahead", "between", "after") if reducer.overrides(m)]
+    assert config.info.phase in [m for m in ("before", "ahead", "between", "after") if reducer.overrides(m)]
 
 
 def test_macs_grow_with_the_batch():
@@ -297,10 +297,10 @@ def test_macs_grow_with_the_batch():
 
 def test_a_model_need_not_be_reduced_to_be_estimated():
     model = reduced("dtps", "plain")
-    compression = model.laconic
-    estimated = estimate(laconic.restore_(model), compression.config, compression.schedule)
+    reduction = model.laconic
+    estimated = estimate(laconic.restore_(model), reduction.config, reduction.schedule)
     topk = Schedule.rates(0.5, AT)
-    again = laconic.reduce_(model, compression.config, schedule=compression.schedule)
+    again = laconic.reduce_(model, reduction.config, schedule=reduction.schedule)
     assert summary(again) == estimated
     assert estimate(again, TopK(), topk) == estimate(make("plain"), TopK(), topk)
 
@@ -376,7 +376,7 @@ def test_layers_that_run_who_knows_how_often_are_refused():
 
 def test_a_method_with_work_of_an_unknown_kind_is_refused():
     class Odd(Method):
-        row = dataclasses.replace(TopK.row, name="odd")
+        row = dataclasses.replace(TopK.info, name="odd")
 
         def build(self, site):
             return TopK().build(site)

@@ -8,10 +8,10 @@ import golden_init
 import laconic
 from benchmarks.executions import Given
 from families import AT, FAMILIES, images, make, options, reduced
+from laconic.core.packing import Packing
+from laconic.core.tokens import Tokens
 from laconic.methods.ats import raster_sample, sorted_sample
-from laconic.packing import Packing
-from laconic.parts import SCORES
-from laconic.tokens import Tokens
+from laconic.methods.ops import SCORES
 from test_goldens import LOGITS, close, golden, picture
 
 EXECUTIONS = ("packed", "padded", "masked")
@@ -106,17 +106,17 @@ def test_an_image_is_answered_as_if_it_were_alone(family, counts):
     for execution in EXECUTIONS:
         model = laconic.reduce_(make(family), "ats", at=[1], execution=execution, **options("ats", family))
         model.laconic.reducers["1"] = Given(torch.tensor(counts))
-        model.laconic.reducers["1"].site = laconic.Site(0, 1, 48, 3, None)
+        model.laconic.reducers["1"].site = laconic.BlockContext(0, 1, 48, 3, None)
         with torch.no_grad():
             out[execution] = model(x)
     for execution in ("padded", "masked"):
         torch.testing.assert_close(out[execution], out["packed"], rtol=1e-4, atol=1e-4)
     for image, count in enumerate(counts):
         alone = laconic.reduce_(
-            make(family), "topk", schedule=laconic.Schedule.leaving({1: max(1, count)}), **options("topk", family)
+            make(family), "topk", schedule=laconic.Schedule.keep_counts({1: max(1, count)}), **options("topk", family)
         )
         alone.laconic.reducers["1"] = Given(torch.tensor([count]))
-        alone.laconic.reducers["1"].site = laconic.Site(0, 1, 48, 3, None)
+        alone.laconic.reducers["1"].site = laconic.BlockContext(0, 1, 48, 3, None)
         with torch.no_grad():
             expected = alone(x[image : image + 1])
         torch.testing.assert_close(out["packed"][image : image + 1], expected, rtol=1e-4, atol=1e-4)
@@ -125,7 +125,7 @@ def test_an_image_is_answered_as_if_it_were_alone(family, counts):
 def test_packed_execution_runs_the_tokens_there_are_and_no_others():
     model, rows = laconic.reduce_(make("plain"), "ats", at=[1]), []
     model.laconic.reducers["1"] = Given(torch.tensor([3, 10, 20]))
-    model.laconic.reducers["1"].site = laconic.Site(0, 1, 48, 3, None)
+    model.laconic.reducers["1"].site = laconic.BlockContext(0, 1, 48, 3, None)
     for block in model.blocks[1:]:
         block.mlp.register_forward_pre_hook(lambda _, args: rows.append(tuple(args[0].shape[:2])))
     with torch.no_grad():
@@ -136,7 +136,7 @@ def test_packed_execution_runs_the_tokens_there_are_and_no_others():
 def test_packing_goes_there_and_back():
     x = torch.randn(2, 5, 4)
     alive = torch.tensor([[1.0, 0.0, 1.0, 1.0], [0.0, 1.0, 0.0, 0.0]])
-    tokens = Tokens.start(x, 1, True).replace(alive=alive)
+    tokens = Tokens.start(x, 1, True).replace(keep_mask=alive)
     packing = Packing.of(tokens)
     assert packing.lengths == (4, 2)
     row = packing.pack(x)
@@ -144,7 +144,7 @@ def test_packing_goes_there_and_back():
     back = packing.unpack(row + 1, x)
     moved = (back - x).abs().sum(2) > 0
     assert moved.tolist() == [[True, True, False, True, True], [True, False, True, False, False]]
-    assert Packing.of(tokens.replace(alive=None)) is None
+    assert Packing.of(tokens.replace(keep_mask=None)) is None
 
 
 def test_the_mean_query_is_of_the_tokens_there_are():
@@ -172,13 +172,14 @@ def test_training_hides_and_removes_nothing():
 def test_a_summary_says_what_single_images_cost():
     model, x = laconic.reduce_(make("plain"), "ats", at=[1]), images("plain")
     model.laconic.reducers["1"] = Given(torch.tensor([3, 10, 20]))
-    model.laconic.reducers["1"].site = laconic.Site(0, 1, 48, 3, None)
+    model.laconic.reducers["1"].site = laconic.BlockContext(0, 1, 48, 3, None)
     found = laconic.summary(model, images=[x, x]).observed
     assert found.images == 6
     assert (found.tokens[0].mean, found.tokens[3].least, found.tokens[3].most) == (36, 3, 20)
     assert found.tokens[3].mean == pytest.approx(11)
     singles = [
-        laconic.summary(laconic.reduce_(make("plain"), "topk", schedule=laconic.Schedule.leaving({1: n}))) for n in (3, 10, 20)
+        laconic.summary(laconic.reduce_(make("plain"), "topk", schedule=laconic.Schedule.keep_counts({1: n})))
+        for n in (3, 10, 20)
     ]
     assert found.macs.least == singles[0].macs
     assert found.macs.most == singles[2].macs
@@ -193,4 +194,4 @@ def test_errors():
         laconic.ATS(execution="dense")
     with pytest.raises(ValueError, match="where the method decides the value is 1"):
         laconic.Schedule((1,), (0.5,), "decide")
-    assert laconic.Schedule.of({"at": [1], "decide": [1]}) == laconic.Schedule.deciding([1])
+    assert laconic.Schedule.of({"at": [1], "decide": [1]}) == laconic.Schedule.adaptive([1])

@@ -12,19 +12,19 @@ import torch.nn.functional as F
 import golden_init
 import laconic
 from families import AT, images, make, reduced
-from laconic.attention import Seen
+from laconic.core.attention import AttentionView
+from laconic.core.schedule import Schedule
+from laconic.core.tokens import Tokens
 from laconic.methods import iared, spvit
 from laconic.methods.iared import KEPT, LOG_PROBABILITY
+from laconic.methods.ops import Predictor, Selector
+from laconic.methods.ops.work import WORK, cost
 from laconic.methods.spvit import PACKAGE
-from laconic.parts import Predictor, Selector
-from laconic.parts.work import WORK, cost
-from laconic.schedule import Schedule
-from laconic.tokens import Tokens
 from laconic.training.policy_gradient import curriculum, policy_loss, policy_step, rewards
 from test_goldens import HERE, LOGITS, close, golden, picture
 
 EXECUTIONS = ("packed", "padded", "masked")
-SITE = laconic.Site(0, 1, 48, 3, None, before=36, after=36, grid=(6, 6), depth=4, schedule=Schedule.deciding(AT))
+SITE = laconic.BlockContext(0, 1, 48, 3, None, before=36, after=36, grid=(6, 6), depth=4, schedule=Schedule.adaptive(AT))
 GOLDENS = {"spvit": "spvit_senet_nogumbel", "iared": "iared_interpreter", "ltmp": "ltmpinf_m0.35_p0.003"}
 
 
@@ -65,7 +65,7 @@ def undecided(model, x):
     for p in model.laconic.parameters():
         torch.nn.init.normal_(p, std=0.5)
     for reducer in model.laconic.reducers.values():
-        if model.laconic.config.row.name == "spvit":
+        if model.laconic.config.info.name == "spvit":
             seen, last = [], reducer.selector.predictor.out_conv[4]
             hook = reducer.selector.register_forward_hook(lambda module, args, out, seen=seen: seen.append((args[1], out[0])))
             forward(model, x)
@@ -148,7 +148,7 @@ def test_names_of_the_authors(method):
     """All of ours are filled, from the entry that their own code would load last."""
     weights, model = published(method), of_the_authors(method)
     config, at = model.laconic.config, model.laconic.schedule.at
-    made = config.official(weights, at)
+    made = config.convert_official(weights, at)
     assert set(made) == set(model.state_dict())
     if method == "iared":
         assert torch.equal(made["blocks.5.norm1.bias"], weights["groups.1.block_list.1.norm1.bias"])
@@ -165,7 +165,7 @@ def test_names_of_the_authors(method):
     ("method", "name"), [("spvit", "score_predictor.2.senet.0.bias"), ("iared", "groups.2.block_list.0.norm1.bias")]
 )
 def test_a_stage_too_many_does_not_fit(method, name):
-    made = laconic.methods()[method].config().official(published(method), (3, 6))
+    made = laconic.methods()[method].config().convert_official(published(method), (3, 6))
     assert name in made
     with pytest.raises(ValueError, match=name.replace(".", r"\.")):
         of_the_authors(method, at=(3, 6))
@@ -174,7 +174,7 @@ def test_a_stage_too_many_does_not_fit(method, name):
 def test_copies_of_the_heads_are_compared(caplog):
     weights = published("spvit")
     config = laconic.SPViT()
-    config.official(weights, (3, 6, 9))
+    config.convert_official(weights, (3, 6, 9))
     assert "copies of score_predictor.0.in_conv, score_predictor.0.out_conv" in caplog.text
     caplog.clear()
     last = {name: w for name, w in weights.items() if ".in_conv." not in name and ".out_conv." not in name}
@@ -182,7 +182,7 @@ def test_copies_of_the_heads_are_compared(caplog):
         stem, _, rest = name.partition("conv.")
         last[name] = weights[f"{stem}conv.2.{rest.partition('.')[2]}"]
     with caplog.at_level(logging.DEBUG):
-        config.official(last, (3, 6, 9))
+        config.convert_official(last, (3, 6, 9))
     assert not caplog.text
 
 
@@ -251,7 +251,7 @@ def test_what_is_refused(method, options, message):
 
 def test_widths_that_do_not_part():
     with pytest.raises(ValueError, match="two halves; 45 of 3 heads"):
-        laconic.SPViT().build(laconic.Site(0, 1, 45, 3, None))
+        laconic.SPViT().build(laconic.BlockContext(0, 1, 45, 3, None))
     with pytest.raises(LookupError, match="no class query.*score='mean-query'"):
         laconic.reduce_(make("gap"), "iared", at=AT)
 
@@ -383,13 +383,13 @@ def test_ratio_of_the_batch(keep):
 
 def test_counts_and_work_of_spvit():
     config = laconic.SPViT()
-    assert config.plan(12, None, None).at == (3, 6, 9)
-    assert config.plan(16, None, None).at == (4, 8, 12)
+    assert config.default_schedule(12, None, None).at == (3, 6, 9)
+    assert config.default_schedule(16, None, None).at == (4, 8, 12)
     # patches by the product of the rates, and the packages so far
     assert config.counts(Schedule.rates(0.5, AT), 4, 36) == (36, 19, 11, 7)
     d = 64
     linear = d * d + d * 32 + 32 * 16 + 16 * 2
-    assert config.macs(196, 196, laconic.Site(0, 3, 384, 6, None))["matmul"] == 196 * 6 * (linear + 2 * 3)
+    assert config.macs(196, 196, laconic.BlockContext(0, 3, 384, 6, None))["matmul"] == 196 * 6 * (linear + 2 * 3)
     model = laconic.reduce_(make("plain"), "spvit", at=AT)
     assert laconic.summary(model).parameters == sum(p.numel() for p in model.parameters())
 
@@ -432,11 +432,11 @@ def test_a_threshold_of_zero_keeps_all():
     laconic.reduce_(model, "iared", threshold=0.0)
     torch.testing.assert_close(forward(model, x), expected, rtol=1e-5, atol=1e-5)
     assert model.laconic.schedule.at == (0, 1, 2)
-    assert laconic.IARED().plan(12, None, None).at == (0, 4, 8)
+    assert laconic.IARED().default_schedule(12, None, None).at == (0, 4, 8)
 
 
 def test_the_work_of_the_interpreters():
-    small = laconic.Site(0, 0, 384, 6, None)
+    small = laconic.BlockContext(0, 0, 384, 6, None)
     assert laconic.IARED().macs(196, 196, small)["matmul"] == 197 * 3 * 384 * 384 + 196 * 384
     qk = laconic.IARED().build(small)
     assert 3 * sum(p.numel() for p in qk.parameters()) == 1_330_560  # 1.33M on DeiT-S
@@ -444,7 +444,7 @@ def test_the_work_of_the_interpreters():
 
 def test_draws_and_their_log_probabilities():
     reducer, t = laconic.IARED().build(SITE).train(), tokens(batch=400, patches=6)
-    t = t.replace(x=t.x[:1].expand(400, -1, -1), alive=torch.tensor([1.0, 1, 1, 0, 1, 1]).expand(400, -1))
+    t = t.replace(x=t.x[:1].expand(400, -1, -1), keep_mask=torch.tensor([1.0, 1, 1, 0, 1, 1]).expand(400, -1))
     torch.nn.init.normal_(reducer.qk.weight, std=0.3)
     out = reducer.before(t, 6)
     p = reducer.informative(t, t.alive)[0].detach()
@@ -563,7 +563,7 @@ def test_the_curriculum():
     assert learning == {f"blocks.3.{name}" for name, _ in model.blocks[3].named_parameters()}
     curriculum(model, None)
     assert all(p.requires_grad for p in model.parameters())
-    assert model.laconic.schedule == Schedule.deciding(AT)
+    assert model.laconic.schedule == Schedule.adaptive(AT)
 
 
 @pytest.mark.unchecked
@@ -589,11 +589,11 @@ def test_what_the_policy_gradient_refuses():
 
 # ------------------------------------------------------------------------------------------------ LTMP
 def look(t, heads=3):
-    """Attention of a block with random queries and keys to these tokens, as `Seen`, hidden ones hidden."""
+    """Attention of a block with random queries and keys to these tokens, as `AttentionView`, hidden ones hidden."""
     q, k, v = (torch.randn(len(t.x), heads, t.x.shape[1], 16) for _ in range(3))
     k = k + 3 * torch.randn(1, 1, 1, 16)  # alike enough to merge
     mask = F.pad(there(t), (1, 0), value=1.0).clamp_min(1e-30).log()[:, None, None]
-    return Seen(q, k, v, mask, 0.25, 1, True, t.alive)
+    return AttentionView(q, k, v, mask, 0.25, 1, True, t.alive)
 
 
 def by_hand(t, seen, b, merge, prune, hidden_ask):
@@ -745,8 +745,8 @@ def test_training_of_ltmp_is_the_masked_function():
 
 def test_the_work_of_ltmp():
     config = laconic.LTMP()
-    assert config.plan(12, None, None).at == tuple(range(12))
-    assert config.macs(196, 196, laconic.Site(0, 0, 384, 6, None))["matmul"] == 98 * 98 * 64
+    assert config.default_schedule(12, None, None).at == tuple(range(12))
+    assert config.macs(196, 196, laconic.BlockContext(0, 0, 384, 6, None))["matmul"] == 98 * 98 * 64
     assert laconic.methods()["ltmp"].full_attention
     model = laconic.reduce_(make("plain"), "ltmp")
     assert sum(p.numel() for p in model.laconic.parameters()) == 8  # two for each block

@@ -12,12 +12,12 @@ from safetensors.torch import save_file
 import laconic
 from laconic.analysis.evaluate import evaluate, transform_for
 from laconic.analysis.timing import Setting
+from laconic.cli import demo_input, draw, image_io, patch_outcomes, weights
+from laconic.cli.demo import demo
+from laconic.cli.models import create
+from laconic.cli.weights import Loaded
+from laconic.core.files import Refusal
 from laconic.data import ImageSet, Unreadable, open_images
-from laconic.files import Refusal
-from laconic.jobs import draw, exhibit, fates, photos, weights
-from laconic.jobs.demo import demo
-from laconic.jobs.models import create
-from laconic.jobs.weights import Loaded
 from laconic.models import scenes
 
 TINY = "deit_tiny_patch16_224"
@@ -140,15 +140,15 @@ def stage(where, kept):
 
 
 def test_fates_by_hand():
-    found = fates.fates(stage([[0, 0, -1, 1]], [[1, 3]]))  # the first patch is held by a token in the second's place
+    found = patch_outcomes.fates(stage([[0, 0, -1, 1]], [[1, 3]]))  # the first patch is held by a token in the second's place
     assert found[0].int().tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 1], [1, 0, 0]]
 
 
 def test_fates_are_means_over_images():
-    count = fates.Count(torch.tensor([[True, True, False, False], [True, False, False, False], [False] * 4]))
+    count = patch_outcomes.Count(torch.tensor([[True, True, False, False], [True, False, False, False], [False] * 4]))
     count.add(stage([[0, 0, -1, 1], [-1, 0, 1, -1]], [[1, 3], [1, 2]]))
     count.add(stage([[0, 1, -1, -1]], [[0, 1]]))  # no patch shows the object
-    assert count.fate.object == fates.Shares(kept=0.25, merged=0.25, dropped=0.5)
+    assert count.fate.object == patch_outcomes.Shares(kept=0.25, merged=0.25, dropped=0.5)
     assert count.fate.surroundings.kept == pytest.approx((1 / 2 + 2 / 3 + 1 / 2) / 3)
     assert count.fate.surroundings.dropped == pytest.approx((1 / 2 + 1 / 3 + 1 / 2) / 3)
 
@@ -157,10 +157,10 @@ def test_fates_are_means_over_images():
 def test_counting_along_with_a_model(method):
     images = open_images("scenes", "test", limit=5)
     model = laconic.reduce_(create("scenes_vit_small"), method, keep=0.5)
-    shown = fates.object_patches(images, (10, 10))
+    shown = patch_outcomes.object_patches(images, (10, 10))
     assert shown.shape == (5, 100)
-    assert not fates.object_patches(images, (20, 20)).equal(shown)
-    with fates.counting(model, shown) as count:
+    assert not patch_outcomes.object_patches(images, (20, 20)).equal(shown)
+    with patch_outcomes.counting(model, shown) as count:
         evaluate(model, images, batch_size=2)
     seen, (part, rest) = count.seen, (count.fate.object, count.fate.surroundings)
     model(torch.zeros(1, 3, 40, 40))
@@ -178,7 +178,7 @@ def test_images_that_know_no_object(tmp_path):
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
     (tmp_path / "val" / "a").mkdir(parents=True)
     Image.new("RGB", (40, 40)).save(tmp_path / "val" / "a" / "a.png")
-    assert fates.object_patches(open_images("", "val", tmp_path), (10, 10)) is None
+    assert patch_outcomes.object_patches(open_images("", "val", tmp_path), (10, 10)) is None
 
 
 # ---------------------------------------------------------------------------------------------------- other images
@@ -217,8 +217,8 @@ def test_photographs(tmp_path):
 
 
 def test_without_photographs(monkeypatch):
-    monkeypatch.setattr(photos, "SHIPPED", {"absent.png": ""})
-    monkeypatch.setattr(exhibit, "load", lambda name, file: Loaded(create(name), "", True))
+    monkeypatch.setattr(image_io, "SHIPPED", {"absent.png": ""})
+    monkeypatch.setattr(demo_input, "load", lambda name, file: Loaded(create(name), "", True))
     with pytest.raises(Refusal, match="ships none of"):
         demo(model=TINY)
 
@@ -245,11 +245,11 @@ class Half(ImageSet):
 
 def test_images_that_cannot_be_read_are_not_drawn(monkeypatch):
     loaded = Loaded(create("scenes_vit_small"), "", True)
-    (photo,) = exhibit._first(Half(), 2, loaded)
+    (photo,) = demo_input._first(Half(), 2, loaded)
     assert (photo.name, photo.stem) == ("a set/image 1", "image-1")
     monkeypatch.setattr(Half, "load", lambda self, i: (_ for _ in ()).throw(Unreadable("x", "it is cut off")))
     with pytest.raises(Refusal, match="none of 2 images can be read"):
-        exhibit._first(Half(), 2, loaded)
+        demo_input._first(Half(), 2, loaded)
 
 
 # ---------------------------------------------------------------------------------------------------- pictures

@@ -42,7 +42,7 @@ def refused(model, error, match, method="etps", **kwargs):
         (ValueError, "rising order", {"at": [3, 2]}),
         (ValueError, "zero-based block numbers", {"at": [-1, 2]}),
         (ValueError, "no blocks", {"at": []}),
-        (ValueError, "either schedule, or keep", {"schedule": laconic.Schedule.leaving({1: 3})}),
+        (ValueError, "either schedule, or keep", {"schedule": laconic.Schedule.keep_counts({1: 3})}),
         (TypeError, "schedule must be", {"schedule": 3, "keep": None}),
         (ValueError, "one of 'keep', 'leave', 'remove'", {"schedule": {"at": [1], "kep": [0.5]}, "keep": None}),
         (ValueError, "whole numbers", {"schedule": {"at": [1], "leave": [0.5]}, "keep": None}),

@@ -15,19 +15,19 @@ from torch.utils.data import DataLoader
 
 import laconic
 from laconic.analysis.accuracy import Accuracy
+from laconic.analysis.diagnose import twin
 from laconic.analysis.evaluate import Processes, answers, config_for, evaluate, make_loader, transform_for
 from laconic.analysis.intervals import wilson
 from laconic.analysis.timing import Setting
+from laconic.cli import plots, record
+from laconic.cli import sweep as sweep_job
+from laconic.cli.eval import eval_
+from laconic.cli.eval_input import Reading, command, digest, parse_args
+from laconic.cli.scores import Score
+from laconic.cli.sweep import sweep
+from laconic.core.files import Refusal
+from laconic.core.method import METHODS
 from laconic.data import ImageSet, Prepared, Unreadable, open_images
-from laconic.doctor import twin
-from laconic.files import Refusal
-from laconic.jobs import plots, record
-from laconic.jobs import sweep as sweep_job
-from laconic.jobs.eval import eval_
-from laconic.jobs.scores import Score
-from laconic.jobs.subject import Reading, command, digest, parse_args
-from laconic.jobs.sweep import sweep
-from laconic.reducer import METHODS
 
 TINY = "deit_tiny_patch16_224"
 ARGS = {"img_size": 32, "patch_size": 8, "depth": 3, "embed_dim": 48, "num_heads": 3, "num_classes": 24}

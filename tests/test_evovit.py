@@ -10,11 +10,11 @@ import torch
 import golden_init
 import laconic
 from families import AT, images, make, observe
+from laconic.core.tokens import Tokens
 from laconic.methods.evovit import ENTERED, EVOLVED, EvoViT
-from laconic.parts import CLASS_LOGITS, joined, last_copies, renamed
-from laconic.recipe import LossPart
-from laconic.tokens import Tokens
+from laconic.methods.ops import CLASS_LOGITS, joined, last_copies, renamed
 from laconic.training.objective import Objective
+from laconic.training.recipe import LossPart
 from test_goldens import HERE, LOGITS, close, golden, picture
 
 
@@ -54,11 +54,11 @@ def unit(branches):
     x = torch.from_numpy(np.random.RandomState(1).standard_normal((2, 197, 192))).float()
     g = torch.from_numpy(np.abs(np.random.RandomState(2).standard_normal((2, 196))) + 0.01).float()
     schedule = laconic.Schedule.rates(0.5, [1])
-    site = laconic.Site(0, 1, 192, 3, 0.5, grid=(14, 14), depth=2, schedule=schedule)
+    site = laconic.BlockContext(0, 1, 192, 3, 0.5, grid=(14, 14), depth=2, schedule=schedule)
     reducer = EvoViT(update="fast").build(site)
     reducer.site = site
-    tokens = reducer.before(Tokens.start(x, 1, True).replace(columns={EVOLVED: g}), 98)
-    representative = tokens.notes[ENTERED]
+    tokens = reducer.before(Tokens.start(x, 1, True).replace(per_token={EVOLVED: g}), 98)
+    representative = tokens.per_image[ENTERED]
     assert len(tokens) == 99
     for number in range(branches):
         tokens = tokens.replace(x=tokens.x + branch(number)(tokens.x))
@@ -71,8 +71,8 @@ def test_the_fast_update(name, branches):
     tokens, representative = unit(branches)
     close(representative, z["rep_token"], 1e-6)
     close(tokens.x, z[f"{name}_out"], 5e-5)
-    assert torch.equal(tokens.place, torch.from_numpy(z[f"{name}_order_orig_patch"]))
-    assert tokens.aside is None
+    assert torch.equal(tokens.origin_index, torch.from_numpy(z[f"{name}_order_orig_patch"]))
+    assert tokens.parked is None
     assert torch.equal(tokens.size, torch.ones(2, 196))
 
 
@@ -124,7 +124,7 @@ def test_what_is_kept_evolves_and_what_is_parked_keeps_its_score():
     assert (chosen.columns[EVOLVED].min(1).values >= chosen.aside.columns[EVOLVED].max(1).values).all()
     assert torch.equal(joined.columns[EVOLVED][:, 18:], chosen.aside.columns[EVOLVED])
     assert (joined.columns[EVOLVED][:, :18] != chosen.columns[EVOLVED]).all()
-    looks = [new.columns[EVOLVED] for old, new in seen if new.aside is not None and old.aside is not None][:2]
+    reads = [new.columns[EVOLVED] for old, new in seen if new.aside is not None and old.aside is not None][:2]
     assert (looks[0] > chosen.columns[EVOLVED] / 2).all()  # half of the old, and half of an attention above zero
 
 
@@ -231,9 +231,9 @@ def test_what_a_second_head_needs():
     [
         (laconic.Schedule.rates((1.0, 0.5), (1, 3)), (36, 36, 36, 18)),
         (laconic.Schedule.rates((0.5, 1.0), (1, 2)), (36, 18, 36, 36)),
-        (laconic.Schedule.removing({1: 1}), (36, 35, 35, 35)),
-        (laconic.Schedule.leaving({2: 1}), (36, 36, 1, 1)),
-        (laconic.Schedule.leaving({1: 99, 3: 5}), (36, 36, 36, 5)),
+        (laconic.Schedule.remove_counts({1: 1}), (36, 35, 35, 35)),
+        (laconic.Schedule.keep_counts({2: 1}), (36, 36, 1, 1)),
+        (laconic.Schedule.keep_counts({1: 99, 3: 5}), (36, 36, 36, 5)),
     ],
 )
 def test_stages_that_park_much_little_or_nothing(schedule, slow, update, stages):
@@ -251,8 +251,8 @@ def test_stages_that_park_much_little_or_nothing(schedule, slow, update, stages)
 
 def test_counting_builds_nothing(monkeypatch):
     config = EvoViT()
-    schedule = config.plan(12, None, None)
-    monkeypatch.setattr(laconic.Site, "__init__", lambda *args, **kwargs: pytest.fail("a Site was built"))
+    schedule = config.default_schedule(12, None, None)
+    monkeypatch.setattr(laconic.BlockContext, "__init__", lambda *args, **kwargs: pytest.fail("a BlockContext was built"))
     assert config.counts(schedule, 12, 196)[4] == 98
 
 
@@ -290,13 +290,15 @@ def test_the_last_of_copies_is_taken(caplog):
 @pytest.mark.unchecked
 def test_counts_and_refusals():
     config = EvoViT()
-    assert config.counts(config.plan(12, None, None), 12, 196) == (196,) * 4 + (98,) * 3 + (196,) + (98,) * 3 + (196,)
-    assert config.plan(12, None, None).at == (4, 8)
+    assert config.counts(config.default_schedule(12, None, None), 12, 196) == (196,) * 4 + (98,) * 3 + (196,) + (98,) * 3 + (
+        196,
+    )
+    assert config.default_schedule(12, None, None).at == (4, 8)
     with pytest.raises(ValueError, match="attention of the block before"):
         laconic.reduce_(make("plain"), "evovit", at=[0])
     with pytest.raises(ValueError, match="update must be one of 'parked', 'fast'"):
         EvoViT(update="slow")
-    model = laconic.reduce_(make("plain"), "evovit", schedule=laconic.Schedule.removing({1: 6, 2: 12}))
+    model = laconic.reduce_(make("plain"), "evovit", schedule=laconic.Schedule.remove_counts({1: 6, 2: 12}))
     with torch.no_grad():
         model(images("plain"))
     assert [cost.attention_tokens for cost in laconic.summary(model).blocks] == [37, 31, 25, 25]
@@ -309,9 +311,9 @@ def test_the_cost_of_the_table():
         with torch.device("meta"):
             model = timm.create_model(name)
         config = EvoViT()
-        from laconic.cost import estimate
+        from laconic.analysis.macs import estimate
 
-        assert f"{estimate(model, config, config.plan(12, None, None)).macs / 1e9:.1f}" == gmacs
+        assert f"{estimate(model, config, config.default_schedule(12, None, None)).macs / 1e9:.1f}" == gmacs
 
 
 @pytest.mark.parametrize("update", ["parked", "fast"])

@@ -14,7 +14,7 @@ from benchmarks.experiments.cells import Cell
 from benchmarks.experiments.claims import CLAIMS, STEPS, all_cells
 from benchmarks.experiments.statistics import accuracy, difference
 from benchmarks.experiments.tables import NONE, TABLES, Reader, signed
-from laconic.files import Refusal
+from laconic.core.files import Refusal
 
 
 def outcomes(seed, share, count=400):
@@ -64,7 +64,7 @@ def result(cell, share=0.5):
     bits = torch.tensor(outcomes(hash(cell.key) % 1000, share), dtype=torch.bool)
     row = {"method": cell.method, "keep": cell.keep, "options": dict(cell.options), "steps": cell.steps, "seed": cell.seed}
     row["data"] = cell.data
-    looks = {"diversity": 0.5, "object_own": 0.5, "surroundings_own": 0.2, "object_held": 1.0, "surroundings_held": 1.0}
+    reads = {"diversity": 0.5, "object_own": 0.5, "surroundings_own": 0.2, "object_held": 1.0, "surroundings_held": 1.0}
     facts = {"weights": "w", "macs": 1_000_000, "top1": share, "correct": cells._packed(bits), "random_policy": [0.4, 0.3, 0.2]}
     return row | looks | facts
 

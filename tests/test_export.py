@@ -15,12 +15,12 @@ import test_pvt_cvt
 import test_transformers
 from benchmarks import export_page
 from families import CLASS_SCORED, METHODS, VARIABLE, fill, images, make, options, rate, serves
-from laconic import cli
 from laconic.analysis.timing import Quartiles
+from laconic.cli import app as cli
+from laconic.cli import export as job
+from laconic.cli.export_speed import Speed
+from laconic.core.files import Refusal
 from laconic.exporting import graph, inspect, openvino, proof, runner, trace, write
-from laconic.files import Refusal
-from laconic.jobs import export as job
-from laconic.jobs.export_speed import Speed
 from zoo import ZOO
 
 FAMILIES = {
@@ -115,7 +115,7 @@ def test_every_format_says_what_it_is(traced, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"m.pt2", "m.xml", "m.bin", "m.onnx"}
     facts = {p.key: p.value for p in onnx.load(tmp_path / "m.onnx").metadata_props}
     assert json.loads(facts["laconic.method"])["name"] == "topk"
-    assert laconic.Schedule.of(json.loads(facts["laconic.schedule"])).at == (0,)
+    assert laconic.Schedule.of(json.loads(facts["laconic.core.schedule"])).at == (0,)
     assert facts["laconic.opset"] == "20"
     inside = {"laconic.json": ""}
     torch.export.load(tmp_path / "m.pt2", extra_files=inside)

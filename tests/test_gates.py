@@ -83,7 +83,7 @@ def test_rows_are_gathered_flat(method):
 
 
 # those that look ahead run the first half of a block twice
-@pytest.mark.parametrize("method", [m for m in CONSTANT if laconic.methods()[m].moment != "ahead"])
+@pytest.mark.parametrize("method", [m for m in CONSTANT if laconic.methods()[m].phase != "ahead"])
 def test_fused_attention_is_called_as_often_as_ever(method):
     def fused(calls):
         return sum("scaled_dot_product" in name for name, _, _ in calls)
@@ -109,7 +109,7 @@ def test_few_operations_are_added(method):
         return [name for name, _, _ in recorded(model, images("plain")) if name not in VIEWS]
 
     plain = len(run(make("plain")))
-    site = len(run(laconic.reduce_(make("plain"), method, keep=0.6, at=[1], rows="all"))) - plain
+    site = len(run(laconic.reduce_(make("plain"), method, keep=0.6, at=[1], compute="all"))) - plain
     assert 0 < site <= ADDED[method]
 
 

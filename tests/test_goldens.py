@@ -12,10 +12,10 @@ import torch.nn.functional as F
 import golden_init
 import laconic
 from families import observe
-from laconic.distill import logit_distillation, token_distillation
+from laconic.core.tokens import Tokens
 from laconic.methods import dynamicvit
-from laconic.parts import density_peaks
-from laconic.tokens import Tokens
+from laconic.methods.ops import density_peaks
+from laconic.training.distillation import logit_distillation, token_distillation
 
 HERE = Path(__file__).parent / "goldens"
 LOGITS, CHANNELS, ATTENTION = 2e-5, 5e-5, 1e-6
@@ -120,7 +120,7 @@ def test_tome(k):
 
 def test_topk_of_haurum():
     z = golden("tr_topk")
-    schedule = laconic.Schedule.leaving({3: 137, 6: 96, 9: 67})
+    schedule = laconic.Schedule.keep_counts({3: 137, 6: 96, 9: 67})
     model = reduced("topk", golden_init.crc32_v1, schedule=schedule)
     with torch.no_grad():
         close(model(picture()), z["logits"], LOGITS)

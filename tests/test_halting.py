@@ -14,15 +14,15 @@ from torch import nn
 import golden_init
 import laconic
 from families import fill, images, make, observe
+from laconic.core.block_gates import Switches
+from laconic.core.method import BlockContext
+from laconic.core.tokens import Tokens
 from laconic.methods.adavit import TOKENS, USED
 from laconic.methods.avit import ANSWER, HALTING, PONDER, SPENT, depth_target, halting_divergence
-from laconic.parts.usage import LOGITS as NOTED
-from laconic.parts.usage import diverse_use, mean_entropy, use_losses
-from laconic.recipe import LossPart
-from laconic.reducer import Site
-from laconic.switches import Switches
-from laconic.tokens import Tokens
+from laconic.methods.ops.usage import LOGITS as NOTED
+from laconic.methods.ops.usage import diverse_use, mean_entropy, use_losses
 from laconic.training.objective import Objective
+from laconic.training.recipe import LossPart
 from test_goldens import HERE, LOGITS, close, golden, picture, reduced
 
 EXECUTIONS = ("packed", "padded", "masked")
@@ -137,8 +137,10 @@ def pass_all(config, features, depth=4, prefix=2):
     """The reducers of all blocks on given features [B, N, C], one for each block."""
     tokens = Tokens.start(features[0], prefix, True)
     for block, x in enumerate(features):
-        reducer = config.build(Site(block, block, x.shape[2], 1, None))
-        reducer.site = Site(block, block, x.shape[2], 1, None, depth=depth, schedule=laconic.Schedule.deciding(range(depth)))
+        reducer = config.build(BlockContext(block, block, x.shape[2], 1, None))
+        reducer.site = BlockContext(
+            block, block, x.shape[2], 1, None, depth=depth, schedule=laconic.Schedule.adaptive(range(depth))
+        )
         tokens = reducer.after(tokens.replace(x=x), len(tokens))
     return tokens, reducer
 
@@ -166,7 +168,7 @@ def test_a_halted_class_token_is_frozen():
         x[:, 0] = 1e4
     again, _ = pass_all(config, changed)
     assert torch.equal(tokens.x[:, 0], again.x[:, 0])
-    assert torch.equal(tokens.shown[:, 0], torch.zeros(2))
+    assert torch.equal(tokens.visible_prefix[:, 0], torch.zeros(2))
 
 
 def test_nothing_halts_behind_a_high_gate():
@@ -299,9 +301,9 @@ def test_adavit_by_hand(policies, execution):
 def unreduced_with(model):
     """A model with the same weights, whose blocks run as they are; its reducers are there to be asked."""
     plain = copy.deepcopy(model)
-    compression = plain.laconic
+    reduction = plain.laconic
     laconic.restore_(plain)
-    plain.laconic = compression
+    plain.laconic = reduction
     return plain
 
 
@@ -361,7 +363,7 @@ def test_a_block_that_decides_nothing_uses_all_tokens():
 
 
 def test_decisions_in_training_are_those_of_two_gumbels():
-    reducer = laconic.AdaViT().build(Site(0, 0, 8, 2, None)).train()
+    reducer = laconic.AdaViT().build(BlockContext(0, 0, 8, 2, None)).train()
     for threshold, expected in ((0.5, 0.5), (0.6, 1 / (1 + 1.5**5))):  # logistic noise over 5 against logit(threshold)
         logits = torch.zeros(200_000, requires_grad=True)
         hard = reducer.decide(logits, threshold)
@@ -495,7 +497,7 @@ def test_published_names_of_all_policies():
                 theirs[f"blocks.{block}.{part}.mlp_head.{kind}"] = tensor
         else:
             theirs[name] = tensor
-    ours = laconic.AdaViT(policies=FULL).official(theirs, range(4))
+    ours = laconic.AdaViT(policies=FULL).convert_official(theirs, range(4))
     expected = model.state_dict()
     assert set(ours) == set(expected)
     for name, tensor in ours.items():
@@ -506,7 +508,7 @@ def test_published_names_of_all_policies():
         )
         assert torch.equal(tensor, expected[source]), name
     assert "head_select.mlp_head.weight" in next(
-        iter(laconic.AdaViT().official({"head_select.mlp_head.weight": torch.ones(1)}, [0]))
+        iter(laconic.AdaViT().convert_official({"head_select.mlp_head.weight": torch.ones(1)}, [0]))
     )
 
 

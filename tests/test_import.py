@@ -5,12 +5,13 @@ import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import laconic
-from laconic.parts.patterns import constant
+from laconic.methods.ops.patterns import constant
 
 OWN = {"laconic", "numpy", "safetensors", "jaxtyping"}  # jaxtyping where it is installed: the tests check shapes by it
 LATE = laconic._MODULE_OF
@@ -38,23 +39,31 @@ def test_late_names_are_found_in_a_new_interpreter():
     found = answer(
         "import laconic; early = set(vars(laconic))\n"
         "from laconic import plan, BAT\n"
-        "out = [laconic.export.__module__, plan.__module__, laconic.planning.__name__, laconic.recipe.__name__]\n"
+        "out = [laconic.export.__module__, plan.__module__, laconic.planning.__name__, laconic.training.recipe.__name__]\n"
         "out += [sorted({'export', 'Plan', 'recipe'} & early), 'push_to_hub' in dir(laconic), hasattr(laconic, 'nothing')]"
     )
-    assert found == ["laconic.exporting", "laconic.planning.planner", "laconic.planning", "laconic.recipe", [], True, False]
+    assert found == [
+        "laconic.exporting",
+        "laconic.planning.planner",
+        "laconic.planning",
+        "laconic.training.recipe",
+        [],
+        True,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("name", LATE)
-def test_no_submodule_takes_the_place_of_a_late_name(name):
+def test_no_module_hides_a_public_name(name):
     assert name in laconic.__all__
-    assert importlib.util.find_spec(f"laconic.{name}") is None
+    assert not (Path(laconic.__file__).parent / name).exists()
+    assert not (Path(laconic.__file__).parent / f"{name}.py").exists()
     assert getattr(laconic, name) is getattr(importlib.import_module(f"laconic.{LATE[name]}"), name)
 
 
-@pytest.mark.parametrize("name", ["calibrate", "doctor", "hosts", "methods"])
-def test_functions_win_over_submodules_of_their_name(name):
-    importlib.import_module(f"laconic.{name}")
-    assert not isinstance(getattr(laconic, name), type(sys))
+def test_methods_are_a_package_that_lists_itself():
+    assert laconic.methods is importlib.import_module("laconic.methods")
+    assert laconic.methods()["bat"].config is laconic.methods.BAT is laconic.BAT
 
 
 def test_an_unknown_name_is_an_attribute_error():

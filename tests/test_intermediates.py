@@ -59,13 +59,13 @@ def test_every_patch_has_the_features_of_its_token(family, call, method):
     taken = sorted(i % 4 for i in taken) if isinstance(taken, list) else range(4 - taken, 4)
     for block, one in zip(taken, found, strict=True):
         one, prefix = one if isinstance(one, tuple) else (one, None)
-        tokens = laconic.compression.compression_of(model).entry(block + 1)
+        tokens = laconic.core.token_reduction.reduction_of(model).entry(block + 1)
         features = model.norm(outputs[block]) if call.get("norm") else outputs[block]
         if prefix is not None:
             assert torch.equal(prefix, features[:, : tokens.prefix])
         dense = one if one.dim() == 3 else one.flatten(2).transpose(1, 2)
         for image in range(3):
-            for patch, where in enumerate(tokens.where[image].tolist()):
+            for patch, where in enumerate(tokens.token_of_patch[image].tolist()):
                 expected = features[image, tokens.prefix + where] if where >= 0 else torch.zeros(48)
                 assert torch.equal(dense[image, patch], expected)
 

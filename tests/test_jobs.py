@@ -15,13 +15,13 @@ from PIL import Image
 
 import laconic
 from laconic.analysis import machine, timing
+from laconic.analysis.diagnose import doctor, twin
 from laconic.analysis.timing import Quartiles, Sample, Setting, Time
-from laconic.doctor import doctor, twin
-from laconic.files import Refusal, write_atomically
-from laconic.jobs import agreement, compare, draw, models, photos, variants, weights
-from laconic.jobs.bench import bench
-from laconic.jobs.output import sentence
-from laconic.jobs.show import show
+from laconic.cli import agreement, compare, draw, image_io, models, variants, weights
+from laconic.cli.bench import bench
+from laconic.cli.output import sentence
+from laconic.cli.show import show
+from laconic.core.files import Refusal, write_atomically
 
 TINY = "deit_tiny_patch16_224"
 QUICK = Setting(rounds=1, threads=1)
@@ -267,7 +267,7 @@ def test_bench_measures_the_alternatives_too(tmp_path):
 @pytest.mark.unchecked
 def test_bench_measures_files(monkeypatch):
     """Every row is a file in the runtime asked for, the unreduced model's too."""
-    import laconic.jobs.exported as exported
+    import laconic.cli.exported as exported
 
     opened, own = [], exported.runner
     monkeypatch.setattr(exported, "runner", lambda path, to, threads: opened.append((path.name, to)) or own(path, to, threads))
@@ -293,7 +293,7 @@ def test_bench_refuses_what_no_file_can_be(setting, said):
 
 @pytest.mark.slow
 def test_bench_of_a_saved_model(tmp_path):
-    from laconic.checkpoints import save
+    from laconic.checkpoints.save_load import save
 
     save(laconic.reduce_(models.create(TINY), "evit", keep=0.5), tmp_path / "saved")
     report = bench(str(tmp_path / "saved"), batch_size=(1,), setting=QUICK)
@@ -492,8 +492,8 @@ def test_the_hub_is_asked_once_and_not_for_long(monkeypatch, answer, expected):
 
 # ---------------------------------------------------------------------------------------------------- photographs
 def test_the_photograph_is_the_crop_that_the_model_sees(small):
-    path = next(iter(photos.shipped(1)))
-    photo = photos.read(path, small)
+    path = next(iter(image_io.shipped(1)))
+    photo = image_io.read(path, small)
     assert photo.picture.shape == (224, 224, 3)
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     seen = photo.pixels.permute(1, 2, 0).numpy() * std + mean
@@ -503,19 +503,19 @@ def test_the_photograph_is_the_crop_that_the_model_sees(small):
 def test_files_that_are_not_images(tmp_path, small):
     (tmp_path / "text.jpg").write_text("not an image")
     with pytest.raises(Refusal, match=r"text\.jpg is not an image"):
-        photos.read(tmp_path / "text.jpg", small)
+        image_io.read(tmp_path / "text.jpg", small)
     with pytest.raises(Refusal, match="No such file"):
-        photos.read(tmp_path / "absent.jpg", small)
+        image_io.read(tmp_path / "absent.jpg", small)
     with pytest.raises(Refusal, match="cannot be read as an image"):
-        photos.read(tmp_path, small)
-    whole = next(iter(photos.shipped(1))).read_bytes()
+        image_io.read(tmp_path, small)
+    whole = next(iter(image_io.shipped(1))).read_bytes()
     (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(Refusal, match=r"half\.png cannot be read as an image"):
-        photos.read(tmp_path / "half.png", small)
+        image_io.read(tmp_path / "half.png", small)
 
 
 def test_agreement(small):
-    read = [photos.Photo("noise", None, torch.randn(3, 96, 96), np.zeros((96, 96, 3)))]
+    read = [image_io.Photo("noise", None, torch.randn(3, 96, 96), np.zeros((96, 96, 3)))]
     full = agreement.answers(small, read, (96, 96))
     same = agreement.agree(full, full)
     assert same.cosine == pytest.approx(1.0)
@@ -573,7 +573,7 @@ def test_two_tokens_in_one_place_stay_two_groups():
 
 
 def test_show_draws_every_image_method_and_rate(tmp_path):
-    images = tuple(photos.shipped(2))
+    images = tuple(image_io.shipped(2))
     report = show(images, model=TINY, method=("bat", "topk"), keep=(0.7,), output=tmp_path / "maps")
     assert [p.file.name for p in report.pictures] == [
         "astronaut-bat-0.7.png",
@@ -589,10 +589,10 @@ def test_show_draws_every_image_method_and_rate(tmp_path):
 
 
 def test_show_draws_a_saved_model(tmp_path):
-    from laconic.checkpoints import save
+    from laconic.checkpoints.save_load import save
 
     save(laconic.reduce_(models.create(TINY), "evit", keep=0.5), tmp_path / "saved")
-    image = next(iter(photos.shipped(1)))
+    image = next(iter(image_io.shipped(1)))
     (picture,) = show((image,), model=str(tmp_path / "saved"), output=tmp_path).pictures
     assert picture.file.name == "astronaut-evit-as-saved.png"
     assert not_blank(picture.file)
@@ -608,7 +608,7 @@ def test_a_directory_without_a_model_is_refused(tmp_path):
 
 
 def test_images_of_one_name_do_not_overwrite_each_other(tmp_path):
-    path = next(iter(photos.shipped(1)))
+    path = next(iter(image_io.shipped(1)))
     report = show((path, path), model=TINY, output=tmp_path)
     assert [p.file.name for p in report.pictures] == ["astronaut-1-bat-0.7.png", "astronaut-2-bat-0.7.png"]
 

@@ -27,11 +27,11 @@ from families import (
     rate,
     reduced,
 )
-from laconic.attention import Watch
+from laconic.core.attention import AttentionTap
+from laconic.core.gather import arange_like
+from laconic.core.method import Reducer
 from laconic.methods import dynamicvit
-from laconic.parts import arbitrary, class_attention, mean_query_attention, split
-from laconic.reducer import Reducer
-from laconic.rows import iota
+from laconic.methods.ops import arbitrary, class_attention, mean_query_attention, topk_split
 
 FEWER = [p for p in PAIRS if EVERY or p[1] == "plain" or p[0] == "etps"]
 every_pair = pytest.mark.parametrize(("method", "family"), FEWER)
@@ -80,12 +80,12 @@ def test_tokens_leave_as_scheduled_and_every_patch_is_accounted_for(method, fami
         torch.testing.assert_close(stage.size.sum(1) + gone, torch.full((3,), 36.0), rtol=1e-5, atol=0)
         if method in MIXERS:
             continue
-        held = (stage.where.unsqueeze(1) == iota(stage.size).unsqueeze(2)).sum(2)
+        held = (stage.where.unsqueeze(1) == arange_like(stage.size).unsqueeze(2)).sum(2)
         assert torch.equal(held.float(), stage.size)
         if method not in PARKING | VARIABLE | BOTH:
             assert (gone.min() > 0) if method in DROPS else (gone.max() == 0)
         # a token stands in the place of a patch that it holds, and no two in the same place
-        at_home = stage.where.gather(1, stage.kept) == iota(stage.kept)
+        at_home = stage.where.gather(1, stage.kept) == arange_like(stage.kept)
         assert (at_home | (stage.size == 0)).all() if method in VARIABLE else at_home.all()
     assert len(stages) == len(AT)
     assert len(moments) >= len(AT)
@@ -139,15 +139,15 @@ class Hidden(Reducer):
         self.score = score
 
     def between(self, tokens, seen, n):
-        dead = torch.zeros_like(tokens.size) if tokens.alive is None else 1 - tokens.alive
-        kept, _ = split(self.score(tokens, seen) - dead, n)
+        dead = torch.zeros_like(tokens.size) if tokens.keep_mask is None else 1 - tokens.keep_mask
+        kept, _ = topk_split(self.score(tokens, seen) - dead, n)
         alive = torch.zeros_like(tokens.size).scatter(1, kept, 1.0)
-        return tokens.fade(alive, torch.where(alive > 0, iota(alive), -1))
+        return tokens.soft_drop(alive, torch.where(alive > 0, arange_like(alive), -1))
 
 
 @pytest.mark.parametrize(("method", "family"), [p for p in PAIRS if p[0] in ("topk", "random")])
 def test_removed_equals_hidden(method, family):
-    x, schedule = images(family), laconic.Schedule.leaving({1: 22, 2: 14, 3: 9})
+    x, schedule = images(family), laconic.Schedule.keep_counts({1: 22, 2: 14, 3: 9})
     removed = laconic.reduce_(make(family), method, schedule=schedule, **options(method, family))
     expected = run(removed, x)
     hidden = laconic.reduce_(make(family), method, schedule=schedule, **options(method, family))
@@ -187,10 +187,10 @@ def test_restore_gives_the_original_back(method, family):
 def test_fused_attention_goes_on(method, family):
     model, x = make(family), images(family)
     base, calls = [], []
-    with Watch(base):
+    with AttentionTap(base):
         run(model, x)
     laconic.reduce_(model, method, keep=rate(method), at=AT, **options(method, family))
-    with Watch(calls):
+    with AttentionTap(calls):
         run(model, x)
     if method in VARIABLE:  # one for every image, where they differ
         assert len(base) <= len(calls) <= 3 * len(base)
@@ -275,7 +275,7 @@ def test_soft_training_agrees_with_removal(method, family, monkeypatch):
 
     def decide(log_probs):
         n = next(counts)
-        kept = split(log_probs[..., 0].masked_fill(dead[0], -99.0), n)[0]
+        kept = topk_split(log_probs[..., 0].masked_fill(dead[0], -99.0), n)[0]
         keep = torch.zeros_like(log_probs[..., 0]).scatter(1, kept, 1.0)
         dead[0] = keep == 0
         return keep

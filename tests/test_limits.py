@@ -21,18 +21,18 @@ from timm.data import create_transform
 
 import laconic
 from families import AT, make, reduced
-from laconic import limits
-from laconic.checkpoints import RECORD, WEIGHTS, load, save
-from laconic.cli import main
+from laconic.checkpoints.meta_build import check_input
+from laconic.checkpoints.model_spec import build
+from laconic.checkpoints.official_weights import import_checkpoint
+from laconic.checkpoints.save_load import RECORD, WEIGHTS, load, save
+from laconic.cli import draw, image_io
+from laconic.cli.app import main
+from laconic.cli.weights import fill
+from laconic.core import limits
+from laconic.core.files import Refusal
 from laconic.data import Prepared, Unreadable, decode, open_images, pictures
 from laconic.data.named import TorchImages
 from laconic.data.sizes import check_size, planned_size
-from laconic.files import Refusal
-from laconic.importing import import_checkpoint
-from laconic.jobs import draw, photos
-from laconic.jobs.weights import fill
-from laconic.rebuild import build
-from laconic.trial import check_input
 
 TINY = "vit_tiny_patch16_224"
 
@@ -236,12 +236,12 @@ def test_show_refuses_pictures_in_one_sentence(tmp_path, capsys, folder):
     for kind, data in BOMBS.items():
         (tmp_path / f"{kind}.png").write_bytes(data)
         with pytest.raises(Refusal, match=r"\.png cannot be read as an image: .*LACONIC_LIMITS"):
-            photos.read(tmp_path / f"{kind}.png", model)
+            image_io.read(tmp_path / f"{kind}.png", model)
 
 
 def test_photographs_are_read_as_images_of_data_sets_are(tmp_path):
     (tmp_path / "a.png").write_bytes(as_file(noisy("RGBA")))
-    photo = photos.read(tmp_path / "a.png", timm.create_model(TINY, depth=1, embed_dim=48))
+    photo = image_io.read(tmp_path / "a.png", timm.create_model(TINY, depth=1, embed_dim=48))
     assert np.array_equal(np.asarray(photo.image), np.asarray(decode(as_file(noisy("RGBA")), "x")))
 
 
@@ -587,7 +587,7 @@ def test_models_of_transformers(tmp_path):
     model = library.ViTModel(library.ViTConfig(**sizes, image_size=64), add_pooling_layer=False).eval()
     model.save_pretrained(tmp_path / "theirs")
     save(laconic.reduce_(model, "topk", keep=0.7), tmp_path / "ours")
-    from laconic.rebuild_transformers import from_directory
+    from laconic.checkpoints.transformers_spec import from_directory
 
     assert load(tmp_path / "ours").config.hidden_size == 32
     assert from_directory(str(tmp_path / "theirs")).config.hidden_size == 32
@@ -606,7 +606,7 @@ def test_models_of_transformers(tmp_path):
 
 def test_models_of_transformers_without_a_table_of_positions(tmp_path):
     library = pytest.importorskip("transformers")
-    from laconic.rebuild_transformers import from_directory
+    from laconic.checkpoints.transformers_spec import from_directory
 
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     library.DINOv3ViTModel(library.DINOv3ViTConfig(**sizes)).save_pretrained(tmp_path)

@@ -6,10 +6,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import laconic
 from families import images, make
-from laconic import rows
+from laconic.core import gather as rows
+from laconic.methods.ops import cosine, density_peaks, greedy_pairs, lloyd, nearest, one_to_one
+from laconic.methods.ops.clustering import Distances
 from laconic.methods.pitome import energies
-from laconic.parts import cosine, density_peaks, greedy_pairs, lloyd, nearest, one_to_one
-from laconic.parts.clustering import Distances
 
 
 class Largest(TorchDispatchMode):
@@ -83,7 +83,7 @@ def test_greedy_pairs_are_exact(x):
 def test_greedy_pairs_are_exact_over_several_lists(monkeypatch, in_blocks):
     import sys
 
-    monkeypatch.setattr(sys.modules["laconic.parts.nearest"], "WINDOW", 3)
+    monkeypatch.setattr(sys.modules["laconic.methods.ops.nearest"], "WINDOW", 3)
     in_blocks()
     x = torch.randn(1, 30, 5)
     brute_force(x, *greedy_pairs(x, 12))

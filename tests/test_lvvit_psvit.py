@@ -11,17 +11,17 @@ from torch.utils.flop_counter import FlopCounterMode
 import laconic
 import laconic.models
 from families import EVERY, fill
-from laconic.attention import Watch
-from laconic.cost import estimate, summary
-from laconic.history import find, mark
-from laconic.hosts import HOSTS
+from laconic.analysis.macs import estimate, summary
+from laconic.core.attention import AttentionTap
+from laconic.core.backbone import HOSTS
+from laconic.core.history import find, mark
+from laconic.core.tokens import Tokens
 from laconic.methods import BAT, DTPS, ETPS, EViT
 from laconic.models.block import Block
 from laconic.models.lvvit import checkpoint_filter_fn as lvvit_filter
 from laconic.models.mixtoken import Box
 from laconic.models.psvit import checkpoint_filter_fn as psvit_filter
 from laconic.models.sampling import sample, start_points
-from laconic.tokens import Tokens
 
 SMALL = {
     "lvvit_small": dict(img_size=96, embed_dim=48, depth=4, num_heads=3, stem_width=8, num_classes=10),
@@ -85,20 +85,20 @@ def test_what_changes_the_size_of_lvvit():
         ("lvvit_small", EViT(), 0.7, (3, 7, 11), "fvcore", 4.51),
         ("psvit_base_14", DTPS(), 0.5, (2, 5, 8), "fvcore", 3.69),
     ],
-    ids=lambda value: value.row.name if hasattr(value, "row") else str(value),
+    ids=lambda value: value.info.name if hasattr(value, "row") else str(value),
 )
 def test_reduced_rows_of_the_papers(name, config, keep, at, convention, macs):
     model = on_meta(name)
-    cost = estimate(model, config, config.plan(len(model.blocks), keep, at), convention)
+    cost = estimate(model, config, config.default_schedule(len(model.blocks), keep, at), convention)
     assert cost.macs / 1e9 == pytest.approx(macs, abs=5.5e-3)
-    scorers = 0.724e6 if config.row.learns else 0
+    scorers = 0.724e6 if config.info.learns else 0
     if name != "lvvit_tiny":
         assert cost.parameters - sum(p.numel() for p in model.parameters()) == pytest.approx(scorers, abs=5e2)
 
 
 def test_bat_on_lvvit_prints_as_in_its_table():
     model = on_meta("lvvit_small")
-    macs = estimate(model, BAT(), BAT().plan(16, 0.7, (4, 8, 12)), "torchprofile").macs
+    macs = estimate(model, BAT(), BAT().default_schedule(16, 0.7, (4, 8, 12)), "torchprofile").macs
     assert f"{macs / 1e9:.1f}" == "4.7"
 
 
@@ -141,11 +141,11 @@ def test_drop_path_comes_before_the_division():
 @pytest.mark.parametrize(("name", "scale"), [("psvit_base_14", 48**-0.5), ("lvvit_small", 16**-0.5)])
 def test_attention_is_scaled_by_the_width_in_psvit(name, scale):
     calls = []
-    with Watch(calls):
+    with AttentionTap(calls):
         make(name)(images(name))
     assert len(calls) == {"psvit_base_14": 8, "lvvit_small": 4}[name]
     assert [call["scale"] for call in calls] == [scale] * len(calls)
-    with Watch(calls := []):
+    with AttentionTap(calls := []):
         make(name, scale=0.2)(images(name))
     assert {call["scale"] for call in calls} == {0.2}
 

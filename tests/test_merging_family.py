@@ -11,16 +11,16 @@ import torch.nn.functional as F
 import golden_init
 import laconic
 from families import AT, images, make
-from laconic.attention import Seen
-from laconic.halving import check_halves
+from laconic.core.attention import AttentionView
+from laconic.core.half_limit import check_halves
+from laconic.core.schedule import cumulative
+from laconic.core.tokens import Tokens
 from laconic.methods import diffrate
 from laconic.methods.diffrate import FLOOR, DiffRateReducer
 from laconic.methods.mctf import LEAST, LateMCTFReducer, MCTFReducer, fuse
+from laconic.methods.ops import SCORES, as_in_0_1, by_parity, cosine, soft_matching
 from laconic.methods.pitome import PiToMeReducer
 from laconic.methods.tofu import ToFuReducer
-from laconic.parts import SCORES, as_in_0_1, by_parity, cosine, soft_matching
-from laconic.schedule import cumulative
-from laconic.tokens import Tokens
 from laconic.training.diffrate_search import SLOPE, Count, DiffRateSearch, search
 from test_goldens import HERE, LOGITS, close, golden, picture, reduced
 
@@ -62,9 +62,9 @@ def test_official_diffrate():
     close(forward(model, picture()), z["logits"], LOGITS)
     tokens = model.laconic.entry(12)
     assert [1 + n for n in model.laconic.counts(196)] == z["tokens_after_block"].tolist()
-    close(tokens.gate, z["final_size"][:, 1:], 1e-5)
+    close(tokens.attn_scale, z["final_size"][:, 1:], 1e-5)
     group = torch.from_numpy(z["final_group_of_input_token"])[:, 1:]
-    assert torch.equal(torch.where(group < 0, -1, group - 1), tokens.where)
+    assert torch.equal(torch.where(group < 0, -1, group - 1), tokens.token_of_patch)
     # the published cost leaves the matching out, and counts the class token at the patch embedding
     cost = laconic.summary(model)
     assert cost.macs - sum(row.reducer_macs for row in cost.blocks) + 3 * 16 * 16 * 192 == z["flops"].item()
@@ -112,15 +112,15 @@ def test_official_mctf():
     ids=str,
 )
 def test_counts(config, keep, counts):
-    assert list(config.counts(config.plan(12, keep, None), 12, 196)) == counts
+    assert list(config.counts(config.default_schedule(12, keep, None), 12, 196)) == counts
 
 
 def test_never_fewer_than_ten_tokens_unless_told():
     config = laconic.MCTF()
-    assert config.leaves([0.5], 10, 196) == LEAST
-    assert config.leaves([0.5], 5, 196) == 5
-    assert config.counts(laconic.Schedule.leaving({1: 4}), 2, 8) == (8, 4)
-    assert laconic.MCTF(r=4).counts(laconic.Schedule.removing({0: 4}), 1, 6) == (6,)
+    assert config.num_kept([0.5], 10, 196) == LEAST
+    assert config.num_kept([0.5], 5, 196) == 5
+    assert config.counts(laconic.Schedule.keep_counts({1: 4}), 2, 8) == (8, 4)
+    assert laconic.MCTF(r=4).counts(laconic.Schedule.remove_counts({0: 4}), 1, 6) == (6,)
 
 
 # ------------------------------------------------------------------------------------------------ by hand
@@ -226,7 +226,7 @@ def some(batch=2, patches=20, channels=8, **more):
 
 def look(t, bias=None, heads=2):
     q, k, v = torch.randn(3, len(t.x), heads, t.x.shape[1], 4)
-    return Seen(q, k, v, bias, 0.5, t.prefix, t.has_cls)
+    return AttentionView(q, k, v, bias, 0.5, t.prefix, t.has_cls)
 
 
 def equal(t):
@@ -274,7 +274,7 @@ def test_half_precision_stays(name):
 def test_diffrate_by_hand(prune_kept, sizes):
     t, n = some(), 12
     if sizes:
-        t = t.replace(gate=torch.rand(2, 20) * 3)
+        t = t.replace(attn_scale=torch.rand(2, 20) * 3)
     seen = look(t)
     out = DiffRateReducer(SCORES["class"], prune_kept, 0.25).between(t, seen, n)
     p = 18 if prune_kept is None else max(n, prune_kept)  # a quarter of the eight that leave is pruned
@@ -313,7 +313,7 @@ def test_counts_above_what_there_is_do_nothing():
     laconic.reduce_(model, laconic.DiffRate(prune_kept=(37,) * 4, merge_kept=(99,) * 4))
     assert torch.equal(forward(model, x), expected)
     config = laconic.DiffRate(prune_kept=(37, 20, 30, 15), merge_kept=(37, 18, 25, 30))
-    assert config.plan(4, None, None) == laconic.Schedule.leaving({0: 36, 1: 17, 2: 24, 3: 14})
+    assert config.default_schedule(4, None, None) == laconic.Schedule.keep_counts({0: 36, 1: 17, 2: 24, 3: 14})
     laconic.reduce_(laconic.restore_(model), config)
     assert model.laconic.counts(36) == (36, 17, 17, 14)
     forward(model, x)
@@ -355,7 +355,7 @@ def slow_match(x, received, size, r, tau, both):
 def test_mctf_by_hand(direction, tau, r):
     t = some()
     t = t.replace(size=torch.randint(1, 5, (2, 20)).float())
-    t = t.replace(gate=t.size)
+    t = t.replace(attn_scale=t.size)
     seen = look(t, F.pad(t.gate.log(), (1, 0))[:, None, None])
     out = MCTFReducer(tau, direction).ahead(t, seen, 20 - r)
     for b in range(2):
@@ -475,10 +475,10 @@ def test_ties_go_to_the_lower_index():
         (dict(keep=0.49), r"keep=0.49 is asked for at block 1; the smallest rate there is 0\.5, .*2 blocks .*spread=True"),
         (dict(keep=[0.6, 0.3, 0.7]), "keep=0.3 is asked for at block 2"),
         (
-            dict(schedule=laconic.Schedule.leaving({1: 17})),
+            dict(schedule=laconic.Schedule.keep_counts({1: 17})),
             "block 1 is to keep 17 of 36 tokens, and the smallest count there is 18",
         ),
-        (dict(schedule=laconic.Schedule.leaving({1: 25, 3: 12})), "block 3 is to keep 12 of 25 .* there is 13"),
+        (dict(schedule=laconic.Schedule.keep_counts({1: 25, 3: 12})), "block 3 is to keep 12 of 25 .* there is 13"),
         (
             dict(keep=0.3, at=[1, 2], spread=True),
             "needs 2 consecutive blocks.* there is 1 before the next site; keep 0.5 or more",
@@ -495,14 +495,17 @@ def test_less_than_half_in_one_block(method, given, message):
 
 @pytest.mark.parametrize("method", PAIRING)
 def test_half_is_no_less_than_half(method):
-    for schedule in (laconic.Schedule.rates(0.5, AT), laconic.Schedule.leaving({1: 18, 2: 9, 3: 9 if method == "mctf" else 5})):
+    for schedule in (
+        laconic.Schedule.rates(0.5, AT),
+        laconic.Schedule.keep_counts({1: 18, 2: 9, 3: 9 if method == "mctf" else 5}),
+    ):
         model = laconic.reduce_(make("plain"), method, schedule=schedule)
         assert model.laconic.counts() == (36, 18, 9, 9 if method == "mctf" else 5)
         forward(model, images("plain"))
 
 
 def test_less_than_half_of_an_image_of_another_size():
-    model = laconic.reduce_(make("plain", dynamic_img_size=True), "tome", schedule=laconic.Schedule.leaving({1: 20}))
+    model = laconic.reduce_(make("plain", dynamic_img_size=True), "tome", schedule=laconic.Schedule.keep_counts({1: 20}))
     with pytest.raises(ValueError, match="block 1 is to keep 20 of 64"):
         forward(model, torch.randn(1, 3, 128, 128))
     assert forward(model, images("plain")).shape == (3, 10)
@@ -519,7 +522,7 @@ def test_a_schedule_that_is_set_later_is_refused_too():
 @pytest.mark.parametrize("keep", [0.9, 0.5, 0.45, 0.3, 0.25, 0.2, 0.125])
 def test_spread_keeps_what_was_asked_for_in_steps_of_at_least_half(method, keep):
     config = laconic.methods()[method].config(spread=True)
-    schedule = config.plan(12, keep, None)
+    schedule = config.default_schedule(12, keep, None)
     steps = next(m for m in range(1, 4) if 0.5**m <= keep)
     assert schedule.at == tuple(site + step for site in (3, 6, 9) for step in range(steps))
     assert all(value >= 0.5 for value in schedule.values)
@@ -637,7 +640,7 @@ def test_where_they_work_by_default():
         assert laconic.reduce_(make("plain"), method, keep=0.9).laconic.schedule == laconic.Schedule.rates(0.9, AT)
         every = tuple(range(method == "mctf", 4))
         assert laconic.reduce_(make("plain"), method, **options).laconic.schedule.at == every
-    assert laconic.reduce_(make("plain"), "mctf", r=3).laconic.schedule == laconic.Schedule.removing({1: 3, 2: 3, 3: 3})
+    assert laconic.reduce_(make("plain"), "mctf", r=3).laconic.schedule == laconic.Schedule.remove_counts({1: 3, 2: 3, 3: 3})
     for method, at in (("pitome", 3), ("tofu", 3)):
         deep = laconic.reduce_(make("plain", depth=7), method, ratio=0.9).laconic.reducers
         early = [r.early if method == "pitome" else r.prune for r in deep.values()]

@@ -8,17 +8,17 @@ from torch import nn
 
 import laconic
 from families import AT, images, make, observe, reduced
-from laconic.attention import Seen, Watch
-from laconic.masking import bias_of
+from laconic.core.attention import AttentionTap, AttentionView
+from laconic.core.attention_bias import bias_of
+from laconic.core.gather import arange_like
+from laconic.core.method import BlockContext
+from laconic.core.tokens import Tokens
 from laconic.methods.evit import pack
+from laconic.methods.ops import Predictor, cosine, density_peaks, greedy_pairs, group_normalize, one_to_one, topk_split
 from laconic.methods.pool import AvgPoolReducer
 from laconic.methods.squeeze import NOTED
-from laconic.parts import Predictor, cosine, density_peaks, greedy_pairs, one_to_one, share, split
-from laconic.reducer import Site
-from laconic.rows import iota
-from laconic.tokens import Tokens
 
-SITE = Site(stage=0, block=3, dim=8, heads=2, keep=0.7)
+SITE = BlockContext(ordinal=0, block=3, dim=8, heads=2, keep=0.7)
 
 
 def tokens(batch=2, patches=20, channels=8, **more):
@@ -93,7 +93,7 @@ def test_features_position_and_content():
     t, s = tokens(), None
     t = t.replace(positions=torch.randn(20, 8))
     s = scores(t)
-    kept, rest = split(s, 12)
+    kept, rest = topk_split(s, 12)
     for features, x in (("position", t.positions.expand(2, -1, -1)), ("content", t.patches - t.positions), ("full", t.patches)):
         host = cosine(x, x)[torch.arange(2)[:, None, None], rest[:, :, None], kept[:, None, :]].argmax(2)
         squeezed = laconic.ETPS(features=features).squeeze(t, None, s, 12)
@@ -112,7 +112,7 @@ def test_positions_follow_the_tokens(method, features):
     observe(model, lambda before, after: moments.append((before, after)))
     forward(model, x)
     before, after = moments[1]
-    view = model.laconic.config.view(before, iota(before.size))
+    view = model.laconic.config.view(before, arange_like(before.size))
     table = model.pos_embed[0, 1:]
     expected = {"full": before.patches, "position": table[before.place], "content": before.patches - table[before.place]}
     assert torch.equal(view, expected[features])
@@ -150,14 +150,14 @@ def test_soft_squeeze_agrees_with_hard_for_every_option(options):
     s = scores(t)
     config = laconic.DTPS(**options)
     if "similarity" in options:
-        t = t.replace(columns={NOTED: torch.rand(2, 20, 20)})
+        t = t.replace(per_token={NOTED: torch.rand(2, 20, 20)})
     hard = config.squeeze(t, None, s, 9)
-    keep = torch.zeros_like(s).scatter(1, split(s, 9)[0], 1.0)
+    keep = torch.zeros_like(s).scatter(1, topk_split(s, 9)[0], 1.0)
     soft = config.soft_squeeze(t, keep, 1 - keep)
-    rows = soft.patches.gather(1, split(s, 9)[0].unsqueeze(2).expand(-1, -1, 8))
+    rows = soft.patches.gather(1, topk_split(s, 9)[0].unsqueeze(2).expand(-1, -1, 8))
     torch.testing.assert_close(rows, hard.patches, rtol=1e-5, atol=1e-5)
     # the same patches are with the same tokens
-    left = split(s, 9)[0]
+    left = topk_split(s, 9)[0]
     assert torch.equal(soft.size.gather(1, left), hard.size)
 
 
@@ -191,7 +191,7 @@ def test_pack_by_hand():
     t = tokens()
     s = scores(t)
     packed = pack(t, s, 8)
-    kept, rest = split(s, 7)
+    kept, rest = topk_split(s, 7)
     for b in range(2):
         torch.testing.assert_close(packed.patches[b, :7], t.patches[b, kept[b]])
         torch.testing.assert_close(packed.patches[b, 7], (s[b, rest[b], None] * t.patches[b, rest[b]]).sum(0))
@@ -218,7 +218,7 @@ def test_bat_merges_by_hand():
     for weights in ("normalised", "literal", "literal-clusters"):
         bat = laconic.BAT(clusters=3, pairs=4, weights=weights)
         left = bat.merge(t, s, 20 - 4 + 3, SITE)
-        kept, rest = split(s, 20)
+        kept, rest = topk_split(s, 20)
         first, second = greedy_pairs(torch.stack([t.patches[b, kept[b]] for b in range(2)]), 4)
         for b in range(2):
             for m in range(19):
@@ -282,7 +282,7 @@ def test_densities_do_not_underflow():
 
 def test_share_sums_to_one():
     dst = torch.tensor([[0, 0, 1, 2, -1]])
-    w = share(torch.tensor([[0.2, 0.6, 0.5, 0.0, 9.0]]), dst, 4)
+    w = group_normalize(torch.tensor([[0.2, 0.6, 0.5, 0.0, 9.0]]), dst, 4)
     torch.testing.assert_close(w[0, :4], torch.tensor([0.25, 0.75, 1.0, 1.0]))
 
 
@@ -308,10 +308,10 @@ def test_tome_keeps_constant_tokens_and_mass():
 def test_proportional_attention_equals_repeated_tokens():
     """log(size) on a key is the same as that many copies of the token."""
     t = tokens(patches=3)
-    t = t.replace(gate=torch.tensor([[1.0, 3, 2]] * 2))
+    t = t.replace(attn_scale=torch.tensor([[1.0, 3, 2]] * 2))
     q, k = t.x.unsqueeze(1), t.x.unsqueeze(1)
     calls = []
-    with Watch(calls, bias_of(t)):
+    with AttentionTap(calls, bias_of(t)):
         ours = nn.functional.scaled_dot_product_attention(q, k, k)
     copies = k[:, :, [0, 1, 2, 2, 2, 3, 3]]
     torch.testing.assert_close(ours, nn.functional.scaled_dot_product_attention(q, copies, copies))
@@ -333,7 +333,7 @@ def test_pooling_counts_patches_not_tokens(family):
 
 def test_average_pooling_is_even():
     t = tokens(patches=10)
-    pooled = AvgPoolReducer().between(t, Seen(*[t.x.unsqueeze(1)] * 3, None, 1.0, 1, True), 4)
+    pooled = AvgPoolReducer().between(t, AttentionView(*[t.x.unsqueeze(1)] * 3, None, 1.0, 1, True), 4)
     assert pooled.size.sum(1).tolist() == [10.0, 10.0]
     assert pooled.size.max() - pooled.size.min() <= 1
     assert (pooled.where[:, 1:] >= pooled.where[:, :-1]).all()
@@ -380,4 +380,4 @@ def test_provenance_before_any_forward():
 
 
 def test_iota():
-    assert iota(torch.zeros(2, 3, 4)).tolist() == [[0, 1, 2]] * 2
+    assert arange_like(torch.zeros(2, 3, 4)).tolist() == [[0, 1, 2]] * 2

@@ -49,6 +49,6 @@ def test_equal_budgets_are_equal():
     cell = methods_table.Cell("avg-pool", 1.0, (), 0, 0, "scenes", "leaving")
     other = methods_table.Cell("avg-pool", 1.0, (), 0, 0, "scenes")
     assert cell.key != other.key
-    assert AvgPool().counts(laconic.Schedule.leaving(methods_table.LEAVING), 8, 100)[-1] == 12
+    assert AvgPool().counts(laconic.Schedule.keep_counts(methods_table.KEEP_COUNTS), 8, 100)[-1] == 12
     with pytest.raises(ValueError, match="no images"), torch.no_grad():
         laconic.summary(laconic.reduce_(make("plain"), "ats"), images=[])

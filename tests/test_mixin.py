@@ -6,7 +6,7 @@ import torch
 import laconic
 from families import images, make
 
-mixin = pytest.importorskip("laconic.mixin")
+mixin = pytest.importorskip("laconic.checkpoints.hub_mixin")
 
 
 def test_round_trip_through_the_mixin(tmp_path, monkeypatch):

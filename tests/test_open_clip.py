@@ -9,9 +9,9 @@ import host_laws
 import laconic
 from families import AT, fill
 from host_laws import WIDE, reduced, run
-from laconic.compression import compression_of
-from laconic.history import History, mark
-from laconic.tokens import Tokens
+from laconic.core.history import History, mark
+from laconic.core.token_reduction import reduction_of
+from laconic.core.tokens import Tokens
 from zoo import TEXT, TOWER, ZOO, whole_clip
 
 KIND = ZOO["open-clip"]
@@ -92,12 +92,12 @@ def test_gradient_checkpointing_changes_nothing():
 # ------------------------------------------------------------------------------------------------ pooling
 def merged_at_the_end(model):
     """What its pooling gets if half of the patches have become one token, and the same with a token for every patch."""
-    compression, patches = compression_of(model), torch.arange(36).expand(2, -1)
+    reduction, patches = reduction_of(model), torch.arange(36).expand(2, -1)
     tokens = Tokens.start(torch.randn(2, 37, 48), 1, True)
     lead = torch.cat([patches[:, :1], patches[:, 18:]], 1)
     weight = (patches % 18 == 0).float().masked_fill(patches >= 18, 1.0)  # the first speaks for all of its half
     merged = tokens.merge((patches - 17).clamp_min(0), weight, lead)
-    mark(merged.x, History(compression, merged, compression.depth - 1, (), 0))
+    mark(merged.x, History(reduction, merged, reduction.depth - 1, (), 0))
     return merged.x, torch.cat([merged.x[:, :1], merged.dense(merged.patches)], 1)
 
 
@@ -164,7 +164,7 @@ def test_a_tower_of_timm_is_timms_own_model():
     vision = dict(image_size=224, timm_model_name="vit_tiny_patch16_224", timm_pool="", timm_proj="linear")
     model = open_clip.model.CLIP(embed_dim=24, vision_cfg=vision, text_cfg=TEXT).eval()
     laconic.reduce_(model, "etps", keep=0.5)
-    assert compression_of(model).host_path == "timm.models.vision_transformer.VisionTransformer"
+    assert reduction_of(model).host_path == "timm.models.vision_transformer.VisionTransformer"
     with torch.no_grad():
         assert model.encode_image(torch.randn(2, 3, 224, 224)).shape == (2, 24)
     assert laconic.provenance(model).final.size.shape == (2, 25)

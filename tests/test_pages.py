@@ -18,7 +18,7 @@ from benchmarks import backbones, export_page, methods_table, performance, plan_
 from benchmarks.experiments import store
 from benchmarks.experiments.cells import fingerprint
 from benchmarks.experiments.tables import TABLES, Reader
-from laconic import cli
+from laconic.cli import app as cli
 
 TOP = Path(__file__).parents[1]
 RESULTS = TOP / "results"

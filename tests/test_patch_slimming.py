@@ -9,10 +9,10 @@ import torch
 import laconic
 from families import images, make
 from laconic import Schedule
-from laconic.attention import Watch
-from laconic.impact import back, energy
-from laconic.methods.patch_slimming import StaticPrune, evenly_spread
-from laconic.tokens import Tokens
+from laconic.core.attention import AttentionTap
+from laconic.core.tokens import Tokens
+from laconic.methods.patch_slimming.method import StaticPrune, evenly_spread
+from laconic.methods.patch_slimming.patch_importance import back, energy
 
 DEPTH = 4
 
@@ -37,7 +37,7 @@ def seen_by_hand(model, x):
     inputs, matrices = [], []
     hooks = [block.register_forward_pre_hook(lambda m, a: inputs.append(a[0])) for block in model.blocks]
     calls = []
-    with Watch(calls):
+    with AttentionTap(calls):
         run(model, x)
     for hook in hooks:
         hook.remove()
@@ -89,7 +89,7 @@ def test_energy_is_the_squared_length_of_the_mixed_magnitudes():
 @pytest.mark.parametrize("family", ["plain", "distilled", "dinov3"])
 def test_positions_are_those_of_the_definition(family):
     """Calibrated on a small model with a schedule at every block, against the sum over tuples."""
-    x, schedule = images(family)[:2], Schedule.leaving({0: 30, 1: 20, 2: 12, 3: 5})
+    x, schedule = images(family)[:2], Schedule.keep_counts({0: 30, 1: 20, 2: 12, 3: 5})
     matrices, inputs = seen_by_hand(make(family), x)
     model = laconic.calibrate(slim(family, schedule), x)
     prefix, found, n = model.num_prefix_tokens, kept(model), 36 + model.num_prefix_tokens
@@ -113,7 +113,7 @@ def test_positions_are_those_of_the_definition(family):
 def test_blocks_without_a_reducer_prune_nothing(family):
     x = images(family)
     matrices, inputs = seen_by_hand(make(family), x)
-    model = laconic.calibrate(slim(family, Schedule.leaving({1: 9})), x)
+    model = laconic.calibrate(slim(family, Schedule.keep_counts({1: 9})), x)
     prefix = model.num_prefix_tokens
     last = torch.ones(36 + prefix)
     if family == "plain":  # which reads the class token
@@ -187,9 +187,9 @@ def test_the_placeholder_is_spread_evenly():
 
 def test_positions_are_looked_up_where_tokens_have_come_from():
     t = Tokens.start(torch.randn(2, 10, 4), 1, True).keep(torch.tensor([[8, 1, 5, 3, 0, 2], [2, 3, 5, 7, 8, 1]]))
-    reducer = StaticPrune(laconic.Site(0, 1, 4, 2, None, before=9, after=3, grid=(3, 3)))
+    reducer = StaticPrune(laconic.BlockContext(0, 1, 4, 2, None, before=9, after=3, grid=(3, 3)))
     reducer.hold(torch.tensor([3, 8, 5]))
-    seen = laconic.Seen(*torch.zeros(3, 2, 2, 7, 2), None, 1.0, 1, True)
+    seen = laconic.AttentionView(*torch.zeros(3, 2, 2, 7, 2), None, 1.0, 1, True)
     out = reducer.between(t, seen, 3)
     assert out.place.tolist() == [[3, 8, 5], [3, 8, 5]]
     assert torch.equal(out.x[:, 1:], torch.stack([t.x[0, [4, 1, 3]], t.x[1, [2, 5, 3]]]))
@@ -201,7 +201,7 @@ def test_positions_are_looked_up_where_tokens_have_come_from():
 
 def test_pruned_patches_are_those_that_matter_little():
     """Calibrated positions change the answer less than their complement does: the scores are not upside down."""
-    x, schedule = images("plain", 8), Schedule.leaving({1: 18})
+    x, schedule = images("plain", 8), Schedule.keep_counts({1: 18})
     expected = run(make("plain"), x)
     model = laconic.calibrate(slim(schedule=schedule), x)
     good = (run(model, x) - expected).norm()
@@ -214,7 +214,7 @@ def test_pruned_patches_are_those_that_matter_little():
 def test_an_infinite_tolerance_leaves_what_the_schedule_must():
     model = laconic.calibrate(slim(), images("plain"), tolerance=math.inf)
     assert model.laconic.counts(36) == (1, 1, 1, 1)
-    assert model.laconic.schedule == Schedule.leaving({0: 1})
+    assert model.laconic.schedule == Schedule.keep_counts({0: 1})
     assert run(model, images("plain")).isfinite().all()
 
 
@@ -299,7 +299,7 @@ def altered(model):
 
 def test_fine_tuning_restores_what_the_next_block_puts_out():
     """One block prunes: what its successor puts out at the patches it keeps is nearer to the unreduced model's, and so the answer."""
-    x, schedule, errors = images("plain", 6), Schedule.leaving({1: 9}), []
+    x, schedule, errors = images("plain", 6), Schedule.keep_counts({1: 9}), []
     expected = []
     for tuning in (0, 30):
         outputs = []
@@ -325,7 +325,7 @@ def test_fine_tuning_restores_what_the_next_block_puts_out():
 
 
 def test_fine_tuned_answers_are_nearer_to_those_of_the_unreduced_model():
-    x, schedule = images("plain", 6), Schedule.leaving({0: 24, 1: 16, 2: 9})
+    x, schedule = images("plain", 6), Schedule.keep_counts({0: 24, 1: 16, 2: 9})
     plain, tuned = (laconic.calibrate(slim(schedule=schedule), x, tuning=tuning, lr=1e-3) for tuning in (0, 30))
     assert altered(tuned) == [0, 1, 2]
     assert off(tuned, x) < 0.7 * off(plain, x)
@@ -347,7 +347,7 @@ def test_a_block_that_loses_nothing_is_as_it_was():
 
 def test_a_block_below_sees_the_fine_tuned_one():
     """Scores of the blocks below go through the attention that the fine-tuned block has now."""
-    x, schedule = images("plain", 4), Schedule.leaving({1: 30, 2: 6})
+    x, schedule = images("plain", 4), Schedule.keep_counts({1: 30, 2: 6})
     model = laconic.calibrate(slim(schedule=schedule), x, tuning=40, lr=3e-2)
     tuned = make("plain")
     tuned.blocks[2].load_state_dict(model.blocks[2].state_dict())
@@ -490,6 +490,6 @@ def test_images_of_another_size_are_refused():
 
 @pytest.mark.parametrize("positions", [[1, 2], [1, 1, 2], [0, 1, 36], [-1, 2, 3]])
 def test_positions_that_cannot_be_are_refused(positions):
-    reducer = StaticPrune(laconic.Site(0, 1, 4, 2, None, before=36, after=3, grid=(6, 6)))
+    reducer = StaticPrune(laconic.BlockContext(0, 1, 4, 2, None, before=36, after=3, grid=(6, 6)))
     with pytest.raises(ValueError, match="built to keep 3 of 36 positions here, each once"):
         reducer.hold(torch.tensor(positions))

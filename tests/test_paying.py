@@ -8,11 +8,11 @@ import torch
 
 import laconic
 from families import METHODS, VARIABLE, make, options
-from laconic import paying
-from laconic.hosts import find_host
+from laconic.analysis import break_even as paying
+from laconic.analysis.break_even import Balance, balance, expected, time_balance, timed, warn_unless_it_pays
+from laconic.analysis.stopwatch import Stopwatch
+from laconic.core.backbone import find_host
 from laconic.methods.atc import ATCReducer
-from laconic.paying import Balance, balance, expected, time_balance, timed, warn_unless_it_pays
-from laconic.stopwatch import Stopwatch
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in VARIABLE])
@@ -116,7 +116,7 @@ def slow(monkeypatch, watch, seconds):
 def clustered(watch, **changes):
     """Three blocks of four, 36 tokens and the class token: 148 ms unreduced; reduced 121 / 3 + 94 / 1.5 = 103 ms."""
     with paying.quiet():
-        return laconic.reduce_(pretend(make("plain", **changes), watch), "atc", schedule=laconic.Schedule.leaving(COUNTS))
+        return laconic.reduce_(pretend(make("plain", **changes), watch), "atc", schedule=laconic.Schedule.keep_counts(COUNTS))
 
 
 COUNTS = {1: 27, 2: 18, 3: 9}
@@ -197,7 +197,7 @@ def test_the_example_says_how_much_is_timed(monkeypatch, clock):
     assert laconic.summary(model, example=small).timed.shape == (2, 3, 96, 96)
     assert clock.forwards == before
     assert laconic.summary(model).timed.shape == (2, 3, 96, 96)
-    model.laconic.set_schedule(laconic.Schedule.leaving({1: 30, 2: 20, 3: 10}))
+    model.laconic.set_schedule(laconic.Schedule.keep_counts({1: 30, 2: 20, 3: 10}))
     assert laconic.summary(model).timed is None
 
 

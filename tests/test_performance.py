@@ -6,9 +6,9 @@ import json
 import pytest
 
 from benchmarks import performance
+from benchmarks.bench_suites import GOALS, SUITES, Job, Suite
 from benchmarks.performance import goal_of, measure, page, rows_of, slower
-from benchmarks.suites import GOALS, SUITES, Job, Suite
-from laconic.files import Refusal
+from laconic.core.files import Refusal
 
 SMALL = Suite(
     (("test_vit", 160, (1, 2)),),

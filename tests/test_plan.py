@@ -10,12 +10,14 @@ import torch
 
 import laconic
 from families import AT, make, options
-from laconic import cli
+from laconic.analysis.summary import BlockCost
 from laconic.analysis.timing import Quartiles
-from laconic.files import Refusal
-from laconic.jobs import plan as plan_job
-from laconic.jobs.plan_report import CheckReport, checked
-from laconic.jobs.plan_scores import Scores
+from laconic.cli import app as cli
+from laconic.cli import plan as plan_job
+from laconic.cli.plan_report import CheckReport, checked
+from laconic.cli.plan_scores import Scores
+from laconic.core.files import Refusal
+from laconic.core.schedule import Schedule
 from laconic.planning.budget import Target
 from laconic.planning.curve import Curve, not_negative
 from laconic.planning.fidelity import Judge, Mean, difference
@@ -25,10 +27,8 @@ from laconic.planning.result import Comparison, off_target, remarks
 from laconic.planning.search import Found, Search, weights_of
 from laconic.planning.space import Space
 from laconic.planning.timing import Measured, Measuring, Stopwatch, measure
-from laconic.recipe import from_json
-from laconic.report import BlockCost
-from laconic.schedule import Schedule
 from laconic.training.checks import check
+from laconic.training.recipe import from_json
 
 pytestmark = pytest.mark.usefixtures("no_pretrained_weights")
 
@@ -86,7 +86,7 @@ def test_multiply_adds_are_met_to_the_last_token(method, family):
     found = laconic.plan(model, method, "1.2x-macs", at=AT, **options(method, family))
     limit, space = found.baseline_macs / 1.2, Space(model, laconic.methods()[method].config(**options(method, family)))
     assert found.macs <= limit
-    assert found.schedule.unit == "leave"
+    assert found.schedule.unit == "keep_counts"
     larger = space.larger(found.schedule)
     assert larger
     assert all(space.cost(more) > limit for more in larger)
@@ -97,10 +97,10 @@ def test_multiply_adds_are_met_to_the_last_token(method, family):
 
 def test_what_is_left_of_a_budget_goes_where_a_token_costs_most():
     space = Space(make("plain"), laconic.TopK())
-    few = Schedule.leaving({1: 20, 2: 10})
+    few = Schedule.keep_counts({1: 20, 2: 10})
     prices = {block: space.cost(more) for block, more in zip(few.at, space.larger(few), strict=True)}
     assert prices[2] > prices[1]
-    assert space._filled(few, prices[2]) == Schedule.leaving({1: 20, 2: 11})
+    assert space._filled(few, prices[2]) == Schedule.keep_counts({1: 20, 2: 11})
 
 
 def test_rates_stay_rates_where_counts_would_say_something_else():
@@ -296,7 +296,7 @@ class Pretended(Stopwatch):
         return end - begin
 
 
-def pretend(model, watch, per_token=1e-4, per_pair=1e-6, stem=2e-3, noise=None):
+def pretend(model, watch, per_token=1e-4, per_pair=1e-6, patch_embed=2e-3, noise=None):
     """A model whose parts take what we say: attention a pair, everything a token, and a stem."""
 
     def spend(seconds):
@@ -325,7 +325,7 @@ def test_the_table_predicts_what_the_parts_take():
     made = planned("1.3x")
     assert made.table.outside * made.table.seconds == pytest.approx(2e-3)
     assert made.table.seconds == pytest.approx(2e-3 + 6 * (3e-4 * 37 + 1e-6 * 37**2))
-    for schedule in (Schedule.leaving({1: 30, 2: 20, 3: 9}), Schedule.leaving({2: 12})):
+    for schedule in (Schedule.keep_counts({1: 30, 2: 20, 3: 9}), Schedule.keep_counts({2: 12})):
         real = measure(made.space, [schedule], made.measuring)[0]
         assert made.table(made.space.summary(schedule)) == pytest.approx(1 / real.ratio.median, rel=0.05)
     assert Table.of_json(json.loads(json.dumps(made.table.to_json()))) == made.table
@@ -552,16 +552,16 @@ def test_a_schedule_is_judged_on_images_that_the_search_has_not_seen(monkeypatch
 def test_distances_are_those_of_the_answers():
     space = Space(make("plain"), laconic.TopK())
     x = torch.randn(4, 3, 96, 96)
-    judge, whole = Judge(space, x), Schedule.leaving({1: 36})
+    judge, whole = Judge(space, x), Schedule.keep_counts({1: 36})
     assert judge(whole).distance == pytest.approx([0] * 4, abs=1e-6)
     assert judge(whole).agrees == (True,) * 4
     assert judge(whole).correct is None
-    own = laconic.reduce_(make("plain"), "topk", schedule=Schedule.leaving({1: 9}))
+    own = laconic.reduce_(make("plain"), "topk", schedule=Schedule.keep_counts({1: 9}))
     with torch.no_grad():
         a, b = make("plain")(x).double().log_softmax(1), own(x).double().log_softmax(1)
-    assert judge(Schedule.leaving({1: 9})).distance == pytest.approx((a.exp() * (a - b)).sum(1).tolist(), rel=1e-3)
+    assert judge(Schedule.keep_counts({1: 9})).distance == pytest.approx((a.exp() * (a - b)).sum(1).tolist(), rel=1e-3)
     bare = Judge(Space(make("plain", num_classes=0), laconic.TopK()), x)
-    assert 0 < max(bare(Schedule.leaving({1: 9})).distance) < 2
+    assert 0 < max(bare(Schedule.keep_counts({1: 9})).distance) < 2
 
 
 @pytest.mark.parametrize(("shift", "words"), [(-1.0, "nearer"), (1.0, "WORSE"), (0.0, "not clearly better")])
@@ -572,7 +572,7 @@ def test_the_verdict_is_plain(shift, words):
 def test_differences_are_of_pairs():
     space, x = Space(make("plain"), laconic.TopK()), torch.randn(4, 3, 96, 96)
     judge = Judge(space, x, torch.zeros(4, dtype=torch.long))
-    one = judge(Schedule.leaving({1: 9}))
+    one = judge(Schedule.keep_counts({1: 9}))
     assert difference(one, one) == (Mean(0.0, 0.0), Mean(0.0, 0.0))
 
 
@@ -604,8 +604,8 @@ def test_a_schedule_needs_a_method():
 
 def test_a_planned_schedule_trains(tmp_path):
     pytest.importorskip("accelerate")
-    from laconic.jobs.train import train
-    from laconic.training.running import Running
+    from laconic.cli.train import train
+    from laconic.training.run_config import Running
 
     sizes = ("model.pretrained=false", "data.train_images=4", "data.val_images=4", "optimization.batch_size=4")
     schedule = "method.schedule={at=[2, 5], leave=[40, 11]}"
@@ -614,7 +614,7 @@ def test_a_planned_schedule_trains(tmp_path):
     )
     trained = laconic.load(report.saved)
     assert report.steps == 1
-    assert trained.laconic.schedule == Schedule.leaving({2: 40, 5: 11})
+    assert trained.laconic.schedule == Schedule.keep_counts({2: 40, 5: 11})
     assert "leave" in str(report)
 
 

@@ -27,7 +27,7 @@ def python(code, path):
 def test_a_method_of_another_package():
     done = python(CODE, PLUGIN)
     assert done.stdout.split() == ["True", "18"], done.stderr
-    listed = python("from laconic.cli import main; main(['list', '--json'])", PLUGIN)
+    listed = python("from laconic.cli.app import main; main(['list', '--json'])", PLUGIN)
     assert '"loudest"' in listed.stdout, listed.stderr
 
 

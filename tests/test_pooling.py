@@ -11,21 +11,21 @@ import torch.nn.functional as F
 import laconic
 from benchmarks import tables
 from families import AT, images, make, reduced
-from laconic.attention import Seen
-from laconic.cost import counted, estimate, summary
+from laconic.analysis.macs import counted, estimate, summary
+from laconic.core.attention import AttentionView
+from laconic.core.gather import arange_like
+from laconic.core.method import BlockContext
+from laconic.core.tokens import Tokens
 from laconic.methods import BAT, AvgPool, ConvPool, KMeans, MaxPool, MLPPool, SpatialPool
-from laconic.parts import cells, lloyd, runs, share, split, strided
-from laconic.parts.kmeans import _fill as fill_empty
-from laconic.parts.mergers import Merger
-from laconic.parts.pooling import tiling
-from laconic.reducer import Site
-from laconic.rows import iota
-from laconic.tokens import Tokens
+from laconic.methods.ops import cells, group_normalize, lloyd, runs, strided, topk_split
+from laconic.methods.ops.kmeans import _fill as fill_empty
+from laconic.methods.ops.mergers import Merger
+from laconic.methods.ops.pooling import tiling
 
 POOLS = (AvgPool, MaxPool, SpatialPool, ConvPool, MLPPool, KMeans)
 MERGERS = typing.get_args(Merger)
 BOTH = ("all", "inattentive")
-every_pool = pytest.mark.parametrize("config", POOLS, ids=lambda c: c.row.name)
+every_pool = pytest.mark.parametrize("config", POOLS, ids=lambda c: c.info.name)
 both = pytest.mark.parametrize("pooled", BOTH)
 
 
@@ -35,12 +35,12 @@ def tokens(patches=36, batch=2, channels=8):
 
 
 def look(t):
-    return Seen(*[t.x.unsqueeze(1)] * 3, None, 1.0, 1, True)
+    return AttentionView(*[t.x.unsqueeze(1)] * 3, None, 1.0, 1, True)
 
 
 def pool(config, t, n, site=None):
     """(what is left, the reducer) of one reduction to n."""
-    site = site or Site(0, 1, t.x.shape[2], 2, 0.5, len(t), n, t.grid or (6, 6))
+    site = site or BlockContext(0, 1, t.x.shape[2], 2, 0.5, len(t), n, t.grid or (6, 6))
     reducer = config.build(site)
     reducer.site = site
     return reducer.between(t, look(t), n), reducer
@@ -100,7 +100,7 @@ def test_the_attentive_stay_and_the_others_are_pooled(config, into, m):
     t, n = tokens(), 20
     s = look(t).cls
     left, _ = pool(config(pooled="inattentive", into=into), t, n)
-    kept, rest = split(s, n - m)
+    kept, rest = topk_split(s, n - m)
     assert left.size.shape == (2, n)
     torch.testing.assert_close(left.patches[:, : n - m], t.rows(kept), rtol=0, atol=1e-6)
     assert left.size[:, : n - m].eq(1).all()
@@ -124,7 +124,7 @@ def test_what_needs_no_score_asks_for_none():
     """A host without class token has no class attention: only what is scored may look for it."""
     t = tokens()
     blind = dataclasses.replace(look(t), has_cls=False)
-    site = Site(0, 1, 8, 2, 0.5, 36, 18, (6, 6))
+    site = BlockContext(0, 1, 8, 2, 0.5, 36, 18, (6, 6))
     free = [c() for c in POOLS if c is not KMeans]
     for config in [*free, KMeans(init="strided", weights="size"), KMeans(init="strided", weights="even")]:
         assert len(config.build(site).between(t, blind, 18)) == 18
@@ -174,7 +174,7 @@ def test_runs_go_by_place_at_later_stages():
     """The attentive come first, by score, at the second stage; what is pooled there are still neighbours in the image."""
     t = tokens().keep(torch.stack([torch.randperm(36)[:30] for _ in range(2)]))
     left, _ = pool(AvgPool(pooled="inattentive", into=3), t, 12)
-    kept, rest = split(look(t).cls, 9)
+    kept, rest = topk_split(look(t).cls, 9)
     for b in range(2):
         places = t.place[b, rest[b]].sort().values.tolist()
         for g in range(3):
@@ -182,13 +182,13 @@ def test_runs_go_by_place_at_later_stages():
 
 
 def test_the_highest_of_each_group():
-    t = tokens(patches=5).replace(x=torch.randn(2, 6, 8, requires_grad=True), columns={"c": torch.rand(2, 5)})
+    t = tokens(patches=5).replace(x=torch.randn(2, 6, 8, requires_grad=True), per_token={"c": torch.rand(2, 5)})
     dst = torch.tensor([[1, 0, -1, 1, 1], [0, 0, 1, -1, -1]])
     lead = torch.tensor([[1, 3], [1, 2]])
     left = t.highest(dst, lead)
     for b, m in itertools.product(range(2), range(2)):
         assert torch.equal(left.patches[b, m], t.patches[b][dst[b] == m].amax(0))
-    same = t.merge(dst, share(t.size, dst, 2), lead)  # all else is as there
+    same = t.merge(dst, group_normalize(t.size, dst, 2), lead)  # all else is as there
     assert torch.equal(left.size, same.size)
     assert torch.equal(left.where, same.where)
     assert torch.equal(left.place, same.place)
@@ -229,7 +229,7 @@ def test_every_image_has_so_many_cells_wherever_its_tokens_are():
         place[0] = torch.arange(length)  # all in the first rows: most cells are empty
         group, lead = cells(place, (6, 6), n)
         assert all(set(g.tolist()) == set(range(n)) for g in group)
-        assert torch.equal(group.gather(1, lead), iota(lead))
+        assert torch.equal(group.gather(1, lead), arange_like(lead))
         assert (lead.diff(dim=1) > 0).all()
         rows, columns = tiling((6, 6), n)
         cell = place // 6 * rows // 6 * columns + place % 6 * columns // 6
@@ -283,7 +283,7 @@ def test_k_means_by_hand(iterations):
     cluster, nearest = lloyd(x, weight, first, iterations)
     for b in range(3):
         assert cluster[b].tolist() == by_hand(x[b], weight[b], first[b].tolist(), iterations)[0]
-    assert torch.equal(cluster.gather(1, nearest), iota(nearest))
+    assert torch.equal(cluster.gather(1, nearest), arange_like(nearest))
 
 
 def objective(x, weight, cluster, count):
@@ -299,7 +299,7 @@ def objective(x, weight, cluster, count):
 @pytest.mark.parametrize("kind", ["spread", "duplicates", "bad start", "far off"])
 def test_the_objective_of_k_means_never_rises(kind):
     x, weight = torch.randn(4, 40, 5), torch.rand(4, 40) + 0.01
-    first = iota(x[:, :9])
+    first = arange_like(x[:, :9])
     if kind == "duplicates":
         x = x[:, torch.arange(40) % 11]
     if kind == "bad start":
@@ -319,9 +319,9 @@ def test_no_cluster_is_empty(iterations):
     x = torch.randn(5, 30, 4)
     x[0], x[1] = 1.0, x[1, torch.arange(30) % 4]  # one point, and four, over and over
     for count in (1, 6, 29, 30):
-        cluster, nearest = lloyd(x, torch.ones(5, 30), iota(x[:, :count]), iterations)
+        cluster, nearest = lloyd(x, torch.ones(5, 30), arange_like(x[:, :count]), iterations)
         assert all(set(c.tolist()) == set(range(count)) for c in cluster)
-        assert torch.equal(cluster.gather(1, nearest), iota(nearest))
+        assert torch.equal(cluster.gather(1, nearest), arange_like(nearest))
 
 
 def test_an_empty_cluster_takes_the_farthest_token():
@@ -346,10 +346,10 @@ def test_clusters_become_weighted_means(weights, init, pooled):
     config = KMeans(weights=weights, init=init, pooled=pooled, into=5, iterations=2)
     left, _ = pool(config, t, 12)
     weight = {"importance": s, "size": t.size, "even": torch.ones_like(s)}[weights]
-    kept, rest = split(s, 7 if pooled == "inattentive" else 0)
+    kept, rest = topk_split(s, 7 if pooled == "inattentive" else 0)
     rest = rest if init == "top-score" else rest.sort(1).values
     count = 12 - kept.shape[1]
-    first = iota(rest[:, :count]) if init == "top-score" else strided(rest, count)
+    first = arange_like(rest[:, :count]) if init == "top-score" else strided(rest, count)
     cluster, _ = lloyd(t.rows(rest), weight.gather(1, rest), first, 2)
     assert torch.equal(left.where.gather(1, rest), cluster + kept.shape[1])
     for b, m in itertools.product(range(2), range(12)):
@@ -387,7 +387,7 @@ def test_they_begin_as_average_pooling(config, keep, pooled):
 @pytest.mark.parametrize("kernel", ["depthwise", "full"])
 def test_a_strided_convolution(kernel):
     t = tokens()
-    site = Site(0, 1, 8, 2, 0.5, 36, 12, (6, 6))
+    site = BlockContext(0, 1, 8, 2, 0.5, 36, 12, (6, 6))
     reducer = ConvPool(kernel=kernel).build(site)
     torch.nn.init.normal_(reducer.conv.weight)
     torch.nn.init.normal_(reducer.conv.bias)
@@ -401,7 +401,7 @@ def test_a_strided_convolution(kernel):
 
 def test_a_short_run_leaves_its_last_tap_out():
     t = tokens(patches=5, channels=1).replace(x=torch.arange(1.0, 7).view(1, 6, 1).expand(2, 6, 1))
-    reducer = ConvPool().build(Site(0, 1, 1, 1, 0.5, 5, 2))
+    reducer = ConvPool().build(BlockContext(0, 1, 1, 1, 0.5, 5, 2))
     with torch.no_grad():
         reducer.conv.weight.copy_(torch.tensor([1.0, 10, 100]).view(1, 1, 3))
     left = reducer.between(t, look(t), 2)
@@ -410,11 +410,11 @@ def test_a_short_run_leaves_its_last_tap_out():
 
 def test_the_mlp_is_a_linear_layer_over_the_tokens():
     t = tokens()
-    reducer = MLPPool(pooled="inattentive", into=4).build(Site(0, 1, 8, 2, 0.5, 36, 12, (6, 6)))
+    reducer = MLPPool(pooled="inattentive", into=4).build(BlockContext(0, 1, 8, 2, 0.5, 36, 12, (6, 6)))
     torch.nn.init.normal_(reducer.mix.weight)
     torch.nn.init.normal_(reducer.mix.bias)
     left = reducer.between(t, look(t), 12)
-    kept, rest = split(look(t).cls, 8)
+    kept, rest = topk_split(look(t).cls, 8)
     rest = rest.sort(1).values
     expected = reducer.mix.weight @ t.rows(rest) + reducer.mix.bias.unsqueeze(1)
     torch.testing.assert_close(left.patches[:, 8:], expected, rtol=1e-5, atol=1e-5)
@@ -438,12 +438,12 @@ def test_learned_shapes_refuse_other_counts():
         ("conv-pool", "conv-pool was built with 2 taps and got 36 tokens to turn into 12; its weights fix the counts"),
         ("mlp-pool", "mlp-pool was built to turn 36 tokens into 18 and got 36 to turn into 12; its weights fix the counts"),
     ):
-        model = laconic.reduce_(make("plain"), method, schedule=laconic.Schedule.leaving({1: 18}))
-        model.laconic.set_schedule(laconic.Schedule.leaving({1: 12}))
+        model = laconic.reduce_(make("plain"), method, schedule=laconic.Schedule.keep_counts({1: 18}))
+        model.laconic.set_schedule(laconic.Schedule.keep_counts({1: 12}))
         with pytest.raises(ValueError, match=words):
             model(images("plain"))
-    model = laconic.reduce_(make("plain"), "conv-pool", schedule=laconic.Schedule.leaving({1: 18}))
-    model.laconic.set_schedule(laconic.Schedule.leaving({1: 30}))  # shorter runs fit
+    model = laconic.reduce_(make("plain"), "conv-pool", schedule=laconic.Schedule.keep_counts({1: 18}))
+    model.laconic.set_schedule(laconic.Schedule.keep_counts({1: 30}))  # shorter runs fit
     assert forward(model, images("plain")).isfinite().all()
 
 
@@ -458,7 +458,7 @@ def test_without_pairs_bat_is_the_method_on_the_inattentive(merger):
         "max-pool": MaxPool(pooled="inattentive", into=4),
         "spatial-pool": SpatialPool(pooled="inattentive", into=4),
     }[merger]
-    plan = laconic.Schedule.leaving({1: 22, 2: 14, 3: 9})
+    plan = laconic.Schedule.keep_counts({1: 22, 2: 14, 3: 9})
     ours = laconic.reduce_(make("plain"), method, schedule=plan)
     expected = forward(ours, x)
     bat = laconic.reduce_(make("plain"), BAT(merger=merger, clusters=4, pairs=0), schedule=plan)
@@ -469,12 +469,12 @@ def test_without_pairs_bat_is_the_method_on_the_inattentive(merger):
 @pytest.mark.parametrize("merger", MERGERS)
 @pytest.mark.parametrize("method", ["bat", "evit+bat", "dynamicvit+bat"])
 def test_mergers_change_the_clusters_and_nothing_else(method, merger):
-    t, site = tokens(), Site(0, 1, 8, 2, 0.5, 36, 19, (6, 6))
+    t, site = tokens(), BlockContext(0, 1, 8, 2, 0.5, 36, 19, (6, 6))
     s = look(t).cls
     config = laconic.methods()[method].config
     left = config(merger=merger, clusters=3, pairs=2).merge(t, s, 19, site)
     usual = config(clusters=3, pairs=2).merge(t, s, 19, site)
-    kept, rest = split(s, 18)
+    kept, rest = topk_split(s, 18)
     assert left.size.shape == (2, 19)
     torch.testing.assert_close(left.x[:, :17], usual.x[:, :17])  # class token, attentive ones and pairs
     assert torch.equal(left.where.gather(1, kept), usual.where.gather(1, kept))
@@ -498,7 +498,7 @@ def test_mergers_change_the_clusters_and_nothing_else(method, merger):
 @pytest.mark.parametrize("merger", MERGERS)
 @pytest.mark.parametrize("clusters", [1, 3])
 def test_equal_tokens_are_a_fixed_point_of_bat(merger, clusters):
-    t, site = tokens(), Site(0, 1, 8, 2, 0.5, 36, 19, (6, 6))
+    t, site = tokens(), BlockContext(0, 1, 8, 2, 0.5, 36, 19, (6, 6))
     s = look(t).cls
     t = t.replace(x=t.x[:, :1].expand_as(t.x).clone())
     left = BAT(merger=merger, clusters=clusters, pairs=2).merge(t, s, 19, site)
@@ -563,14 +563,14 @@ TABLE_4 += [BAT(merger=merger) for merger in MERGERS]
 @pytest.mark.parametrize("config", TABLE_4, ids=str)
 @pytest.mark.parametrize("convention", ["matmul", "torchprofile"])
 def test_all_of_table_4_take_2_3_g(deit, config, convention):
-    cost = estimate(deit, config, config.plan(12, 0.5, None), convention)
+    cost = estimate(deit, config, config.default_schedule(12, 0.5, None), convention)
     assert f"{cost.macs / 1e9:.1f}" == "2.3"
     assert cost.tokens[-1] == (27 if isinstance(config, BAT) else 25)
 
 
 def test_parameters_of_the_learned_ones(deit):
     def own(config):
-        return estimate(deit, config, config.plan(12, 0.5, None)).parameters - 22_050_664
+        return estimate(deit, config, config.default_schedule(12, 0.5, None)).parameters - 22_050_664
 
     assert own(ConvPool()) == 3 * (2 * 384 + 384)
     assert own(ConvPool(kernel="full")) == 3 * (2 * 384 * 384 + 384)
@@ -635,7 +635,7 @@ def test_images_of_another_shape_are_pooled_on_their_own_grid(shape):
     forward(model, x)
     stage = laconic.provenance(model).final
     assert stage.grid == grid
-    place = iota(stage.where)
+    place = arange_like(stage.where)
     expected, lead = cells(place, grid, stage.size.shape[1])
     assert torch.equal(stage.where, expected)
     assert torch.equal(stage.kept, lead)

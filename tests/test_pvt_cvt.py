@@ -12,14 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import laconic
 from families import fill
-from laconic import attach
-from laconic.cost import counted, estimate
-from laconic.grid import GridMap, cells_of, image_of
-from laconic.hosts import find_host
+from laconic import api as attach
+from laconic.analysis.macs import counted, estimate
+from laconic.core.backbone import find_host
+from laconic.core.grid import GridMap, cells_of, image_of
+from laconic.core.tokens import Tokens
 from laconic.methods import DTPS, dynamicvit
+from laconic.methods.ops import topk_split
 from laconic.models import cvt, pvt
-from laconic.parts import split
-from laconic.tokens import Tokens
 
 SIZES = {
     "pvt_tiny": dict(img_size=96, depths=(1, 2, 2, 2), embed_dims=(16, 32, 40, 64), num_classes=10),
@@ -600,7 +600,7 @@ def test_a_stage_hands_on_its_full_grid(name):
     for b in range(2):
         assert len(cells[b].unique(dim=0)) == len(tokens)
         for p, q in torch.randint(144, (200, 2)).tolist():
-            assert torch.equal(cells[b, p], cells[b, q]) == bool(tokens.where[b, p] == tokens.where[b, q])
+            assert torch.equal(cells[b, p], cells[b, q]) == bool(tokens.token_of_patch[b, p] == tokens.token_of_patch[b, q])
 
 
 @pytest.mark.parametrize("method", ["dtps", "dynamicvit"])
@@ -617,7 +617,7 @@ def test_soft_training_agrees_with_removal(name, method, monkeypatch):
     def decide(log_probs):
         score, n = log_probs[..., 0], next(counts)
         gone = dead.get(score.shape[1], torch.zeros_like(score, dtype=torch.bool))  # stages differ in their patches
-        keep = torch.zeros_like(score).scatter(1, split(score.masked_fill(gone, -99.0), n)[0], 1.0)
+        keep = torch.zeros_like(score).scatter(1, topk_split(score.masked_fill(gone, -99.0), n)[0], 1.0)
         dead[score.shape[1]] = keep == 0
         return keep
 

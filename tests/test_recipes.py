@@ -13,16 +13,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 import laconic
-from benchmarks.others import ROWS
-from benchmarks.published import ENTRIES, LOGS
-from laconic import recipe as recipes
-from laconic.files import Refusal
-from laconic.jobs.list import list_
-from laconic.jobs.train import prepare, train
-from laconic.recipe import Recipe
+from benchmarks.other_rows import ROWS
+from benchmarks.paper_costs import ENTRIES, LOGS
+from laconic.cli.list import list_
+from laconic.cli.train import prepare, train
+from laconic.core.files import Refusal
+from laconic.training import recipe as recipes
 from laconic.training.checks import check
 from laconic.training.optimization import LearningRate, make_optimizer
-from laconic.training.running import Running
+from laconic.training.recipe import Recipe
+from laconic.training.run_config import Running
 
 pytestmark = pytest.mark.usefixtures("no_pretrained_weights")
 IMAGENET = [name for name in recipes.names() if "_deit_" in name]
@@ -385,7 +385,7 @@ def test_one_step_of_every_other_recipe(name, imagenet, tmp_path):
     assert parts == PARTS.get(recipe.method.name, set())
     assert report.accuracy is None
     again = laconic.load(tmp_path / "model")
-    assert again.laconic.config.row.name == recipe.method.name
+    assert again.laconic.config.info.name == recipe.method.name
     assert again.laconic.schedule.at == (recipe.method.at or again.laconic.schedule.at)
     if laconic.methods()[recipe.method.name].count == "constant":
         assert again.laconic.counts(36) == run_counts(again)
@@ -413,7 +413,7 @@ def test_one_step_of_every_recipe(name, imagenet, tmp_path):
     assert report.macs < report.base_macs
     assert report.accuracy.images == 3
     again = laconic.load(tmp_path / "model")
-    assert again.laconic.config.row.name == recipe.method.name
+    assert again.laconic.config.info.name == recipe.method.name
     assert set(again.laconic.schedule.values) == {recipe.method.keep}
 
 

@@ -14,23 +14,23 @@ from torch import nn
 import golden_init
 import laconic
 from families import AT, fill, images, make, observe, reduced
+from laconic.core.gather import arange_like
+from laconic.core.method import BlockContext
+from laconic.core.tokens import Tokens
 from laconic.methods.kmedoids import RECEIVED
-from laconic.parts import (
+from laconic.methods.ops import (
     agglomerate,
     by_stage,
     cosine,
     distances,
+    group_normalize,
     medoids_of,
     precise,
     ring,
-    share,
     spread,
     squared_distances,
     transport,
 )
-from laconic.reducer import Site
-from laconic.rows import iota
-from laconic.tokens import Tokens
 from test_goldens import HERE, LOGITS, close, golden, picture
 
 BLOCKS = (3, 6, 9)
@@ -104,7 +104,7 @@ def test_atc():
     logits, moments = answer(deit("atc"), picture())
     close(logits, z["logits"], LOGITS)
     # labels are arbitrary there, and follow the order of the tokens: compare who is together with whom
-    theirs = iota(moments[0][0].where)
+    theirs = arange_like(moments[0][0].where)
     for block, (_, after) in zip(BLOCKS, moments, strict=True):
         theirs = torch.from_numpy(z[f"cluster_of_token_block{block}"])[:, 1:].sub(1).gather(1, theirs)
         assert torch.equal(theirs.unsqueeze(1) == theirs.unsqueeze(2), after.where.unsqueeze(1) == after.where.unsqueeze(2))
@@ -116,7 +116,7 @@ def test_atc():
 @pytest.mark.parametrize("method", ["dpc-knn", "kmedoids", "atc", "patchmerger", "sinkhorn", "sit", "heuristic"])
 def test_counts_are_those_of_the_benchmark(method, keep, left):
     config = laconic.methods()[method].config()
-    assert [config.counts(config.plan(12, keep, None), 12, 196)[block] for block in BLOCKS] == list(left)
+    assert [config.counts(config.default_schedule(12, keep, None), 12, 196)[block] for block in BLOCKS] == list(left)
 
 
 def tokens(batch=2, patches=20, channels=8, **more):
@@ -124,7 +124,7 @@ def tokens(batch=2, patches=20, channels=8, **more):
 
 
 def site(after, before=20, dim=8, grid=(4, 5)):
-    return Site(0, 3, dim, 2, None, before=before, after=after, grid=grid)
+    return BlockContext(0, 3, dim, 2, None, before=before, after=after, grid=grid)
 
 
 def stir(module, scale=0.7):
@@ -135,9 +135,9 @@ def stir(module, scale=0.7):
 
 
 def check_mass(t):
-    held = (t.where.unsqueeze(1) == iota(t.size).unsqueeze(2)).sum(2)
+    held = (t.where.unsqueeze(1) == arange_like(t.size).unsqueeze(2)).sum(2)
     assert torch.equal(held.float(), t.size)
-    assert torch.equal(t.where.gather(1, t.place), iota(t.size))
+    assert torch.equal(t.where.gather(1, t.place), arange_like(t.size))
 
 
 # ------------------------------------------------------------------------------------------------ DPC-KNN
@@ -241,7 +241,7 @@ def test_kmedoids_by_hand(cost, iterations, weights):
     t, weight = tokens(), torch.rand(2, 20)
     reducer = laconic.KMedoids(iterations=iterations, cost=cost, weights=weights).build(site(6))
     if weights == "attention":
-        out = reducer.before(t.replace(columns={RECEIVED: weight, "other": weight}), 6)
+        out = reducer.before(t.replace(per_token={RECEIVED: weight, "other": weight}), 6)
         assert list(out.columns) == ["other"]
         starts = [weight[b].argsort(descending=True)[:6].tolist() for b in range(2)]
     else:
@@ -359,7 +359,7 @@ def test_atc_counts_sizes_in_the_mean_and_in_attention_or_in_neither(linkage, pr
         became = torch.full_like(before.place, -1).scatter(1, before.where, after.where)
         for b, one in enumerate(F.normalize(k, dim=-1)):
             assert became[b].tolist() == agglomerate_by_hand((1 - one @ one.T).tolist(), len(after), linkage)
-        weight = share(before.size if proportional else torch.ones_like(before.size), became, len(after))
+        weight = group_normalize(before.size if proportional else torch.ones_like(before.size), became, len(after))
         expected = torch.zeros_like(after.patches).scatter_add(
             1, became.unsqueeze(2).expand_as(before.patches), before.patches * weight.unsqueeze(2)
         )
@@ -479,8 +479,8 @@ def test_tokenlearner_1_goes_by_the_grid_of_the_image():
 def test_tokenlearner_leaves_16_tokens_three_quarters_into_the_depth():
     model = laconic.reduce_(timm.create_model("deit_tiny_patch16_224"), "tokenlearner")
     assert laconic.summary(model).tokens == (196,) * 9 + (16,) * 3
-    assert laconic.TokenLearner().plan(24, None, None) == laconic.Schedule.leaving({18: 16})
-    assert laconic.TokenLearner().plan(12, 0.5, [6]) == laconic.Schedule.rates(0.5, [6])
+    assert laconic.TokenLearner().default_schedule(24, None, None) == laconic.Schedule.keep_counts({18: 16})
+    assert laconic.TokenLearner().default_schedule(12, 0.5, [6]) == laconic.Schedule.rates(0.5, [6])
 
 
 def fused(version="1.1", at=(2, 3), family="plain", keep=0.25, **changes):
@@ -540,9 +540,13 @@ def test_places_take_nothing_at_first():
 
 def test_where_tokens_are_fused():
     config = laconic.TokenLearner(after="fused")
-    assert config.plan(12, None, None) == laconic.Schedule.leaving({9: 16, 10: 16, 11: 16})
-    assert config.plan(12, 0.5, [6]) == laconic.Schedule.rates(0.5, [6])
-    for schedule in (laconic.Schedule.leaving({2: 9}), laconic.Schedule.removing({2: 27}), laconic.Schedule.rates(0.25, [2])):
+    assert config.default_schedule(12, None, None) == laconic.Schedule.keep_counts({9: 16, 10: 16, 11: 16})
+    assert config.default_schedule(12, 0.5, [6]) == laconic.Schedule.rates(0.5, [6])
+    for schedule in (
+        laconic.Schedule.keep_counts({2: 9}),
+        laconic.Schedule.remove_counts({2: 27}),
+        laconic.Schedule.rates(0.25, [2]),
+    ):
         model = laconic.reduce_(make("plain"), "tokenlearner", schedule=schedule, after="fused")
         assert model.laconic.counts(36) == (36,) * 4
         assert model.laconic.reducers["2"].learner.slots == 9
@@ -559,9 +563,9 @@ def test_where_tokens_are_fused():
 @pytest.mark.parametrize("version", ["1.1", "1"])
 def test_work_of_the_fuser(version):
     model, _ = fused(version)
-    cost, compression = laconic.summary(model, count=True), model.laconic
-    sites = [compression.reducer(block).site for block in (2, 3)]
-    own = sum(compression.config.macs(36, 36, site)["matmul"] for site in sites)
+    cost, reduction = laconic.summary(model, count=True), model.laconic
+    sites = [reduction.reducer(block).site for block in (2, 3)]
+    own = sum(reduction.config.macs(36, 36, site)["matmul"] for site in sites)
     assert cost.counted_macs == cost.macs - sum(row.reducer_macs for row in cost.blocks) + own
     assert cost.parameters == sum(p.numel() for p in model.parameters())
 
@@ -646,7 +650,7 @@ def test_the_published_radius_rule_and_masks(norm, keep):
 
 def test_the_counts_that_the_benchmark_reports_for_discs():
     config = laconic.Heuristic(count="radius")
-    assert [config.counts(config.plan(12, 0.7, None), 12, 196)[block] for block in BLOCKS] == [140, 96, 68]
+    assert [config.counts(config.default_schedule(12, 0.7, None), 12, 196)[block] for block in BLOCKS] == [140, 96, 68]
 
 
 @pytest.mark.parametrize("side", [7, 14, 16, 24, 37])
@@ -691,20 +695,20 @@ def test_a_square_image_of_another_size():
 @pytest.mark.parametrize("norm", ["l1", "l2", "linf"])
 def test_shrinking_radius(norm, smallest):
     config, z = laconic.Heuristic(norm=norm, count="shrinking", smallest=smallest), published_distances(14, norm)
-    schedule = config.plan(12, None, None)
+    schedule = config.default_schedule(12, None, None)
     assert schedule.at == tuple(range(3, 10))
     radii = torch.linspace(z[0], smallest or z[7 * 14 + 7], 9).tolist()
     expected = [196] * 3 + [int((z <= r).sum()) for r in radii[1:8]]
     assert config.counts(schedule, 12, 196) == (*expected, expected[-1], expected[-1])
     model = laconic.reduce_(timm.create_model("deit_tiny_patch16_224", depth=4), config, at=[1, 2])
-    assert laconic.summary(model).tokens == config.counts(laconic.Schedule.deciding([1, 2]), 4, 196)
+    assert laconic.summary(model).tokens == config.counts(laconic.Schedule.adaptive([1, 2]), 4, 196)
 
 
 def test_shrinking_takes_no_rate_but_explicit_counts():
     config = laconic.Heuristic(count="shrinking")
     with pytest.raises(ValueError, match="leave keep out"):
         laconic.reduce_(make("plain"), config, keep=0.7)
-    model = laconic.reduce_(make("plain"), config, schedule=laconic.Schedule.leaving({1: 16}))
+    model = laconic.reduce_(make("plain"), config, schedule=laconic.Schedule.keep_counts({1: 16}))
     assert laconic.summary(model).tokens == (36, 16, 16, 16)
 
 

@@ -20,7 +20,7 @@ def test_pooled_answers_are_those_of_the_tokens_left(method, family):
         torch.testing.assert_close(whole(x), short(x), rtol=1e-4, atol=1e-5)
         features = whole.forward_features(x)
     tokens = whole.laconic.entry(whole.laconic.depth)
-    assert features.shape[1] == tokens.prefix + tokens.where.shape[1] > tokens.prefix + len(tokens)
+    assert features.shape[1] == tokens.prefix + tokens.token_of_patch.shape[1] > tokens.prefix + len(tokens)
 
 
 def test_a_patch_has_the_features_of_the_token_it_went_to():

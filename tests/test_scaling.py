@@ -35,9 +35,9 @@ def test_what_is_alive_at_a_time_is_counted():
 
 @pytest.mark.parametrize("method", [m for m in scaling.METHODS if m != "kmeans"])
 def test_memory_grows_with_the_number_of_tokens_and_not_its_square(method, monkeypatch):
-    monkeypatch.setattr("laconic.rows.WHOLE", 1 << 14)
-    monkeypatch.setattr("laconic.rows.ROWS", 32)  # so that already the small ones are made in several blocks
-    monkeypatch.setattr(sys.modules["laconic.parts.nearest"], "WINDOW", 8)  # the function of that name hides the module
+    monkeypatch.setattr("laconic.core.gather.WHOLE", 1 << 14)
+    monkeypatch.setattr("laconic.core.gather.ROWS", 32)  # so that already the small ones are made in several blocks
+    monkeypatch.setattr(sys.modules["laconic.methods.ops.nearest"], "WINDOW", 8)  # the function of that name hides the module
     small, large = (peak_bytes(scaling.reduction(method, side, 16, 2)) for side in (24, 48))
     assert large < 5.2 * small  # four times as many tokens; a matrix of pairs would be 16 times as large
 

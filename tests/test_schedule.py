@@ -5,8 +5,8 @@ import torch
 
 import laconic
 from families import FIXED, make
-from laconic.halving import check_halves
-from laconic.schedule import Schedule, WarmIn, cumulative, quarters
+from laconic.core.half_limit import check_halves
+from laconic.core.schedule import Schedule, WarmIn, cumulative, quarters
 
 CEIL = {"evit": [139, 99, 71], "etps": [138, 97, 68], "topk": [138, 97, 68], "bat": [139, 99, 71], "evit+bat": [139, 99, 71]}
 INITIAL = {"dynamicvit": [137, 96, 67], "dtps": [137, 96, 67], "tome": [137, 96, 67], "dynamicvit+bat": [138, 97, 68]}
@@ -14,7 +14,7 @@ INITIAL = {"dynamicvit": [137, 96, 67], "dtps": [137, 96, 67], "tome": [137, 96,
 
 def counts(method, keep, patches=196, **options):
     config = laconic.methods()[method].config(**options)
-    return [config.plan(12, keep, None).counts(12, patches, config.leaves)[b] for b in (3, 6, 9)]
+    return [config.default_schedule(12, keep, None).counts(12, patches, config.num_kept)[b] for b in (3, 6, 9)]
 
 
 @pytest.mark.parametrize(("method", "expected"), {**CEIL, **INITIAL}.items())
@@ -24,7 +24,7 @@ def test_counts_of_the_papers(method, expected):
 
 OTHER_SITES = {"evovit", "svite", "tokenlearner"}  # parked tokens come back; once, at the first block; once, late
 SITES = [
-    n for n, row in laconic.methods().items() if row.config.takes_keep and row.count == "constant" and n not in OTHER_SITES
+    n for n, row in laconic.methods().items() if row.config.accepts_keep and row.count == "constant" and n not in OTHER_SITES
 ]
 
 
@@ -34,9 +34,9 @@ SITES = [
 def test_keep_means_the_same_for_every_method(method, keep, patches):
     """At blocks 3, 6 and 9 of 12: N k, N k^2 and N k^3 tokens, rounded as the method says; elsewhere nothing leaves."""
     config = laconic.methods()[method].config()
-    schedule = config.plan(12, keep, None)
+    schedule = config.default_schedule(12, keep, None)
     assert schedule == Schedule.rates(keep, (3, 6, 9))
-    if config.halves and keep < 0.5:
+    if config.removes_at_most_half and keep < 0.5:
         with pytest.raises(ValueError, match=f"keep={keep} is asked for at block 3"):
             check_halves(config, schedule, config.counts(schedule, 12, patches), patches)
         return
@@ -46,7 +46,7 @@ def test_keep_means_the_same_for_every_method(method, keep, patches):
     for stage, now in enumerate((counts[3], counts[6], counts[9]), 1):
         exact = patches * keep**stage
         if method in ("tome", "atc", "dtps", "dynamicvit", "heuristic", "dpc-knn", "kmedoids"):
-            expected = max(int(patches * cumulative((keep,) * stage)), n - n // 2 if config.halves else 1)
+            expected = max(int(patches * cumulative((keep,) * stage)), n - n // 2 if config.removes_at_most_half else 1)
         elif method in ("pitome", "topk", "etps", "diffrate", "random", "avg-pool", "kmeans"):
             expected = math.ceil(keep * n - 1e-9)
         elif method in ("tofu", "mctf"):  # one class token counted
@@ -79,7 +79,7 @@ def test_bat_splits_into_as_many_as_it_says():
         bat = laconic.BAT(**options)
         for before in (20, 36, 99, 196):
             for keep in (0.3, 0.5, 0.7, 0.9):
-                left = bat.leaves([keep], before, 196)
+                left = bat.num_kept([keep], before, 196)
                 k, clusters, pairs = bat.attentive(before, left, 0, keep)
                 assert k - pairs + clusters == left
                 assert pairs <= k // 2
@@ -89,7 +89,7 @@ def test_bat_splits_into_as_many_as_it_says():
 def test_bat_of_the_logs():
     nets = {0.7: 0, 0.6: -1, 0.5: 3, 0.4: 3, 0.3: 1, 0.2: 1}
     for keep, net in nets.items():
-        plain, logged = counts("topk", keep)[0], counts("bat", keep, budget="log")[0]
+        plain, logged = counts("topk", keep)[0], counts("bat", keep, count_rule="log")[0]
         assert logged - plain == net
 
 
@@ -106,18 +106,18 @@ def test_rates_of_the_published_code():
 
 
 def test_removing_is_capped_at_half():
-    assert Schedule.removing({0: 16, 1: 16, 2: 2}).counts(4, 36, lambda *_: 0) == (20, 10, 8, 8)
+    assert Schedule.remove_counts({0: 16, 1: 16, 2: 2}).counts(4, 36, lambda *_: 0) == (20, 10, 8, 8)
 
 
 def test_tome_schedules():
-    plan = laconic.ToMe(r=8).plan(12, None, None)
+    plan = laconic.ToMe(r=8).default_schedule(12, None, None)
     assert plan.values == (8,) * 12
     assert laconic.ToMe(r=(16, 1.0)).plan(12, None, None).values == tuple(int(32 / 11 * i) for i in range(12))
     assert laconic.ToMe(r=(4, 2, 1)).plan(3, None, None).values == (4, 2, 1)
 
 
 def test_json_round_trip():
-    for schedule in (Schedule.rates(0.7, (3, 6)), Schedule.leaving({1: 5}), Schedule.removing({0: 3, 2: 4})):
+    for schedule in (Schedule.rates(0.7, (3, 6)), Schedule.keep_counts({1: 5}), Schedule.remove_counts({0: 3, 2: 4})):
         assert Schedule.of(schedule.to_json()) == schedule
 
 
@@ -137,7 +137,7 @@ def test_warm_in():
     rates = [warm(schedule, step).values[0] for step in range(120)]
     assert rates == sorted(rates, reverse=True)
     with pytest.raises(ValueError, match="only keep rates"):
-        warm(Schedule.leaving({1: 3}), 0)
+        warm(Schedule.keep_counts({1: 3}), 0)
 
 
 @pytest.mark.parametrize("method", sorted(FIXED - {"conv-pool"}))
@@ -148,10 +148,10 @@ def test_what_is_learned_for_one_count_says_so(method):
         model(torch.randn(1, 3, 96, 96))
 
 
-@pytest.mark.parametrize("method", [n for n, r in laconic.methods().items() if r.config.takes_keep and n not in FIXED])
+@pytest.mark.parametrize("method", [n for n, r in laconic.methods().items() if r.config.accepts_keep and n not in FIXED])
 def test_every_method_can_be_warmed_in(method):
     """At any rate on the way the tokens left are as many as scheduled, and the model runs."""
-    keep = 0.5 if laconic.methods()[method].config.halves else 0.3
+    keep = 0.5 if laconic.methods()[method].config.removes_at_most_half else 0.3
     model = laconic.reduce_(make("plain"), method, keep=keep, at=[1, 2]).train()
     warm, schedule, x = WarmIn(0, 12), model.laconic.schedule, torch.randn(1, 3, 96, 96)
     for step in range(0, 14):
@@ -164,9 +164,9 @@ def test_every_method_can_be_warmed_in(method):
 
 def test_a_changed_schedule_is_that_of_a_model_built_with_it():
     x = torch.randn(1, 3, 96, 96)
-    changed = laconic.reduce_(make("plain"), "bat", keep=0.3, at=[1, 2], budget="log")
+    changed = laconic.reduce_(make("plain"), "bat", keep=0.3, at=[1, 2], count_rule="log")
     changed.laconic.set_schedule(Schedule.rates(0.5, (1, 2)))
-    built = laconic.reduce_(make("plain"), "bat", keep=0.5, at=[1, 2], budget="log")
+    built = laconic.reduce_(make("plain"), "bat", keep=0.5, at=[1, 2], count_rule="log")
     with torch.no_grad():
         assert torch.equal(changed(x), built(x))
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from laconic.rows import iota
+from laconic.core.gather import arange_like
 from shape_checks import checked
 
 
@@ -86,4 +86,4 @@ def test_what_does_not_fit_is_refused(wrong):
 @pytest.mark.skipif(not os.environ.get("LACONIC_CHECK_SHAPES"), reason="without the checks")
 def test_laconic_is_checked():
     with pytest.raises(TypeError, match="violates type hint"):
-        iota("tokens")
+        arange_like("tokens")

@@ -10,8 +10,8 @@ from torch import nn
 
 import laconic
 from families import AT, AVERAGED, FAMILIES, FIXED, METHODS, fill, images, make, options, rate, reduced, serves
-from laconic.cost import counted
-from laconic.hosts import BLOCKS, halves_of, path_of
+from laconic.analysis.macs import counted
+from laconic.core.backbone import BLOCKS, block_spec, path_of
 
 CLOSE = dict(rtol=1e-5, atol=1e-5)
 READ_BY_TOKEN = sorted(set(FAMILIES) - AVERAGED)
@@ -89,9 +89,9 @@ def rows_through(model, layer, x):
 def queries_of(model, x):
     """Rows of the queries in each call of fused attention."""
     calls = []
-    from laconic.attention import Watch
+    from laconic.core.attention import AttentionTap
 
-    with Watch(calls), torch.no_grad():
+    with AttentionTap(calls), torch.no_grad():
         model(x)
     return [call["query"].shape[2] for call in calls]
 
@@ -103,7 +103,7 @@ def test_what_is_left_out():
     x = images("plain")
     assert queries_of(drops, x) == [23, 15, 15, 1]  # dropped tokens are no queries; at last the class token asks alone
     assert queries_of(merges, x) == [37, 23, 15, 1]  # squeezed ones are
-    assert queries_of(laconic.reduce_(make("plain"), "etps", keep=0.6, at=[0, 1], rows="all"), x) == [37, 23, 15, 15]
+    assert queries_of(laconic.reduce_(make("plain"), "etps", keep=0.6, at=[0, 1], compute="all"), x) == [37, 23, 15, 15]
     assert queries_of(laconic.reduce_(make("distilled"), "etps", keep=0.6, at=[0, 1]), images("distilled"))[-1] == 2
     assert queries_of(laconic.reduce_(make("siglip"), "etps", keep=0.6, at=[0, 1], score="mean-query"), x)[-2:] == [
         14,
@@ -137,7 +137,7 @@ def test_known_steps_need_no_listening(method, monkeypatch):
     def listen(*args, **kwargs):
         raise AssertionError("every operation of a block is listened to")
 
-    monkeypatch.setattr("laconic.block_forward.Watch", listen)
+    monkeypatch.setattr("laconic.core.block_forward.AttentionTap", listen)
     torch.testing.assert_close(model(x), expected, **CLOSE)
     with pytest.raises(AssertionError, match="listened"):
         other(x)
@@ -146,9 +146,9 @@ def test_known_steps_need_no_listening(method, monkeypatch):
 def test_blocks_that_never_have_anything_to_do_run_as_they_stand(monkeypatch):
     model = laconic.reduce_(make("plain"), "etps", keep=0.6, at=[1])
     assert model.laconic.passed == {0, 2}  # the last may be spared
-    x, steps, own = images("plain"), [], laconic.runtime.pass_block
+    x, steps, own = images("plain"), [], laconic.core.runtime.pass_block
     record = lambda run, tokens: (steps.append(run.link.index), own(run, tokens))[1]  # noqa: E731
-    monkeypatch.setattr("laconic.runtime.pass_block", record)
+    monkeypatch.setattr("laconic.core.runtime.pass_block", record)
     model(x)
     assert steps == [1, 3]
     assert [len(entry) for entry in model.laconic.ledger] == [36, 36, 22, 22, 22]
@@ -176,16 +176,16 @@ def test_multiply_adds_that_are_run():
     dropped = (14 + 8) * 2 * 48 * 48 + (14 * 37 + 8 * 23) * 2 * 48
     last = 14 * (2 * 48 * 48 + 8 * 48 * 48) + 14 * 15 * 2 * 48  # queries, projection and MLP of all but the class token
     asked = 2 * 48 * 48  # the class query once more in both blocks
-    assert counted(model) - counted(model, rows="needed") == dropped + last - asked
+    assert counted(model) - counted(model, compute="needed") == dropped + last - asked
 
 
 def test_nothing_reduced_is_the_model_itself_unless_asked():
     x = images("plain")
     for rows in (None, "all"):
-        model = laconic.reduce_(make("plain"), "topk", keep=1.0, rows=rows)
+        model = laconic.reduce_(make("plain"), "topk", keep=1.0, compute=rows)
         assert not model.laconic.spares
         assert torch.equal(model(x), make("plain")(x))
-    model = laconic.reduce_(make("plain"), "topk", keep=1.0, rows="needed")
+    model = laconic.reduce_(make("plain"), "topk", keep=1.0, compute="needed")
     assert queries_of(model, x) == [37, 37, 37, 1]
     torch.testing.assert_close(model(x), make("plain")(x), **CLOSE)
 
@@ -231,7 +231,7 @@ def test_adapters_and_hooks_in_the_attention_are_kept():
             qkv.weight.data.add_(0.5)
         with torch.no_grad():
             torch.testing.assert_close(model(images("plain")), whole(model)(images("plain")), **CLOSE)
-        assert halves_of(model.blocks[1]).steps.known(model.blocks[1]) == (change == "weight")
+        assert block_spec(model.blocks[1]).steps.known(model.blocks[1]) == (change == "weight")
 
 
 def test_steps_that_do_not_hold_are_not_used(caplog):
@@ -274,7 +274,7 @@ def test_every_step_is_proved(step, monkeypatch, caplog):
 
 def test_rows_are_saved(tmp_path):
     for rows in ("all", "needed", None):
-        laconic.save(laconic.reduce_(make("plain"), "etps", keep=0.6, at=AT, rows=rows), tmp_path / str(rows))
+        laconic.save(laconic.reduce_(make("plain"), "etps", keep=0.6, at=AT, compute=rows), tmp_path / str(rows))
         assert laconic.load(tmp_path / str(rows)).laconic.rows == rows
 
 
@@ -292,7 +292,7 @@ def test_another_tools_forward_is_left_alone():
 def test_a_wrong_word_is_refused():
     model = make("plain")
     with pytest.raises(ValueError, match="rows must be 'needed', 'all' or None, not 'some'"):
-        laconic.reduce_(model, "etps", keep=0.6, rows="some")
+        laconic.reduce_(model, "etps", keep=0.6, compute="some")
     assert not hasattr(model, "laconic")
 
 

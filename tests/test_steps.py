@@ -7,17 +7,17 @@ import torch.nn.functional as F
 
 import laconic
 from families import AT, images, make, reduced
-from laconic.distill import token_distillation
+from laconic.core.schedule import Schedule
 from laconic.methods.iared import KEPT, LOG_PROBABILITY
+from laconic.methods.ops import CLASS_LOGITS
 from laconic.methods.spvit import PACKAGE
-from laconic.parts import CLASS_LOGITS
-from laconic.recipe import LossPart, Recipe
-from laconic.schedule import Schedule
 from laconic.training.checks import check
 from laconic.training.consistency import consistency_step
+from laconic.training.distillation import token_distillation
 from laconic.training.objective import Objective
 from laconic.training.optimization import LearningRate, make_optimizer
 from laconic.training.policy_gradient import policy_loss, rewards
+from laconic.training.recipe import LossPart, Recipe
 from laconic.training.reinforce import PolicyGradient, PolicyGradientOptions
 from laconic.training.two_passes import TwoPasses, TwoPassesOptions
 from test_train import BASE, SHAPE, Stop, changed, copies, go, loop, metrics, rows, same, stop_before, weights  # noqa: F401
@@ -142,10 +142,10 @@ def test_groups_learn_one_after_the_other(tmp_path):
         assert {name.rpartition(".")[0] for name in blocks} == ({"blocks.2", "blocks.3"} if group == 2 else {f"blocks.{group}"})
     assert [["policy" in row for row in rows(tmp_path) if "loss" in row]] == [[True, False] * 3]
     partly = [Schedule.rates([0.5, 1.0, 1.0], (0, 1, 2)), Schedule.rates([0.5, 0.5, 1.0], (0, 1, 2))]
-    assert [a for a, _ in schedules] == [partly[0]] * 2 + [partly[1]] * 2 + [Schedule.deciding((0, 1, 2))] * 2
+    assert [a for a, _ in schedules] == [partly[0]] * 2 + [partly[1]] * 2 + [Schedule.adaptive((0, 1, 2))] * 2
     assert all(a == b for a, b in schedules)
     made.save()
-    assert laconic.load(tmp_path / "model").laconic.schedule == Schedule.deciding((0, 1, 2))
+    assert laconic.load(tmp_path / "model").laconic.schedule == Schedule.adaptive((0, 1, 2))
     assert all(p.requires_grad for p in run.model.parameters())
 
 

@@ -171,7 +171,7 @@ def test_a_plain_mean_of_the_tokens_kept_is_right(kind, method):
         assert_close(answer, model.by_hand(tokens).detach())
         assert_close(answer, one_by_one(model, x))
         assert_close(run(model, x), answer)
-    assert_close(answers[0], run(reduced(method, model=new(kind), rows="all"), xs[0]))
+    assert_close(answers[0], run(reduced(method, model=new(kind), compute="all"), xs[0]))
 
 
 @means
@@ -333,7 +333,7 @@ def test_prompts_of_every_block(method):
     model, _ = answer_or_refusal(lambda: reduced(method, model=new(DeepPrompts)))
     if model is None:
         return
-    whole = reduced(method, model=new(DeepPrompts), rows="all")
+    whole = reduced(method, model=new(DeepPrompts), compute="all")
     expected = run(whole, x)
     assert off(expected, run(plain, x)) > 1e-3
     if right_or_refused(partial(run, model, x), expected):
@@ -400,7 +400,7 @@ def test_a_forward_that_goes_another_way_to_its_features(kind, method):
     with torch.no_grad():
         for p in base.norm.parameters():
             p.mul_(torch.linspace(0.5, 1.5, 48))
-    right = reduced(method, model=base, rows="all", at=early(method))
+    right = reduced(method, model=base, compute="all", at=early(method))
     expected = [run(right, x) for x in xs]
     for x, answer in zip(xs, expected, strict=True):
         assert_close(run(model, x), answer)
@@ -451,7 +451,7 @@ def test_a_forward_that_reads_more_than_the_class_token(kind, method):
     """All rows are there for who reads them."""
     at, x = early(method), images("plain", 2)
     model, _ = answer_or_refusal(lambda: reduced(method, model=new(kind), at=at))
-    whole, _ = answer_or_refusal(lambda: reduced(method, model=new(kind), at=at, rows="all"))
+    whole, _ = answer_or_refusal(lambda: reduced(method, model=new(kind), at=at, compute="all"))
     assert (model is None) == (whole is None)
     if model is None:
         return

@@ -12,9 +12,9 @@ from torch import nn
 import laconic
 from families import fill, images, make, reduced
 from laconic import StructuredSparsity, UnstructuredSparsity
+from laconic.core.tokens import Tokens
 from laconic.methods.svite import TokenSelection, set_temperature
-from laconic.sparsity import erk
-from laconic.tokens import Tokens
+from laconic.training.sparsity import erk
 
 
 def run(model, x):
@@ -39,10 +39,13 @@ def noisy_by_hand(reducer, t, seed):
 
 # ------------------------------------------------------------------------------------------------ token selection
 def test_the_counts_are_the_published_ones():
-    counts = [laconic.SViTE().plan(12, keep, None).counts(12, 196, laconic.SViTE().leaves)[0] for keep in (0.95, 0.9, 0.7)]
+    counts = [
+        laconic.SViTE().default_schedule(12, keep, None).counts(12, 196, laconic.SViTE().num_kept)[0]
+        for keep in (0.95, 0.9, 0.7)
+    ]
     assert counts == [187, 177, 138]
-    assert laconic.SViTE().plan(12, 0.7, None).at == (0,)
-    assert laconic.SViTE().plan(12, 0.7, (2, 5)).at == (2, 5)
+    assert laconic.SViTE().default_schedule(12, 0.7, None).at == (0,)
+    assert laconic.SViTE().default_schedule(12, 0.7, (2, 5)).at == (2, 5)
 
 
 def test_the_highest_scores_stay_and_nothing_is_drawn_at_inference():
@@ -127,7 +130,7 @@ def published(model, reducer, x, k, seed=None):
 def test_one_zero_token_does_what_the_published_many_do(family, training):
     """The same answer and the same gradients, of the backbone and of the scores, from 15 tokens in place of 36."""
     x = images(family)
-    model = laconic.reduce_(make(family), "svite", schedule=laconic.Schedule.leaving({0: 15}), rest="zero")
+    model = laconic.reduce_(make(family), "svite", schedule=laconic.Schedule.keep_counts({0: 15}), rest="zero")
     fill(model.laconic).train(training)
     plain, reducer = make(family), copy.deepcopy(model.laconic.reducer(0))
     torch.manual_seed(7)
@@ -210,7 +213,7 @@ def test_bad_options_are_refused():
 def test_the_authors_names_are_known():
     model = reduced("svite", "plain")
     weights = {"gumbel.weight": torch.ones(1, 48), "gumbel.bias": torch.zeros(1), "norm.weight": torch.ones(48)}
-    ours = model.laconic.config.official(weights, (0,))
+    ours = model.laconic.config.convert_official(weights, (0,))
     assert sorted(ours) == ["laconic.reducers.0.scorer.bias", "laconic.reducers.0.scorer.weight", "norm.weight"]
 
 

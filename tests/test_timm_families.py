@@ -13,8 +13,8 @@ import host_laws
 import laconic
 from families import AT, SMALL, fill, make
 from host_laws import WIDE, reduced, run
-from laconic.attention import Seen
-from laconic.hosts import REFUSED, find_host
+from laconic.core.attention import AttentionView
+from laconic.core.backbone import REFUSED, find_host
 from zoo import NAFLEX, ZOO
 
 RELATIVE = ["relpos", "relpos-shared", "relpos-cls", "beitv2"]
@@ -42,9 +42,9 @@ def test_with_relative_positions_all_can_be_undone(kind, method):
 @pytest.mark.parametrize("kind", ["beit", "beit-shared"])
 def test_a_token_keeps_the_bias_of_its_own_place(kind, monkeypatch):
     """What its attention adds for a pair of tokens is what it added for the patches in whose places they stand."""
-    model, seen, own = ZOO[kind].make(), [], laconic.attention.narrowed
-    laconic.reduce_(model, "topk", schedule=laconic.Schedule.leaving({1: 20}))
-    monkeypatch.setattr(laconic.attention, "narrowed", lambda mask, rows: seen.append((mask, rows)) or own(mask, rows))
+    model, seen, own = ZOO[kind].make(), [], laconic.core.attention.narrowed
+    laconic.reduce_(model, "topk", schedule=laconic.Schedule.keep_counts({1: 20}))
+    monkeypatch.setattr(laconic.core.attention, "narrowed", lambda mask, rows: seen.append((mask, rows)) or own(mask, rows))
     run(ZOO[kind], model, ZOO[kind].images())
     assert len(seen) == 2  # blocks 2 and 3
     kept = laconic.provenance(model).final.kept
@@ -76,7 +76,7 @@ def test_the_mean_query_meets_the_mean_bias(alive):
     if alive is not None:  # nobody sees what has left, but what has left sees itself
         hidden = torch.nn.functional.pad(alive, (1, 0), value=1.0)[:, None, None].log().expand(-1, 1, 7, -1)
         mask = mask + torch.where(torch.eye(7, dtype=torch.bool), 0.0, hidden.clamp_min(-60))
-    seen = Seen(q, k, v, mask, 0.5, 1, True, alive)
+    seen = AttentionView(q, k, v, mask, 0.5, 1, True, alive)
     count = torch.ones(2, 6) if alive is None else alive
     logits = (q @ k.transpose(2, 3) * 0.5 + mask)[:, :, 1:]
     mean = (logits * count[:, None, :, None]).sum(2) / count.sum(1)[:, None, None]

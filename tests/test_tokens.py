@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from laconic.rows import add_rows, take
-from laconic.tokens import Tokens
+from laconic.core.gather import add_rows, gather_rows
+from laconic.core.tokens import Tokens
 
 
 def tokens(batch=2, patches=6, channels=3, prefix=1):
@@ -51,13 +51,13 @@ def test_merge_sums_drops_and_follows():
 
 def test_what_travels_follows_its_token():
     t = tokens()
-    t = t.replace(gate=torch.rand(2, 6), alive=torch.rand(2, 6), columns={"note": torch.randn(2, 6, 4)})
+    t = t.replace(attn_scale=torch.rand(2, 6), keep_mask=torch.rand(2, 6), per_token={"note": torch.randn(2, 6, 4)})
     index = torch.tensor([[3, 1], [0, 5]])
     dst = torch.tensor([[1, 1, 0, 0, 1, 1]] * 2)
     for after in (t.keep(index), t.merge(dst, torch.ones(2, 6), index)):
         assert torch.equal(after.gate, t.gate.gather(1, index))
         assert torch.equal(after.alive, t.alive.gather(1, index))
-        assert torch.equal(after.columns["note"], take(t.columns["note"], index))
+        assert torch.equal(after.columns["note"], gather_rows(t.columns["note"], index))
 
 
 def test_verbs_compose():
@@ -80,7 +80,7 @@ def test_mix_conserves_mass():
 
 
 def test_park_and_join():
-    t = tokens().replace(columns={"note": torch.randn(2, 6, 2)})
+    t = tokens().replace(per_token={"note": torch.randn(2, 6, 2)})
     index = torch.tensor([[4, 0, 2], [5, 1, 3]])
     kept, parked = t.park(index)
     assert len(kept) == len(parked) == 3
@@ -129,8 +129,8 @@ def test_add_rows_is_the_same_by_product_and_by_index():
 def test_take_is_a_gather():
     values, index = torch.randn(3, 5, 2, 2), torch.randint(0, 5, (3, 4))
     expected = torch.stack([values[b, index[b]] for b in range(3)])
-    assert torch.equal(take(values, index), expected)
-    assert torch.equal(take(values[..., 0, 0], index), expected[..., 0, 0])
+    assert torch.equal(gather_rows(values, index), expected)
+    assert torch.equal(gather_rows(values[..., 0, 0], index), expected[..., 0, 0])
 
 
 def test_fading_fills_dropped_patches_as_keeping_does():

@@ -7,7 +7,7 @@ from torchvision.models import swin_t
 import host_laws
 import laconic
 from host_laws import WIDE, run
-from laconic.hosts.multihead import self_attention
+from laconic.backbones.multihead import self_attention
 from zoo import ZOO, torchvision_vit
 
 KIND = ZOO["torchvision"]

@@ -16,16 +16,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import laconic
-from laconic.files import Refusal
-from laconic.jobs import train as job
-from laconic.jobs.train import prepare, train
-from laconic.recipe import MethodPart, Recipe
-from laconic.schedule import Schedule
+from laconic.cli import train as job
+from laconic.cli.train import prepare, train
+from laconic.core.files import Refusal
+from laconic.core.schedule import Schedule
 from laconic.training import objective, state
 from laconic.training.loop import Loop
 from laconic.training.optimization import parameter_groups
-from laconic.training.running import Running
-from laconic.training.warming import KeepRate
+from laconic.training.recipe import MethodPart, Recipe
+from laconic.training.run_config import Running
+from laconic.training.schedule_changes import KeepRate
 
 pytestmark = pytest.mark.usefixtures("no_pretrained_weights")
 
@@ -152,9 +152,9 @@ KILLED = """
 import os, signal, sys, torch
 from pathlib import Path
 torch.set_num_threads(1)
-from laconic.jobs.train import train
+from laconic.cli.train import train
 from laconic.training.loop import Loop
-from laconic.training.running import Running
+from laconic.training.run_config import Running
 original = Loop._step
 def step(self, batches):
     if self.progress.step == 5:
@@ -268,9 +268,9 @@ TWO = """
 import json, os, sys, torch
 from pathlib import Path
 torch.set_num_threads(1)
-from laconic.jobs.train import train
+from laconic.cli.train import train
 from laconic.training.loop import Loop
-from laconic.training.running import Running
+from laconic.training.run_config import Running
 given = json.loads(sys.argv[1])
 def say(name, what):
     with Path(given["output"], "said-" + os.environ["RANK"]).open("a") as file:
@@ -439,7 +439,11 @@ def test_the_warm_in_counts_over_the_steps(tmp_path):
     last = [own[-1] for own, _ in seen]
     assert last[:3] == [25, 25, 25]  # two steps of nothing; then the cosine starts, at one
     assert last == sorted(last, reverse=True)
-    assert last[3] > last[5] == run.model.laconic.config.leaves((0.6, 0.6), run.model.laconic.config.leaves((0.6,), 25, 25), 25)
+    assert (
+        last[3]
+        > last[5]
+        == run.model.laconic.config.num_kept((0.6, 0.6), run.model.laconic.config.num_kept((0.6,), 25, 25), 25)
+    )
     assert all(own == averaged for own, averaged in seen)
 
 

@@ -13,9 +13,9 @@ import torch
 
 import laconic
 from families import EVERY, fill
-from laconic.cost import counted, summary
-from laconic.hosts import find_host
-from laconic.parts import class_attention, mean_query_attention
+from laconic.analysis.macs import counted, summary
+from laconic.core.backbone import find_host
+from laconic.methods.ops import class_attention, mean_query_attention
 from test_laws import Hidden, arbitrary_score
 
 transformers = pytest.importorskip("transformers")
@@ -125,16 +125,16 @@ def test_tokens_leave_the_batch_does_not_matter_and_all_is_put_back(method, fami
 @pytest.mark.parametrize("method", ["topk", "random"])
 @every_family
 def test_removed_equals_hidden(method, family):
-    x, schedule = images(), laconic.Schedule.leaving({1: 22, 2: 14, 3: 9})
+    x, schedule = images(), laconic.Schedule.keep_counts({1: 22, 2: 14, 3: 9})
     removed = laconic.reduce_(make(family), method, schedule=schedule, **options(method, family))
     expected = answer(removed, x)
     hidden = laconic.reduce_(make(family), method, schedule=schedule, **options(method, family))
-    compression = find_host(hidden)[0].laconic
+    reduction = find_host(hidden)[0].laconic
     by_attention = mean_query_attention if family in NO_CLASS_TOKEN else class_attention
     for stage, block in enumerate(AT):
-        compression.reducers[str(block)] = Hidden(by_attention if method == "topk" else partial(arbitrary_score, stage))
+        reduction.reducers[str(block)] = Hidden(by_attention if method == "topk" else partial(arbitrary_score, stage))
     torch.testing.assert_close(answer(hidden, x), expected, rtol=1e-4, atol=1e-4)
-    assert len(compression.entry(4)) == 36
+    assert len(reduction.entry(4)) == 36
 
 
 @pytest.mark.parametrize("method", ["etps", "dtps", "bat", "topk", "ats"])
@@ -163,7 +163,7 @@ def last_tokens(model, x):
 
 def mean(y, tokens):
     """Over patches, each token as often as it has any."""
-    weight = (tokens.size if tokens.alive is None else tokens.size * tokens.alive).unsqueeze(2)
+    weight = (tokens.size if tokens.keep_mask is None else tokens.size * tokens.keep_mask).unsqueeze(2)
     return (y[:, tokens.prefix :] * weight).sum(1) / weight.sum(1)
 
 
@@ -200,7 +200,7 @@ def test_merged_tokens_go_back_to_their_patches(family):
     x = images()
     for method, restore, length in (("tome", None, 36), ("diffrate", None, 36), ("topk", None, 9), ("topk", True, 36)):
         model = make(family)
-        plan = laconic.Schedule.leaving({1: 22, 2: 14, 3: 9})
+        plan = laconic.Schedule.keep_counts({1: 22, 2: 14, 3: 9})
         laconic.reduce_(model, method, schedule=plan, restore=restore, **options(method, family))
         with torch.no_grad():
             y = model(x).last_hidden_state
@@ -209,8 +209,8 @@ def test_merged_tokens_go_back_to_their_patches(family):
         assert y.shape[1] == tokens.prefix + length
         if length == 36:
             for b in range(3):
-                gone, held = tokens.where[b] < 0, tokens.where[b].clamp_min(0)
-                first = tokens.patch[b, held]  # the patch in whose place the same token stands
+                gone, held = tokens.token_of_patch[b] < 0, tokens.token_of_patch[b].clamp_min(0)
+                first = tokens.origin[b, held]  # the patch in whose place the same token stands
                 patches = y[b, tokens.prefix :]
                 torch.testing.assert_close(patches[~gone], patches[first][~gone])
                 torch.testing.assert_close(patches[gone], patches[~gone].mean(0).expand(int(gone.sum()), -1))
@@ -393,8 +393,8 @@ def test_only_classes_of_transformers_are_built(tmp_path):
 
 
 def test_the_doctor_reads_a_directory_of_theirs(tmp_path):
-    from laconic.files import Refusal
-    from laconic.jobs.doctor import doctor
+    from laconic.cli.doctor import doctor
+    from laconic.core.files import Refusal
 
     make("dinov3").save_pretrained(tmp_path / "dinov3")
     found = doctor(str(tmp_path / "dinov3")).found
@@ -473,14 +473,14 @@ def test_reentrant_checkpointing_of_learned_decisions_is_refused():
 @pytest.mark.parametrize("family", ["dinov2", "siglip", "siglip-mean", "beit", "dinov3"])
 def test_soft_training_agrees_with_removal(method, family, monkeypatch):
     from laconic.methods import dynamicvit
-    from laconic.parts import split
+    from laconic.methods.ops import topk_split
 
     model, x = reduce_(make(family), method, family), images()
     expected = answer(model, x)
     counts, dead = iter([s.size.shape[1] for s in laconic.provenance(model).stages]), [torch.zeros(3, 36, dtype=torch.bool)]
 
     def decide(log_probs):
-        kept = split(log_probs[..., 0].masked_fill(dead[0], -99.0), next(counts))[0]
+        kept = topk_split(log_probs[..., 0].masked_fill(dead[0], -99.0), next(counts))[0]
         keep = torch.zeros_like(log_probs[..., 0]).scatter(1, kept, 1.0)
         dead[0] = keep == 0
         return keep

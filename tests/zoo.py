@@ -16,7 +16,7 @@ from torchvision.models import VisionTransformer as TorchvisionViT
 from torchvision.models.vision_transformer import ConvStemConfig
 
 from families import SMALL, fill
-from laconic.hosts import find_host
+from laconic.core.backbone import find_host
 
 TEXT = dict(context_length=8, vocab_size=50, width=32, heads=2, layers=1)
 TOWER: dict[str, object] = dict(image_size=96, patch_size=16, width=48, layers=4, heads=3, mlp_ratio=2.0, output_dim=48)

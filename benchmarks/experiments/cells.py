@@ -20,27 +20,27 @@ from torch import nn
 from benchmarks.experiments.complement import split_once
 from benchmarks.experiments.looks import look
 from laconic.analysis.evaluate import answers
-from laconic.attach import reduce_
-from laconic.compression import find_compression
-from laconic.cost import summary
+from laconic.analysis.macs import summary
+from laconic.api import reduce_
+from laconic.cli.models import lower_resolution
+from laconic.cli.variants import mean_tokens
+from laconic.cli.weights import load
+from laconic.core.files import Refusal
+from laconic.core.method import METHODS
+from laconic.core.schedule import Schedule
+from laconic.core.token_reduction import find_reduction
 from laconic.data import ImageSet, open_images
 from laconic.data.generated import Scenes
-from laconic.files import Refusal
-from laconic.jobs.models import lower_resolution
-from laconic.jobs.variants import mean_tokens
-from laconic.jobs.weights import load
 from laconic.models.scenes import FOLDER, load_scorer
-from laconic.recipe import Recipe
-from laconic.reducer import METHODS
-from laconic.schedule import Schedule
-from laconic.training.feeding import train_transform
+from laconic.training.input_pipeline import train_transform
 from laconic.training.loop import Loop
-from laconic.training.running import Run, Running
+from laconic.training.recipe import Recipe
+from laconic.training.run_config import Run, Running
 
 BASE, SMALLER = "scenes_vit_small", "scenes_vit_tiny"
 BATCH = 32
 TESTED = 2000  # images of the test split
-LEAVING = {2: 50, 4: 25, 6: 12}  # patch tokens that blocks leave of 100, where methods are compared at one budget
+KEEP_COUNTS = {2: 50, 4: 25, 6: 12}  # patch tokens that blocks leave of 100, where methods are compared at one budget
 POLICIES = ("etps", "evit", "dtps", "dynamicvit")  # methods whose random policy is tested beside
 FINE_TUNING = (  # the same for all: scorers learn ten times as fast as the backbone
     f"optimization.batch_size={BATCH}",
@@ -57,7 +57,7 @@ class Cell:
     """What is tested. ``method`` is a name of `laconic.methods`, or one of those in `SPECIAL`.
 
     ``steps`` of fine-tuning (0: none) with batches of 32; ``seed`` orders the images and draws what is random. ``budget``: a
-    keep rate, counted as the method's paper does, or the tokens of `LEAVING` for all (methods that decide for every image do).
+    keep rate, counted as the method's paper does, or the tokens of `KEEP_COUNTS` for all (methods that decide for every image do).
     """
 
     method: str
@@ -118,7 +118,7 @@ def run(cell: Cell) -> dict[str, Any]:
         "agreement": accuracy.agreement,
         "correct": _packed(tested.correct),
     }
-    if find_compression(model) is not None and cell.data == "scenes":
+    if find_reduction(model) is not None and cell.data == "scenes":
         result |= look(model, images)
     if cell.method in POLICIES and cell.data == "scenes" and not cell.options and cell.steps and cell.keep in (0.7, 0.5):
         result["random_policy"] = [_by_chance(model, cell, draw) for draw in range(3)]
@@ -144,7 +144,7 @@ def _model(cell: Cell) -> nn.Module:
     if cell.method in ("unreduced", "smaller", "object-alone"):
         return model
     if cell.method == "half-at-random":
-        return reduce_(model, "random", schedule=Schedule.leaving({1: 50}))
+        return reduce_(model, "random", schedule=Schedule.keep_counts({1: 50}))
     if cell.method == "resolution":
         small = lower_resolution(model, mean_tokens(model, cell.keep))
         assert small is not None
@@ -163,8 +163,8 @@ def _budget(cell: Cell) -> dict[str, Any]:
         return {"keep": cell.keep}
     if METHODS[cell.method].count == "variable":
         return {}
-    halved = {6: 13} if METHODS[cell.method].config.halves else {}
-    return {"schedule": Schedule.leaving(LEAVING | halved)}
+    halved = {6: 13} if METHODS[cell.method].config.removes_at_most_half else {}
+    return {"schedule": Schedule.keep_counts(KEEP_COUNTS | halved)}
 
 
 def _fine_tune(model: nn.Module, cell: Cell) -> None:

@@ -7,17 +7,17 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from laconic.attach import reduce_
-from laconic.attention import Seen
-from laconic.hosts import find_host
+from laconic.api import reduce_
+from laconic.core.attention import AttentionView
+from laconic.core.backbone import find_host
+from laconic.core.method import BlockContext, Method, MethodInfo, Prune, Reducer
+from laconic.core.schedule import Schedule
+from laconic.core.tokens import Tokens
+from laconic.methods.ops import SCORES
 from laconic.methods.topk import drop
-from laconic.parts import SCORES
-from laconic.reducer import Method, Prune, Reducer, Row, Site
-from laconic.schedule import Schedule
-from laconic.tokens import Tokens
 
 
-def _least(tokens: Tokens, seen: Seen) -> Tensor:
+def _least(tokens: Tokens, seen: AttentionView) -> Tensor:
     return -SCORES["class"](tokens, seen)
 
 
@@ -25,13 +25,15 @@ def _least(tokens: Tokens, seen: Seen) -> Tensor:
 class LeastAttended(Method):
     """Keep the least attended tokens: nobody would, but to see what is in them."""
 
-    row: ClassVar[Row]
+    info: ClassVar[MethodInfo]
 
-    def build(self, site: Site) -> Reducer:
+    def build(self, site: BlockContext) -> Reducer:
         return Prune(_least, drop)
 
 
-LeastAttended.row = Row("least-attended", "keep the least attended", "2304.10716", LeastAttended, "between", "", "", False)
+LeastAttended.info = MethodInfo(
+    "least-attended", "keep the least attended", "2304.10716", LeastAttended, "between", "", "", False
+)
 
 
 def split_once(model: nn.Module, keep: float, *, others: bool) -> Any:
@@ -40,5 +42,5 @@ def split_once(model: nn.Module, keep: float, *, others: bool) -> Any:
     height, width = entry.grid(host)
     attended = round(keep * height * width)
     block = len(entry.blocks(host)) // 4
-    schedule = Schedule.leaving({block: height * width - attended if others else attended})
+    schedule = Schedule.keep_counts({block: height * width - attended if others else attended})
     return reduce_(model, LeastAttended() if others else "topk", schedule=schedule)

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from laconic.analysis.break_even import stepping
+from laconic.analysis.diversity import diversity_score
 from laconic.analysis.evaluate import transform_for
-from laconic.compression import compression_of
+from laconic.analysis.provenance import provenance
+from laconic.cli.patch_outcomes import fates
+from laconic.core.token_reduction import reduction_of
 from laconic.data import ImageSet
 from laconic.data.generated import Scenes
-from laconic.diversity import diversity_score
-from laconic.jobs.fates import fates
-from laconic.ledger import provenance
-from laconic.paying import stepping
 from laconic.training.token_labels import patch_labels
 
 LOOKED_AT = 200  # images
@@ -27,7 +27,7 @@ def look(model: nn.Module, images: ImageSet) -> dict[str, float]:
     """
     if not isinstance(images, Scenes):
         raise ValueError("only the generated benchmark knows where its objects are")
-    compression, transform, seen = compression_of(model), transform_for(model), list[torch.Tensor]()
+    reduction, transform, seen = reduction_of(model), transform_for(model), list[torch.Tensor]()
     pixels = torch.stack([transform(images[i][0]) for i in range(LOOKED_AT)])
 
     def look(own: Any, *arguments: Any) -> Any:
@@ -35,10 +35,10 @@ def look(model: nn.Module, images: ImageSet) -> dict[str, float]:
         seen.append(after.patches)
         return after
 
-    with stepping(compression, look), torch.inference_mode():
+    with stepping(reduction, look), torch.inference_mode():
         model(pixels)
     last = provenance(model).final
-    objects = patch_labels(images, list(range(LOOKED_AT)), compression.grid) < len(images.classes)
+    objects = patch_labels(images, list(range(LOOKED_AT)), reduction.grid) < len(images.classes)
     kept, merged, _ = fates(last).float().unbind(2)
     shares = {"own": kept, "held": kept + merged}
     out = {"diversity": diversity_score(seen[-1]).mean().item()} if seen else {}

@@ -10,7 +10,7 @@ from benchmarks.experiments.claims import KEEPS, SEEDS, STEPS, all_cells
 from benchmarks.experiments.plots import draw_diversity, draw_sweep, draw_toy
 from benchmarks.experiments.store import Results
 from benchmarks.experiments.tables import TABLES, Reader
-from laconic.files import write_atomically
+from laconic.core.files import write_atomically
 
 FIGURES = {
     "1-squeezing": ("squeezing", "Top-1 against the keep rate, fine-tuned equally"),

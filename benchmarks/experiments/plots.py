@@ -10,8 +10,8 @@ from typing import Any
 from benchmarks.experiments.claims import ALTERNATIVES, CUTS, DIVERSITY
 from benchmarks.experiments.statistics import accuracy
 from benchmarks.experiments.tables import Reader
-from laconic.extras import need
-from laconic.files import write_atomically
+from laconic.core.files import write_atomically
+from laconic.core.optional_deps import need
 
 
 def _drawn(path: Path, width: float, paint: Callable[[Any], None]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.experiments.cells import Cell
-from laconic.files import json_lines, write_atomically
+from laconic.core.files import json_lines, write_atomically
 
 Results = dict[Cell, dict[str, Any]]
 

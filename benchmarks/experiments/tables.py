@@ -25,7 +25,7 @@ from benchmarks.experiments.claims import (
 )
 from benchmarks.experiments.statistics import Estimate, accuracy, difference
 from benchmarks.experiments.store import Results
-from laconic.jobs.output import NONE, markdown
+from laconic.cli.output import NONE, markdown
 
 Options = tuple[tuple[str, Any], ...]
 

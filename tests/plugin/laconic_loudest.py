@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from laconic import Method, Reducer, Site, method
-from laconic.parts import split
+from laconic import BlockContext, Method, Reducer, method
+from laconic.methods.ops import topk_split
 
 
 class LoudestReducer(Reducer):
@@ -11,14 +11,14 @@ class LoudestReducer(Reducer):
 
     def between(self, tokens, seen, n):
         loudness = tokens.patches.float().norm(dim=-1)
-        return tokens.keep(split(loudness, n)[0])
+        return tokens.keep(topk_split(loudness, n)[0])
 
 
 @method(
     "loudest",
     title="Loudest: keep the longest tokens",
     paper="2308.04657",
-    moment="between",
+    phase="between",
     score="feature length",
     rest="dropped",
     trained=False,
@@ -27,8 +27,8 @@ class LoudestReducer(Reducer):
 class Loudest(Method):
     """``loudest`` has no options."""
 
-    def build(self, site: Site) -> Reducer:
+    def build(self, site: BlockContext) -> Reducer:
         return LoudestReducer()
 
-    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+    def macs(self, before: int, after: int, site: BlockContext) -> dict[str, int]:
         return {"elementwise": before * site.dim}

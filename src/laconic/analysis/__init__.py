@@ -1,1 +1,1 @@
-"""Measure and evaluate models: timing, memory, the machine, accuracy and its intervals."""
+"""What a reduced model costs and does: multiply-adds, time, where patches go, accuracy, diagnosis."""

@@ -16,10 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from laconic.analysis.accuracy import ALONE, COLUMNS, Accuracy, Answers, Processes
-from laconic.checkpoints import unwrapped
+from laconic.core.backbone import find_host, unwrapped
+from laconic.core.eval_mode import evaluating
 from laconic.data import ImageSet, Prepared
-from laconic.hosts import find_host
-from laconic.modes import evaluating
 
 __all__ = ["ALONE", "Accuracy", "Answers", "Processes", "answers", "evaluate", "make_loader", "transform_for"]
 

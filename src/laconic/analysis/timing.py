@@ -18,8 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from laconic.stopwatch import Run as Run
-from laconic.stopwatch import Time as Time
+from laconic.analysis.stopwatch import Run as Run
+from laconic.analysis.stopwatch import Time as Time
 
 APART = 4  # variants between two runs of the unreduced model
 TINY = 1e-12

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from laconic.core.optional_deps import need
 from laconic.data import scenes
 from laconic.data.folder import plain_split
 from laconic.data.pictures import ImageSet
-from laconic.extras import need
 
 SCENES = {"train": 36000, "val": 2000, "test": 2000}  # how many scenes a split has where no number is asked for
 DIGITS = {"test": 250, "val": 250, "train": 1297}  # in the order in which they are dealt out

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from laconic.core.optional_deps import missing, need
 from laconic.data.folder import SPLITS, plain_split
 from laconic.data.pictures import ImageSet, decode
 from laconic.data.sizes import Unreadable, check_bytes, check_size, strict, too_large
-from laconic.extras import missing, need
 
 STREAMS = ("wds", "hfids", "tfds")
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from laconic.core.method import nearest_names
 from laconic.data.folder import FolderImages
 from laconic.data.generated import Digits, Scenes
 from laconic.data.named import STREAMS, HubImages, TorchImages, refuse_stream
 from laconic.data.pictures import ImageSet, Part
 from laconic.data.tar import TarImages
-from laconic.reducer import nearest_names
 
 PREFIXES = ("tar", "hfds", "torch")
 NAMES = ("scenes", "digits", *(f"{prefix}/" for prefix in PREFIXES))

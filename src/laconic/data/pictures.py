@@ -100,7 +100,7 @@ def decode(data: bytes, name: str) -> Any:
 
     Raises:
         Unreadable: the data is cut off or damaged, as far as its format can tell, or it is no image; or it has no pixels, or
-            more than `laconic.limits` allows (they are not decoded).
+            more than `laconic.core.limits` allows (they are not decoded).
     """
     from PIL import Image, UnidentifiedImageError
 

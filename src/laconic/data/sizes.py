@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from laconic import limits
+from laconic.core import limits
 
 
 class Unreadable(ValueError):
@@ -31,7 +31,7 @@ def read_bytes(path: Path, name: str) -> bytes:
 
     Raises:
         OSError: there is no such file, or it may not be read.
-        Unreadable: it is a device or a pipe, or longer than `laconic.limits` allows.
+        Unreadable: it is a device or a pipe, or longer than `laconic.core.limits` allows.
     """
     facts = os.stat(path)
     if not stat.S_ISREG(facts.st_mode):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from laconic.exporting.graph import OPSET, TOPK_LIMIT, Graph, inspect, write_onnx
 from laconic.exporting.int8 import quantize
 from laconic.exporting.openvino import write_openvino
-from laconic.exporting.proof import TOLERANCE, Parity, prove
+from laconic.exporting.parity import TOLERANCE, Parity, prove
 from laconic.exporting.record import ExportReport
 from laconic.exporting.runtimes import RUNTIMES, runner
 from laconic.exporting.trace import Traced, trace, write_program

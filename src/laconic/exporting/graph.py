@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from laconic.core.optional_deps import need
 from laconic.exporting.trace import Traced
-from laconic.extras import need
 
 OPSET = 20
 OPSETS = (18, 23)  # the range that torch's exporter and onnxruntime share

@@ -11,7 +11,7 @@ import logging
 import warnings
 from pathlib import Path
 
-from laconic.extras import need
+from laconic.core.optional_deps import need
 
 
 def quantize(source: Path, target: Path) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from laconic.core.optional_deps import need
 from laconic.exporting.trace import Traced
-from laconic.extras import need
 
 
 def write_openvino(traced: Traced, onnx: Path, path: Path, opset: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from laconic.exporting.graph import Graph
-from laconic.exporting.proof import Parity
+from laconic.exporting.parity import Parity
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laconic.extras import need
+from laconic.core.optional_deps import need
 
 RUNTIMES = {"onnx": "ONNX Runtime", "torch-export": "torch", "openvino": "OpenVINO"}
 Runner = Callable[[Tensor], list[Tensor]]
@@ -54,7 +54,7 @@ def _openvino(path: Path, threads: int | None) -> Runner:
 
 
 def _torch(path: Path, threads: int | None) -> Runner:
-    from laconic.exporting.proof import tensors
+    from laconic.exporting.parity import tensors
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laconic.checkpoints import unwrapped
-from laconic.compression import find_compression
-from laconic.hosts import find_host, path_of
+from laconic.core.backbone import find_host, path_of, unwrapped
+from laconic.core.token_reduction import find_reduction
 
 BATCHES = (1, 3)  # images in the batches of the proof, where any number is allowed
 TRACED = 2  # images in the batch that is traced: torch takes 1 for a constant
@@ -41,18 +40,18 @@ class Traced:
         """What the file says of itself: model, method, schedule, versions."""
         from laconic import __version__
 
-        compression = find_compression(self.model)
+        reduction = find_reduction(self.model)
         facts = {"laconic": __version__, "torch": torch.__version__, "model": path_of(type(self.model))}
         architecture = getattr(self.model, "pretrained_cfg", None) or {}
         if isinstance(architecture, dict) and architecture.get("architecture"):
             facts["architecture"] = architecture["architecture"]
         facts["input"] = " x ".join(map(str, self.shape))
         facts["batch"] = "any" if self.batch is None else str(self.batch)
-        if compression is None:
+        if reduction is None:
             return {**facts, "method": "none"}
-        facts["method"] = json.dumps(compression.config.describe())
-        facts["schedule"] = json.dumps(compression.schedule.to_json())
-        facts["patch_tokens"] = json.dumps(list(compression.counts()))
+        facts["method"] = json.dumps(reduction.config.describe())
+        facts["schedule"] = json.dumps(reduction.schedule.to_json())
+        facts["patch_tokens"] = json.dumps(list(reduction.counts()))
         return facts
 
 
@@ -97,17 +96,17 @@ def copied(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: weights that are not float32, a method of variable counts.
     """
-    from laconic.doctor import twin
+    from laconic.analysis.diagnose import twin
 
     strange = {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}
     if strange:
         raise ValueError(
             f"export takes weights in float32, and this model has {', '.join(sorted(strange))}; model.float() first"
         )
-    compression = find_compression(model)
-    if compression is not None and compression.config.row.count == "variable":
+    reduction = find_reduction(model)
+    if reduction is not None and reduction.config.info.count == "variable":
         raise ValueError(
-            f"{compression.config.row.name} decides for every image how many tokens it keeps. A file of constant shapes could "
+            f"{reduction.config.info.name} decides for every image how many tokens it keeps. A file of constant shapes could "
             "only hold it masked: it would run every token and save nothing, so nothing is exported. Use a method of constant "
             "counts (laconic list names them), or run this one in PyTorch"
         )

@@ -1,10 +1,14 @@
-"""One file a method; the import here registers it. Every config imported here is a public name of `laconic` too.
+"""Token reduction methods, one file each; an import here registers a method. Steps that several share are in `ops`.
 
-`squeeze` (TPS) and `decouple` (BAT) hold steps that several methods share.
+`squeeze` (TPS) and `decouple` (BAT) hold what several methods of one paper share. Calling the package lists what is
+registered: ``laconic.methods()`` returns `laconic.core.method.MethodInfo` by name.
 """
 
-from typing import TYPE_CHECKING
+import sys
+import types
 
+from laconic.core.method import MethodInfo as MethodInfo
+from laconic.core.method import methods as _registered
 from laconic.methods.adavit import AdaViT as AdaViT
 from laconic.methods.atc import ATC as ATC
 from laconic.methods.ats import ATS as ATS
@@ -27,7 +31,7 @@ from laconic.methods.kmedoids import KMedoids as KMedoids
 from laconic.methods.ltmp import LTMP as LTMP
 from laconic.methods.mctf import MCTF as MCTF
 from laconic.methods.mlp_pool import MLPPool as MLPPool
-from laconic.methods.patch_slimming import PatchSlimming as PatchSlimming
+from laconic.methods.patch_slimming.method import PatchSlimming as PatchSlimming
 from laconic.methods.patchmerger import PatchMerger as PatchMerger
 from laconic.methods.pitome import PiToMe as PiToMe
 from laconic.methods.pool import AvgPool as AvgPool
@@ -42,7 +46,14 @@ from laconic.methods.tokenlearner import TokenLearner as TokenLearner
 from laconic.methods.tome import ToMe as ToMe
 from laconic.methods.topk import Random as Random
 from laconic.methods.topk import TopK as TopK
-from laconic.reducer import Method
 
-if not TYPE_CHECKING:  # type checkers read the imports above
-    __all__ = sorted(n for n, v in globals().items() if isinstance(v, type) and issubclass(v, Method) and v is not Method)
+
+class _Package(types.ModuleType):
+    """A package that lists the registered methods when it is called: `laconic.methods` is both."""
+
+    def __call__(self) -> dict[str, MethodInfo]:
+        """Return all registered methods by name, those of other packages among them."""
+        return _registered()
+
+
+sys.modules[__name__].__class__ = _Package

@@ -27,20 +27,20 @@ from typing import ClassVar, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from laconic.deciding import DecidingReducer
-from laconic.parts import Everywhere, demand, demand_class_token, joined, renamed, start_small
-from laconic.parts.usage import HEADS, LAYERS, LOGITS, TOKENS, USED, Everything, decided, use_losses
-from laconic.reducer import Reducer, Site, method
-from laconic.schedule import Schedule
-from laconic.tokens import Tokens
+from laconic.core.adaptive import AdaptiveReducer
+from laconic.core.method import BlockContext, Reducer, method
+from laconic.core.schedule import Schedule
+from laconic.core.tokens import Tokens
+from laconic.methods.ops import EveryBlock, joined, renamed, require, require_class_token, start_small
+from laconic.methods.ops.usage import HEADS, LAYERS, LOGITS, TOKENS, USED, Everything, decided, use_losses
 
 THEIRS = {"attn.token_select": "tokens", "head_select": "heads", "layer_select": "layers"}  # names of the layers
 
 
-class AdaViTReducer(DecidingReducer):
+class AdaViTReducer(AdaptiveReducer):
     """Decide what the block uses."""
 
-    def __init__(self, config: AdaViT, site: Site) -> None:
+    def __init__(self, config: AdaViT, site: BlockContext) -> None:
         super().__init__()
         self.config, later = config, site.block >= config.first
         self.norm, self.tokens = nn.LayerNorm(site.dim, eps=1e-6), nn.Linear(site.dim, 1)
@@ -54,31 +54,33 @@ class AdaViTReducer(DecidingReducer):
         every = F.pad(used, (tokens.prefix, 0), value=1.0).unsqueeze(1)
         by_class = {name: layer for name, layer in ((LAYERS, self.layers), (HEADS, self.heads)) if layer is not None}
         if by_class:
-            demand_class_token(tokens, "and adavit decides on heads and layers by the class token; pass policies='tokens'")
+            require_class_token(tokens, "and adavit decides on heads and layers by the class token; pass policies='tokens'")
         logits = {name: layer(tokens.x[:, 0].to(layer.weight.dtype)).float() for name, layer in by_class.items()}
         on = {name: self.decide(one, 0.5) for name, one in logits.items()}
         more = {LOGITS[name]: one for name, one in logits.items()} if self.config.entropy else {}
         for name, news in {TOKENS: every.mean(2), **on, **more}.items():
-            tokens = tokens.note_more(**{name: news})
-        tokens = tokens.replace(alive=used.detach(), columns={**tokens.columns, USED: used})
+            tokens = tokens.append_per_image(**{name: news})
+        tokens = tokens.replace(keep_mask=used.detach(), per_token={**tokens.per_token, USED: used})
         return tokens.switch(every * on[LAYERS].unsqueeze(2) if LAYERS in on else every, on.get(HEADS))
 
     def after(self, tokens: Tokens, n: int) -> Tokens:
-        return tokens.replace(alive=tokens.columns[USED])  # for the ledger, and with gradients; the next block decides anew
+        return tokens.replace(
+            keep_mask=tokens.per_token[USED]
+        )  # for the ledger, and with gradients; the next block decides anew
 
     def decide(self, logits: Tensor, threshold: float) -> Tensor:
         return decided(logits, threshold, self.config.tau if self.training else None)
 
     def losses(self, tokens: Tokens, rate: float) -> dict[str, Tensor]:
         last = self.site.schedule is not None and self.site.block == self.site.schedule.at[-1]
-        return use_losses(tokens.notes, self.config.target, self.config.diverse, self.config.entropy) if last else {}
+        return use_losses(tokens.per_image, self.config.target, self.config.diverse, self.config.entropy) if last else {}
 
 
 @method(
     "adavit",
     title="AdaViT: use tokens, heads and layers of a block as the image needs",
     paper="2111.15668",
-    moment="before",
+    phase="before",
     score="learned linear",
     rest="skipped, and back at the next block",
     trained=True,
@@ -86,8 +88,8 @@ class AdaViTReducer(DecidingReducer):
     count="variable",
 )
 @dataclass(frozen=True)
-class AdaViT(Everywhere):
-    """Options of ``adavit``: what is decided on and how, the use that training aims at, its further terms; `Deciding`'s."""
+class AdaViT(EveryBlock):
+    """Options of ``adavit``: what is decided on and how, the use that training aims at, its further terms; `AdaptiveMethod`'s."""
 
     policies: Literal["tokens", "tokens+heads", "tokens+layers", "tokens+heads+layers"] = "tokens"
     threshold: float = 0.6
@@ -101,24 +103,24 @@ class AdaViT(Everywhere):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        demand("adavit", "threshold", self.threshold, 0 < self.threshold < 1, "must be in (0, 1)")
-        demand("adavit", "target", self.target, 0 < self.target <= 1, "must be in (0, 1]")
-        demand("adavit", "tau", self.tau, self.tau > 0, "must be above 0")
+        require("adavit", "threshold", self.threshold, 0 < self.threshold < 1, "must be in (0, 1)")
+        require("adavit", "target", self.target, 0 < self.target <= 1, "must be in (0, 1]")
+        require("adavit", "tau", self.tau, self.tau > 0, "must be above 0")
         for term in ("diverse", "entropy"):
-            demand("adavit", term, getattr(self, term), getattr(self, term) >= 0, "must be 0 or more")
+            require("adavit", term, getattr(self, term), getattr(self, term) >= 0, "must be 0 or more")
 
-    def build(self, site: Site) -> Reducer:
+    def build(self, site: BlockContext) -> Reducer:
         at = None if site.schedule is None else site.schedule.at
         return AdaViTReducer(self, site) if at is None or site.block in at else Everything()
 
-    def works_at(self, schedule: Schedule, depth: int) -> Sequence[int]:
+    def reducer_blocks(self, schedule: Schedule, depth: int) -> Sequence[int]:
         return sorted({*schedule.at, *(block + 1 for block in schedule.at if block + 1 < depth)})
 
-    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+    def macs(self, before: int, after: int, site: BlockContext) -> dict[str, int]:
         by_class = (site.heads * ("heads" in self.policies) + 2 * ("layers" in self.policies)) * (site.block >= self.first)
         return {"matmul": (site.before + by_class) * site.dim, "layernorm": site.before * site.dim}
 
-    def official(self, weights: Mapping[str, Tensor], at: Sequence[int]) -> dict[str, Tensor]:
+    def convert_official(self, weights: Mapping[str, Tensor], at: Sequence[int]) -> dict[str, Tensor]:
         """Queries, keys and values in one layer, as timm has them; our LayerNorm starts as the block's."""
         block = rf"blocks\.({'|'.join(map(str, at))})\."
         rules = [(rf"{block}{their}\.mlp_head\.(.+)", rf"laconic.reducers.\1.{our}.\2") for their, our in THEIRS.items()]

@@ -7,7 +7,7 @@ tokens weighted by size, and the log of its size is added to every logit towards
 eq. 1). Without it sizes count in neither: a cluster is the plain mean of its tokens, as in the published code.
 
 Departures: the published code calls a library for every image on the CPU, here all images are clustered at once, on any
-device, one merge a step (see `laconic.parts.agglomerate`). Their order of tokens is arbitrary, ours by first member.
+device, one merge a step (see `laconic.methods.ops.agglomerate`). Their order of tokens is arbitrary, ours by first member.
 
 It is defined by all pairs of tokens: memory O(N^2) and N - n steps over it, so it is for short sequences.
 """
@@ -20,11 +20,11 @@ from typing import Literal
 
 import torch
 
-from laconic.attention import Seen
-from laconic.parts import agglomerate, cheapest, cosine, share
-from laconic.reducer import Method, Reducer, Site, method
-from laconic.schedule import of_the_initial
-from laconic.tokens import Tokens
+from laconic.core.attention import AttentionView
+from laconic.core.method import BlockContext, Method, Reducer, method
+from laconic.core.schedule import of_the_initial
+from laconic.core.tokens import Tokens
+from laconic.methods.ops import agglomerate, cheapest, cosine, group_normalize
 
 
 class ATCReducer(Reducer):
@@ -34,22 +34,22 @@ class ATCReducer(Reducer):
         super().__init__()
         self.linkage, self.proportional = linkage, proportional
 
-    def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
+    def between(self, tokens: Tokens, seen: AttentionView, n: int) -> Tokens:
         distance = 1 - cosine(seen.keys, seen.keys)
         cluster = agglomerate(distance, n, self.linkage)
         # a cluster stands in the place of its member nearest to all tokens, whatever their order
         lead = cheapest(distance.sum(2), cluster, n)
         if not self.proportional:
-            return tokens.merge(cluster, share(torch.ones_like(tokens.size), cluster, n), lead)
+            return tokens.merge(cluster, group_normalize(torch.ones_like(tokens.size), cluster, n), lead)
         tokens = tokens.merge(cluster, None, lead, complete=True)
-        return tokens.replace(gate=tokens.size)
+        return tokens.replace(attn_scale=tokens.size)
 
 
 @method(
     "atc",
     title="ATC: merge clusters, bottom-up",
     paper="2409.11923",
-    moment="between",
+    phase="between",
     score="key similarity",
     rest="merged by size",
     trained=False,
@@ -67,11 +67,11 @@ class ATC(Method):
     linkage: Literal["average", "complete", "single"] = "average"
     proportional: bool = True
 
-    def build(self, site: Site) -> Reducer:
+    def build(self, site: BlockContext) -> Reducer:
         return ATCReducer(self.linkage, self.proportional)
 
-    def leaves(self, rates: Sequence[float], n: int, patches: int) -> int:
+    def num_kept(self, rates: Sequence[float], n: int, patches: int) -> int:
         return of_the_initial(rates, n, patches)
 
-    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+    def macs(self, before: int, after: int, site: BlockContext) -> dict[str, int]:
         return {"matmul": before * before * (site.dim // site.heads)}

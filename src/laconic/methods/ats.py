@@ -24,27 +24,27 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from laconic.attention import Seen
-from laconic.deciding import Deciding, DecidingReducer
-from laconic.parts import SCORES, ScoreName, best_of_rows
-from laconic.reducer import Reducer, Site, method
-from laconic.tokens import Tokens
+from laconic.core.adaptive import AdaptiveMethod, AdaptiveReducer
+from laconic.core.attention import AttentionView
+from laconic.core.method import BlockContext, Reducer, method
+from laconic.core.tokens import Tokens
+from laconic.methods.ops import SCORES, ScoreName, best_of_rows
 
 
-class ATSReducer(DecidingReducer):
+class ATSReducer(AdaptiveReducer):
     """Score by attention and value, sample by the inverse of the cumulative sum."""
 
     def __init__(self, config: ATS) -> None:
         super().__init__()
         self.config = config
 
-    def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
-        there = tokens.there
+    def between(self, tokens: Tokens, seen: AttentionView, n: int) -> Tokens:
+        there = tokens.keep_mask_or_ones
         score = self.score(tokens, seen) * there
         sample = sorted_sample if self.config.sampling == "sorted" else raster_sample
         return self.leave(tokens, sample(score.detach(), there > 0, n))
 
-    def score(self, tokens: Tokens, seen: Seen) -> Tensor:
+    def score(self, tokens: Tokens, seen: AttentionView) -> Tensor:
         """Attention of the class token times the length of the value, [B, L]; only ratios count."""
         if self.config.values == "per-head" and self.config.score == "class":
             return (seen.cls_heads * seen.value_lengths).sum(1)
@@ -82,30 +82,30 @@ def _hit(u: Tensor, points: Tensor) -> Tensor:
     "ats",
     title="ATS: sample tokens by attention and value",
     paper="2111.15667",
-    moment="between",
+    phase="between",
     score="class attention",
     rest="dropped",
     trained=False,
     count="variable",
 )
 @dataclass(frozen=True)
-class ATS(Deciding):
-    """Options of ``ats``: how values are measured, how is sampled, what attention scores, and those of `Deciding`."""
+class ATS(AdaptiveMethod):
+    """Options of ``ats``: how values are measured, how is sampled, what attention scores, and those of `AdaptiveMethod`."""
 
     values: Literal["concatenated", "per-head"] = "concatenated"
     sampling: Literal["sorted", "raster"] = "sorted"
     score: ScoreName = "class"
 
-    def build(self, site: Site) -> Reducer:
+    def build(self, site: BlockContext) -> Reducer:
         return ATSReducer(self)
 
     def blocks(self, depth: int) -> tuple[int, ...]:
         """From a quarter of the depth on, at every block."""
         return tuple(range(depth // 4, depth))
 
-    def official(self, weights: Mapping[str, Tensor], at: Sequence[int]) -> dict[str, Tensor]:
+    def convert_official(self, weights: Mapping[str, Tensor], at: Sequence[int]) -> dict[str, Tensor]:
         """Their files hold the value of padding too, a row of zeros."""
         return {name: tensor for name, tensor in weights.items() if not name.endswith(".out_zero_mask")}
 
-    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+    def macs(self, before: int, after: int, site: BlockContext) -> dict[str, int]:
         return {"head_mean": before, "elementwise": before}

@@ -27,17 +27,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from laconic.deciding import DecidingReducer
-from laconic.masking import shown_of
-from laconic.parts import Everywhere, demand, depth_target, halting_divergence
-from laconic.reducer import Reducer, Site, method
-from laconic.schedule import Schedule
-from laconic.tokens import Tokens
+from laconic.core.adaptive import AdaptiveReducer
+from laconic.core.attention_bias import shown_of
+from laconic.core.method import BlockContext, Reducer, method
+from laconic.core.schedule import Schedule
+from laconic.core.tokens import Tokens
+from laconic.methods.ops import EveryBlock, depth_target, halting_divergence, require
 
 SPENT, ANSWER, PONDER, HALTING = "halting spent", "halting answer", "halting ponder", "halting scores"
 
 
-class AViTReducer(DecidingReducer):
+class AViTReducer(AdaptiveReducer):
     """Score, add up, and let go who has reached one."""
 
     straight_through = False
@@ -52,39 +52,41 @@ class AViTReducer(DecidingReducer):
         return self.site.block == self.site.depth - 1
 
     def after(self, tokens: Tokens, n: int) -> Tokens:
-        notes, prefix = tokens.notes, tokens.prefix
+        notes, prefix = tokens.per_image, tokens.prefix
         h = torch.sigmoid(self.config.gate_scale * tokens.x[..., 0].float() - self.config.gate_center)
         shown = shown_of(tokens)
         there = torch.ones_like(h) if shown is None else shown
-        spent = torch.cat([notes[SPENT], tokens.columns[SPENT]], 1) if SPENT in notes else torch.zeros_like(h)
+        spent = torch.cat([notes[SPENT], tokens.per_token[SPENT]], 1) if SPENT in notes else torch.zeros_like(h)
         on = torch.zeros_like(h) if self.last else (spent + h < 1 - self.config.eps) * there
         weight = there * torch.where(on > 0, h, 1 - spent)
         own = weight[:, :prefix].unsqueeze(-1) * tokens.x[:, :prefix].float()
         blocks = there * torch.where(on > 0, 1.0, 2 - spent)
-        everyone = prefix + tokens.where.shape[1]  # those that have left, too
+        everyone = prefix + tokens.token_of_patch.shape[1]  # those that have left, too
         answer, ponder = notes.get(ANSWER, 0.0) + own, notes.get(PONDER, 0.0) + blocks.sum(1) / everyone
-        tokens = tokens.note(**{PONDER: ponder}).note_more(**{HALTING: (h * there).sum(1, keepdim=True) / everyone})
+        tokens = tokens.set_per_image(**{PONDER: ponder}).append_per_image(
+            **{HALTING: (h * there).sum(1, keepdim=True) / everyone}
+        )
         if self.last:
             return tokens.replace(x=torch.cat([answer.to(tokens.x.dtype), tokens.patches], 1))
         spent = torch.where(on > 0, spent + h, spent)
-        tokens = tokens.note(**{ANSWER: answer, SPENT: spent[:, :prefix]})
-        columns = {**tokens.columns, SPENT: spent[:, prefix:]}
-        return self.leave(tokens, on[:, prefix:]).replace(shown=on[:, :prefix], columns=columns)
+        tokens = tokens.set_per_image(**{ANSWER: answer, SPENT: spent[:, :prefix]})
+        columns = {**tokens.per_token, SPENT: spent[:, prefix:]}
+        return self.leave(tokens, on[:, prefix:]).replace(visible_prefix=on[:, :prefix], per_token=columns)
 
     def losses(self, tokens: Tokens, rate: float) -> dict[str, Tensor]:
         schedule = self.site.schedule
-        if not self.last or schedule is None or PONDER not in tokens.notes:
+        if not self.last or schedule is None or PONDER not in tokens.per_image:
             return {}
-        target = depth_target(self.site.depth, self.config.target_depth, schedule.at, tokens.notes[HALTING])
-        divergence = halting_divergence(tokens.notes[HALTING].mean(0), target)
-        return {"ponder": tokens.notes[PONDER].mean(), "distribution": divergence}
+        target = depth_target(self.site.depth, self.config.target_depth, schedule.at, tokens.per_image[HALTING])
+        divergence = halting_divergence(tokens.per_image[HALTING].mean(0), target)
+        return {"ponder": tokens.per_image[PONDER].mean(), "distribution": divergence}
 
 
 @method(
     "avit",
     title="A-ViT: tokens halt when their scores sum to one",
     paper="2112.07658",
-    moment="after",
+    phase="after",
     score="first channel",
     rest="dropped",
     trained=True,
@@ -92,8 +94,8 @@ class AViTReducer(DecidingReducer):
     class_readout=True,
 )
 @dataclass(frozen=True)
-class AViT(Everywhere):
-    """Options of ``avit``: the halting score, the block that most are to halt at, the losses' weights; and `Deciding`'s."""
+class AViT(EveryBlock):
+    """Options of ``avit``: the halting score, the block that most are to halt at, the losses' weights; and `AdaptiveMethod`'s."""
 
     gate_scale: float = 10.0
     gate_center: float = 30.0
@@ -106,10 +108,10 @@ class AViT(Everywhere):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        demand("avit", "eps", self.eps, 0 < self.eps < 1, "must be between 0 and 1")
-        demand("avit", "target_depth", self.target_depth, self.target_depth >= 1, "must be a block from 1 on")
+        require("avit", "eps", self.eps, 0 < self.eps < 1, "must be between 0 and 1")
+        require("avit", "target_depth", self.target_depth, self.target_depth >= 1, "must be a block from 1 on")
 
-    def build(self, site: Site) -> Reducer:
+    def build(self, site: BlockContext) -> Reducer:
         return AViTReducer(self)
 
     def counts(self, schedule: Schedule, depth: int, patches: int) -> tuple[int, ...]:
@@ -121,5 +123,5 @@ class AViT(Everywhere):
     def loss_weights(self) -> dict[str, float]:
         return {"ponder": self.ponder, "distribution": self.distribution}
 
-    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+    def macs(self, before: int, after: int, site: BlockContext) -> dict[str, int]:
         return {"elementwise": before + 1 + site.dim}

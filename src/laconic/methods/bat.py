@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from laconic.attention import Seen
+from laconic.core.attention import AttentionView
+from laconic.core.method import BlockContext, Reducer, method
+from laconic.core.tokens import Tokens
 from laconic.methods.decouple import Decouple
-from laconic.parts import SCORES, ScoreName
-from laconic.reducer import Reducer, Site, method
-from laconic.tokens import Tokens
+from laconic.methods.ops import SCORES, ScoreName
 
 
 class MergeReducer(Reducer):
@@ -21,7 +21,7 @@ class MergeReducer(Reducer):
         super().__init__()
         self.config, self.score = config, score
 
-    def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
+    def between(self, tokens: Tokens, seen: AttentionView, n: int) -> Tokens:
         return self.config.merge(tokens, SCORES[self.score](tokens, seen), n, self.site)
 
 
@@ -29,7 +29,7 @@ class MergeReducer(Reducer):
     "bat",
     title="BAT: fuse similar attentive tokens, cluster the inattentive",
     paper="2211.11315",
-    moment="between",
+    phase="between",
     score="class attention",
     rest="density-peak clusters; attentive pairs fused",
     trained=False,
@@ -40,5 +40,5 @@ class BAT(Decouple):
 
     score: ScoreName = "class"
 
-    def build(self, site: Site) -> Reducer:
+    def build(self, site: BlockContext) -> Reducer:
         return MergeReducer(self, self.score)

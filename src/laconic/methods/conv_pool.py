@@ -18,12 +18,12 @@ from typing import Literal
 import torch
 from torch import nn
 
-from laconic.attention import Seen
+from laconic.core.attention import AttentionView
+from laconic.core.gather import gather_rows
+from laconic.core.method import BlockContext, Reducer, method
+from laconic.core.tokens import Tokens
+from laconic.methods.ops import group_normalize, runs, set_out
 from laconic.methods.resample import InSequence
-from laconic.parts import runs, set_out, share
-from laconic.reducer import Reducer, Site, method
-from laconic.rows import take
-from laconic.tokens import Tokens
 
 FIXED = "its weights fix the counts, so use the image size and the schedule that it was built with (no keep-rate warm-in)"
 
@@ -31,7 +31,7 @@ FIXED = "its weights fix the counts, so use the image size and the schedule that
 class ConvPoolReducer(Reducer):
     """A strided convolution over the sequence; at the start the mean of each stride."""
 
-    def __init__(self, options: ConvPool, site: Site) -> None:
+    def __init__(self, options: ConvPool, site: BlockContext) -> None:
         super().__init__()
         _, rest, pooled = options.parts(site.before, site.after)
         self.options, self.taps = options, -(-rest // pooled)
@@ -42,7 +42,7 @@ class ConvPoolReducer(Reducer):
             self.conv.weight.copy_(own / self.taps)
             nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
 
-    def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
+    def between(self, tokens: Tokens, seen: AttentionView, n: int) -> Tokens:
         kept, rest = self.options.part(tokens, seen, n, self.options.order)
         alone, count = kept.shape[1], n - kept.shape[1]
         if rest.shape[1] > self.taps * count:
@@ -51,13 +51,13 @@ class ConvPoolReducer(Reducer):
             )
         run, first = runs(rest, count)
         dst, lead = set_out(kept, rest, run, first)
-        weight = share(tokens.size, dst, n)
+        weight = group_normalize(tokens.size, dst, n)
         left = tokens.merge(dst, weight, lead)
         place = (first.unsqueeze(2) + torch.arange(self.taps, device=first.device)).flatten(1)  # [B, M * taps]
         at = place.clamp_max(rest.shape[1] - 1)
         inside = (place == at) & (run.gather(1, at) == torch.arange(count, device=at.device).repeat_interleave(self.taps))
         weight = (weight.gather(1, rest.gather(1, at)) * self.taps).masked_fill(~inside, 0.0)
-        x = (take(tokens.rows(rest), at) * weight.unsqueeze(-1)).to(self.conv.weight.dtype)
+        x = (gather_rows(tokens.rows(rest), at) * weight.unsqueeze(-1)).to(self.conv.weight.dtype)
         pooled = self.conv(x.transpose(1, 2)).transpose(1, 2).to(tokens.x.dtype)
         return left.replace(x=torch.cat([left.x[:, : tokens.prefix + alone], pooled], 1))
 
@@ -66,7 +66,7 @@ class ConvPoolReducer(Reducer):
     "conv-pool",
     title="Convolutional pooling: a learned strided convolution",
     paper="2211.11315",
-    moment="between",
+    phase="between",
     score="none",
     rest="convolved with its neighbours",
     trained=True,
@@ -78,10 +78,10 @@ class ConvPool(InSequence):
 
     kernel: Literal["depthwise", "full"] = "depthwise"
 
-    def build(self, site: Site) -> Reducer:
+    def build(self, site: BlockContext) -> Reducer:
         return ConvPoolReducer(self, site)
 
-    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+    def macs(self, before: int, after: int, site: BlockContext) -> dict[str, int]:
         _, rest, pooled = self.parts(before, after)
         inputs = 1 if self.kernel == "depthwise" else site.dim
         return {**super().macs(before, after, site), "matmul": -(-rest // pooled) * pooled * site.dim * inputs}

@@ -1,4 +1,4 @@
-"""DiffRate: Differentiable Compression Rate for Efficient Vision Transformers (Chen et al., ICCV 2023, arXiv:2305.17997).
+"""DiffRate: Differentiable TokenReduction Rate for Efficient Vision Transformers (Chen et al., ICCV 2023, arXiv:2305.17997).
 
 Between attention and MLP the patch tokens stand in line by class attention (mean over heads). The last of the line are
 pruned, down to p; then the tail [n:] of what is left is merged into its head [:n], each token into the head token with the
@@ -21,12 +21,12 @@ from dataclasses import dataclass
 
 import torch
 
-from laconic.attention import Seen
-from laconic.parts import SCORES, Score, ScoreName, nearest, share, split
-from laconic.reducer import Method, Reducer, Site, method
-from laconic.rows import add_rows, iota
-from laconic.schedule import Schedule
-from laconic.tokens import Tokens
+from laconic.core.attention import AttentionView
+from laconic.core.gather import add_rows, arange_like
+from laconic.core.method import BlockContext, Method, Reducer, method
+from laconic.core.schedule import Schedule
+from laconic.core.tokens import Tokens
+from laconic.methods.ops import SCORES, Score, ScoreName, group_normalize, nearest, topk_split
 
 FLOOR = 1e-3
 
@@ -44,26 +44,26 @@ class DiffRateReducer(Reducer):
         super().__init__()
         self.score, self.prune_kept, self.pruned = score, prune_kept, pruned
 
-    def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
+    def between(self, tokens: Tokens, seen: AttentionView, n: int) -> Tokens:
         p = after_pruning(len(tokens), n, self.prune_kept, self.pruned)
-        line, _ = split(self.score(tokens, seen), p)
+        line, _ = topk_split(self.score(tokens, seen), p)
         tokens = tokens.keep(line)
         if p == n:
             return tokens
         similarity, host = nearest(tokens.patches[:, n:], tokens.patches[:, :n])
-        head = iota(tokens.size[:, :n])
+        head = arange_like(tokens.size[:, :n])
         dst = torch.cat([head, host], 1)
-        gate = tokens.gates
+        gate = tokens.attn_scale_or_ones
         grown = gate * torch.cat([torch.ones_like(gate[:, :n]), similarity], 1)
-        tokens = tokens.merge(dst, share(torch.ones_like(tokens.size), dst, n), head)
-        return tokens.replace(gate=add_rows(grown, dst, n).clamp_min(FLOOR))
+        tokens = tokens.merge(dst, group_normalize(torch.ones_like(tokens.size), dst, n), head)
+        return tokens.replace(attn_scale=add_rows(grown, dst, n).clamp_min(FLOOR))
 
 
 @method(
     "diffrate",
     title="DiffRate: prune, then merge, as many as was learned",
     paper="2305.17997",
-    moment="between",
+    phase="between",
     score="class attention",
     rest="dropped or merged",
     trained=False,
@@ -92,12 +92,12 @@ class DiffRate(Method):
             if any(count < 2 for count in counts or ()):
                 raise ValueError(f"diffrate: {name} are counts of tokens, the class token and at least one more; got {counts}")
 
-    def build(self, site: Site) -> Reducer:
+    def build(self, site: BlockContext) -> Reducer:
         return DiffRateReducer(SCORES[self.score], self._prune_kept(site), self.pruned)
 
-    def plan(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
+    def default_schedule(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
         if self.merge_kept is None:
-            return super().plan(depth, keep, at)
+            return super().default_schedule(depth, keep, at)
         if keep is not None or at is not None:
             raise ValueError("diffrate: merge_kept says how many tokens every block leaves; give no keep and no at with it")
         prune_kept = self.prune_kept or self.merge_kept
@@ -107,16 +107,16 @@ class DiffRate(Method):
                 "blocks; give one for each block"
             )
         least = map(min, self.merge_kept, prune_kept)
-        return Schedule.leaving({block: count - 1 for block, count in enumerate(least)})
+        return Schedule.keep_counts({block: count - 1 for block, count in enumerate(least)})
 
     def may_rise(self) -> bool:
         return self.merge_kept is not None
 
-    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+    def macs(self, before: int, after: int, site: BlockContext) -> dict[str, int]:
         merged = after_pruning(before, after, self._prune_kept(site), self.pruned) - after
         return {"head_mean": before, "matmul": merged * after * site.dim}
 
-    def _prune_kept(self, site: Site) -> int | None:
+    def _prune_kept(self, site: BlockContext) -> int | None:
         if self.prune_kept is None:
             return None
         if site.block >= len(self.prune_kept):

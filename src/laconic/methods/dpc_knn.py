@@ -23,10 +23,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from laconic.parts import by_stage, density_peaks, precise, share
-from laconic.reducer import Method, Reducer, Site, method
-from laconic.schedule import of_the_initial
-from laconic.tokens import Tokens
+from laconic.core.method import BlockContext, Method, Reducer, method
+from laconic.core.schedule import of_the_initial
+from laconic.core.tokens import Tokens
+from laconic.methods.ops import by_stage, density_peaks, group_normalize, precise
 
 
 class DPCKNNReducer(Reducer):
@@ -39,7 +39,7 @@ class DPCKNNReducer(Reducer):
     def before(self, tokens: Tokens, n: int) -> Tokens:
         x = precise(tokens.patches.detach())  # densities are close: in float32 some centres come out in another order
         cluster, centres = density_peaks(x, n, assign="nearest", farthest="sample", neighbours=self.neighbours)
-        return tokens.merge(cluster, share(self.weight(tokens, cluster, n), cluster, n), centres)
+        return tokens.merge(cluster, group_normalize(self.weight(tokens, cluster, n), cluster, n), centres)
 
     def weight(self, tokens: Tokens, cluster: Tensor, n: int) -> Tensor:
         """e^{s_i}, over the largest of the cluster (which cancels, and cannot overflow)."""
@@ -54,7 +54,7 @@ class DPCKNNReducer(Reducer):
     "dpc-knn",
     title="DPC-KNN: merge density-peak clusters",
     paper="2308.04657",
-    moment="before",
+    phase="before",
     score="density and distance",
     rest="merged into the nearest density peak",
     trained=False,
@@ -77,7 +77,7 @@ class DPCKNN(Method):
         if self.neighbours < 1:
             raise ValueError(f"dpc-knn: neighbours must be at least 1, not {self.neighbours!r}")
 
-    def build(self, site: Site) -> Reducer:
+    def build(self, site: BlockContext) -> Reducer:
         score = None
         if self.weights == "learned":
             score = nn.Linear(site.dim, 1)
@@ -85,12 +85,12 @@ class DPCKNN(Method):
             nn.init.zeros_(score.bias)
         return DPCKNNReducer(score, self.neighbours)
 
-    def leaves(self, rates: Sequence[float], n: int, patches: int) -> int:
+    def num_kept(self, rates: Sequence[float], n: int, patches: int) -> int:
         return of_the_initial(rates, n, patches)
 
-    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+    def macs(self, before: int, after: int, site: BlockContext) -> dict[str, int]:
         learned = before * site.dim if self.weights == "learned" else 0
         return {"matmul": learned, "pairwise": before * before * site.dim, "elementwise": before * site.dim}
 
-    def official(self, weights: Mapping[str, Tensor], at: Sequence[int]) -> dict[str, Tensor]:
+    def convert_official(self, weights: Mapping[str, Tensor], at: Sequence[int]) -> dict[str, Tensor]:
         return by_stage(weights, at)

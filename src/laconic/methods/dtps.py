@@ -13,28 +13,28 @@ from functools import partial
 
 from torch import Tensor
 
-from laconic.attention import Seen
+from laconic.core.attention import AttentionView
+from laconic.core.gather import arange_like
+from laconic.core.method import BlockContext, Reducer, method
+from laconic.core.schedule import of_the_initial
+from laconic.core.tokens import Tokens
 from laconic.methods.dynamicvit import LearnedPrune, predictor_macs
+from laconic.methods.ops import arbitrary, by_stage
 from laconic.methods.squeeze import NOTED, Squeeze
-from laconic.parts import arbitrary, by_stage
-from laconic.reducer import Reducer, Site, method
-from laconic.rows import iota
-from laconic.schedule import of_the_initial
-from laconic.tokens import Tokens
 
 
 class WatchfulPrune(LearnedPrune):
     """`LearnedPrune` that notes the attention of the block before."""
 
-    def watch(self, tokens: Tokens, seen: Seen) -> Tokens:
-        return tokens.replace(columns={**tokens.columns, NOTED: seen.rows(iota(tokens.size))})
+    def watch(self, tokens: Tokens, seen: AttentionView) -> Tokens:
+        return tokens.replace(per_token={**tokens.per_token, NOTED: seen.rows(arange_like(tokens.size))})
 
 
 @method(
     "dtps",
     title="dTPS: prune by a learned score, squeeze the rest into their hosts",
     paper="2304.10716",
-    moment="before",
+    phase="before",
     score="learned predictor",
     rest="squeezed into the most similar kept token",
     trained=True,
@@ -44,8 +44,8 @@ class WatchfulPrune(LearnedPrune):
 class DTPS(Squeeze):
     """Options of ``dtps``: those of `Squeeze` (the random policy counts at inference only)."""
 
-    def build(self, site: Site) -> Reducer:
-        seed = self.seed * 1009 + site.stage
+    def build(self, site: BlockContext) -> Reducer:
+        seed = self.seed * 1009 + site.ordinal
         kind = LearnedPrune if self.similarity == "cosine" else WatchfulPrune
         return kind(site.dim, partial(self._hard, seed), self._soft)
 
@@ -56,15 +56,15 @@ class DTPS(Squeeze):
     def _soft(self, tokens: Tokens, keep: Tensor, gone: Tensor) -> Tokens:
         return _forget(self.soft_squeeze(tokens, keep, gone))
 
-    def leaves(self, rates: Sequence[float], n: int, patches: int) -> int:
+    def num_kept(self, rates: Sequence[float], n: int, patches: int) -> int:
         return of_the_initial(rates, n, patches)
 
-    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+    def macs(self, before: int, after: int, site: BlockContext) -> dict[str, int]:
         return dict(Counter(predictor_macs(before, site.dim)) + Counter(self.squeeze_macs(before, after, site.dim)))
 
-    def official(self, weights: Mapping[str, Tensor], at: Sequence[int]) -> dict[str, Tensor]:
+    def convert_official(self, weights: Mapping[str, Tensor], at: Sequence[int]) -> dict[str, Tensor]:
         return by_stage(weights, at, "score_predictor", "predictor.")
 
 
 def _forget(tokens: Tokens) -> Tokens:
-    return tokens.replace(columns={name: c for name, c in tokens.columns.items() if name != NOTED})
+    return tokens.replace(per_token={name: c for name, c in tokens.per_token.items() if name != NOTED})

@@ -21,12 +21,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from laconic.core.gather import arange_like
+from laconic.core.method import BlockContext, Method, Reducer, method
+from laconic.core.schedule import of_the_initial
+from laconic.core.tokens import Tokens
+from laconic.methods.ops import Predictor, by_stage, gumbel_keep, shuffled
 from laconic.methods.topk import drop
-from laconic.parts import Predictor, by_stage, gumbel_keep, shuffled
-from laconic.reducer import Method, Reducer, Site, method
-from laconic.rows import iota
-from laconic.schedule import of_the_initial
-from laconic.tokens import Tokens
 
 Rest = Callable[[Tokens, Tensor, int], Tokens]  # (tokens, score, n): reduce, at inference
 SoftRest = Callable[[Tokens, Tensor, Tensor], Tokens]  # (tokens, keep, gone): the same with soft decisions, in training
@@ -41,20 +41,20 @@ class LearnedPrune(Reducer):
         self.rest, self.soft_rest = rest, soft_rest
 
     def before(self, tokens: Tokens, n: int) -> Tokens:
-        log_probs = self.predictor(tokens.patches, tokens.alive)
+        log_probs = self.predictor(tokens.patches, tokens.keep_mask)
         if not self.training:
             return self.rest(tokens, log_probs[..., 0], n)
-        alive = tokens.there
+        alive = tokens.keep_mask_or_ones
         keep = gumbel_keep(log_probs) * alive
         return self.soft_rest(tokens, keep, (1 - keep) * alive)
 
     def losses(self, tokens: Tokens, rate: float) -> dict[str, Tensor]:
-        return {} if tokens.alive is None else {"ratio": (tokens.alive.mean(1) - rate).square().mean()}
+        return {} if tokens.keep_mask is None else {"ratio": (tokens.keep_mask.mean(1) - rate).square().mean()}
 
 
 def soft_drop(tokens: Tokens, keep: Tensor, gone: Tensor) -> Tokens:
     """Hide the dropped tokens."""
-    return tokens.fade(keep, torch.where(keep > 0, iota(keep), -1))
+    return tokens.soft_drop(keep, torch.where(keep > 0, arange_like(keep), -1))
 
 
 def _drop_by_chance(seed: int, tokens: Tokens, score: Tensor, n: int) -> Tokens:
@@ -71,7 +71,7 @@ def predictor_macs(before: int, dim: int) -> dict[str, int]:
     "dynamicvit",
     title="DynamicViT: prune by a learned score",
     paper="2106.02034",
-    moment="before",
+    phase="before",
     score="learned predictor",
     rest="dropped",
     trained=True,
@@ -87,16 +87,16 @@ class DynamicViT(Method):
     policy: Literal["original", "random"] = "original"
     seed: int = 0
 
-    def build(self, site: Site) -> Reducer:
+    def build(self, site: BlockContext) -> Reducer:
         if self.policy == "original":
             return LearnedPrune(site.dim, drop, soft_drop)
-        return LearnedPrune(site.dim, partial(_drop_by_chance, self.seed * 1009 + site.stage), soft_drop)
+        return LearnedPrune(site.dim, partial(_drop_by_chance, self.seed * 1009 + site.ordinal), soft_drop)
 
-    def leaves(self, rates: Sequence[float], n: int, patches: int) -> int:
+    def num_kept(self, rates: Sequence[float], n: int, patches: int) -> int:
         return of_the_initial(rates, n, patches)
 
-    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+    def macs(self, before: int, after: int, site: BlockContext) -> dict[str, int]:
         return predictor_macs(before, site.dim)
 
-    def official(self, weights: Mapping[str, Tensor], at: Sequence[int]) -> dict[str, Tensor]:
+    def convert_official(self, weights: Mapping[str, Tensor], at: Sequence[int]) -> dict[str, Tensor]:
         return by_stage(weights, at, "score_predictor", "predictor.")

@@ -13,18 +13,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from laconic.core.method import BlockContext, Reducer, method
+from laconic.core.schedule import of_the_initial
+from laconic.core.tokens import Tokens
 from laconic.methods.decouple import Decouple
 from laconic.methods.dynamicvit import predictor_macs
-from laconic.parts import Predictor, by_stage
-from laconic.reducer import Reducer, Site, method
-from laconic.schedule import of_the_initial
-from laconic.tokens import Tokens
+from laconic.methods.ops import Predictor, by_stage
 
 
 class LearnedMerge(Reducer):
     """A learned score before the block, then decouple and merge; in training too, straight through to the score."""
 
-    def __init__(self, config: DynamicViTBAT, site: Site) -> None:
+    def __init__(self, config: DynamicViTBAT, site: BlockContext) -> None:
         super().__init__()
         self.config = config
         self.predictor = Predictor(site.dim)
@@ -41,7 +41,7 @@ class LearnedMerge(Reducer):
     "dynamicvit+bat",
     title="DynamicViT's learned score with BAT's merger",
     paper="2211.11315",
-    moment="before",
+    phase="before",
     score="learned predictor",
     rest="density-peak clusters; attentive pairs fused",
     trained=True,
@@ -51,14 +51,14 @@ class LearnedMerge(Reducer):
 class DynamicViTBAT(Decouple):
     """Options of ``dynamicvit+bat``: those of ``bat``. Attentive are int(N0 * rate^stage); trained with real removal."""
 
-    def build(self, site: Site) -> Reducer:
+    def build(self, site: BlockContext) -> Reducer:
         return LearnedMerge(self, site)
 
-    def leaves(self, rates: Sequence[float], n: int, patches: int) -> int:
+    def num_kept(self, rates: Sequence[float], n: int, patches: int) -> int:
         return self.count(min(n, max(1, of_the_initial(rates, n, patches))), n, len(rates) - 1, rates[-1])
 
-    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+    def macs(self, before: int, after: int, site: BlockContext) -> dict[str, int]:
         return {**predictor_macs(before, site.dim), "pairwise": super().macs(before, after, site)["pairwise"]}
 
-    def official(self, weights: Mapping[str, Tensor], at: Sequence[int]) -> dict[str, Tensor]:
+    def convert_official(self, weights: Mapping[str, Tensor], at: Sequence[int]) -> dict[str, Tensor]:
         return by_stage(weights, at, "score_predictor", "predictor.")

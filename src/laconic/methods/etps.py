@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from laconic.attention import Seen
+from laconic.core.attention import AttentionView
+from laconic.core.method import BlockContext, Reducer, method
+from laconic.core.tokens import Tokens
+from laconic.methods.ops import SCORES, ScoreName, arbitrary
 from laconic.methods.squeeze import Squeeze
-from laconic.parts import SCORES, ScoreName, arbitrary
-from laconic.reducer import Reducer, Site, method
-from laconic.tokens import Tokens
 
 
 class ETPSReducer(Reducer):
@@ -22,7 +22,7 @@ class ETPSReducer(Reducer):
         super().__init__()
         self.config, self.seed = config, seed
 
-    def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
+    def between(self, tokens: Tokens, seen: AttentionView, n: int) -> Tokens:
         random = self.config.policy == "random"
         score = arbitrary(tokens, self.seed) if random else SCORES[self.config.score](tokens, seen)
         return self.config.squeeze(tokens, seen, score, n)
@@ -32,7 +32,7 @@ class ETPSReducer(Reducer):
     "etps",
     title="eTPS: prune by class attention, squeeze the rest into their hosts",
     paper="2304.10716",
-    moment="between",
+    phase="between",
     score="class attention",
     rest="squeezed into the most similar kept token",
     trained=False,
@@ -43,8 +43,8 @@ class ETPS(Squeeze):
 
     score: ScoreName = "class"
 
-    def build(self, site: Site) -> Reducer:
-        return ETPSReducer(self, self.seed * 1009 + site.stage)
+    def build(self, site: BlockContext) -> Reducer:
+        return ETPSReducer(self, self.seed * 1009 + site.ordinal)
 
-    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+    def macs(self, before: int, after: int, site: BlockContext) -> dict[str, int]:
         return {**self.squeeze_macs(before, after, site.dim), "head_mean": before}

@@ -19,23 +19,23 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from laconic.attention import Seen
+from laconic.core.attention import AttentionView
+from laconic.core.gather import arange_like
+from laconic.core.method import BlockContext, Method, Prune, Reducer, method
+from laconic.core.tokens import Tokens
+from laconic.methods.ops import SCORES, ScoreName, scatter_back, shuffled, topk_split
 from laconic.methods.topk import drop
-from laconic.parts import SCORES, ScoreName, lay, shuffled, split
-from laconic.reducer import Method, Prune, Reducer, Site, method
-from laconic.rows import iota
-from laconic.tokens import Tokens
 
 
 def pack(tokens: Tokens, score: Tensor, n: int) -> Tokens:
     """Keep the n - 1 highest scores, by falling score; then the packed token, in the place of the best of the rest."""
-    kept, rest = split(score, n - 1)
-    dst = lay(kept, rest, iota(kept), torch.full_like(rest, n - 1))
+    kept, rest = topk_split(score, n - 1)
+    dst = scatter_back(kept, rest, arange_like(kept), torch.full_like(rest, n - 1))
     weight = score.scatter(1, kept, 1.0)
     return tokens.merge(dst, weight, torch.cat([kept, rest[:, :1]], 1), complete=True)
 
 
-def _by_chance(score: str, seed: int, tokens: Tokens, seen: Seen) -> Tensor:
+def _by_chance(score: str, seed: int, tokens: Tokens, seen: AttentionView) -> Tensor:
     return shuffled(SCORES[score](tokens, seen), tokens, seed)
 
 
@@ -43,7 +43,7 @@ def _by_chance(score: str, seed: int, tokens: Tokens, seen: Seen) -> Tensor:
     "evit",
     title="EViT: pack the inattentive tokens into one",
     paper="2202.07800",
-    moment="between",
+    phase="between",
     score="class attention",
     rest="packed into one token",
     trained=False,
@@ -60,16 +60,16 @@ class EViT(Method):
     policy: Literal["original", "random"] = "original"
     seed: int = 0
 
-    def build(self, site: Site) -> Reducer:
+    def build(self, site: BlockContext) -> Reducer:
         score = SCORES[self.score]
         if self.policy == "random":
-            score = partial(_by_chance, self.score, self.seed * 1009 + site.stage)
+            score = partial(_by_chance, self.score, self.seed * 1009 + site.ordinal)
         if self.fuse:
             return Prune(score, pack)
-        return Prune(score, drop, looks="class" if self.score == "class" else "anywhere")
+        return Prune(score, drop, reads="class" if self.score == "class" else "anywhere")
 
-    def leaves(self, rates: Sequence[float], n: int, patches: int) -> int:
+    def num_kept(self, rates: Sequence[float], n: int, patches: int) -> int:
         return math.ceil(rates[-1] * n) + self.fuse
 
-    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+    def macs(self, before: int, after: int, site: BlockContext) -> dict[str, int]:
         return {"head_mean": before, "elementwise": site.dim * (before - after + 1) if self.fuse else 0}

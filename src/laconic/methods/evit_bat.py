@@ -9,17 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from laconic.core.method import BlockContext, Reducer, method
 from laconic.methods.bat import MergeReducer
 from laconic.methods.decouple import Decouple
-from laconic.parts import ScoreName
-from laconic.reducer import Reducer, Site, method
+from laconic.methods.ops import ScoreName
 
 
 @method(
     "evit+bat",
     title="EViT with BAT's merger in the place of its packed token",
     paper="2211.11315",
-    moment="between",
+    phase="between",
     score="class attention",
     rest="density-peak clusters, summed as EViT does; attentive pairs fused",
     trained=False,
@@ -31,5 +31,5 @@ class EViTBAT(Decouple):
     weights: Literal["normalised", "literal", "literal-clusters"] = "literal-clusters"
     score: ScoreName = "class"
 
-    def build(self, site: Site) -> Reducer:
+    def build(self, site: BlockContext) -> Reducer:
         return MergeReducer(self, self.score)

@@ -25,12 +25,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from laconic.attention import Seen
-from laconic.parts import CLASS_LOGITS, SCORES, ClassHead, ScoreName, SlowPath, demand, joined, renamed, split
-from laconic.reducer import Reducer, Site, method
-from laconic.rows import iota, take
-from laconic.schedule import Schedule
-from laconic.tokens import Tokens
+from laconic.core.attention import AttentionView
+from laconic.core.gather import arange_like, gather_rows
+from laconic.core.method import BlockContext, Reducer, method
+from laconic.core.schedule import Schedule
+from laconic.core.tokens import Tokens
+from laconic.methods.ops import CLASS_LOGITS, SCORES, ClassHead, ScoreName, SlowPath, joined, renamed, require, topk_split
 
 EVOLVED, ENTERED = "evolved attention", "representative"
 
@@ -38,7 +38,7 @@ EVOLVED, ENTERED = "evolved attention", "representative"
 class EvoViTReducer(Reducer):
     """Choose, part, evolve the scores, bring together: whatever is due at this block."""
 
-    def __init__(self, config: EvoViT, site: Site) -> None:
+    def __init__(self, config: EvoViT, site: BlockContext) -> None:
         super().__init__()
         read = config.second_head is not None and site.block == site.depth - 1
         self.config, self.second_head = config, ClassHead(site.dim, config.second_head or 0) if read else None
@@ -49,33 +49,33 @@ class EvoViTReducer(Reducer):
         return reduces or (self.second_head is not None and self.training)
 
     def before(self, tokens: Tokens, n: int) -> Tokens:
-        schedule, block, patches = self.site.schedule, self.site.block, tokens.where.shape[1]
+        schedule, block, patches = self.site.schedule, self.site.block, tokens.token_of_patch.shape[1]
         count = self.config.slow(schedule, block, patches)
         if count == patches or not self.config.chooses(schedule, block):
             return tokens
-        score = tokens.columns[EVOLVED]
-        slow, parked = split(score, count)
+        score = tokens.per_token[EVOLVED]
+        slow, parked = topk_split(score, count)
         aside, tokens = tokens.keep(parked), tokens.keep(slow)
         if self.config.update == "fast":
-            share = take(score, parked).unsqueeze(1)
+            share = gather_rows(score, parked).unsqueeze(1)
             mean = (share / share.sum(2, keepdim=True)) @ aside.patches.float()
-            tokens = tokens.append(mean, aside.place[:, :1])
-            tokens = tokens.note(**{ENTERED: tokens.patches[:, -1:]})
-        return tokens.replace(aside=aside)
+            tokens = tokens.append(mean, aside.origin_index[:, :1])
+            tokens = tokens.set_per_image(**{ENTERED: tokens.patches[:, -1:]})
+        return tokens.replace(parked=aside)
 
-    def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
-        now, old = SCORES[self.config.score](tokens, seen), tokens.columns.get(EVOLVED)
-        return tokens.replace(columns={**tokens.columns, EVOLVED: now if old is None else (old + now) / 2})
+    def between(self, tokens: Tokens, seen: AttentionView, n: int) -> Tokens:
+        now, old = SCORES[self.config.score](tokens, seen), tokens.per_token.get(EVOLVED)
+        return tokens.replace(per_token={**tokens.per_token, EVOLVED: now if old is None else (old + now) / 2})
 
     def after(self, tokens: Tokens, n: int) -> Tokens:
-        aside = tokens.aside
+        aside = tokens.parked
         if aside is not None and self.config.restores(self.site.schedule, self.site.block, self.site.depth):
             if self.config.update == "fast":
-                added = tokens.patches[:, -1:] - tokens.notes[ENTERED]
-                tokens = tokens.keep(iota(tokens.size)[:, :-1])
+                added = tokens.patches[:, -1:] - tokens.per_image[ENTERED]
+                tokens = tokens.keep(arange_like(tokens.size)[:, :-1])
                 aside = aside.replace(x=torch.cat([aside.x[:, : aside.prefix], aside.patches + added], 1))
-            notes = {name: note for name, note in tokens.notes.items() if name != ENTERED}
-            tokens = tokens.join(aside).replace(aside=None, notes=notes)
+            notes = {name: note for name, note in tokens.per_image.items() if name != ENTERED}
+            tokens = tokens.join(aside).replace(parked=None, per_image=notes)
         return tokens if self.second_head is None else self.second_head(tokens)
 
 
@@ -83,7 +83,7 @@ class EvoViTReducer(Reducer):
     "evovit",
     title="Evo-ViT: let the uninformative tokens sit out",
     paper="2108.01390",
-    moment="before",
+    phase="before",
     score="class attention",
     rest="parked, and brought back",
     trained=True,
@@ -100,21 +100,21 @@ class EvoViT(SlowPath):
     def __post_init__(self) -> None:
         super().__post_init__()
         fits = self.second_head is None or self.second_head >= 1
-        demand("evovit", "second_head", self.second_head, fits, "is a number of classes, or None")
+        require("evovit", "second_head", self.second_head, fits, "is a number of classes, or None")
 
-    def build(self, site: Site) -> Reducer:
+    def build(self, site: BlockContext) -> Reducer:
         return EvoViTReducer(self, site)
 
     def loss_weights(self) -> dict[str, float]:
         return {} if self.second_head is None else {"cross_entropy": 0.5, CLASS_LOGITS: 0.5}
 
-    def plan(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
+    def default_schedule(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
         blocks = (depth // 3, 2 * depth // 3) if at is None else tuple(at)
         if blocks and blocks[0] == 0:
             raise ValueError("evovit chooses by the attention of the block before; at must not name block 0")
         return Schedule.rates(0.5 if keep is None else keep, blocks)
 
-    def official(self, weights: Mapping[str, Tensor], at: Sequence[int]) -> dict[str, Tensor]:
+    def convert_official(self, weights: Mapping[str, Tensor], at: Sequence[int]) -> dict[str, Tensor]:
         """Their q, k and v lie apart, their norms and projections beside the blocks, and so does the second head."""
         last = max((int(name.split(".")[1]) for name in weights if name.startswith("norms.")), default=0)
         second = [rf"laconic.reducers.{last}.second_head.\1.\2"] if self.second_head is not None else []

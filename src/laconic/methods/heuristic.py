@@ -24,10 +24,10 @@ from typing import Literal
 
 import torch
 
-from laconic.parts import demand, distances, evenly, ring, split, square, within
-from laconic.reducer import Method, Reducer, Site, method
-from laconic.schedule import Schedule, of_the_initial, quarters
-from laconic.tokens import Tokens
+from laconic.core.method import BlockContext, Method, Reducer, method
+from laconic.core.schedule import Schedule, of_the_initial, quarters
+from laconic.core.tokens import Tokens
+from laconic.methods.ops import distances, evenly, require, ring, square, topk_split, within
 
 
 class HeuristicReducer(Reducer):
@@ -38,17 +38,17 @@ class HeuristicReducer(Reducer):
         self.norm, self.published = norm, published
 
     def before(self, tokens: Tokens, n: int) -> Tokens:
-        patches = tokens.where.shape[1]
+        patches = tokens.token_of_patch.shape[1]
         rows, columns = tokens.grid or square(patches)
         far = torch.tensor(distances(rows, columns, self.norm, self.published), device=tokens.x.device)
-        return tokens.keep(split(-far[tokens.place], n)[0].sort(1).values)
+        return tokens.keep(topk_split(-far[tokens.origin_index], n)[0].sort(1).values)
 
 
 @method(
     "heuristic",
     title="Heuristic: keep the middle of the image",
     paper="2308.04657",
-    moment="before",
+    phase="before",
     score="distance from the centre",
     rest="dropped",
     trained=False,
@@ -69,25 +69,25 @@ class Heuristic(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        demand("heuristic", "smallest", self.smallest, self.smallest >= 0, "must be a radius, 0 or more")
+        require("heuristic", "smallest", self.smallest, self.smallest >= 0, "must be a radius, 0 or more")
 
-    def build(self, site: Site) -> Reducer:
+    def build(self, site: BlockContext) -> Reducer:
         return HeuristicReducer(self.norm, self.count != "exact")
 
-    def plan(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
+    def default_schedule(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
         if self.count != "shrinking":
-            return super().plan(depth, keep, at)
+            return super().default_schedule(depth, keep, at)
         if keep is not None:
             raise ValueError("heuristic: with count='shrinking' the radius says how many stay: leave keep out, or change count")
         first, *_, last = quarters(depth)
-        return Schedule.deciding(range(first, last + 1) if at is None else at)
+        return Schedule.adaptive(range(first, last + 1) if at is None else at)
 
-    def leaves(self, rates: Sequence[float], n: int, patches: int) -> int:
+    def num_kept(self, rates: Sequence[float], n: int, patches: int) -> int:
         target = of_the_initial(rates, n, patches)
         return ring(patches, self.norm, target) if self.count == "radius" else target
 
     def counts(self, schedule: Schedule, depth: int, patches: int) -> tuple[int, ...]:
-        if self.count != "shrinking" or schedule.unit != "decide":
+        if self.count != "shrinking" or schedule.unit != "adaptive":
             return super().counts(schedule, depth, patches)
         first, last = schedule.at[0], schedule.at[-1]
         side, n, out = square(patches)[0], patches, []

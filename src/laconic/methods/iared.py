@@ -24,15 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from laconic.deciding import Deciding, DecidingReducer
-from laconic.parts import ScoreName, by_stage, demand, demand_class_token, renamed, start_small
-from laconic.reducer import Reducer, Site, method
-from laconic.tokens import Tokens
+from laconic.core.adaptive import AdaptiveMethod, AdaptiveReducer
+from laconic.core.method import BlockContext, Reducer, method
+from laconic.core.tokens import Tokens
+from laconic.methods.ops import ScoreName, by_stage, renamed, require, require_class_token, start_small
 
 LOG_PROBABILITY, KEPT = "log-probability of the draw", "share of the patches kept"
 
 
-class InterpreterReducer(DecidingReducer):
+class InterpreterReducer(AdaptiveReducer):
     """One interpreter, and its policy."""
 
     straight_through = False
@@ -43,22 +43,22 @@ class InterpreterReducer(DecidingReducer):
         start_small(self)
 
     def before(self, tokens: Tokens, n: int) -> Tokens:
-        there = tokens.there.detach()
+        there = tokens.keep_mask_or_ones.detach()
         informative = self.informative(tokens, there)
         stays = (draw(informative) if self.training else (informative > self.config.threshold).to(there.dtype)) * there
-        news = {KEPT: stays.sum(1, keepdim=True) / tokens.where.shape[1]}
+        news = {KEPT: stays.sum(1, keepdim=True) / tokens.token_of_patch.shape[1]}
         if self.training:
             p = informative.clamp(1e-6, 1 - 1e-6)
             log = torch.where(stays > 0, p.log(), (-p).log1p()) * there
             news[LOG_PROBABILITY] = log.sum(1, keepdim=True)
-        return self.leave(tokens, stays).note_more(**news)
+        return self.leave(tokens, stays).append_per_image(**news)
 
     def informative(self, tokens: Tokens, there: Tensor) -> Tensor:
         """How informative each patch token is, from 0 to 1, [B, L]."""
         x = F.layer_norm(tokens.x.to(self.qk.weight.dtype), tokens.x.shape[2:])
         (wq, wk, _), (bq, bk, _) = self.qk.weight.chunk(3), self.qk.bias.chunk(3)
         if self.config.score == "class":
-            demand_class_token(tokens, "so there is no class query to interpret with; pass score='mean-query'")
+            require_class_token(tokens, "so there is no class query to interpret with; pass score='mean-query'")
             asking = F.linear(x[:, 0], wq, bq).float()
         else:
             every = F.linear(x[:, tokens.prefix :], wq, bq).float()
@@ -77,7 +77,7 @@ def draw(probability: Tensor) -> Tensor:
     "iared",
     title="IA-RED2: drop what an interpreter finds redundant",
     paper="2106.12620",
-    moment="before",
+    phase="before",
     score="class attention",
     rest="dropped",
     trained=True,
@@ -85,8 +85,8 @@ def draw(probability: Tensor) -> Tensor:
     count="variable",
 )
 @dataclass(frozen=True)
-class IARED(Deciding):
-    """Options of ``iared``: those of the interpreters, and of `Deciding`."""
+class IARED(AdaptiveMethod):
+    """Options of ``iared``: those of the interpreters, and of `AdaptiveMethod`."""
 
     heads: int = 6  # of each interpreter; they must divide the width of the model
     threshold: float = 0.5  # how informative a token must be to stay
@@ -94,10 +94,10 @@ class IARED(Deciding):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        demand("iared", "heads", self.heads, self.heads >= 1, "is a number of heads, at least 1")
-        demand("iared", "threshold", self.threshold, 0 <= self.threshold < 1, "must be from 0 to below 1")
+        require("iared", "heads", self.heads, self.heads >= 1, "is a number of heads, at least 1")
+        require("iared", "threshold", self.threshold, 0 <= self.threshold < 1, "must be from 0 to below 1")
 
-    def build(self, site: Site) -> Reducer:
+    def build(self, site: BlockContext) -> Reducer:
         if site.dim % self.heads:
             fitting = [heads for heads in range(1, 17) if site.dim % heads == 0]
             unfit = f"{self.heads} heads do not divide the {site.dim} channels of this model"
@@ -108,12 +108,12 @@ class IARED(Deciding):
         """Three groups of as many blocks each."""
         return tuple(sorted({depth * group // 3 for group in range(3)}))
 
-    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+    def macs(self, before: int, after: int, site: BlockContext) -> dict[str, int]:
         """As in the tool: the projection of every token in three parts, of which two are needed."""
         width = site.dim
         return {"matmul": (before + 1) * 3 * width * width + before * width, "layernorm": (before + 1) * width}
 
-    def official(self, weights: Mapping[str, Tensor], at: Sequence[int]) -> dict[str, Tensor]:
+    def convert_official(self, weights: Mapping[str, Tensor], at: Sequence[int]) -> dict[str, Tensor]:
         """Their blocks lie there twice; what their own code loads is those of the groups."""
         return renamed(
             by_stage(weights, at, "groups"),

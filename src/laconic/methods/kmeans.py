@@ -5,7 +5,7 @@ mean of its tokens, so many times; then each cluster becomes its mean, sum of s_
 
 The paper does not say how centres begin, nor how a cluster is averaged; there is no code. Here nothing is random: centres
 begin at the tokens of highest score, or evenly spread over the image, and the same weights make the centres and the merged
-tokens, so that the weighted sum of squared distances falls. No cluster is empty (see `laconic.parts.kmeans`).
+tokens, so that the weighted sum of squared distances falls. No cluster is empty (see `laconic.methods.ops.kmeans`).
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Literal
 
 import torch
 
-from laconic.attention import Seen
+from laconic.core.attention import AttentionView
+from laconic.core.gather import arange_like
+from laconic.core.method import BlockContext, Reducer, method
+from laconic.core.tokens import Tokens
+from laconic.methods.ops import group_normalize, lloyd, set_out, strided
 from laconic.methods.resample import Order, Pool
-from laconic.parts import lloyd, set_out, share, strided
-from laconic.reducer import Reducer, Site, method
-from laconic.rows import iota
-from laconic.tokens import Tokens
 
 
 class KMeansReducer(Reducer):
@@ -30,7 +30,7 @@ class KMeansReducer(Reducer):
         super().__init__()
         self.options = options
 
-    def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
+    def between(self, tokens: Tokens, seen: AttentionView, n: int) -> Tokens:
         options, weight = self.options, tokens.size
         if options.weights == "importance":
             weight = options.scored(tokens, seen)
@@ -39,17 +39,17 @@ class KMeansReducer(Reducer):
         order: Order = "score" if options.init == "top-score" else "raster"
         kept, rest = options.part(tokens, seen, n, order)
         clusters = n - kept.shape[1]
-        first = iota(rest[:, :clusters]) if options.init == "top-score" else strided(rest, clusters)
+        first = arange_like(rest[:, :clusters]) if options.init == "top-score" else strided(rest, clusters)
         found = lloyd(tokens.rows(rest), weight.gather(1, rest), first, options.iterations)
         dst, lead = set_out(kept, rest, *found)
-        return tokens.merge(dst, share(weight, dst, n), lead)
+        return tokens.merge(dst, group_normalize(weight, dst, n), lead)
 
 
 @method(
     "kmeans",
     title="k-means: merge clusters of tokens",
     paper="2211.11315",
-    moment="between",
+    phase="between",
     score="class attention",
     rest="k-means clusters",
     trained=False,
@@ -73,10 +73,10 @@ class KMeans(Pool):
         if self.iterations < 1:
             raise ValueError(f"kmeans: iterations must be at least 1, not {self.iterations!r}")
 
-    def build(self, site: Site) -> Reducer:
+    def build(self, site: BlockContext) -> Reducer:
         return KMeansReducer(self)
 
-    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+    def macs(self, before: int, after: int, site: BlockContext) -> dict[str, int]:
         _, rest, clusters = self.parts(before, after)
         scored = self.pooled == "inattentive" or self.init == "top-score" or self.weights == "importance"
         return {"pairwise": self.iterations * rest * clusters * site.dim, "head_mean": before * scored}

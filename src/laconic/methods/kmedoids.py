@@ -25,11 +25,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from laconic.attention import Seen
-from laconic.parts import medoids_of, nearest_medoid, precise, split, spread, squared_distances
-from laconic.reducer import Method, Reducer, Site, method
-from laconic.schedule import of_the_initial
-from laconic.tokens import Tokens
+from laconic.core.attention import AttentionView
+from laconic.core.method import BlockContext, Method, Reducer, method
+from laconic.core.schedule import of_the_initial
+from laconic.core.tokens import Tokens
+from laconic.methods.ops import medoids_of, nearest_medoid, precise, spread, squared_distances, topk_split
 
 RECEIVED = "attention received before"  # column [B, L]: of the block before, mean over heads and queries
 
@@ -41,11 +41,11 @@ class KMedoidsReducer(Reducer):
         super().__init__()
         self.iterations, self.cost = iterations, cost
 
-    def watch(self, tokens: Tokens, seen: Seen) -> Tokens:
-        return tokens.replace(columns={**tokens.columns, RECEIVED: seen.received.detach()})
+    def watch(self, tokens: Tokens, seen: AttentionView) -> Tokens:
+        return tokens.replace(per_token={**tokens.per_token, RECEIVED: seen.received.detach()})
 
     def before(self, tokens: Tokens, n: int) -> Tokens:
-        columns = dict(tokens.columns)
+        columns = dict(tokens.per_token)
         if RECEIVED not in columns:
             raise LookupError(
                 "kmedoids: its weights are the attention received in the block before the one it reduces at, and there is none "
@@ -53,8 +53,8 @@ class KMedoidsReducer(Reducer):
             )
         weight = columns.pop(RECEIVED)
         distance = squared_distances(precise(tokens.patches.detach())).sqrt()
-        medoids = medoids_of(distance, weight, split(weight, n)[0], self.iterations, self.cost)
-        return stand_for(tokens.replace(columns=columns), distance, medoids)
+        medoids = medoids_of(distance, weight, topk_split(weight, n)[0], self.iterations, self.cost)
+        return stand_for(tokens.replace(per_token=columns), distance, medoids)
 
 
 class EqualKMedoidsReducer(Reducer):
@@ -80,7 +80,7 @@ def stand_for(tokens: Tokens, distance: Tensor, medoids: Tensor) -> Tokens:
     "kmedoids",
     title="K-Medoids: keep the tokens that stand for clusters",
     paper="2308.04657",
-    moment="before",
+    phase="before",
     score="attention received",
     rest="represented by the nearest medoid",
     trained=False,
@@ -100,12 +100,12 @@ class KMedoids(Method):
     weights: Literal["attention", "equal"] = "attention"
     cost: Literal["published", "members"] = "published"
 
-    def build(self, site: Site) -> Reducer:
+    def build(self, site: BlockContext) -> Reducer:
         kind = KMedoidsReducer if self.weights == "attention" else EqualKMedoidsReducer
         return kind(self.iterations, self.cost)
 
-    def leaves(self, rates: Sequence[float], n: int, patches: int) -> int:
+    def num_kept(self, rates: Sequence[float], n: int, patches: int) -> int:
         return of_the_initial(rates, n, patches)
 
-    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+    def macs(self, before: int, after: int, site: BlockContext) -> dict[str, int]:
         return {"pairwise": before * before * site.dim}

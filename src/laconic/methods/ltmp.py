@@ -29,15 +29,15 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from laconic.attention import Seen
-from laconic.deciding import Deciding, DecidingReducer
-from laconic.parts import WORK, above, absorb, demand, highest_given, matches, renamed, work_left, work_planned
-from laconic.reducer import Reducer, Site, method
-from laconic.rows import iota
-from laconic.tokens import Tokens
+from laconic.core.adaptive import AdaptiveMethod, AdaptiveReducer
+from laconic.core.attention import AttentionView
+from laconic.core.gather import arange_like
+from laconic.core.method import BlockContext, Reducer, method
+from laconic.core.tokens import Tokens
+from laconic.methods.ops import WORK, above, absorb, highest_given, matches, renamed, require, work_left, work_planned
 
 
-class LTMPReducer(DecidingReducer):
+class LTMPReducer(AdaptiveReducer):
     """Merge what is alike, prune what is overlooked, as far as the thresholds say."""
 
     def __init__(self, config: LTMP) -> None:
@@ -50,34 +50,34 @@ class LTMPReducer(DecidingReducer):
         """1 where the values are above the threshold, else 0."""
         return above(values, threshold.float(), self.config.tau if self.training else None)
 
-    def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
+    def between(self, tokens: Tokens, seen: AttentionView, n: int) -> Tokens:
         before, holes = tokens, self.training or self.config.execution == "masked"
         importance = seen.matrix.mean((1, 2))[:, tokens.prefix :] if holes else seen.received
         merges, into = matches(tokens, seen.keys, partial(self.above, threshold=self.merging))
         tokens = self.leave(absorb(tokens, merges, into), 1 - merges, into)
         tokens = self.leave(tokens, self.above(highest_given(importance, merges, into), self.pruning))
         if self.training:
-            tokens = tokens.note(**{WORK: work_left(before, tokens, self.site)})
-        rank = (iota(tokens.size) + tokens.prefix) % 2
-        if tokens.alive is not None and not holes:
-            rank = rank + 2 * (tokens.alive <= 0)
+            tokens = tokens.set_per_image(**{WORK: work_left(before, tokens, self.site)})
+        rank = (arange_like(tokens.size) + tokens.prefix) % 2
+        if tokens.keep_mask is not None and not holes:
+            rank = rank + 2 * (tokens.keep_mask <= 0)
         return tokens.keep(rank.sort(dim=1, stable=True).indices)
 
     def losses(self, tokens: Tokens, rate: float) -> dict[str, Tensor]:
         schedule, aim = self.site.schedule, self.config.flops
-        if WORK not in tokens.notes or schedule is None or self.site.block != schedule.at[-1]:
+        if WORK not in tokens.per_image or schedule is None or self.site.block != schedule.at[-1]:
             return {}
-        if schedule.unit != "decide":
-            counts = self.config.counts(schedule, self.site.depth, tokens.where.shape[1])
+        if schedule.unit != "adaptive":
+            counts = self.config.counts(schedule, self.site.depth, tokens.token_of_patch.shape[1])
             aim = work_planned(tokens, self.site, counts)
-        return {"flops": (tokens.notes[WORK].mean() - aim).square()}
+        return {"flops": (tokens.per_image[WORK].mean() - aim).square()}
 
 
 @method(
     "ltmp",
     title="LTMP: learned thresholds for merging and pruning",
     paper="2307.10780",
-    moment="between",
+    phase="between",
     score="key similarity, attention received",
     rest="merged by size, or dropped",
     trained=True,
@@ -86,8 +86,8 @@ class LTMPReducer(DecidingReducer):
     full_attention=True,
 )
 @dataclass(frozen=True)
-class LTMP(Deciding):
-    """Options of ``ltmp``: the thresholds and how they are trained, and those of `Deciding`.
+class LTMP(AdaptiveMethod):
+    """Options of ``ltmp``: the thresholds and how they are trained, and those of `AdaptiveMethod`.
 
     Args:
         merge: threshold of similarity that training starts from.
@@ -103,10 +103,10 @@ class LTMP(Deciding):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        demand("ltmp", "tau", self.tau, self.tau > 0, "is a temperature, above 0")
-        demand("ltmp", "flops", self.flops, 0 < self.flops <= 1, "is a share of the work, above 0 and up to 1")
+        require("ltmp", "tau", self.tau, self.tau > 0, "is a temperature, above 0")
+        require("ltmp", "flops", self.flops, 0 < self.flops <= 1, "is a share of the work, above 0 and up to 1")
 
-    def build(self, site: Site) -> Reducer:
+    def build(self, site: BlockContext) -> Reducer:
         return LTMPReducer(self)
 
     def blocks(self, depth: int) -> tuple[int, ...]:
@@ -116,10 +116,10 @@ class LTMP(Deciding):
         """As published."""
         return {"flops": 10.0}
 
-    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+    def macs(self, before: int, after: int, site: BlockContext) -> dict[str, int]:
         pairs = (before // 2) * (before - before // 2)
         return {"matmul": pairs * (site.dim // site.heads), "elementwise": before, "head_mean": before * before}
 
-    def official(self, weights: Mapping[str, Tensor], at: Sequence[int]) -> dict[str, Tensor]:
+    def convert_official(self, weights: Mapping[str, Tensor], at: Sequence[int]) -> dict[str, Tensor]:
         names = (("merge", "merging"), ("prune", "pruning"))
         return renamed(weights, *((rf"blocks\.(\d+)\.{a}_masker\.threshold", rf"laconic.reducers.\1.{b}") for a, b in names))

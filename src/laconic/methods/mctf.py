@@ -28,13 +28,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from laconic.attention import Seen
-from laconic.parts import Pairing, both_ways, by_parity, cosine, demand, fuse, share, soften, taking_away
-from laconic.reducer import Reducer, Site, method
-from laconic.rows import take
-from laconic.schedule import Schedule
-from laconic.shapes import Float
-from laconic.tokens import Tokens
+from laconic.core.attention import AttentionView
+from laconic.core.gather import gather_rows
+from laconic.core.method import BlockContext, Reducer, method
+from laconic.core.schedule import Schedule
+from laconic.core.shape_types import Float
+from laconic.core.tokens import Tokens
+from laconic.methods.ops import Pairing, both_ways, by_parity, cosine, fuse, group_normalize, remove_schedule, require, soften
 
 LEAST = 9
 RECEIVED = "attention received in this block"  # column [B, L]: mean over heads and queries
@@ -55,12 +55,12 @@ class Fusion(Reducer):
             raise ValueError(f"mctf merges away at most half of the tokens of a block: {r} of {len(tokens)} were asked for")
         there = r // 2 if self.direction == "both" else r
         dst, lead = both_ways(self.score(tokens, received, a, b), a, b, there, r - there)
-        return dst, share(received * tokens.size, dst, n), lead
+        return dst, group_normalize(received * tokens.size, dst, n), lead
 
     def score(self, tokens: Tokens, received: Tensor, a: Tensor, b: Tensor) -> Float[Tensor, "B M K"]:
         """How well each token of ``a`` goes with each of ``b``."""
         x = tokens.patches.detach()
-        score = soften((cosine(take(x, a), take(x, b)) + 1).clamp_min(0.0) / 2, self.tau[0])
+        score = soften((cosine(gather_rows(x, a), gather_rows(x, b)) + 1).clamp_min(0.0) / 2, self.tau[0])
         for much, tau in ((received.detach(), self.tau[1]), (tokens.size, self.tau[2])):
             much = much.clamp_min(torch.finfo(much.dtype).tiny)
             little = soften(much.amin(1, keepdim=True) / much, tau)
@@ -71,32 +71,32 @@ class Fusion(Reducer):
 class MCTFReducer(Fusion):
     """Merge before the block by the attention that it would compute, and hand the merged attention on."""
 
-    def ahead(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
+    def ahead(self, tokens: Tokens, seen: AttentionView, n: int) -> Tokens:
         attention = seen.matrix
         dst, weight, lead = self.groups(tokens, attention.mean((1, 2))[:, tokens.prefix :], n)
         tokens = tokens.merge(dst, weight, lead, complete=True)
-        return tokens.replace(gate=tokens.size, attention=fuse(attention, dst, weight, n))
+        return tokens.replace(attn_scale=tokens.size, attention=fuse(attention, dst, weight, n))
 
 
 class LateMCTFReducer(Fusion):
     """Merge after the block, by the attention that it has computed of the unmerged tokens."""
 
-    def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
-        return tokens.replace(columns={**tokens.columns, RECEIVED: seen.received.detach()})
+    def between(self, tokens: Tokens, seen: AttentionView, n: int) -> Tokens:
+        return tokens.replace(per_token={**tokens.per_token, RECEIVED: seen.received.detach()})
 
     def after(self, tokens: Tokens, n: int) -> Tokens:
-        columns = dict(tokens.columns)
-        tokens = tokens.replace(columns=columns)
+        columns = dict(tokens.per_token)
+        tokens = tokens.replace(per_token=columns)
         dst, weight, lead = self.groups(tokens, columns.pop(RECEIVED), n)
         tokens = tokens.merge(dst, weight, lead, complete=True)
-        return tokens.replace(gate=tokens.size)
+        return tokens.replace(attn_scale=tokens.size)
 
 
 @method(
     "mctf",
     title="MCTF: merge what is alike, uninformative and small",
     paper="2403.10030",
-    moment="ahead",
+    phase="ahead",
     score="similarity, attention received and size",
     rest="merged by attention and size",
     trained=False,
@@ -128,29 +128,29 @@ class MCTF(Pairing):
         super().__post_init__()
         for name in ("tau_sim", "tau_info", "tau_size"):
             tau = getattr(self, name)
-            demand("mctf", name, tau, tau >= 0, "must be 0 (off) or a positive temperature")
+            require("mctf", name, tau, tau >= 0, "must be 0 (off) or a positive temperature")
 
-    def build(self, site: Site) -> Reducer:
+    def build(self, site: BlockContext) -> Reducer:
         kind = MCTFReducer if self.one_step_ahead else LateMCTFReducer
         return kind((self.tau_sim, self.tau_info, self.tau_size), self.direction)
 
-    def plan(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
+    def default_schedule(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
         if self.r is None:
-            return super().plan(depth, keep, at)
+            return super().default_schedule(depth, keep, at)
         self.check_alone("r", keep)
-        return taking_away("mctf", self.r, range(min(1, depth - 1), depth) if at is None else at)
+        return remove_schedule("mctf", self.r, range(min(1, depth - 1), depth) if at is None else at)
 
-    def leaves(self, rates: Sequence[float], n: int, patches: int) -> int:
+    def num_kept(self, rates: Sequence[float], n: int, patches: int) -> int:
         return max(n - int((n + 1) * (1 - rates[-1]) + 1e-9), n - n // 2, min(n, LEAST))
 
     def counts(self, schedule: Schedule, depth: int, patches: int) -> tuple[int, ...]:
         counts = super().counts(schedule, depth, patches)
-        return tuple(max(n, min(patches, LEAST)) for n in counts) if schedule.unit == "remove" else counts
+        return tuple(max(n, min(patches, LEAST)) for n in counts) if schedule.unit == "remove_counts" else counts
 
-    def inside(self, before: int, after: int, site: Site) -> tuple[int, int]:
-        return super().inside(before, after, site) if self.one_step_ahead else (before, before)
+    def tokens_inside(self, before: int, after: int, site: BlockContext) -> tuple[int, int]:
+        return super().tokens_inside(before, after, site) if self.one_step_ahead else (before, before)
 
-    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+    def macs(self, before: int, after: int, site: BlockContext) -> dict[str, int]:
         matched = (before // 2) * (before - before // 2) * site.dim
         if not self.one_step_ahead:
             return {"matmul": matched}

@@ -16,17 +16,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from laconic.attention import Seen
+from laconic.core.attention import AttentionView
+from laconic.core.method import BlockContext, Reducer, method
+from laconic.core.tokens import Tokens
 from laconic.methods.conv_pool import FIXED
 from laconic.methods.resample import InSequence
-from laconic.reducer import Reducer, Site, method
-from laconic.tokens import Tokens
 
 
 class MLPPoolReducer(Reducer):
     """A linear layer over the sequence; at the start the mean of each run."""
 
-    def __init__(self, options: MLPPool, site: Site) -> None:
+    def __init__(self, options: MLPPool, site: BlockContext) -> None:
         super().__init__()
         _, rest, pooled = options.parts(site.before, site.after)
         self.options = options
@@ -36,7 +36,7 @@ class MLPPoolReducer(Reducer):
             self.mix.weight.copy_(own / own.sum(1, keepdim=True))
             self.mix.bias.zero_()
 
-    def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
+    def between(self, tokens: Tokens, seen: AttentionView, n: int) -> Tokens:
         kept, rest = self.options.part(tokens, seen, n, self.options.order)
         counts, built = (rest.shape[1], n - kept.shape[1]), (self.mix.in_features, self.mix.out_features)
         if counts != built:
@@ -63,7 +63,7 @@ def _matrix(kept: Tensor, rest: Tensor, weight: Tensor) -> Tensor:
     "mlp-pool",
     title="MLP pooling: a learned linear layer over the tokens",
     paper="2211.11315",
-    moment="between",
+    phase="between",
     score="none",
     rest="mixed by learned weights",
     trained=True,
@@ -73,10 +73,10 @@ def _matrix(kept: Tensor, rest: Tensor, weight: Tensor) -> Tensor:
 class MLPPool(InSequence):
     """Options of ``mlp-pool``: those of `InSequence`."""
 
-    def build(self, site: Site) -> Reducer:
+    def build(self, site: BlockContext) -> Reducer:
         return MLPPoolReducer(self, site)
 
-    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+    def macs(self, before: int, after: int, site: BlockContext) -> dict[str, int]:
         _, rest, pooled = self.parts(before, after)
         # the layer, and the sizes
         return {**super().macs(before, after, site), "matmul": rest * pooled * site.dim + before * after}

@@ -17,15 +17,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from laconic.parts import Mixer, Slots
-from laconic.reducer import Reducer, Site, method
-from laconic.tokens import Tokens
+from laconic.core.method import BlockContext, Reducer, method
+from laconic.core.tokens import Tokens
+from laconic.methods.ops import Mixer, Slots
 
 
 class PatchMergerReducer(Mixer):
     """Attention of learned queries."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: BlockContext) -> None:
         super().__init__("patchmerger", site)
         self.norm = nn.LayerNorm(site.dim)  # torch's own eps of 1e-5
         self.queries = nn.Parameter(torch.randn(self.slots, site.dim) * site.dim**-0.5)
@@ -39,7 +39,7 @@ class PatchMergerReducer(Mixer):
     "patchmerger",
     title="PatchMerger: learned queries attend to the tokens",
     paper="2202.12015",
-    moment="before",
+    phase="before",
     score="learned queries",
     rest="mixed by attention of the queries",
     trained=True,
@@ -49,8 +49,8 @@ class PatchMergerReducer(Mixer):
 class PatchMerger(Slots):
     """``patchmerger`` has no options."""
 
-    def build(self, site: Site) -> Reducer:
+    def build(self, site: BlockContext) -> Reducer:
         return PatchMergerReducer(site)
 
-    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+    def macs(self, before: int, after: int, site: BlockContext) -> dict[str, int]:
         return {"matmul": before * after * (2 * site.dim + 1), "layernorm": before * site.dim}

@@ -24,34 +24,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from laconic.attention import Seen
-from laconic.parts import Pairing, cosine, lay, soft_matching, split
-from laconic.reducer import Reducer, Site, method
-from laconic.rows import in_parts, iota
-from laconic.schedule import Schedule
-from laconic.shapes import Float
-from laconic.tokens import Tokens
+from laconic.core.attention import AttentionView
+from laconic.core.gather import arange_like, in_parts
+from laconic.core.method import BlockContext, Reducer, method
+from laconic.core.schedule import Schedule
+from laconic.core.shape_types import Float
+from laconic.core.tokens import Tokens
+from laconic.methods.ops import Pairing, cosine, scatter_back, soft_matching, topk_split
 
 
 class PiToMeReducer(Reducer):
     """Energy ranks the tokens; those with most of it are matched and merged."""
 
-    looks = "keys"
+    reads = "keys"
 
     def __init__(self, margin: float, early: bool, proportional: bool) -> None:
         super().__init__()
         self.margin, self.early, self.proportional = margin, early, proportional
 
-    def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
+    def between(self, tokens: Tokens, seen: AttentionView, n: int) -> Tokens:
         keys = seen.keys.detach()
         energy = energies(keys, self.margin)
         r = len(tokens) - n
-        line, protected = split(energy, len(tokens) if self.early else min(2 * r, len(tokens)))
+        line, protected = topk_split(energy, len(tokens) if self.early else min(2 * r, len(tokens)))
         merged, stay, into = soft_matching(keys, line[:, ::2], line[:, 1::2], r, "similarity")
         lead = torch.cat([protected, stay], 1)
-        dst = lay(lead, merged, iota(lead), into + protected.shape[1])
+        dst = scatter_back(lead, merged, arange_like(lead), into + protected.shape[1])
         tokens = tokens.merge(dst, None, lead, complete=True)
-        return tokens.replace(gate=tokens.size) if self.proportional else tokens
+        return tokens.replace(attn_scale=tokens.size) if self.proportional else tokens
 
 
 def energies(keys: Float[Tensor, "B L D"], margin: float) -> Float[Tensor, "B L"]:
@@ -64,7 +64,7 @@ def energies(keys: Float[Tensor, "B L D"], margin: float) -> Float[Tensor, "B L"
     "pitome",
     title="PiToMe: merge the tokens that have most company",
     paper="2405.16148",
-    moment="between",
+    phase="between",
     score="energy of key similarities",
     rest="merged by size",
     trained=False,
@@ -84,23 +84,23 @@ class PiToMe(Pairing):
     proportional: bool = False
     ratio: float | None = None
 
-    def build(self, site: Site) -> Reducer:
+    def build(self, site: BlockContext) -> Reducer:
         margin = self.margin * (1 - site.block / max(site.depth, site.block + 1))
         return PiToMeReducer(margin, _early(site), self.proportional)
 
-    def plan(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
+    def default_schedule(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
         if self.ratio is None:
-            return super().plan(depth, keep, at)
+            return super().default_schedule(depth, keep, at)
         return self.in_every_block(self.ratio, depth, keep, at)
 
-    def leaves(self, rates: Sequence[float], n: int, patches: int) -> int:
+    def num_kept(self, rates: Sequence[float], n: int, patches: int) -> int:
         return max(n - math.floor(n - rates[-1] * n), n - n // 2)
 
-    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+    def macs(self, before: int, after: int, site: BlockContext) -> dict[str, int]:
         r = before - after
         matched = (before // 2) * (before - before // 2) if _early(site) else r * r
         return {"matmul": (before * before + matched) * (site.dim // site.heads)}
 
 
-def _early(site: Site) -> bool:
+def _early(site: BlockContext) -> bool:
     return site.block < (site.depth + 1) // 2

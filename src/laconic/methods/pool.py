@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from laconic.attention import Seen
+from laconic.core.attention import AttentionView
+from laconic.core.method import BlockContext, Reducer, method
+from laconic.core.tokens import Tokens
 from laconic.methods.resample import InSequence
-from laconic.reducer import Reducer, Site, method
-from laconic.tokens import Tokens
 
 
 class AvgPoolReducer(Reducer):
@@ -22,7 +22,7 @@ class AvgPoolReducer(Reducer):
         super().__init__()
         self.options = AvgPool() if options is None else options
 
-    def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
+    def between(self, tokens: Tokens, seen: AttentionView, n: int) -> Tokens:
         dst, lead = self.options.runs(tokens, seen, n)
         return tokens.merge(dst, None, lead, complete=True)
 
@@ -34,15 +34,15 @@ class MaxPoolReducer(Reducer):
         super().__init__()
         self.options = options
 
-    def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
-        return tokens.highest(*self.options.runs(tokens, seen, n))
+    def between(self, tokens: Tokens, seen: AttentionView, n: int) -> Tokens:
+        return tokens.merge_max(*self.options.runs(tokens, seen, n))
 
 
 @method(
     "avg-pool",
     title="Average pooling: average neighbours",
     paper="2211.11315",
-    moment="between",
+    phase="between",
     score="none",
     rest="averaged with its neighbours",
     trained=False,
@@ -51,7 +51,7 @@ class MaxPoolReducer(Reducer):
 class AvgPool(InSequence):
     """Options of ``avg-pool``: those of `InSequence`."""
 
-    def build(self, site: Site) -> Reducer:
+    def build(self, site: BlockContext) -> Reducer:
         return AvgPoolReducer(self)
 
 
@@ -59,7 +59,7 @@ class AvgPool(InSequence):
     "max-pool",
     title="Max pooling: the maximum of neighbours",
     paper="2211.11315",
-    moment="between",
+    phase="between",
     score="none",
     rest="maximum with its neighbours",
     trained=False,
@@ -68,5 +68,5 @@ class AvgPool(InSequence):
 class MaxPool(InSequence):
     """Options of ``max-pool``: those of `InSequence`."""
 
-    def build(self, site: Site) -> Reducer:
+    def build(self, site: BlockContext) -> Reducer:
         return MaxPoolReducer(self)

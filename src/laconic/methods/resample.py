@@ -14,11 +14,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from laconic.attention import Seen
-from laconic.parts import SCORES, ScoreName, by_place, runs, set_out, split
-from laconic.reducer import Method, Site
-from laconic.rows import iota
-from laconic.tokens import Tokens
+from laconic.core.attention import AttentionView
+from laconic.core.gather import arange_like
+from laconic.core.method import BlockContext, Method
+from laconic.core.tokens import Tokens
+from laconic.methods.ops import SCORES, ScoreName, by_place, runs, set_out, topk_split
 
 Order = Literal["raster", "score"]
 
@@ -41,7 +41,7 @@ class Pool(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.into is not None and (self.into <= 0 or (isinstance(self.into, float) and self.into > 1)):
-            raise ValueError(f"{self.row.name}: into must be a count of at least 1 or a fraction in (0, 1], not {self.into!r}")
+            raise ValueError(f"{self.info.name}: into must be a count of at least 1 or a fraction in (0, 1], not {self.into!r}")
 
     def parts(self, before: int, n: int) -> tuple[int, int, int]:
         """Of ``before`` tokens: how many stay as they are, how many are pooled, and into how many; n are left."""
@@ -54,22 +54,22 @@ class Pool(Method):
         kept = n - min(n, max(1, pooled))
         return kept, before - kept, n - kept
 
-    def scored(self, tokens: Tokens, seen: Seen) -> Tensor:
+    def scored(self, tokens: Tokens, seen: AttentionView) -> Tensor:
         """The score of each token."""
         return SCORES[self.score](tokens, seen)
 
-    def part(self, tokens: Tokens, seen: Seen, n: int, order: Order) -> tuple[Tensor, Tensor]:
+    def part(self, tokens: Tokens, seen: AttentionView, n: int, order: Order) -> tuple[Tensor, Tensor]:
         """Indices of the tokens that stay, by falling score, and of those to be pooled, in this order.
 
         ``raster`` is by place, of the inattentive; all tokens are taken as they come, which is the raster to begin with.
         """
-        place, kept = iota(tokens.size), self.parts(len(tokens), n)[0]
+        place, kept = arange_like(tokens.size), self.parts(len(tokens), n)[0]
         if self.pooled == "all" and order == "raster":
             return place[:, :0], place
-        attentive, rest = split(self.scored(tokens, seen), kept)
+        attentive, rest = topk_split(self.scored(tokens, seen), kept)
         return attentive, rest if order == "score" else by_place(tokens, rest)
 
-    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+    def macs(self, before: int, after: int, site: BlockContext) -> dict[str, int]:
         return {"head_mean": before * (self.pooled == "inattentive")}
 
 
@@ -83,10 +83,10 @@ class InSequence(Pool):
 
     order: Order = "raster"
 
-    def runs(self, tokens: Tokens, seen: Seen, n: int) -> tuple[Tensor, Tensor]:
+    def runs(self, tokens: Tokens, seen: AttentionView, n: int) -> tuple[Tensor, Tensor]:
         """(dst, lead) for runs of neighbours in the sequence."""
         kept, rest = self.part(tokens, seen, n, self.order)
         return set_out(kept, rest, *runs(rest, n - kept.shape[1]))
 
-    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+    def macs(self, before: int, after: int, site: BlockContext) -> dict[str, int]:
         return {"head_mean": before * (self.pooled == "inattentive" or self.order == "score")}

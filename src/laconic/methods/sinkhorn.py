@@ -17,15 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from laconic.parts import Mixer, Slots, transport
-from laconic.reducer import Reducer, Site, method
-from laconic.tokens import Tokens
+from laconic.core.method import BlockContext, Reducer, method
+from laconic.core.tokens import Tokens
+from laconic.methods.ops import Mixer, Slots, transport
 
 
 class SinkhornReducer(Mixer):
     """Transport to learned centres."""
 
-    def __init__(self, site: Site, eps: float, iterations: int) -> None:
+    def __init__(self, site: BlockContext, eps: float, iterations: int) -> None:
         super().__init__("sinkhorn", site)
         self.eps, self.iterations = eps, iterations
         self.v = nn.Parameter(F.normalize(torch.randn(self.slots, site.dim), dim=-1))
@@ -39,7 +39,7 @@ class SinkhornReducer(Mixer):
     "sinkhorn",
     title="Sinkhorn: transport tokens to learned centres",
     paper="2308.04657",
-    moment="before",
+    phase="before",
     score="learned centres",
     rest="mixed by optimal transport",
     trained=True,
@@ -59,8 +59,8 @@ class Sinkhorn(Slots):
         if self.iterations < 1:
             raise ValueError(f"sinkhorn: iterations must be at least 1, not {self.iterations!r}")
 
-    def build(self, site: Site) -> Reducer:
+    def build(self, site: BlockContext) -> Reducer:
         return SinkhornReducer(site, self.eps, self.iterations)
 
-    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+    def macs(self, before: int, after: int, site: BlockContext) -> dict[str, int]:
         return {"matmul": before * after * (2 * site.dim + 1), "elementwise": before * site.dim}

@@ -15,15 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from laconic.parts import Mixer, Slots
-from laconic.reducer import Reducer, Site, method
-from laconic.tokens import Tokens
+from laconic.core.method import BlockContext, Reducer, method
+from laconic.core.tokens import Tokens
+from laconic.methods.ops import Mixer, Slots
 
 
 class SiTReducer(Mixer):
     """Weighted means, with weights by an MLP."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: BlockContext) -> None:
         super().__init__("sit", site)
         half = site.dim // 2
         # LayerNorm has torch's own eps of 1e-5
@@ -44,7 +44,7 @@ class SiTReducer(Mixer):
     "sit",
     title="SiT: weighted means by a small network",
     paper="2111.12624",
-    moment="before",
+    phase="before",
     score="learned weights",
     rest="mixed by learned weights",
     trained=True,
@@ -54,10 +54,10 @@ class SiTReducer(Mixer):
 class SiT(Slots):
     """``sit`` has no options."""
 
-    def build(self, site: Site) -> Reducer:
+    def build(self, site: BlockContext) -> Reducer:
         return SiTReducer(site)
 
-    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+    def macs(self, before: int, after: int, site: BlockContext) -> dict[str, int]:
         half = site.dim // 2
         network = before * (site.dim * half + half * after)
         return {

@@ -6,18 +6,18 @@ not overlap, and each becomes the mean over its patches, wherever in the sequenc
 
 The paper says no more; there is no code. Exactly n tokens have to be left, so h' x w' is the largest such grid of at most n
 cells (none more than twice as long as wide), and what is missing of n, cells in holes included, comes from cutting up the
-fullest cells (see `laconic.parts.cells`). 14 x 14 patches at keep rate 0.5 are 7 x 14 cells, then 7 x 7, then 5 x 5.
+fullest cells (see `laconic.methods.ops.cells`). 14 x 14 patches at keep rate 0.5 are 7 x 14 cells, then 7 x 7, then 5 x 5.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from laconic.attention import Seen
+from laconic.core.attention import AttentionView
+from laconic.core.method import BlockContext, Reducer, method
+from laconic.core.tokens import Tokens
+from laconic.methods.ops import cells, grid_of, set_out
 from laconic.methods.resample import Pool
-from laconic.parts import cells, grid_of, set_out
-from laconic.reducer import Reducer, Site, method
-from laconic.tokens import Tokens
 
 
 class SpatialPoolReducer(Reducer):
@@ -27,10 +27,10 @@ class SpatialPoolReducer(Reducer):
         super().__init__()
         self.options = options
 
-    def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
+    def between(self, tokens: Tokens, seen: AttentionView, n: int) -> Tokens:
         grid = grid_of("spatial-pool", tokens)
         kept, rest = self.options.part(tokens, seen, n, "raster")
-        group, first = cells(tokens.place.gather(1, rest), grid, n - int(kept.shape[1]))
+        group, first = cells(tokens.origin_index.gather(1, rest), grid, n - int(kept.shape[1]))
         dst, lead = set_out(kept, rest, group, first)
         return tokens.merge(dst, None, lead)
 
@@ -39,7 +39,7 @@ class SpatialPoolReducer(Reducer):
     "spatial-pool",
     title="Spatial pooling: average cells of the image",
     paper="2211.11315",
-    moment="between",
+    phase="between",
     score="none",
     rest="averaged with its cell of the grid",
     trained=False,
@@ -48,5 +48,5 @@ class SpatialPoolReducer(Reducer):
 class SpatialPool(Pool):
     """Options of ``spatial-pool``: those of `Pool`."""
 
-    def build(self, site: Site) -> Reducer:
+    def build(self, site: BlockContext) -> Reducer:
         return SpatialPoolReducer(self)

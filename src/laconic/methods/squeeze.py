@@ -24,11 +24,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from laconic.attention import Seen
-from laconic.parts import best_of_rows, demand, lay, nearest, one_to_one, split
-from laconic.reducer import Method
-from laconic.rows import add_rows, iota, take
-from laconic.tokens import Tokens
+from laconic.core.attention import AttentionView
+from laconic.core.gather import add_rows, arange_like, gather_rows
+from laconic.core.method import Method
+from laconic.core.tokens import Tokens
+from laconic.methods.ops import best_of_rows, nearest, one_to_one, require, scatter_back, topk_split
 
 NOTED = "attention before"  # column [B, L, L]: head-mean attention of the block before, patch tokens only
 
@@ -59,7 +59,7 @@ class Squeeze(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         least = "must be positive, and at least 0.02: fusing takes exp(similarity / temperature)"
-        demand(self.row.name, "temperature", self.temperature, self.temperature >= 0.02, least)
+        require(self.info.name, "temperature", self.temperature, self.temperature >= 0.02, least)
 
     @property
     def reads_positions(self) -> bool:
@@ -72,34 +72,34 @@ class Squeeze(Method):
             return tokens.rows(index)
         if tokens.positions is None:
             raise LookupError(
-                f"{self.row.name}: features={self.features!r} needs an absolute position embedding for every patch, which "
+                f"{self.info.name}: features={self.features!r} needs an absolute position embedding for every patch, which "
                 "this model does not have; use features='full'"
             )
-        position = tokens.positions[tokens.place.gather(1, index)]
+        position = tokens.positions[tokens.origin_index.gather(1, index)]
         return position if self.features == "position" else tokens.rows(index) - position
 
     def hosts(
-        self, tokens: Tokens, seen: Seen | None, kept: Tensor, rest: Tensor, hidden: Tensor | None = None
+        self, tokens: Tokens, seen: AttentionView | None, kept: Tensor, rest: Tensor, hidden: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Each pruned token's highest c_ij to a reserved one that is not hidden, and its rank among them, [B, R]."""
         if self.similarity == "cosine":
             both = self.view(tokens, torch.cat([kept, rest], 1))  # one gather for two
             best, host = nearest(both[:, kept.shape[1] :], both[:, : kept.shape[1]], hidden)
             return best if self.temperature == 1 else best / self.temperature, host
-        if seen is None and NOTED not in tokens.columns:
-            raise LookupError(f"{self.row.name}: similarity='previous-attention' needs a block before the one it reduces at")
+        if seen is None and NOTED not in tokens.per_token:
+            raise LookupError(f"{self.info.name}: similarity='previous-attention' needs a block before the one it reduces at")
 
         def attention(part: Tensor) -> Tensor:
-            rows = seen.rows(part) if seen is not None else take(tokens.columns[NOTED], part)
-            towards = take(rows.transpose(1, 2), kept).transpose(1, 2)
+            rows = seen.rows(part) if seen is not None else gather_rows(tokens.per_token[NOTED], part)
+            towards = gather_rows(rows.transpose(1, 2), kept).transpose(1, 2)
             return towards if hidden is None else towards.masked_fill(hidden.unsqueeze(1), -1.0)
 
         best, host = best_of_rows(rest, len(tokens) * (1 if seen is None else seen.q.shape[1]), attention)
         return best / self.temperature, host
 
-    def squeeze(self, tokens: Tokens, seen: Seen | None, score: Tensor, n: int) -> Tokens:
+    def squeeze(self, tokens: Tokens, seen: AttentionView | None, score: Tensor, n: int) -> Tokens:
         """Match and fuse (eqs. 4-6): n tokens, by falling score."""
-        kept, rest = split(score, n)
+        kept, rest = topk_split(score, n)
         c, host = self.hosts(tokens, seen, kept, rest)
         own = math.e if self.fusing == "weighted" else 1.0
         pull, into = c.exp() if self.fusing == "weighted" else torch.ones_like(c), host
@@ -107,13 +107,13 @@ class Squeeze(Method):
             host = one_to_one(c, host, n)
             pull, into = pull.masked_fill(host < 0, 0.0), host.clamp_min(0)
         total = own + add_rows(pull, into, n)
-        weight = lay(kept, rest, own / total, pull / total.gather(1, into))
-        dst = lay(kept, rest, iota(kept), host)
+        weight = scatter_back(kept, rest, own / total, pull / total.gather(1, into))
+        dst = scatter_back(kept, rest, arange_like(kept), host)
         return tokens.merge(dst, weight, kept, complete=self.matching == "many-to-one")
 
     def soft_squeeze(self, tokens: Tokens, keep: Tensor, gone: Tensor) -> Tokens:
         """The same with all tokens in place: hosts (``keep``) are fused with the tokens that leave now (``gone``)."""
-        everyone = iota(keep)
+        everyone = arange_like(keep)
         best, host = self.hosts(tokens, None, everyone, everyone, keep == 0)
         dst = torch.where(keep > 0, everyone, torch.where((gone > 0) & (keep > 0).any(1, keepdim=True), host, -1))
         if self.matching == "one-to-one":
@@ -126,7 +126,7 @@ class Squeeze(Method):
         guests = add_rows(weight * tokens.patches.to(best.dtype), into, len(tokens))
         patches = (own / total).unsqueeze(2) * tokens.patches + guests
         x = torch.cat([tokens.x[:, : tokens.prefix], patches.to(tokens.x.dtype)], 1)
-        return tokens.replace(x=x).fade(keep, dst)
+        return tokens.replace(x=x).soft_drop(keep, dst)
 
     def squeeze_macs(self, before: int, after: int, dim: int) -> dict[str, int]:
         """Work as the authors' code does it: similarity and fusing are one product each; weights and hosts are scaled."""

@@ -1,6 +1,6 @@
 """SViTE+: Chasing Sparsity in Vision Transformers: An End-to-End Exploration (Chen et al., NeurIPS 2021, arXiv:2106.04533).
 
-This is the token selection alone; sparse weights (SViTE, S2ViTE) are `laconic.sparsity`, which knows no tokens.
+This is the token selection alone; sparse weights (SViTE, S2ViTE) are `laconic.training.sparsity`, which knows no tokens.
 Before the first block, the position embedding added, a linear layer gives every token one score.
 
 * Training: log-softmax over all tokens, the class token among them, plus Gumbel noise, over tau; the k largest are taken
@@ -28,12 +28,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from laconic.parts import demand, split
-from laconic.reducer import Method, Reducer, Site, method
-from laconic.rows import iota
-from laconic.schedule import Schedule
-from laconic.shapes import Float, Int
-from laconic.tokens import Tokens
+from laconic.core.gather import arange_like
+from laconic.core.method import BlockContext, Method, Reducer, method
+from laconic.core.schedule import Schedule
+from laconic.core.shape_types import Float, Int
+from laconic.core.tokens import Tokens
+from laconic.methods.ops import require, topk_split
 
 
 class TokenSelection(Reducer):
@@ -47,12 +47,12 @@ class TokenSelection(Reducer):
     def before(self, tokens: Tokens, n: int) -> Tokens:
         count = n if self.rest == "drop" else n - 1
         if not self.training:
-            kept, rest = split(self._score(tokens.patches), count)
+            kept, rest = topk_split(self._score(tokens.patches), count)
             mask = chosen(kept, tokens)
         else:
             log_p = self._score(tokens.x).log_softmax(-1)
             noisy = log_p - torch.empty_like(log_p).exponential_().log()
-            kept, rest = split(noisy[:, tokens.prefix :], count)
+            kept, rest = topk_split(noisy[:, tokens.prefix :], count)
             soft = (noisy / self.tau).softmax(-1)[:, tokens.prefix :]
             mask = chosen(kept, tokens) + (soft - soft.detach())
         if self.rest == "zero":
@@ -71,17 +71,17 @@ def chosen(kept: Int[Tensor, "B K"], tokens: Tokens) -> Float[Tensor, "B L"]:
 
 def zero(tokens: Tokens, kept: Int[Tensor, "B K"], rest: Int[Tensor, "B R"], mask: Float[Tensor, "B L"]) -> Tokens:
     """Multiply by the mask, and let one token with a gate stand for all that are zero then."""
-    gate = tokens.gates
+    gate = tokens.attn_scale_or_ones
     many = gate.gather(1, rest).sum(1, keepdim=True)
-    dst = torch.full_like(tokens.place, kept.shape[1]).scatter(1, kept, iota(kept))
+    dst = torch.full_like(tokens.origin_index, kept.shape[1]).scatter(1, kept, arange_like(kept))
     share = (gate / many).scatter(1, kept, 1.0)  # each zero token alike has its share in what the one comes to
     out = tokens.merge(dst, mask * share, torch.cat([kept, rest[:, :1]], 1))
-    return out.replace(gate=torch.cat([gate.gather(1, kept), many], 1))
+    return out.replace(attn_scale=torch.cat([gate.gather(1, kept), many], 1))
 
 
 def set_temperature(model: nn.Module, tau: float) -> None:
     """Let every token selection in ``model`` train at temperature ``tau`` from now on."""
-    demand("svite", "tau", tau, tau > 0, "must be above 0")
+    require("svite", "tau", tau, tau > 0, "must be above 0")
     for module in model.modules():
         if isinstance(module, TokenSelection):
             module.tau = tau
@@ -91,7 +91,7 @@ def set_temperature(model: nn.Module, tau: float) -> None:
     "svite",
     title="SViTE+: a learned choice of tokens before the first block",
     paper="2106.04533",
-    moment="before",
+    phase="before",
     score="learned linear",
     rest="dropped",
     trained=True,
@@ -106,17 +106,17 @@ class SViTE(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        demand("svite", "tau", self.tau, self.tau > 0, "must be above 0")
+        require("svite", "tau", self.tau, self.tau > 0, "must be above 0")
 
-    def build(self, site: Site) -> Reducer:
+    def build(self, site: BlockContext) -> Reducer:
         return TokenSelection(site.dim, self.rest, self.tau)
 
-    def plan(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
-        return super().plan(depth, keep, (0,) if at is None else at)
+    def default_schedule(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
+        return super().default_schedule(depth, keep, (0,) if at is None else at)
 
-    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+    def macs(self, before: int, after: int, site: BlockContext) -> dict[str, int]:
         return {"matmul": before * site.dim}
 
-    def official(self, weights: Mapping[str, Tensor], at: Sequence[int]) -> dict[str, Tensor]:
+    def convert_official(self, weights: Mapping[str, Tensor], at: Sequence[int]) -> dict[str, Tensor]:
         ours = f"laconic.reducers.{at[0]}.scorer."
         return {ours + n.removeprefix("gumbel.") if n.startswith("gumbel.") else n: w for n, w in weights.items()}

@@ -25,13 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from laconic.attention import Seen
-from laconic.parts import Pairing, demand, lay, parity, share, soft_matching
-from laconic.reducer import Reducer, Site, method
-from laconic.rows import iota
-from laconic.schedule import Schedule
-from laconic.shapes import Float
-from laconic.tokens import Tokens
+from laconic.core.attention import AttentionView
+from laconic.core.gather import arange_like
+from laconic.core.method import BlockContext, Reducer, method
+from laconic.core.schedule import Schedule
+from laconic.core.shape_types import Float
+from laconic.core.tokens import Tokens
+from laconic.methods.ops import Pairing, group_normalize, parity, require, scatter_back, soft_matching
 
 Norm = Literal["host", "mean", "none"]
 
@@ -39,19 +39,19 @@ Norm = Literal["host", "mean", "none"]
 class ToFuReducer(Reducer):
     """ToMe's matching; the matched are pruned, or merged with their length kept."""
 
-    looks = "keys"
+    reads = "keys"
 
     def __init__(self, prune: bool, norm: Norm) -> None:
         super().__init__()
         self.prune, self.norm = prune, norm
 
-    def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
+    def between(self, tokens: Tokens, seen: AttentionView, n: int) -> Tokens:
         merged, stay, into = soft_matching(seen.keys, *parity(tokens), len(tokens) - n)
         if self.prune:
             return tokens.keep(stay)
-        dst, before = lay(stay, merged, iota(stay), into), _lengths(tokens)
+        dst, before = scatter_back(stay, merged, arange_like(stay), into), _lengths(tokens)
         longest = torch.zeros_like(tokens.size[:, :n]).scatter_reduce(1, dst, before, "amax", include_self=False)
-        tokens = tokens.merge(dst, share(torch.ones_like(tokens.size), dst, n), stay, complete=True)
+        tokens = tokens.merge(dst, group_normalize(torch.ones_like(tokens.size), dst, n), stay, complete=True)
         if self.norm == "none":
             return tokens
         now = before.gather(1, stay) if self.norm == "host" else _lengths(tokens)
@@ -68,7 +68,7 @@ def _lengths(tokens: Tokens) -> Float[Tensor, "B L"]:
     "tofu",
     title="ToFu: prune early, merge late",
     paper="2312.01026",
-    moment="between",
+    phase="between",
     score="key similarity",
     rest="dropped early, merged late",
     trained=False,
@@ -90,18 +90,18 @@ class ToFu(Pairing):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        demand("tofu", "switch", self.switch, 0 <= self.switch <= 1, "is a share of the depth, from 0 to 1")
+        require("tofu", "switch", self.switch, 0 <= self.switch <= 1, "is a share of the depth, from 0 to 1")
 
-    def build(self, site: Site) -> Reducer:
+    def build(self, site: BlockContext) -> Reducer:
         return ToFuReducer(site.block <= self.switch * max(site.depth, 1), self.norm)
 
-    def plan(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
+    def default_schedule(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
         if self.ratio is None:
-            return super().plan(depth, keep, at)
+            return super().default_schedule(depth, keep, at)
         return self.in_every_block(self.ratio, depth, keep, at)
 
-    def leaves(self, rates: Sequence[float], n: int, patches: int) -> int:
+    def num_kept(self, rates: Sequence[float], n: int, patches: int) -> int:
         return max(n - math.floor(n + 1 - rates[-1] * (n + 1)), n - n // 2)
 
-    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+    def macs(self, before: int, after: int, site: BlockContext) -> dict[str, int]:
         return {"matmul": (before // 2) * (before - before // 2) * (site.dim // site.heads)}

@@ -22,10 +22,10 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from laconic.parts import HIDDEN, Fused, Mixer, Slots, learned_at, learning, mapping
-from laconic.reducer import Reducer, Site, method
-from laconic.schedule import Schedule
-from laconic.tokens import Tokens
+from laconic.core.method import BlockContext, Reducer, method
+from laconic.core.schedule import Schedule
+from laconic.core.tokens import Tokens
+from laconic.methods.ops import HIDDEN, Fused, Mixer, Slots, learned_at, learning, mapping
 
 LEARNED = 16  # tokens, in the published configuration
 
@@ -33,7 +33,7 @@ LEARNED = 16  # tokens, in the published configuration
 class TokenLearnerReducer(Mixer):
     """Version 1.1: maps by an MLP, softmax over the places."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: BlockContext) -> None:
         super().__init__("tokenlearner", site)
         self.norm = nn.LayerNorm(site.dim, eps=1e-6)
         self.maps = mapping(site.dim, self.slots)
@@ -45,7 +45,7 @@ class TokenLearnerReducer(Mixer):
 class ConvolutionalReducer(Mixer):
     """Version 1: maps by convolutions over the grid, sigmoid, plain sum."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: BlockContext) -> None:
         super().__init__("tokenlearner", site)
         slots = max(1, self.slots)
         self.norm = nn.LayerNorm(site.dim, eps=1e-6)
@@ -56,10 +56,10 @@ class ConvolutionalReducer(Mixer):
 
     def matrix(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         rows, columns = tokens.grid or (0, 0)
-        if tokens.patch is not None or len(tokens) != rows * columns:
+        if tokens.origin is not None or len(tokens) != rows * columns:
             raise ValueError(
                 f"tokenlearner: version='1' needs all patches on their grid, and got {len(tokens)} tokens"
-                f"{'' if tokens.patch is None else ' that an earlier block has reduced'}; reduce at one block only, or pass "
+                f"{'' if tokens.origin is None else ' that an earlier block has reduced'}; reduce at one block only, or pass "
                 "version='1.1'"
             )
         image = self.norm(x).transpose(1, 2).unflatten(2, (rows, columns))
@@ -70,7 +70,7 @@ class ConvolutionalReducer(Mixer):
     "tokenlearner",
     title="TokenLearner: a few tokens, each with a learned map",
     paper="2106.11297",
-    moment="before",
+    phase="before",
     score="learned maps",
     rest="mixed by learned maps",
     trained=True,
@@ -88,25 +88,25 @@ class TokenLearner(Slots):
     version: Literal["1.1", "1"] = "1.1"
     after: Literal["tokens", "fused"] = "tokens"
 
-    def build(self, site: Site) -> Reducer:
+    def build(self, site: BlockContext) -> Reducer:
         site = learning(site) if self.after == "fused" else site
         learner = TokenLearnerReducer(site) if self.version == "1.1" else ConvolutionalReducer(site)
         return learner if self.after == "tokens" else Fused(learner, site.dim)
 
-    def plan(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
+    def default_schedule(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
         first = depth * 3 // 4
         blocks = tuple(range(first, depth if self.after == "fused" else first + 1) if at is None else at)
-        return Schedule.leaving(dict.fromkeys(blocks, LEARNED)) if keep is None else Schedule.rates(keep, blocks)
+        return Schedule.keep_counts(dict.fromkeys(blocks, LEARNED)) if keep is None else Schedule.rates(keep, blocks)
 
     def counts(self, schedule: Schedule, depth: int, patches: int) -> tuple[int, ...]:
         return (patches,) * depth if self.after == "fused" else super().counts(schedule, depth, patches)
 
-    def inside(self, before: int, after: int, site: Site) -> tuple[int, int]:
+    def tokens_inside(self, before: int, after: int, site: BlockContext) -> tuple[int, int]:
         learned = learned_at(site, before) if self.after == "fused" else after
         return learned, learned
 
-    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
-        slots = self.inside(before, after, site)[0]
+    def macs(self, before: int, after: int, site: BlockContext) -> dict[str, int]:
+        slots = self.tokens_inside(before, after, site)[0]
         one = (site.dim + slots) * HIDDEN if self.version == "1.1" else 9 * (site.dim * slots + 3 * slots * slots)
         work = {"matmul": before * one + before * slots * (site.dim + 1), "layernorm": before * site.dim}
         if self.after == "fused":

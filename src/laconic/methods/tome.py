@@ -13,35 +13,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from laconic.attention import Seen
-from laconic.parts import Pairing, demand, lay, parity, soft_matching
-from laconic.reducer import Reducer, Site, method
-from laconic.rows import iota
-from laconic.schedule import Schedule, cumulative, of_the_initial
-from laconic.tokens import Tokens
+from laconic.core.attention import AttentionView
+from laconic.core.gather import arange_like
+from laconic.core.method import BlockContext, Reducer, method
+from laconic.core.schedule import Schedule, cumulative, of_the_initial
+from laconic.core.tokens import Tokens
+from laconic.methods.ops import Pairing, parity, require, scatter_back, soft_matching
 
 
 class ToMeReducer(Reducer):
     """Bipartite soft matching on keys."""
 
-    looks = "keys"
+    reads = "keys"
 
     def __init__(self, proportional: bool) -> None:
         super().__init__()
         self.proportional = proportional
 
-    def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
+    def between(self, tokens: Tokens, seen: AttentionView, n: int) -> Tokens:
         merged, stay, into = soft_matching(seen.keys, *parity(tokens), len(tokens) - n)
-        dst = lay(stay, merged, iota(stay), into)
+        dst = scatter_back(stay, merged, arange_like(stay), into)
         tokens = tokens.merge(dst, None, stay, complete=True)
-        return tokens.replace(gate=tokens.size) if self.proportional else tokens
+        return tokens.replace(attn_scale=tokens.size) if self.proportional else tokens
 
 
 @method(
     "tome",
     title="ToMe: merge the most similar tokens",
     paper="2210.09461",
-    moment="between",
+    phase="between",
     score="key similarity",
     rest="merged by size",
     trained=False,
@@ -65,19 +65,19 @@ class ToMe(Pairing):
         if isinstance(self.r, tuple):
             counts, inflection = (self.r[:1], self.r[1]) if _inflected(self.r) else (self.r, 0.0)
             fits = all(isinstance(count, int) and count >= 0 for count in counts) and -1 <= inflection <= 1
-            demand("tome", "r", self.r, fits, "must be whole numbers, 0 or more, or (r, inflection) as (16, -1.0)")
+            require("tome", "r", self.r, fits, "must be whole numbers, 0 or more, or (r, inflection) as (16, -1.0)")
 
-    def build(self, site: Site) -> Reducer:
+    def build(self, site: BlockContext) -> Reducer:
         return ToMeReducer(self.proportional)
 
-    def plan(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
+    def default_schedule(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
         if self.r is None:
-            return super().plan(depth, keep, at)
+            return super().default_schedule(depth, keep, at)
         self.check_alone("r", keep)
         blocks = range(depth) if at is None else at
-        return Schedule.removing(dict(zip(blocks, _per_block(self.r, len(blocks)), strict=True)))
+        return Schedule.remove_counts(dict(zip(blocks, _per_block(self.r, len(blocks)), strict=True)))
 
-    def leaves(self, rates: Sequence[float], n: int, patches: int) -> int:
+    def num_kept(self, rates: Sequence[float], n: int, patches: int) -> int:
         return max(of_the_initial(rates, n, patches), n - n // 2)
 
     def capped(self, schedule: Schedule) -> Schedule:
@@ -89,7 +89,7 @@ class ToMe(Pairing):
             whole = capped
         return Schedule.rates(rates, schedule.at)
 
-    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+    def macs(self, before: int, after: int, site: BlockContext) -> dict[str, int]:
         return {"matmul": (before // 2) * (before - before // 2) * (site.dim // site.heads)}
 
 

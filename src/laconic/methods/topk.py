@@ -11,22 +11,22 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from laconic.attention import Seen
-from laconic.parts import SCORES, ScoreName, arbitrary, split
-from laconic.reducer import Method, Prune, Reducer, Site, method
-from laconic.tokens import Tokens
+from laconic.core.attention import AttentionView
+from laconic.core.method import BlockContext, Method, Prune, Reducer, method
+from laconic.core.tokens import Tokens
+from laconic.methods.ops import SCORES, ScoreName, arbitrary, topk_split
 
 
 def drop(tokens: Tokens, score: Tensor, n: int) -> Tokens:
     """Keep the n highest scores, by falling score."""
-    return tokens.keep(split(score, n)[0])
+    return tokens.keep(topk_split(score, n)[0])
 
 
 @method(
     "topk",
     title="Top-K: keep the most attended tokens",
     paper="2202.07800",
-    moment="between",
+    phase="between",
     score="class attention",
     rest="dropped",
     trained=False,
@@ -37,31 +37,31 @@ class TopK(Method):
 
     score: ScoreName = "class"
 
-    def build(self, site: Site) -> Reducer:
-        return Prune(SCORES[self.score], drop, looks="class" if self.score == "class" else "anywhere")
+    def build(self, site: BlockContext) -> Reducer:
+        return Prune(SCORES[self.score], drop, reads="class" if self.score == "class" else "anywhere")
 
-    def macs(self, before: int, after: int, site: Site) -> dict[str, int]:
+    def macs(self, before: int, after: int, site: BlockContext) -> dict[str, int]:
         return {"head_mean": before}
 
 
 class ArbitraryPrune(Reducer):
     """Keep arbitrary tokens, between attention and MLP like the others, so that the work is the same."""
 
-    looks = "class"
+    reads = "class"
 
     def __init__(self, seed: int) -> None:
         super().__init__()
         self.seed = seed
 
-    def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
-        return tokens.keep(split(arbitrary(tokens, self.seed), n)[0])
+    def between(self, tokens: Tokens, seen: AttentionView, n: int) -> Tokens:
+        return tokens.keep(topk_split(arbitrary(tokens, self.seed), n)[0])
 
 
 @method(
     "random",
     title="Random: keep arbitrary tokens",
     paper="2308.04657",
-    moment="between",
+    phase="between",
     score="none",
     rest="dropped",
     trained=False,
@@ -72,5 +72,5 @@ class Random(Method):
 
     seed: int = 0
 
-    def build(self, site: Site) -> Reducer:
-        return ArbitraryPrune(self.seed * 1009 + site.stage)
+    def build(self, site: BlockContext) -> Reducer:
+        return ArbitraryPrune(self.seed * 1009 + site.ordinal)

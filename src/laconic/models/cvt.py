@@ -22,14 +22,14 @@ from timm.layers import DropPath, Mlp, QuickGELU, trunc_normal_  # type: ignore[
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from laconic.grid import GridMap, cells_of, image_of
-from laconic.hosts import Shape
+from laconic.analysis.layer_macs import Work, attention, layers
+from laconic.core.backbone import StageSpec
+from laconic.core.grid import GridMap, cells_of, image_of
+from laconic.core.shape_types import Float
 from laconic.models.block import imagenet, init_linear, rates, unwrap
 from laconic.models.layouts import CVT as PORTED
 from laconic.models.layouts import renamed
 from laconic.models.pyramid import PatchEmbed, Pyramid, Size
-from laconic.shapes import Float
-from laconic.work import Work, attention, layers
 
 EPS = 1e-5
 ACTIVATIONS: dict[str, type[nn.Module]] = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
@@ -92,8 +92,8 @@ class Block(nn.Module):
         x = x + self.drop_path(self.attn(self.norm1(x), size, grid))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
-    def work(self, at_attention: int, at_mlp: int, shape: Shape) -> Work:
-        """The work on so many tokens before and after attention, in a stage of that shape (see `laconic.work`)."""
+    def work(self, at_attention: int, at_mlp: int, shape: StageSpec) -> Work:
+        """The work on so many tokens before and after attention, in a stage of that shape (see `laconic.analysis.layer_macs`)."""
         cells = prod((side + 1) // 2 for side in shape.grid)
         keys = cells + self.attn.prefix
         rows = {"conv_proj_q": shape.patches, "conv_proj_k": cells, "conv_proj_v": cells, "proj_k": keys, "proj_v": keys}

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from laconic.checkpoints import load_strictly
-from laconic.extras import need
-from laconic.shapes import Float
+from laconic.checkpoints.save_load import load_strictly
+from laconic.core.optional_deps import need
+from laconic.core.shape_types import Float
 
 FILE = "models/vit_s_focus.onnx"  # in the package
 ARCHITECTURE = "vit_small_patch14_dinov2"

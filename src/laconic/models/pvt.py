@@ -18,14 +18,14 @@ from timm.layers import DropPath, Mlp, trunc_normal_  # type: ignore[attr-define
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from laconic.grid import GridMap, cells_of, image_of
-from laconic.hosts import Shape
+from laconic.analysis.layer_macs import Work, attention, layers
+from laconic.core.backbone import StageSpec
+from laconic.core.grid import GridMap, cells_of, image_of
+from laconic.core.shape_types import Float
 from laconic.models.block import imagenet, init_linear, rates, unwrap
 from laconic.models.layouts import PVT as PORTED
 from laconic.models.layouts import renamed
 from laconic.models.pyramid import PatchEmbed, Pyramid, Size
-from laconic.shapes import Float
-from laconic.work import Work, attention, layers
 
 EPS = 1e-6
 LayerNorm = partial(nn.LayerNorm, eps=EPS)
@@ -70,8 +70,8 @@ class Block(nn.Module):
         x = x + self.drop_path(self.attn(self.norm1(x), **facts))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
-    def work(self, at_attention: int, at_mlp: int, shape: Shape) -> Work:
-        """The work on so many tokens before and after attention, in a stage of that shape (see `laconic.work`)."""
+    def work(self, at_attention: int, at_mlp: int, shape: StageSpec) -> Work:
+        """The work on so many tokens before and after attention, in a stage of that shape (see `laconic.analysis.layer_macs`)."""
         smaller = self.attn.sr_ratio
         keys = at_attention if smaller == 1 else prod(side // smaller for side in shape.grid)
         rows = {**dict.fromkeys(("attn.kv", "attn.sr", "attn.norm"), keys), **dict.fromkeys(LATER, at_mlp)}

@@ -10,9 +10,9 @@ from timm.models import checkpoint_seq
 from timm.models.vision_transformer import global_pool_nlc
 from torch import Tensor, nn
 
-from laconic.grid import cells_of
-from laconic.shapes import Float
-from laconic.work import Work, layers
+from laconic.analysis.layer_macs import Work, layers
+from laconic.core.grid import cells_of
+from laconic.core.shape_types import Float
 
 Size = tuple[int, int]
 
@@ -60,7 +60,7 @@ class Pyramid(nn.Module):
         raise NotImplementedError
 
     def work_of_ends(self, before: int, after: int, grids: Sequence[Size] | None = None) -> Work:
-        """The work of all but the blocks for one image, of which ``after`` tokens leave the last block (see `laconic.work`).
+        """The work of all but the blocks for one image, of which ``after`` tokens leave the last block (see `laconic.analysis.layer_macs`).
 
         ``grids``: of each stage; None: those of the model's own size.
         """

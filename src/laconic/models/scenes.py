@@ -18,10 +18,10 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_hybrid import ConvStem
 from torch import nn
 
-from laconic.checkpoints import read_safetensors
-from laconic.compression import compression_of
+from laconic.checkpoints.model_spec import mismatch
+from laconic.checkpoints.save_load import read_safetensors
+from laconic.core.token_reduction import reduction_of
 from laconic.data.scenes import CLASSES
-from laconic.rebuild import mismatch
 
 POSITION_SCALE = 0.3
 FOLDER = Path(__file__).parents[1] / "weights"
@@ -86,7 +86,7 @@ def load_scorer(model: nn.Module, name: str) -> bool:
     Raises:
         ValueError: the model is not reduced, or the scorer does not fit it (it is reduced at other blocks, say).
     """
-    method = compression_of(model).config.row.name
+    method = reduction_of(model).config.info.name
     file = FOLDER / f"{name}.{method}.safetensors"
     if not file.is_file():
         return False

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from laconic.arguments import check_budget
+from laconic.core.arguments import check_budget
 
 Kind = Literal["macs", "macs-ratio", "speedup", "time"]
 FORMS = (

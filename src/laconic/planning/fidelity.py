@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from laconic.analysis.intervals import NORMAL, wilson
+from laconic.core.schedule import Schedule
 from laconic.planning.space import Space
 from laconic.planning.timing import reduced
-from laconic.schedule import Schedule
 
 
 @dataclass(frozen=True)

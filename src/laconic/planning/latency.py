@@ -14,14 +14,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from laconic import work
-from laconic.cost import CONVENTIONS, weigh
-from laconic.hosts import Shape
+from laconic.analysis import layer_macs as work
+from laconic.analysis.macs import CONVENTIONS, weigh
+from laconic.analysis.summary import BlockCost, Summary
+from laconic.core.backbone import StageSpec
+from laconic.core.schedule import Schedule
 from laconic.planning.curve import Curve, not_negative
 from laconic.planning.space import Family, Space
 from laconic.planning.timing import BASE, Measuring, Times, time_all
-from laconic.report import BlockCost, Summary
-from laconic.schedule import Schedule
 
 RATES = (0.9, 0.75, 0.6, 0.45, 0.3)  # of each of three reducing blocks; of more blocks, as many tokens in the end
 FEATURES = 3  # that the cost of a reducer depends on, see `features`
@@ -125,7 +125,7 @@ def _shares(times: Times) -> list[list[float]]:
 
 def _curve(
     stage: int,
-    shape: Shape,
+    shape: StageSpec,
     stages: Sequence[int],
     own: Sequence[float],
     summaries: Sequence[Summary],

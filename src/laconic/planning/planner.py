@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laconic.arguments import blocks
+from laconic.core.arguments import blocks
+from laconic.core.method import Method, resolve
+from laconic.core.schedule import Schedule
 from laconic.planning.budget import Target
 from laconic.planning.fidelity import Judge, Judged, difference
 from laconic.planning.latency import Table, measure_table
@@ -17,8 +19,6 @@ from laconic.planning.result import NEAR, Comparison, Plan, off_target, remarks
 from laconic.planning.search import Found, Search, weights_of
 from laconic.planning.space import Family, Space
 from laconic.planning.timing import Measured, Measuring, measure
-from laconic.reducer import Method, resolve
-from laconic.schedule import Schedule
 
 CORRECTIONS = 2
 FRONT = (0.9, 0.75, 0.6, 0.45)  # costs of the front, as shares of the unreduced model's
@@ -152,7 +152,7 @@ class Planner:
 
     def refusal(self, family: Family) -> str:
         """Why no schedule of a family meets the budget, and which budget one of them does."""
-        name = self.space.config.row.name
+        name = self.space.config.info.name
         least = self.space.cost(family(self.space.least(family)))
         whole = self.table.seconds if self.target.kind == "time" and self.table is not None else self.base
         at = list(family(1.0).at)
@@ -177,14 +177,14 @@ class Planner:
             ValueError: as `plan`.
         """
         config = self.space.config
-        if config.row.learns:
+        if config.info.learns:
             raise ValueError(
-                f"{config.row.name} has parameters of its own that training has to fit to a schedule, so that no schedule can "
+                f"{config.info.name} has parameters of its own that training has to fit to a schedule, so that no schedule can "
                 "be judged before; plan it without images (--data), then train with the schedule"
             )
         uniform, uniform_time = self.met(self.usual)
-        if uniform.unit != "leave":
-            raise ValueError(f"{config.row.name} takes keep rates only, not counts; plan it without images (--data)")
+        if uniform.unit != "keep_counts":
+            raise ValueError(f"{config.info.name} takes keep rates only, not counts; plan it without images (--data)")
         halves = [(part, None if labels is None else labels[start::2]) for start in (0, 1) for part in (images[start::2],)]
         seeking, holding = (Judge(self.space, part, names) for part, names in halves)
 

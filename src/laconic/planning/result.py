@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from laconic.core.method import resolve
+from laconic.core.schedule import Schedule
 from laconic.planning.budget import Target
 from laconic.planning.fidelity import Judged, Mean
 from laconic.planning.timing import Measured
-from laconic.reducer import resolve
-from laconic.schedule import Schedule
 
 NEAR = 0.03  # a measured time that is farther from its target is corrected, or remarked on
 

@@ -13,9 +13,9 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from laconic.core.schedule import Schedule
 from laconic.planning.progress import ticking
 from laconic.planning.space import Space
-from laconic.schedule import Schedule
 
 Weights = Mapping[int, float]  # block -> how strongly it reduces
 Score = Callable[[Schedule], float]  # the less, the better
@@ -110,7 +110,7 @@ def shapes(blocks: Sequence[int]) -> list[Weights]:
 def weights_of(space: Space, schedule: Schedule) -> dict[int, float]:
     """How strongly each block of a schedule reduces: the logarithm of what it takes, beside the others'."""
     facts = zip(schedule.at, schedule.values, space.arriving(schedule), strict=True)
-    logs = {block: math.log(n / value) if schedule.unit == "leave" else 1.0 for block, value, n in facts}
+    logs = {block: math.log(n / value) if schedule.unit == "keep_counts" else 1.0 for block, value, n in facts}
     weights = {block: log for block, log in logs.items() if log > 0}
     mean = sum(weights.values()) / max(1, len(weights))
     return {block: log / mean for block, log in weights.items()}

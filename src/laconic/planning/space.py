@@ -10,16 +10,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from laconic.attach import planned, restore_
-from laconic.compression import find_compression
-from laconic.cost import estimate
-from laconic.doctor import twin
-from laconic.hosts import find_host
-from laconic.input_size import InputSize, batch_for
-from laconic.reducer import METHODS, Method
-from laconic.report import Summary
-from laconic.schedule import Schedule
-from laconic.staging import Staging
+from laconic.analysis.diagnose import twin
+from laconic.analysis.input_size import InputSize, batch_for
+from laconic.analysis.macs import estimate
+from laconic.analysis.summary import Summary
+from laconic.api import planned, restore_
+from laconic.core.backbone import find_host
+from laconic.core.method import METHODS, Method
+from laconic.core.schedule import Schedule
+from laconic.core.stages import Stages
+from laconic.core.token_reduction import find_reduction
 
 Price = Callable[[Summary], float]  # what a schedule costs, from its tokens and multiply-adds
 Family = Callable[[float], Schedule]  # schedules by a rate in (0, 1]: the greater, the more tokens they leave
@@ -48,7 +48,7 @@ class Space:
     def __init__(self, model: nn.Module, config: Method, price: Price = macs_of, example: Tensor | None = None) -> None:
         refuse_deciding(config)
         self.model = twin(model)
-        if find_compression(self.model) is not None:
+        if find_reduction(self.model) is not None:
             restore_(self.model)
         self.config, self.price = config, price
         self.host, self.entry = find_host(self.model)
@@ -106,8 +106,8 @@ class Space:
         return family
 
     def _as_counts(self, schedule: Schedule) -> Schedule | None:
-        counts = Staging(self.config, schedule, self.shapes).counts()
-        return Schedule.leaving({block: counts[block] for block in schedule.at})
+        counts = Stages(self.config, schedule, self.shapes).counts()
+        return Schedule.keep_counts({block: counts[block] for block in schedule.at})
 
     def weighted(self, weights: Mapping[int, float]) -> Family:
         """At each block the tokens fall to rate ** weight of what there is; at most by half where the method can no more."""
@@ -121,10 +121,10 @@ class Space:
                     n = whole
                 if block in weights:
                     share *= rate ** weights[block]
-                    least = n - n // 2 if self.config.halves else 1
+                    least = n - n // 2 if self.config.removes_at_most_half else 1
                     n = min(n, max(least, int(whole * share + FINE)))
                     counts[block] = n
-            return Schedule.leaving(counts)
+            return Schedule.keep_counts(counts)
 
         return family
 
@@ -136,7 +136,7 @@ class Space:
 
     def arriving(self, schedule: Schedule) -> tuple[int, ...]:
         """Patch tokens that come into each block of a schedule of counts."""
-        counts, starts = Staging(self.config, schedule, self.shapes).counts(), self.starts
+        counts, starts = Stages(self.config, schedule, self.shapes).counts(), self.starts
         return tuple(starts.get(block) or counts[block - 1] for block in schedule.at)
 
     # -------------------------------------------------------------------------------------------- which meets a budget
@@ -145,7 +145,7 @@ class Space:
         rates = (FINE, *(step / 100 for step in range(1, 100)))
         found = next((rate for rate in rates if self._follows(family, rate)), None)
         if found is None:
-            raise ValueError(f"{self.config.row.name} with these options can follow no schedule at these blocks")
+            raise ValueError(f"{self.config.info.name} with these options can follow no schedule at these blocks")
         return found
 
     def _follows(self, family: Family, rate: float) -> bool:
@@ -176,7 +176,7 @@ class Space:
 
     def _filled(self, schedule: Schedule, limit: float) -> Schedule:
         """Give back single tokens, always where they cost most, for as long as the budget lasts."""
-        while schedule.unit == "leave":
+        while schedule.unit == "keep_counts":
             grown = [(self.cost(more), number, more) for number, more in enumerate(self.larger(schedule))]
             fits = [entry for entry in grown if entry[0] <= limit]
             if not fits:
@@ -194,11 +194,11 @@ class Space:
 
     def tidy(self, schedule: Schedule) -> Schedule:
         """The same without the blocks that take nothing away."""
-        if schedule.unit != "leave":
+        if schedule.unit != "keep_counts":
             return schedule
         facts = zip(schedule.at, schedule.values, self.arriving(schedule), strict=True)
         kept: dict[int, Any] = {block: value for block, value, n in facts if value < n}
-        return Schedule.leaving(kept) if kept else schedule
+        return Schedule.keep_counts(kept) if kept else schedule
 
 
 def refuse_deciding(config: Method) -> None:
@@ -207,10 +207,10 @@ def refuse_deciding(config: Method) -> None:
     Raises:
         ValueError: it takes no keep rate, or every image has a number of tokens of its own.
     """
-    if config.takes_keep and config.row.count == "constant":
+    if config.accepts_keep and config.info.count == "constant":
         return
     others = ", ".join(sorted(name for name, row in METHODS.items() if row.count == "constant" and not row.trained))
     raise ValueError(
-        f"{config.row.name} decides for every image how many tokens it keeps, so no schedule fixes what it costs; "
+        f"{config.info.name} decides for every image how many tokens it keeps, so no schedule fixes what it costs; "
         f"laconic.summary(model, images=...) says what it spends on yours. These can be planned: {others}"
     )

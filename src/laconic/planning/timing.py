@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laconic.analysis.break_even import quiet
+from laconic.analysis.diagnose import twin
+from laconic.analysis.stopwatch import Stopwatch, stopwatch
 from laconic.analysis.timing import Quartiles, Sample, interleave, ratios
-from laconic.attach import reduce_
-from laconic.doctor import twin
-from laconic.hosts import find_host
-from laconic.patching import settle
-from laconic.paying import quiet
+from laconic.api import reduce_
+from laconic.core.backbone import find_host
+from laconic.core.patching import settle
+from laconic.core.schedule import Schedule
 from laconic.planning.progress import ticking
 from laconic.planning.space import Space
-from laconic.schedule import Schedule
-from laconic.stopwatch import Stopwatch, stopwatch
 
 BASE = "unreduced"
 WARMUP = 2  # rounds that do not count

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from laconic.data import Order, Prepared
-from laconic.training.running import Run
+from laconic.training.run_config import Run
 from laconic.training.token_labels import patch_labels
 
 LOG = logging.getLogger(__name__)

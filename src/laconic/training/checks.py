@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from laconic.recipe import Recipe
-from laconic.reducer import resolve
-from laconic.schedule import Schedule
+from laconic.core.method import resolve
+from laconic.core.schedule import Schedule
+from laconic.training.recipe import Recipe
+from laconic.training.schedule_changes import in_order, options_at, tuples
 from laconic.training.steps import asked_for
-from laconic.training.warming import in_order, options_at, tuples
 
 
 def check(recipe: Recipe) -> None:
@@ -18,7 +18,7 @@ def check(recipe: Recipe) -> None:
     method, part, loss = recipe.method, recipe.optimization, recipe.loss
     learns = False
     if method.name:
-        learns = resolve(method.name, tuples(method.options)).row.learns
+        learns = resolve(method.name, tuples(method.options)).info.learns
         _check_changes(recipe)
         _check_schedule(recipe)
     else:

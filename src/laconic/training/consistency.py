@@ -27,10 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from laconic.compression import Compression, compression_of
-from laconic.schedule import Schedule
-from laconic.shapes import Float
-from laconic.values import choice
+from laconic.core.schedule import Schedule
+from laconic.core.shape_types import Float
+from laconic.core.token_reduction import TokenReduction, reduction_of
+from laconic.core.values import choice
 
 Judge = Literal["student", "teacher"]
 
@@ -120,32 +120,32 @@ def certainty(logits: Float[Tensor, "B K"], target: Tensor) -> Float[Tensor, " B
 @contextmanager
 def taking_less(model: nn.Module, share: float) -> Iterator[None]:
     """For a while, a reduced model takes away only that share of the tokens at each block."""
-    compression = compression_of(model)
-    schedule = compression.schedule
+    reduction = reduction_of(model)
+    schedule = reduction.schedule
     try:
-        compression.set_schedule(lessened(compression, share))
+        reduction.set_schedule(lessened(reduction, share))
         yield
     finally:
-        compression.set_schedule(schedule)
+        reduction.set_schedule(schedule)
 
 
-def lessened(compression: Compression, share: float) -> Schedule:
+def lessened(reduction: TokenReduction, share: float) -> Schedule:
     """The schedule that takes away that share: of counts to remove, of 1 - the keep rate, or of all that left so far.
 
     Raises:
         ValueError: there is no schedule: the method decides.
     """
-    schedule = compression.schedule
-    if schedule.unit == "decide":
-        raise ValueError(f"{compression.config.row.name} decides alone how many tokens it takes away; give it a keep rate")
+    schedule = reduction.schedule
+    if schedule.unit == "adaptive":
+        raise ValueError(f"{reduction.config.info.name} decides alone how many tokens it takes away; give it a keep rate")
     if schedule.unit == "keep":
         return schedule.scaled(lambda keep: 1 - share * (1 - keep))
     counts = dict(zip(schedule.at, map(int, schedule.values), strict=True))
-    if schedule.unit == "remove":
-        return Schedule.removing({block: int(share * count) for block, count in counts.items()})
+    if schedule.unit == "remove_counts":
+        return Schedule.remove_counts({block: int(share * count) for block, count in counts.items()})
     left = dict[int, int]()
     for block, count in counts.items():
-        reducer: Any = compression.reducer(block)
+        reducer: Any = reduction.reducer(block)
         patches = reducer.site.grid[0] * reducer.site.grid[1]
         left[block] = patches - int(share * max(0, patches - count))
-    return Schedule.leaving(left)
+    return Schedule.keep_counts(left)

@@ -7,7 +7,7 @@ plus weight * (GMACs - target)^2. Published: AdamW at 1e-2 on the logits alone, 
     found = search(model, batches, gmacs=2.9)          # batches of (images, labels)
     laconic.reduce_(model, found)
 
-In ``laconic train`` it is the step ``rate-search`` (`laconic.training.searching`). As in the published code a merged token
+In ``laconic train`` it is the step ``rate-search`` (`laconic.training.rate_search_step`). As in the published code a merged token
 weighs at least one patch in the search; afterwards it may weigh less. How logits start is not published: here, high for the
 candidates that keep much.
 """
@@ -22,18 +22,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from laconic import work
-from laconic.attach import reduce_, restore_
-from laconic.attention import Seen
-from laconic.compression import compression_of
-from laconic.cost import summary
-from laconic.hosts import find_host
+from laconic.analysis import layer_macs as work
+from laconic.analysis.macs import summary
+from laconic.api import reduce_, restore_
+from laconic.core.attention import AttentionView
+from laconic.core.backbone import find_host
+from laconic.core.gather import add_rows, arange_like
+from laconic.core.method import Reducer
+from laconic.core.shape_types import Float
+from laconic.core.token_reduction import reduction_of
+from laconic.core.tokens import Tokens
 from laconic.methods import DiffRate
-from laconic.parts import SCORES, Score, ScoreName, cosine, split
-from laconic.reducer import Reducer
-from laconic.rows import add_rows, iota
-from laconic.shapes import Float
-from laconic.tokens import Tokens
+from laconic.methods.ops import SCORES, Score, ScoreName, cosine, topk_split
 
 SLOPE = 10.0  # by how much the logit of keeping all starts above that of keeping none
 
@@ -69,24 +69,24 @@ class SearchReducer(Reducer):
     def active(self, before: int, n: int) -> bool:
         return True
 
-    def between(self, tokens: Tokens, seen: Seen, n: int) -> Tokens:
-        alive = tokens.there
+    def between(self, tokens: Tokens, seen: AttentionView, n: int) -> Tokens:
+        alive = tokens.keep_mask_or_ones
         # those that are hidden already stand at the end of the line
-        line, _ = split(self.score(tokens, seen) + 2 * alive.detach(), len(tokens))
-        rank = torch.empty_like(line).scatter(1, line, iota(line))
+        line, _ = topk_split(self.score(tokens, seen) + 2 * alive.detach(), len(tokens))
+        rank = torch.empty_like(line).scatter(1, line, arange_like(line))
         kept = alive * self.prune()[1][rank]
         within = self.merge()[1][rank]
         head, tail = kept * within, kept * (1 - within)
         others = torch.eye(len(tokens), dtype=torch.bool, device=head.device) | (head == 0).unsqueeze(1)
         best, host = cosine(tokens.patches, tokens.patches).masked_fill(others, -2.0).max(2)
         best = best.masked_fill(best < -1.5, 0.0)  # no other head
-        gate = tokens.gates
+        gate = tokens.attn_scale_or_ones
         whole = 1 + add_rows(tail, host, len(tokens)).unsqueeze(2)
         patches = tokens.patches + add_rows(tokens.patches * tail.unsqueeze(2), host, len(tokens))
         grown = gate + add_rows(gate * best * tail, host, len(tokens))
-        tokens = tokens.fade(head, torch.where(head > 0, iota(head), torch.where(tail > 0, host, -1)))
+        tokens = tokens.soft_drop(head, torch.where(head > 0, arange_like(head), torch.where(tail > 0, host, -1)))
         return tokens.replace(
-            x=torch.cat([tokens.x[:, : tokens.prefix], patches / whole], 1).to(tokens.x.dtype), gate=grown.clamp_min(1.0)
+            x=torch.cat([tokens.x[:, : tokens.prefix], patches / whole], 1).to(tokens.x.dtype), attn_scale=grown.clamp_min(1.0)
         )
 
 
@@ -114,15 +114,15 @@ class DiffRateSearch:
         host, entry = find_host(model)
         self.blocks = entry.blocks(host)
         reduce_(model, DiffRate(score=score), keep=1.0)
-        compression = compression_of(model.eval())
-        self.prefix, self.patches = compression.prefix, compression.grid[0] * compression.grid[1]
+        reduction = reduction_of(model.eval())
+        self.prefix, self.patches = reduction.prefix, reduction.grid[0] * reduction.grid[1]
         tokens, device = self.prefix + self.patches, next(model.parameters()).device
         self.rest = whole - sum(work.block(block, tokens, tokens)["matmul"] for block in self.blocks) / 1e9
         for parameter in self.frozen:
             parameter.requires_grad_(False)
-        for block in compression.reducers:
-            compression.reducers[block] = SearchReducer(SCORES[score], self.patches, every).to(device)
-        self.reducers: dict[int, Any] = {int(block): reducer for block, reducer in compression.reducers.items()}
+        for block in reduction.reducers:
+            reduction.reducers[block] = SearchReducer(SCORES[score], self.patches, every).to(device)
+        self.reducers: dict[int, Any] = {int(block): reducer for block, reducer in reduction.reducers.items()}
 
     def parameters(self) -> list[nn.Parameter]:
         """What is learned: the logits."""
@@ -158,10 +158,10 @@ class DiffRateSearch:
 @torch.no_grad()
 def found_in(model: nn.Module, score: ScoreName) -> DiffRate:
     """DiffRate with the counts of a model that is being searched, or of a copy of it."""
-    compression = compression_of(model)
-    reducers: Any = compression.reducers
-    prune_kept, merge_kept, left = list[int](), list[int](), math.prod(compression.grid)
-    for block in range(compression.depth):
+    reduction = reduction_of(model)
+    reducers: Any = reduction.reducers
+    prune_kept, merge_kept, left = list[int](), list[int](), math.prod(reduction.grid)
+    for block in range(reduction.depth):
         pruned = left
         if str(block) in reducers:
             pruned = min(left, round(float(reducers[str(block)].prune()[0])))

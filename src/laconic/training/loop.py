@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 
 from laconic.analysis.evaluate import Accuracy, Processes, evaluate
-from laconic.compression import find_compression
+from laconic.core.token_reduction import find_reduction
 from laconic.training.batches import Batch, Batches
-from laconic.training.feeding import mixer, seed_everything
+from laconic.training.finite_checks import check_loss, check_weights
+from laconic.training.input_pipeline import mixer, seed_everything
 from laconic.training.objective import Change, Objective, Step
 from laconic.training.optimization import LearningRate, make_optimizer
 from laconic.training.processes import agree, gather_names, join
-from laconic.training.running import Run
-from laconic.training.soundness import check_loss, check_weights
+from laconic.training.run_config import Run
+from laconic.training.schedule_changes import KeepRate, Options
 from laconic.training.state import Metrics, Progress, load_checkpoint, save_checkpoint, save_weights
 from laconic.training.steps import asked_for
 from laconic.training.token_labels import head_for
-from laconic.training.warming import KeepRate, Options
 
 
 class Loop:
@@ -39,8 +39,8 @@ class Loop:
         # so slowly that a step takes three times as long
         torch.set_flush_denormal(True)
         kind, options = asked_for(run.recipe)
-        compression = find_compression(run.model)
-        learns = compression is not None and next(compression.parameters(), None) is not None
+        reduction = find_reduction(run.model)
+        learns = reduction is not None and next(reduction.parameters(), None) is not None
         unused = learns and run.recipe.method.warms_in  # while all tokens are kept nobody is scored
         self.accelerator = join(run.recipe, run.running, run.output, unused=unused or options.unused)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
@@ -76,7 +76,7 @@ class Loop:
     def _changes(self) -> list[Change]:
         """What changes from step to step, in the model and in its moving average."""
         models = [self.model] if self.ema is None else [self.model, self.ema.module]
-        found = [one for model in models if (one := find_compression(model)) is not None]
+        found = [one for model in models if (one := find_reduction(model)) is not None]
         method, epochs = self.run.recipe.method, self.part.epochs
         own: list[Change] = [KeepRate(found, method, self.steps), Options(found, method, self.steps, epochs)]
         return [*own, *self.way.changes(models, self.steps, epochs)]

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from laconic.compression import find_compression
-from laconic.distill import logit_distillation, token_distillation
-from laconic.ledger import losses as own_losses
+from laconic.analysis.provenance import losses as own_losses
+from laconic.core.gather import gather_rows
+from laconic.core.token_reduction import find_reduction
+from laconic.methods.ops import CLASS_LOGITS
 from laconic.methods.spvit import PACKAGE
-from laconic.parts import CLASS_LOGITS
-from laconic.recipe import LossPart, Recipe
-from laconic.rows import take
+from laconic.training.distillation import logit_distillation, token_distillation
+from laconic.training.recipe import LossPart, Recipe
 from laconic.training.token_labels import TokenLabels
 
 
@@ -104,8 +104,8 @@ class Objective(Step):
         features, logits = answer
         parts = {"cross_entropy": cross_entropy(logits, target)}
         total = parts["cross_entropy"]
-        if (compression := find_compression(model)) is not None:
-            own, notes = compression.config.loss_weights(), compression.entry(compression.depth).notes
+        if (reduction := find_reduction(model)) is not None:
+            own, notes = reduction.config.loss_weights(), reduction.entry(reduction.depth).per_image
             total = own.get("cross_entropy", 1.0) * total
             if CLASS_LOGITS in notes:
                 parts[CLASS_LOGITS] = cross_entropy(notes[CLASS_LOGITS].float(), target)
@@ -137,16 +137,16 @@ class Objective(Step):
 
     def _tokens(self, features: Tensor, wanted: Tensor) -> Tensor:
         """Token distillation: every token that is left and has a place of its own, against the teacher's in that place."""
-        compression = find_compression(self.student)
-        prefix = 0 if compression is None else compression.prefix
+        reduction = find_reduction(self.student)
+        prefix = 0 if reduction is None else reduction.prefix
         own, wanted = features[:, prefix:], wanted[:, prefix:]
         alive = torch.ones_like(own[..., 0])
-        if compression is not None and not compression.restore:
-            left = compression.entry(compression.depth)
-            wanted = wanted if left.patch is None else take(wanted, left.place)
-            alive = alive if left.alive is None else left.alive
-            if PACKAGE in left.columns:  # they have no place of their own
-                alive = alive * (1 - left.columns[PACKAGE])
+        if reduction is not None and not reduction.restore:
+            left = reduction.entry(reduction.depth)
+            wanted = wanted if left.origin is None else gather_rows(wanted, left.origin_index)
+            alive = alive if left.keep_mask is None else left.keep_mask
+            if PACKAGE in left.per_token:  # they have no place of their own
+                alive = alive * (1 - left.per_token[PACKAGE])
         return token_distillation(own, wanted, alive, self.weights.token_kind)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from laconic.recipe import OptimizationPart
-from laconic.reducer import nearest_names
+from laconic.core.method import nearest_names
+from laconic.training.recipe import OptimizationPart
 
 OWN = "laconic."  # the parameters that a method adds to a model
 

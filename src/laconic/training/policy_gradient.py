@@ -19,11 +19,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from laconic.compression import Compression, compression_of
-from laconic.hosts import HOSTS
+from laconic.core.backbone import HOSTS
+from laconic.core.eval_mode import evaluating
+from laconic.core.schedule import Schedule
+from laconic.core.token_reduction import TokenReduction, reduction_of
 from laconic.methods.iared import IARED, KEPT, LOG_PROBABILITY
-from laconic.modes import evaluating
-from laconic.schedule import Schedule
 
 Part = Literal["interpreter", "blocks"]
 Phase = tuple[int | None, Part]  # a group (None: all), and what of it learns
@@ -78,11 +78,11 @@ def by_inference(model: nn.Module, images: Tensor) -> Greedy:
     Raises:
         ValueError: as `policy_step`.
     """
-    compression = reduced_by_iared(model)
-    if not compression.training:
+    reduction = reduced_by_iared(model)
+    if not reduction.training:
         raise ValueError("iared draws tokens in training mode only, and this model is in evaluation mode; call model.train()")
     with torch.no_grad(), evaluating(model):
-        return Greedy(_answer(model, images), _noted(compression, KEPT))
+        return Greedy(_answer(model, images), _noted(reduction, KEPT))
 
 
 def self_critical(
@@ -95,8 +95,8 @@ def self_critical(
     groups: Sequence[int] | None = None,
 ) -> PolicyStep:
     """As `policy_step`, with the ``logits`` [B, classes] that the model has just answered by its draws."""
-    compression = reduced_by_iared(model)
-    kept, log_probability = _noted(compression, KEPT), _noted(compression, LOG_PROBABILITY)
+    reduction = reduced_by_iared(model)
+    kept, log_probability = _noted(reduction, KEPT), _noted(reduction, LOG_PROBABILITY)
     chosen, working = list(range(kept.shape[1]) if groups is None else groups), kept.shape[1]
     if not chosen or any(group not in range(working) for group in chosen):
         raise ValueError(f"groups {chosen} are to be trained, and {working} groups are at work, counted from 0")
@@ -128,33 +128,33 @@ def curriculum(model: nn.Module, group: int | None, part: Part = "interpreter") 
     Raises:
         ValueError: the model is not reduced by iared; there is no such group or part.
     """
-    compression = reduced_by_iared(model)
-    at, blocks = compression.schedule.at, HOSTS[compression.host_path].blocks(compression.model)
+    reduction = reduced_by_iared(model)
+    at, blocks = reduction.schedule.at, HOSTS[reduction.host_path].blocks(reduction.model)
     if part not in ("interpreter", "blocks"):
         raise ValueError(f"part must be 'interpreter' or 'blocks', not {part!r}")
     if group is None:
-        compression.set_schedule(Schedule.deciding(at))
+        reduction.set_schedule(Schedule.adaptive(at))
         model.requires_grad_(True)
         return
     if group not in range(len(at)):
         raise ValueError(f"this model has groups 0 to {len(at) - 1}, and no group {group}")
-    compression.set_schedule(Schedule.rates([WORKS if other <= group else 1.0 for other in range(len(at))], at))
+    reduction.set_schedule(Schedule.rates([WORKS if other <= group else 1.0 for other in range(len(at))], at))
     model.requires_grad_(False)
     learning = blocks[at[group] : (*at, len(blocks))[group + 1]]
-    for module in learning if part == "blocks" else [compression.reducers[str(at[group])]]:
+    for module in learning if part == "blocks" else [reduction.reducers[str(at[group])]]:
         module.requires_grad_(True)
 
 
-def reduced_by_iared(model: nn.Module) -> Compression:
-    """The compression of a model that iared reduces.
+def reduced_by_iared(model: nn.Module) -> TokenReduction:
+    """The reduction of a model that iared reduces.
 
     Raises:
         ValueError: another method does, or none.
     """
-    compression = compression_of(model)
-    if not isinstance(compression.config, IARED):
-        raise ValueError(f"this model is reduced by {compression.config.row.name}; the policy gradient is for iared")
-    return compression
+    reduction = reduction_of(model)
+    if not isinstance(reduction.config, IARED):
+        raise ValueError(f"this model is reduced by {reduction.config.info.name}; the policy gradient is for iared")
+    return reduction
 
 
 def _answer(model: Any, images: Tensor) -> Tensor:
@@ -163,8 +163,8 @@ def _answer(model: Any, images: Tensor) -> Tensor:
     return logits.float()
 
 
-def _noted(compression: Compression, name: str) -> Tensor:
-    notes = compression.entry(compression.depth).notes
+def _noted(reduction: TokenReduction, name: str) -> Tensor:
+    notes = reduction.entry(reduction.depth).per_image
     if name not in notes:
         raise ValueError("no group of this model is at work: all keep rates are 1; see curriculum(model, None)")
     return notes[name]

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from laconic.extras import missing
-from laconic.files import Refusal
-from laconic.recipe import Recipe
-from laconic.reducer import nearest_names
-from laconic.training.running import Running
+from laconic.core.files import Refusal
+from laconic.core.method import nearest_names
+from laconic.core.optional_deps import missing
+from laconic.training.recipe import Recipe
+from laconic.training.run_config import Running
 
 
 def join(recipe: Recipe, running: Running, output: Path, *, unused: bool = False) -> Any:

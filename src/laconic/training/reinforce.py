@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from laconic.compression import Compression, compression_of
-from laconic.recipe import Recipe
+from laconic.core.token_reduction import TokenReduction, reduction_of
 from laconic.training.objective import Change, Objective, Step, StepOptions
 from laconic.training.policy_gradient import Part, Phase, by_inference, curriculum, reduced_by_iared, self_critical
+from laconic.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class PolicyGradient(Step):
 
     def learning(self) -> dict[int, int]:
         """The groups whose interpreters learn: numbers among those at work -> among all."""
-        compression = compression_of(self.objective.student)
-        reducers: list[Any] = [compression.reducers[str(block)] for block in compression.schedule.at]
+        reduction = reduction_of(self.objective.student)
+        reducers: list[Any] = [reduction.reducers[str(block)] for block in reduction.schedule.at]
         working = [group for group, reducer in enumerate(reducers) if reducer.site.keep != 1]
         return {i: group for i, group in enumerate(working) if any(p.requires_grad for p in reducers[group].parameters())}
 
@@ -90,7 +90,7 @@ class Curriculum:
 
     def __init__(self, models: Sequence[nn.Module], options: PolicyGradientOptions, steps: int, epochs: int) -> None:
         self.model = models[0]
-        self.compressions: list[Compression] = [compression_of(model) for model in models]
+        self.compressions: list[TokenReduction] = [reduction_of(model) for model in models]
         self.final = self.compressions[0].schedule
         self.fixed = [p for p in self.model.parameters() if not p.requires_grad]
         self.now: Phase | None = None
@@ -121,8 +121,8 @@ class Curriculum:
         for parameter in self.fixed:
             parameter.requires_grad_(False)
         schedule = self.final if group in (None, len(self.final.at) - 1) else self.compressions[0].schedule
-        for compression in self.compressions:
-            compression.set_schedule(schedule)
+        for reduction in self.compressions:
+            reduction.set_schedule(schedule)
 
     def arrived(self, step: int) -> bool:
         """Whether all groups work."""

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from laconic import limits
-from laconic.compression import find_compression
-from laconic.files import Refusal, json_lines, write_atomically
-from laconic.recipe import Recipe
+from laconic.core import limits
+from laconic.core.files import Refusal, json_lines, write_atomically
+from laconic.core.token_reduction import find_reduction
+from laconic.training.recipe import Recipe
 
 LOG = logging.getLogger(__name__)
 CHECKPOINT, METRICS, RECIPE = "checkpoint.pt", "metrics.jsonl", "recipe.json"
@@ -108,13 +108,13 @@ def save_weights(model: nn.Module, folder: Path, options: Mapping[str, Any]) -> 
     ``options`` are those that timm made the model with; they are written where they cannot be read off it. After hours of
     training nothing is refused: at worst the file does not say how to build the model, and loading it needs one.
     """
-    if find_compression(model) is None:
+    if find_reduction(model) is None:
         from safetensors.torch import save as to_bytes
 
         weights = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in model.state_dict().items()}
         write_atomically(folder / "model.safetensors", to_bytes(weights))
         return
-    from laconic.checkpoints import save
+    from laconic.checkpoints.save_load import save
 
     for arguments in (None, options):
         try:

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from laconic.fitting import build
-from laconic.recipe import Recipe
-from laconic.reducer import nearest_names
+from laconic.core.from_dict import build
+from laconic.core.method import nearest_names
 from laconic.training.objective import Objective, Step, StepOptions
+from laconic.training.rate_search_step import RateSearch, RateSearchOptions
+from laconic.training.recipe import Recipe
 from laconic.training.reinforce import PolicyGradient, PolicyGradientOptions
-from laconic.training.searching import RateSearch, RateSearchOptions
 from laconic.training.two_passes import TwoPasses, TwoPassesOptions
 
 

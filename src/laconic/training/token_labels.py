@@ -53,10 +53,10 @@ def head_for(model: Any, weight: float, classes: int) -> TokenLabels | None:
     Raises:
         ValueError: the model is reduced: its tokens are not patches.
     """
-    from laconic.compression import find_compression
+    from laconic.core.token_reduction import find_reduction
 
     if not weight:
         return None
-    if find_compression(model) is not None:
+    if find_reduction(model) is not None:
         raise ValueError("loss.token_labels is for unreduced models; leave it out where a method is trained")
     return TokenLabels(model.embed_dim, classes)

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from laconic.compression import compression_of
-from laconic.recipe import Recipe
+from laconic.core.token_reduction import reduction_of
 from laconic.training.consistency import Answer, consistency_losses, lessened, teacher_pass
 from laconic.training.objective import Objective, Step, StepOptions
+from laconic.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class TwoPasses(Step):
     def __init__(self, objective: Objective, options: TwoPassesOptions) -> None:
         super().__init__()
         self.objective, self.options = objective, options
-        lessened(compression_of(objective.student), 0.0)  # refuses a model without a schedule
+        lessened(reduction_of(objective.student), 0.0)  # refuses a model without a schedule
 
     def forward(self, images: Tensor, target: Tensor, patches: Tensor | None = None) -> dict[str, Tensor]:
         """The loss and its parts, as `Objective`, with "teacher" and "consistency"."""

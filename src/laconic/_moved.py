@@ -1,0 +1,193 @@
+"""Module and class names of version 0.1, for user code and pickles: they import what they are called now, with a warning."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+import types
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+MODULES = {
+    "arguments": "core.arguments",
+    "attach": "api",
+    "attention": "core.attention",
+    "block_forward": "core.block_forward",
+    "calibrate": "methods.patch_slimming.calibration",
+    "checkpoints": "checkpoints.save_load",
+    "reduction": "core.token_reduction",
+    "cost": "analysis.macs",
+    "deciding": "core.adaptive",
+    "dense": "core.dense",
+    "discovery": "core.plugins",
+    "distill": "training.distillation",
+    "diversity": "analysis.diversity",
+    "doctor": "analysis.diagnose",
+    "exporting.proof": "exporting.parity",
+    "extras": "core.optional_deps",
+    "files": "core.files",
+    "fitting": "core.from_dict",
+    "grid": "core.grid",
+    "halving": "core.half_limit",
+    "history": "core.history",
+    "hosts": "core.backbone",
+    "hub": "checkpoints.hub",
+    "impact": "methods.patch_slimming.patch_importance",
+    "importing": "checkpoints.official_weights",
+    "input_size": "analysis.input_size",
+    "intermediates": "core.intermediates",
+    "jobs": "cli",
+    "jobs.accuracy": "analysis.accuracy",
+    "jobs.agreement": "cli.agreement",
+    "jobs.bench": "cli.bench",
+    "jobs.compare": "cli.compare",
+    "jobs.demo": "cli.demo",
+    "jobs.doctor": "cli.doctor",
+    "jobs.draw": "cli.draw",
+    "jobs.eval": "cli.eval",
+    "jobs.evaluate": "cli.evaluate",
+    "jobs.exhibit": "cli.demo_input",
+    "jobs.export": "cli.export",
+    "jobs.export_speed": "cli.export_speed",
+    "jobs.exported": "cli.exported",
+    "jobs.fates": "cli.patch_outcomes",
+    "jobs.list": "cli.list",
+    "jobs.machine": "analysis.machine",
+    "jobs.measure": "analysis.timing",
+    "jobs.memory": "analysis.memory",
+    "jobs.models": "cli.models",
+    "jobs.output": "cli.output",
+    "jobs.photos": "cli.image_io",
+    "jobs.plan": "cli.plan",
+    "jobs.plan_report": "cli.plan_report",
+    "jobs.plan_scores": "cli.plan_scores",
+    "jobs.plots": "cli.plots",
+    "jobs.record": "cli.record",
+    "jobs.scores": "cli.scores",
+    "jobs.show": "cli.show",
+    "jobs.subject": "cli.eval_input",
+    "jobs.sweep": "cli.sweep",
+    "jobs.train": "cli.train",
+    "jobs.variants": "cli.variants",
+    "jobs.weights": "cli.weights",
+    "ledger": "analysis.provenance",
+    "limits": "core.limits",
+    "links": "core.links",
+    "masking": "core.attention_bias",
+    "mending": "methods.patch_slimming.block_finetuning",
+    "methods.patch_slimming": "methods.patch_slimming.method",
+    "mixin": "checkpoints.hub_mixin",
+    "modes": "core.eval_mode",
+    "observed": "analysis.per_image_cost",
+    "packing": "core.packing",
+    "parts": "methods.ops",
+    "patching": "core.patching",
+    "paying": "analysis.break_even",
+    "readout": "core.readout",
+    "readout_proof": "core.readout_check",
+    "rebuild": "checkpoints.model_spec",
+    "rebuild_transformers": "checkpoints.transformers_spec",
+    "recipe": "training.recipe",
+    "reducer": "core.method",
+    "report": "analysis.summary",
+    "rows": "core.gather",
+    "running": "core.running_calls",
+    "runtime": "core.runtime",
+    "schedule": "core.schedule",
+    "settings": "training.recipe_sections",
+    "shapes": "core.shape_types",
+    "sites": "core.block_context",
+    "sparsity": "training.sparsity",
+    "staging": "core.stages",
+    "stopwatch": "analysis.stopwatch",
+    "switches": "core.block_gates",
+    "tokens": "core.tokens",
+    "training.feeding": "training.input_pipeline",
+    "training.running": "training.run_config",
+    "training.searching": "training.rate_search_step",
+    "training.soundness": "training.finite_checks",
+    "training.warming": "training.schedule_changes",
+    "trial": "checkpoints.meta_build",
+    "values": "core.values",
+    "verbs": "cli.commands",
+    "verify": "core.verify",
+    "work": "analysis.layer_macs",
+}
+NAMES: dict[str, dict[str, str]] = {
+    "core.adaptive": {"AdaptiveMethod": "AdaptiveMethod", "AdaptiveReducer": "AdaptiveReducer"},
+    "core.attention": {"AttentionView": "AttentionView", "AttentionTap": "AttentionTap"},
+    "core.backbone": {"BlockSpec": "BlockSpec", "Host": "ModelSpec", "Steps": "AttentionSteps", "Shape": "StageSpec"},
+    "core.block_context": {"BlockContext": "BlockContext"},
+    "core.gather": {"take": "gather_rows", "follow": "remap", "iota": "positions"},
+    "core.method": {"Row": "MethodInfo", "BlockContext": "BlockContext"},
+    "core.token_reduction": {
+        "TokenReduction": "TokenReduction",
+        "find_reduction": "find_reduction",
+        "reduction_of": "reduction_of",
+    },
+    "methods.ops": {
+        "lay": "scatter_back",
+        "split": "topk_split",
+        "share": "group_normalize",
+        "demand": "require",
+        "Alone": "NoKeepRate",
+        "Everywhere": "EveryBlock",
+    },
+}
+
+
+class OldModule(types.ModuleType):
+    """A module of version 0.1; its names are those of the module that has taken its place."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        new = str(new_name(self.__name__.removeprefix("laconic.")))
+        names = {**NAMES.get(new.rpartition(".")[0], {}), **NAMES.get(new, {})}
+        return getattr(importlib.import_module(f"laconic.{new}"), names.get(name, name))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the public function of this name: importing an old module puts it over the function in the package."""
+        name = self.__name__.removeprefix("laconic.")
+        return getattr(self, name)(*args, **kwargs)
+
+
+class OldNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Find modules of version 0.1 by their old names; it is asked only for modules that do not exist."""
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        """Return the spec of an old name, or None."""
+        package, _, old = fullname.partition(".")
+        if package != "laconic" or new_name(old) is None:
+            return None
+        return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        """Return the stand-in for an old module."""
+        new = new_name(spec.name.removeprefix("laconic."))
+        warnings.warn(f"{spec.name} is now laconic.{new}", DeprecationWarning, stacklevel=2)
+        return OldModule(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        """Do nothing: names are looked up when they are asked for."""
+
+
+def new_name(old: str) -> str | None:
+    """Return what a module of version 0.1 is called now (both without ``laconic.``), or None."""
+    if old in MODULES:
+        return MODULES[old]
+    parent, dot, leaf = old.rpartition(".")
+    if not dot or parent not in MODULES:
+        return None
+    new = "backbones" if parent == "hosts" else MODULES[parent]
+    return f"{new}.{leaf}" if importlib.util.find_spec(f"laconic.{new}.{leaf}") is not None else None
+
+
+def install() -> None:
+    """Let old names be found, once."""
+    if not any(isinstance(finder, OldNames) for finder in sys.meta_path):
+        sys.meta_path.append(OldNames())

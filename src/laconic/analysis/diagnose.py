@@ -1,0 +1,167 @@
+"""What works on a model, and why the rest does not: every method is tried on a copy of it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from laconic.analysis.break_even import quiet
+from laconic.api import reduce_, restore_
+from laconic.core.backbone import ModelSpec, block_spec, find_host, path_of
+from laconic.core.method import METHODS, MethodInfo, methods
+from laconic.core.token_reduction import TokenReduction, find_reduction, reduction_of
+
+KEEP = 0.7  # the keep rate every method is tried with
+IDENTITY = "dynamicvit"  # reduces before a block, so that it runs on every host; with keep=1 nothing may change
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One method on this model: does it work, with which options, and if not why."""
+
+    method: str
+    works: bool
+    options: dict[str, str]
+    reason: str  # empty if it works
+    tokens: tuple[int, ...]  # patch tokens each reducing block leaves of the model's own input, at most
+
+    @property
+    def example(self) -> str:
+        """A line that reduces this model, or nothing."""
+        if not self.works:
+            return ""
+        options = "".join(f", {name}={value!r}" for name, value in self.options.items())
+        keep = f", keep={KEEP}" if METHODS[self.method].count == "constant" else ""
+        return f'laconic.reduce_(model, "{self.method}"{keep}{options})'
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `doctor` found. Where the model is refused, ``refusal`` says why and there is nothing else to say."""
+
+    model: str
+    refusal: str = ""
+    host: str = ""
+    blocks: tuple[str, ...] = ()  # the class of every block
+    prefix: int = 0
+    has_cls: bool = False
+    positions: str = ""
+    grid: tuple[int, int] = (0, 0)
+    dim: int = 0
+    heads: int = 0
+    pooling: str = ""
+    self_test: str = ""  # "passed", or what went wrong
+    trials: tuple[Trial, ...] = ()
+
+    @property
+    def supported(self) -> bool:
+        """Whether laconic knows this model and its proof succeeds."""
+        return not self.refusal and self.self_test == "passed"
+
+    def facts(self) -> dict[str, str]:
+        """What there is to know about the model, as words."""
+        kinds = dict.fromkeys(self.blocks)
+        return {
+            "model": self.model,
+            "host": self.host,
+            "blocks": f"{len(self.blocks)} of {' and '.join(kinds)}",
+            "width": f"{self.dim} channels, {self.heads} heads",
+            "patches": f"{self.grid[0]} x {self.grid[1]} = {self.grid[0] * self.grid[1]}",
+            "prefix tokens": f"{self.prefix} ({'the first is a class token' if self.has_cls else 'no class token'})",
+            "positions": self.positions,
+            "pooling": self.pooling,
+            "self-test": self.self_test,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, as JSON."""
+        trials = [{**dataclasses.asdict(t), "tokens": list(t.tokens), "example": t.example} for t in self.trials]
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {**fields, "supported": self.supported, "blocks": list(self.blocks), "grid": list(self.grid), "trials": trials}
+
+    def __str__(self) -> str:
+        if self.refusal:
+            return f"{self.model}: {self.refusal}"
+        lines = [f"{name + ':':<15}{value}" for name, value in self.facts().items()]
+        return "\n".join(lines + [f"{t.method + ':':<15}{t.example or 'no: ' + t.reason}" for t in self.trials])
+
+
+def doctor(model: nn.Module) -> Report:
+    """Examine a model: what kind of host it is, and for every method whether it works on it or the reason why not.
+
+    The model is not touched: all is tried on copies that share its weights. A model that is reduced already is examined
+    as it was before. A model that is refused gets a report that says why.
+
+    Raises:
+        TypeError: not a torch.nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}; create the model first (timm.create_model)")
+    name = path_of(type(model))
+    model = twin(model)
+    if find_reduction(model) is not None:
+        restore_(model)
+    try:
+        host, entry = find_host(model)
+    except (TypeError, ValueError) as error:
+        return Report(name, refusal=str(error).removeprefix(f"{name} cannot be reduced: "))
+    blocks = entry.blocks(host)
+    pool, with_prefix = entry.pooling(host)
+    identity = _attempt(model, IDENTITY, 1.0, {})
+    prefix, has_cls = entry.prefix(host)
+    return Report(
+        name,
+        host=path_of(type(host)),
+        blocks=tuple(path_of(type(block)) for block in blocks),
+        prefix=prefix,
+        has_cls=has_cls,
+        positions=_positions(host, entry, blocks),
+        grid=entry.grid(host),
+        dim=entry.dim(host),
+        heads=entry.heads(host),
+        pooling=f"{pool}{', prefix tokens included' if with_prefix else ''}",
+        self_test=identity if isinstance(identity, str) else "passed",
+        trials=tuple(_try(model, row) for row in methods().values()),
+    )
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A copy with modules of its own and the very weights of the original: it can be reduced, and costs no memory."""
+    shared = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+
+
+def _positions(host: Any, entry: ModelSpec, blocks: list[nn.Module]) -> str:
+    rotary = any(halves is not None and halves.rope is not None for halves in map(block_spec, blocks))
+    kinds = ["absolute"] * (entry.positions(host) is not None)
+    tables = (getattr(host, name, None) for name in ("rope", "rope_embeddings"))  # timm's, transformers'
+    kinds += ["rotary"] * (rotary and any(table is not None for table in tables))
+    return " and ".join(kinds) or "none"
+
+
+def _try(model: nn.Module, row: MethodInfo) -> Trial:
+    options: dict[str, Any] = {}
+    keep = KEEP if row.count == "constant" else None  # the others decide for every image
+    reduced = _attempt(model, row.name, keep, options)
+    if isinstance(reduced, str) and "score" in (f.name for f in dataclasses.fields(row.config)):
+        stand_in = {"score": "mean-query"}  # for hosts without a class token
+        again = _attempt(model, row.name, keep, stand_in)
+        reduced, options = (reduced, options) if isinstance(again, str) else (again, stand_in)
+    if isinstance(reduced, str):
+        return Trial(row.name, False, {}, reduced, ())
+    counts = reduced.counts()
+    return Trial(row.name, True, options, "", tuple(counts[block] for block in reduced.schedule.at))
+
+
+def _attempt(model: nn.Module, method: str, keep: float | None, options: dict[str, Any]) -> TokenReduction | str:
+    """Reduce a copy: its reduction, or the reason why the method does not work on this model."""
+    try:
+        with quiet(), torch.random.fork_rng(devices=[]):  # a learned scorer draws its first weights; nobody else is to notice
+            return reduction_of(reduce_(twin(model), method, keep=keep, **options))
+    except (TypeError, ValueError, LookupError, RuntimeError) as error:
+        return str(error)

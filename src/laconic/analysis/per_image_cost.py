@@ -1,0 +1,106 @@
+"""What single images really left and cost, where a method decides for every image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from laconic.analysis import layer_macs as work
+from laconic.analysis.macs import block_cost, weigh, weights_of
+from laconic.analysis.summary import Observed, Spread
+from laconic.core.backbone import find_host
+from laconic.core.block_context import BlockContext
+from laconic.core.eval_mode import aside
+from laconic.core.token_reduction import reduction_of
+from laconic.core.tokens import Tokens
+
+
+class Observer:
+    """Notes how many patch tokens every image has after each block, while a reduced model runs (see `observing`)."""
+
+    def __init__(self, model: nn.Module, convention: str = "matmul") -> None:
+        self.reduction, self.weights = reduction_of(model), weights_of(convention)
+        self.host, self.entry = find_host(model)
+        self.counts = list[list[int]]()
+        self.known = dict[tuple[int, int, int], int]()
+
+    def note(self) -> None:
+        """Add the images of the last forward."""
+        entries = [self.reduction.entry(index) for index in range(self.reduction.depth + 1)]
+        self.counts += torch.stack([_live(tokens) for tokens in entries], 1).tolist()
+
+    @cached_property
+    def _sites(self) -> dict[int, BlockContext]:
+        return self.reduction.staging.sites()
+
+    def _cost(self, index: int, before: int, after: int) -> int:
+        """MACs of a block, or of all that is no block for index -1."""
+        if (index, before, after) not in self.known:
+            config, staging = self.reduction.config, self.reduction.staging
+            if index < 0:
+                first, last = staging.shapes[0].prefix, staging.shapes[-1].prefix
+                macs = weigh(work.ends(self.host, self.entry, before + first, after + last), self.weights)
+            else:
+                block, shape = self.entry.blocks(self.host)[index], staging.shapes[staging.stage(index)]
+                row = block_cost(index, block, shape, config, self._sites.get(index), before, after, self.weights)
+                macs = row.macs + row.reducer_macs
+            self.known[index, before, after] = macs
+        return self.known[index, before, after]
+
+    @property
+    def result(self) -> Observed:
+        """Mean and spread over the images so far.
+
+        Raises:
+            ValueError: there were none.
+        """
+        if not self.counts:
+            raise ValueError("there are no images to observe; pass batches of them, [B, channels, height, width]")
+        starts = {
+            start: shape.patches
+            for start, shape in zip(self.reduction.staging.starts[1:], self.reduction.staging.shapes[1:], strict=True)
+        }
+        macs = [
+            self._cost(-1, row[0], row[-1])
+            + sum(self._cost(i, starts.get(i, before), after) for i, (before, after) in enumerate(pairwise(row)))
+            for row in self.counts
+        ]
+        left = zip(*(row[1:] for row in self.counts), strict=True)
+        return Observed(len(macs), tuple(Spread.of(column) for column in left), Spread.of(macs))
+
+
+@contextmanager
+def observing(model: nn.Module, convention: str = "matmul") -> Iterator[Observer]:
+    """Observe every forward of a reduced model."""
+    observer = Observer(model, convention)
+    handle = observer.host.register_forward_hook(lambda *_: observer.note())
+    try:
+        yield observer
+    finally:
+        handle.remove()
+
+
+def observe(model: nn.Module, images: Iterable[Tensor] | Tensor, convention: str = "matmul") -> Observed:
+    """Tokens and multiply-adds of single images, over batches of them.
+
+    The model runs in evaluation mode; the ledger of its last forward stays as it was.
+
+    Raises:
+        ValueError: the model is not reduced, or there are no images.
+    """
+    with observing(model, convention) as observer, aside(observer.host), torch.inference_mode():
+        for batch in [images] if isinstance(images, Tensor) else images:
+            observer.host(batch)
+    return observer.result
+
+
+def _live(tokens: Tokens) -> Tensor:
+    """Patch tokens of each image that are run from here on, [B]."""
+    if tokens.keep_mask is None:
+        return torch.full_like(tokens.origin_index[:, 0], len(tokens))
+    return (tokens.keep_mask > 0).sum(1)

@@ -1,0 +1,74 @@
+"""timm's Beit and VisionTransformerRelPos: a bias for every pair of patches, of each block or shared by all of them.
+
+Both pool inside ``forward_head``, so that is what is stood in for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from laconic.backbones.timm import (
+    _block_attention,
+    _block_mlp,
+    _eva_attention,
+    _eva_mlp,
+    _example,
+    _grid,
+    _grid_of,
+    _heads,
+    _obstacle,
+    _pooling,
+    _positions,
+    _post_attention,
+    _post_mlp,
+    _prefix,
+)
+from laconic.core.backbone import BlockSpec, ModelSpec, register_block, register_host
+
+
+def _forward_head(readout: Any, own: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
+    out: Tensor = readout.pool(lambda weighed, kind: own(weighed, pre_logits=pre_logits), x)
+    return out
+
+
+def _bias_rows(bias: Any) -> int:
+    """Rows through the network that makes a bias of the distances of patches (there is a table instead in others)."""
+    return bias.rel_coords_log.shape[:2].numel() if hasattr(bias, "rel_coords_log") else 0
+
+
+def _block_rows(block: Any, name: str) -> int | None:
+    return _bias_rows(block.attn.rel_pos) if name.startswith("attn.rel_pos.") else None
+
+
+def _rows(m: Any, before: int, after: int) -> dict[str, int]:
+    pooled = 1 if m.global_pool else after
+    rows = {"norm": after, "fc_norm": pooled, "head": pooled}
+    return {**rows, "rel_pos_bias": 0, "shared_rel_pos": _bias_rows(getattr(m, "shared_rel_pos", None))}
+
+
+register_block("timm.models.beit.Block", BlockSpec(_eva_attention, _eva_mlp, relative=True))
+for _path, _halves in {
+    "RelPosBlock": BlockSpec(_block_attention, _block_mlp, relative=True, rows=_block_rows),
+    "ResPostRelPosBlock": BlockSpec(_post_attention, _post_mlp, relative=True, rows=_block_rows),
+}.items():
+    register_block(f"timm.models.vision_transformer_relpos.{_path}", _halves)
+for _path in ("timm.models.beit.Beit", "timm.models.vision_transformer_relpos.VisionTransformerRelPos"):
+    register_host(
+        ModelSpec(
+            path=_path,
+            blocks=lambda m: list(m.blocks),
+            prefix=_prefix,
+            positions=_positions,
+            grid=_grid,
+            dim=lambda m: m.embed_dim,
+            heads=_heads,
+            example=_example,
+            pooling=_pooling,
+            unsupported_reason=_obstacle,
+            rows=_rows,
+            grid_of=_grid_of,
+            method_overrides=lambda m: [(m, "forward_head", _forward_head)],
+        )
+    )

@@ -1,0 +1,188 @@
+"""transformers' ViT, DeiT, DINOv2 (with registers), DINOv3, BEiT, and the image towers of CLIP and SigLIP; versions 4.57 and 5.
+
+The names of parts differ between the versions, so entries look at what is there; layers: `laconic.backbones.transformers_layers`.
+Attention masks are refused where they come in; what mask arrives at a layer the model has made itself: a boolean one in export,
+which hides nothing, or BEiT's shared bias. A reduced model hands on short ``hidden_states`` and, where tokens were merged, a
+``last_hidden_state`` with all patches: heads outside the model average it (DINOv2, CLIP, SigLIP).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laconic.core.backbone import MethodOverride, ModelSpec, Setting, register_host, register_refusal
+
+FUSED = "sdpa"
+GRID = "it reads tokens on their grid, and where tokens have left there is none; reduce the model inside for another use"
+
+
+def _blocks(m: Any) -> list[Any]:
+    inner = getattr(m, "encoder", None) or getattr(m, "model", None) or m
+    return list(inner.layers if hasattr(inner, "layers") else inner.layer)
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    height, width = size if isinstance(size, Iterable) else (size, size)
+    return height, width
+
+
+def _grid(m: Any) -> tuple[int, int]:
+    (height, width), (rows, columns) = _pair(m.config.image_size), _pair(m.config.patch_size)
+    return height // rows, width // columns
+
+
+def _positions(m: Any) -> Tensor | None:
+    table = getattr(m.embeddings, "position_embeddings", None)
+    if table is None:
+        table = getattr(getattr(m.embeddings, "position_embedding", None), "weight", None)
+    rows, columns = _grid(m)
+    return None if table is None else table.view(-1, table.shape[-1])[-rows * columns :]
+
+
+def _example(m: Any) -> Tensor:
+    reference = next(m.parameters())
+    size = (1, m.config.num_channels, *_pair(m.config.image_size))
+    return torch.randn(size, generator=torch.Generator().manual_seed(0)).to(reference.device, reference.dtype)
+
+
+def _obstacle(m: Any) -> str | None:
+    name = m.config._attn_implementation
+    if name not in (FUSED, "eager"):
+        return (
+            f"its attention is run by {name!r}, where there is nothing to look at; model.set_attn_implementation('sdpa') first"
+        )
+    if m.config.output_attentions:
+        return "its config asks for attention weights, which fused attention has not: config.output_attentions = False first"
+    inside = getattr(getattr(_blocks(m)[0], "attention", None), "attention", None)
+    if type(inside).__name__ == "BeitSelfAttention":  # 4.57: chosen for good when the model is made
+        return "it was made with eager attention; make or load it with attn_implementation='sdpa'"
+    return None
+
+
+def _settings(m: Any) -> list[Setting]:
+    return [(m.config, "_attn_implementation", FUSED)]
+
+
+def _grid_of(m: Any, size: tuple[int, int]) -> tuple[int, int]:
+    rows, columns = _pair(m.config.patch_size)
+    return size[0] // rows, size[1] // columns
+
+
+def _final_norm(m: Any) -> Any:
+    """CLIP hands on its last tokens as they are: its last norm is for the class token."""
+    if hasattr(m, "pre_layrnorm") or hasattr(getattr(m, "vision_model", None), "pre_layrnorm"):
+        return None
+    return next((getattr(m, name) for name in ("layernorm", "norm", "post_layernorm") if hasattr(m, name)), None)
+
+
+def _rows(m: Any, before: int, after: int) -> dict[str, int]:
+    last = 1 if hasattr(m, "pre_layrnorm") else after  # CLIP's last norm is for its class token alone
+    return {"pre_layrnorm": before, "layernorm": after, "norm": after, "post_layernorm": last, "pooler": 1}
+
+
+_common = ModelSpec(
+    path="",
+    blocks=_blocks,
+    prefix=lambda m: (1, True),
+    positions=_positions,
+    grid=_grid,
+    dim=lambda m: m.config.hidden_size,
+    heads=lambda m: m.config.num_attention_heads,
+    example=_example,
+    pooling=lambda m: ("token", False),
+    unsupported_reason=_obstacle,
+    settings=_settings,
+    unsupported_kwargs=("attention_mask", "head_mask"),
+    restores_output=True,
+    features=lambda m: (m, "forward"),
+    final_norm=_final_norm,
+    grid_of=_grid_of,
+    patch_embed=lambda m: m.embeddings,
+    rows=_rows,
+)
+
+
+def _registers(m: Any) -> tuple[int, bool]:
+    return 1 + m.config.num_register_tokens, True
+
+
+def _probed(readout: Any, own: Any, query: Tensor, key: Tensor, value: Tensor, **kw: Any) -> Any:
+    """SigLIP's probe looks at every token as often as it has patches."""
+    heads, bias = readout.host.head.attention.num_heads, readout.key_bias(key)
+    if bias is not None:
+        kw["attn_mask"] = bias.repeat_interleave(heads, 0).unsqueeze(1)  # [B H, 1, N], added to the logits
+    return own(query, key, value, **kw)
+
+
+def _siglip_stand_ins(m: Any) -> list[MethodOverride]:
+    return [(m.head.attention, "forward", _probed)] if m.use_head else []
+
+
+def _averaged(readout: Any, own: Any, x: Tensor) -> Tensor:
+    out: Tensor = readout.pool(lambda weighed, kind: own(weighed), x)
+    return out
+
+
+def _averages(m: Any) -> bool:
+    return getattr(m.pooler, "layernorm", None) is not None
+
+
+def _shared_bias(readout: Any, own: Any, window: Any, *resized: Any, **to: Any) -> Tensor:
+    """In 4.57 made for every layer: of the image's own grid, and not resized to the tokens that are left."""
+    out: Tensor = own(window)
+    return out
+
+
+def _beit_stand_ins(m: Any) -> list[MethodOverride]:
+    shared = getattr(getattr(m, "encoder", None), "relative_position_bias", None)
+    biases: list[MethodOverride] = [] if shared is None else [(shared, "forward", _shared_bias)]
+    return [*biases, (m.pooler, "forward", _averaged)] if _averages(m) else biases
+
+
+_both = replace(_common, pooling=lambda m: ("token and avg", False))  # its classifier reads the class token and the mean
+_siglip = replace(
+    _common,
+    prefix=lambda m: (0, False),
+    pooling=lambda m: ("map" if m.use_head else "avg", False),
+    method_overrides=_siglip_stand_ins,
+)
+_beit = replace(
+    _common,
+    pooling=lambda m: ("avg" if _averages(m) else "token", False),
+    method_overrides=_beit_stand_ins,
+)
+for _path, _host in {
+    "vit.modeling_vit.ViTModel": _common,
+    "deit.modeling_deit.DeiTModel": replace(_common, prefix=lambda m: (2, True)),
+    "dinov2.modeling_dinov2.Dinov2Model": _both,
+    "dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersModel": replace(_both, prefix=_registers),
+    "dinov3_vit.modeling_dinov3_vit.DINOv3ViTModel": replace(_common, prefix=_registers),
+    "clip.modeling_clip.CLIPVisionModel": _common,
+    "clip.modeling_clip.CLIPVisionTransformer": _common,  # 4.57, inside of the other
+    "siglip.modeling_siglip.SiglipVisionModel": _siglip,
+    "siglip.modeling_siglip.SiglipVisionTransformer": _siglip,
+    "beit.modeling_beit.BeitModel": _beit,
+}.items():
+    register_host(replace(_host, path=f"transformers.models.{_path}"))
+for _path in (
+    "vit.modeling_vit.ViTForMaskedImageModeling",
+    "deit.modeling_deit.DeiTForMaskedImageModeling",
+    "beit.modeling_beit.BeitForMaskedImageModeling",
+    "beit.modeling_beit.BeitForSemanticSegmentation",
+    "beit.modeling_beit.BeitBackbone",
+    "dinov2.modeling_dinov2.Dinov2Backbone",
+    "dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersBackbone",
+    "dinov3_vit.modeling_dinov3_vit.DINOv3ViTBackbone",
+):
+    register_refusal(f"transformers.models.{_path}", GRID)
+for _path in ("Siglip2VisionModel", "Siglip2VisionTransformer"):
+    register_refusal(
+        f"transformers.models.siglip2.modeling_siglip2.{_path}",
+        "it takes rows of patches padded to one length (NaFlex), and how many a reduced image keeps would depend on that; "
+        "SigLIP 2 for images of one size is a SiglipModel in transformers, and that can be reduced",
+    )

@@ -1,0 +1,243 @@
+"""Reduced models on disk: ``model.safetensors`` with all weights, ``laconic.json`` with what it takes to build the model.
+
+The weights of the papers' authors are read by `laconic.checkpoints.official_weights`; repositories on a hub by `laconic.checkpoints.hub`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from laconic.api import reduce_, restore_
+from laconic.checkpoints import transformers_spec
+from laconic.checkpoints.meta_build import build_within, check_reducers
+from laconic.checkpoints.model_spec import build, describe_model, mismatch
+from laconic.core import limits
+from laconic.core.arguments import check_compute, fill
+from laconic.core.backbone import unwrapped
+from laconic.core.method import Method, resolve
+from laconic.core.schedule import Schedule
+from laconic.core.token_reduction import find_reduction
+from laconic.core.values import check_nesting, is_whole, shown
+from laconic.methods.ops import as_in_0_1
+
+WEIGHTS, RECORD, FORMAT = "model.safetensors", "laconic.json", 1
+Place = str | os.PathLike[str]
+
+
+def save(model: nn.Module, directory: Place, *, model_args: Mapping[str, Any] | Literal["omit"] | None = None) -> None:
+    """Write a reduced model to a directory, which `load` reads again.
+
+    The weights keep their dtype; what only training knows (drop path, frozen parameters) is not written. Both files are
+    written in full beside their place before either takes it, so that a save that fails leaves what was there. Wrappers
+    (DataParallel, DDP, averaged models, torch.compile) are taken off.
+
+    Args:
+        model: a reduced model, or a wrapper of one.
+        directory: made if it is not there; the two files in it are replaced.
+        model_args: arguments of ``timm.create_model`` (of the constructor, for a model of transformers) beyond those that can
+            be read off the model; ``"omit"`` does not write how to build the model, and then `load` needs ``model=``. Of
+            models of other libraries it is never written.
+
+    Raises:
+        ValueError: the model is not reduced, timm does not build it from its name and ``model_args``, or an option is not
+            JSON; nothing is written.
+        NotADirectoryError: the path is a file.
+    """
+    from laconic import __version__
+
+    model, directory = unwrapped(model), Path(directory)
+    reduction = find_reduction(model)
+    if reduction is None:
+        raise ValueError(
+            f"nothing was saved to {directory}: this {type(model).__name__} is not reduced. laconic.reduce_ it first; the "
+            "weights of a plain model are saved with torch.save(model.state_dict(), file)"
+        )
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"{directory} is a file; laconic.save takes a directory")
+    transformers = transformers_spec.knows(model) and model_args != "omit"
+    describe: Any = transformers_spec.describe if transformers else describe_model
+    record = {"laconic": __version__, "format": FORMAT, "model": describe(model, reduction, model_args)}
+    record |= {"method": reduction.config.describe(), "schedule": reduction.schedule.to_json()}
+    if reduction.restore:
+        record["restore"] = True
+    if reduction.compute is not None:
+        record["compute"] = reduction.compute
+    try:
+        text = json.dumps(record, indent=2) + "\n"
+    except TypeError as error:
+        raise ValueError(f"nothing was saved to {directory}: an option of the method is not plain JSON ({error})") from error
+    weights = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in model.state_dict().items()}
+    directory.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=directory, prefix=".unfinished-") as unfinished:
+        save_file(weights, Path(unfinished, WEIGHTS), metadata={"format": "pt"})
+        Path(unfinished, RECORD).write_text(text, encoding="utf-8")
+        for name in (WEIGHTS, RECORD):
+            os.replace(Path(unfinished, name), directory / name)
+
+
+def load(directory: Place, *, model: nn.Module | None = None, device: str | torch.device = "cpu") -> nn.Module:
+    """The reduced model that `save` wrote, in eval mode.
+
+    Args:
+        directory: what `save` was given.
+        model: an unreduced model to reduce and fill in place, on its own device and in its own dtype; without it the
+            model is built by timm, in the dtype it was saved in.
+        device: where a model that is built here is put.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: no such directory, or a file is missing in it.
+        LookupError: an unknown method.
+        ValueError: a file is damaged or of a newer format, the model cannot be built without ``model``, it takes far more
+            memory than its weights (see `laconic.core.limits`), or the weights do not fit. A given ``model`` is then as it was.
+    """
+    directory = _existing(directory)
+    record = _read_record(directory / RECORD)
+    config, schedule = _read_method(directory / RECORD, record)
+    schedule = as_in_0_1(config, schedule)
+    how: dict[str, Any] = {name: record.get(name) for name in ("restore", "compute")}
+    weights = read_safetensors(directory / WEIGHTS)
+    held, source = limits.check_file(directory / WEIGHTS), str(directory / RECORD)
+    if model is not None:
+        check_reducers(model, config, schedule, source, held, len(weights))
+        reduce_(model, config, schedule=schedule, **how)
+        try:
+            load_strictly(unwrapped(model), weights, str(directory))
+        except ValueError:
+            restore_(model)
+            raise
+        return model.eval()
+    build_on = partial(_build, directory / RECORD, record["model"])
+    model = build_within(build_on, source, held, len(weights), (config, schedule))
+    reduce_(model, config, schedule=schedule, **how)
+    dtypes = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
+    if len(dtypes) == 1:
+        model.to(dtypes.pop())
+    load_strictly(model, weights, str(directory))
+    return model.to(device).eval()
+
+
+def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], source: str, advice: str = "") -> None:
+    """Load weights if all of them fit, and none if one does not.
+
+    Raises:
+        ValueError: tensors are missing, unexpected or of another shape (they are listed, then ``advice`` follows), or one is
+            of another kind (see `laconic.core.limits.check_kinds`).
+    """
+    own = model.state_dict()
+    difference = mismatch(own, weights, "the file", "the model")
+    if difference:
+        raise ValueError(f"{source} does not fit this {type(model).__name__}; nothing was loaded.\n{difference}{advice}")
+    limits.check_kinds(own, weights, source)
+    model.load_state_dict(weights, strict=True)
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU.
+
+    Raises:
+        FileNotFoundError: it is missing. ValueError: it is damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; copy it there, or save the model again")
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or cut short ({error}); copy or download it again") from error
+
+
+def _existing(directory: Place) -> Path:
+    path = Path(directory)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise NotADirectoryError(
+            f"{path} is a file; laconic.load takes the directory that laconic.save wrote. Weights published by a paper's "
+            "authors are read by laconic.import_checkpoint"
+        )
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory)):
+        raise FileNotFoundError(
+            f"there is no directory {str(directory)!r} here; if it is a repository on the Hugging Face Hub, use "
+            f"laconic.from_pretrained({str(directory)!r})"
+        )
+    raise FileNotFoundError(f"there is no directory {path}; laconic.load takes the directory that laconic.save wrote")
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing, so {path.parent} is not a directory that laconic.save has finished")
+    try:
+        record = limits.read_json(path)
+        check_nesting(record)
+    except limits.TooLarge:
+        raise
+    except ValueError as error:  # not JSON, or not even text
+        raise ValueError(f"{path} is damaged ({error}); copy or download it again, or save the model again") from error
+    found = record.get("format") if isinstance(record, dict) else None
+    if is_whole(found) and found > FORMAT:
+        raise ValueError(
+            f"{path} has format {found}, written by laconic {record.get('laconic')}; this version reads up to {FORMAT}: "
+            "pip install --upgrade laconic"
+        )
+    if found is None or not all(isinstance(record.get(part), dict) for part in ("model", "method", "schedule")):
+        raise ValueError(f"{path} is not a record of laconic.save: it must hold format, model, method and schedule")
+    if not is_whole(found) or found < 1:
+        raise ValueError(f"{path}: format must be a whole number from 1 to {FORMAT}, not {shown(found)}")
+    try:
+        fill(record.get("restore"))
+        record.setdefault("compute", record.pop("rows", None))  # its name in version 0.1
+        check_compute(record["compute"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    options = record["method"].get("options", {})
+    sizes = {name: value for name, value in options.items() if name != "seed"} if isinstance(options, dict) else {}
+    limits.check_numbers({"model": record["model"], "options": sizes, "schedule": record["schedule"]}, str(path))
+    return record
+
+
+def _read_method(path: Path, record: dict[str, Any]) -> tuple[Method, Schedule]:
+    name, options = record["method"].get("name"), record["method"].get("options", {})
+    if not isinstance(name, str) or not isinstance(options, dict):
+        raise ValueError(f"{path}: method must be a name and a table of options, not {shown(record['method'])}")
+    try:
+        return resolve(name, {option: _tuples(value) for option, value in options.items()}), Schedule.of(record["schedule"])
+    except LookupError as error:
+        raise LookupError(f"{path}: {error} (a method of your own must be imported before its models are loaded)") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value  # options are never lists
+
+
+def _build(path: Path, record: dict[str, Any], device: str) -> nn.Module:
+    if record.get("library") == transformers_spec.LIBRARY:
+        try:
+            return transformers_spec.build(record, device)
+        except limits.TooLarge:
+            raise
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; or give a model to fill: laconic.load(directory, model=your_model)") from error
+    if record.get("library") != "timm":
+        raise ValueError(
+            f"{path} does not say how to build its model ({record.get('class', 'of an unknown class')}); build it yourself "
+            "and have it filled: laconic.load(directory, model=your_model)"
+        )
+    try:
+        return build(record["architecture"], record.get("tag") or "", record["args"], device)
+    except limits.TooLarge:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: {error}; or give the model to fill: laconic.load(directory, model=your_model)") from error

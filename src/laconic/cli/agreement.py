@@ -1,0 +1,73 @@
+"""How good a model's answers are: how far from the unreduced model's, and how often right where the labels are known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from laconic.analysis.accuracy import Accuracy
+from laconic.cli.image_io import Photo
+from laconic.cli.patch_outcomes import Fate
+from laconic.training.distillation import logit_distillation
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How close a model is to the unreduced one, mean over the images; None where that cannot be said."""
+
+    cosine: float | None = None  # of the features before the head
+    kl: float | None = None  # of the class probabilities, KL(unreduced || this)
+    top1: float | None = None  # share of images with the same first class
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What can be said of a model's answers: the accuracy where labels are known, the fate where the object is."""
+
+    agreement: Agreement = Agreement()
+    accuracy: Accuracy | None = None
+    fate: Fate | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, as plain JSON."""
+        accuracy, fate = self.accuracy, self.fate
+        out: dict[str, Any] = {"agreement": asdict(self.agreement)}
+        out["accuracy"] = None if accuracy is None else accuracy.to_json()
+        out["fate"] = None if fate is None else fate.to_json()
+        return out
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Features before the head, and what the head makes of them, in float32."""
+
+    features: Tensor
+    logits: Tensor
+    classes: int  # 0: the model has no head
+
+
+def answers(model: Any, read: Sequence[Photo], image: tuple[int, int]) -> Answers:
+    """What a model that takes images of this size says of photographs."""
+    pixels = torch.stack([photo.pixels for photo in read])
+    if tuple(pixels.shape[2:]) != image:
+        pixels = F.interpolate(pixels, image, mode="bicubic", antialias=True)
+    with torch.inference_mode():
+        tokens = model.forward_features(pixels)
+        features, logits = model.forward_head(tokens, pre_logits=True), model.forward_head(tokens)
+    return Answers(features.float(), logits.float(), getattr(model, "num_classes", 0))
+
+
+def agree(own: Answers, full: Answers) -> Agreement:
+    """Compare the answers of a model with those of the unreduced one."""
+    cosine = kl = top1 = None
+    if own.features.shape == full.features.shape:
+        cosine = F.cosine_similarity(own.features, full.features).mean().item()
+    if own.classes == full.classes > 0:
+        kl = logit_distillation(own.logits, full.logits).item()
+        top1 = (own.logits.argmax(1) == full.logits.argmax(1)).float().mean().item()
+    return Agreement(cosine, kl, top1)

@@ -1,0 +1,148 @@
+"""The command line: one verb a job. What a verb takes is the signature and the docstring of its job, nothing more.
+
+Reports go to stdout, as tables or with ``--json`` as pure JSON; progress and logs go to stderr. Exit codes: 0, 1 for a
+refusal (one paragraph on stderr), 2 for wrong usage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import inspect
+import json
+import logging
+import os
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Annotated, Any
+
+from laconic import __version__
+from laconic.cli.commands import MOVED, VERBS, Verb
+from laconic.core.method import nearest_names
+from laconic.core.optional_deps import missing
+
+JSON_HELP = "print the report as JSON and nothing else"
+EXTRAS = {
+    **dict.fromkeys(("tyro", "rich", "tqdm", "timm", "PIL"), "cli"),
+    **dict.fromkeys(("skimage", "matplotlib"), "demo"),
+    **dict.fromkeys(("accelerate", "sklearn", "torchvision"), "train"),
+    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime", "openvino"), "export"),
+    "datasets": "datasets",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] in (["--version"], ["-V"]):
+        print(f"laconic {__version__}")
+        return 0
+    if words[:1] in (["--help"], ["-h"]):
+        print(usage())
+        return 0
+    if words[:1] and words[0] in MOVED:
+        print(f"laconic {words[0]} is now `{MOVED[words[0]]}`, run in a clone of the repository.", file=sys.stderr)
+        return 2
+    if not words or words[0] not in VERBS:
+        wrong = f"laconic has no verb {words[0]!r}.{nearest_names(words[0], list(VERBS))}\n\n" if words else ""
+        print(f"{wrong}{usage()}", file=sys.stderr)
+        return 2
+    return run(f"laconic {words[0]}", VERBS[words[0]], words[1:])
+
+
+def usage() -> str:
+    """What there is, verb by verb."""
+    verbs = "\n".join(f"  {name:<10}{verb.line}" for name, verb in VERBS.items())
+    return (
+        "usage: laconic VERB [...]\n\nFewer tokens, same answer: token reduction for vision transformers.\n\n"
+        f"{verbs}\n\nlaconic VERB --help says what it takes, with examples; laconic --version."
+    )
+
+
+def run(program: str, verb: Verb, words: list[str]) -> int:
+    """Run a verb as the command ``program``; return the exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("laconic").setLevel(logging.INFO)
+    try:
+        job, as_json = parse(program, verb, words)
+        with contextlib.redirect_stdout(sys.stderr):  # whatever a library prints is not the report
+            report = job()
+        if report is None:  # of several processes that train, the main one reports
+            return 0
+        if as_json:
+            print(json.dumps(report.to_json(), indent=2))
+        else:
+            report.write(sys.stdout)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        message = refusal(error)
+        if message is None or os.environ.get("LACONIC_TRACEBACK"):
+            raise
+        print(f"{program}: {message}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def refusal(error: Exception) -> str | None:
+    """What to tell the user of an error, in one paragraph; None if it is a fault of the program."""
+    from laconic.core.files import Refusal
+
+    if isinstance(error, ImportError):
+        module = (error.name or "").partition(".")[0]
+        extra = EXTRAS.get(module)
+        return missing(module, extra) if extra else None
+    if isinstance(error, KeyError) or not isinstance(error, Refusal | ValueError | TypeError | LookupError | OSError):
+        return None
+    return " ".join(str(error).split())
+
+
+# ------------------------------------------------------------------------------------------------ a job as a verb
+def parse(program: str, verb: Verb, words: list[str]) -> tuple[Callable[[], Any], bool]:
+    """Return the verb's job with its arguments, and True if JSON is asked for. Exits after help or wrong usage."""
+    import tyro
+
+    module, _, function = verb.job.partition(":")
+    job = getattr(importlib.import_module(module), function)
+    try:
+        return tyro.cli(as_verb(job), prog=program, args=words, config=(tyro.conf.FlagCreatePairsOff,))
+    except SystemExit as stop:
+        if stop.code in (0, None) and {"-h", "--help"} & set(words):
+            print("examples:", *(f"  {example}" for example in verb.examples), sep="\n")
+        raise
+
+
+def as_verb(job: Callable[..., Any]) -> Callable[..., tuple[Callable[[], Any], bool]]:
+    """A function for tyro with the parameters of a job and ``--json``: tuples with a default are options that repeat."""
+    import tyro
+
+    def verb(*args: Any, json: bool = False, **kwargs: Any) -> tuple[Callable[[], Any], bool]:
+        return partial(job, *args, **kwargs), json
+
+    hints, parameters = typing.get_type_hints(job), []
+    for parameter in inspect.signature(job).parameters.values():
+        hint = hints[parameter.name]
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            hint = Annotated[hint, tyro.conf.arg(metavar=parameter.name.upper())]
+        elif isinstance(parameter.default, tuple):
+            hint = Annotated[hint, tyro.conf.UseAppendAction]
+        elif dataclasses.is_dataclass(parameter.default):
+            hint = Annotated[hint, tyro.conf.arg(name="")]  # its fields are options of the verb
+        parameters.append(parameter.replace(annotation=hint))
+    flag = Annotated[bool, tyro.conf.arg(help=JSON_HELP)]
+    parameters.append(inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=flag))
+    vars(verb).pop("__wrapped__", None)  # where the tests check types by decorators, tyro would look beneath them
+    verb.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    verb.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    verb.__doc__ = job.__doc__
+    return verb
+
+
+if __name__ == "__main__":
+    sys.exit(main())

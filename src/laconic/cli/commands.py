@@ -1,0 +1,104 @@
+"""The verbs of the command line: what each does in a line, where its job is, and examples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb: in a line, where its job is, and examples."""
+
+    line: str
+    job: str  # module:function
+    examples: tuple[str, ...]
+
+
+VERBS = {
+    "demo": Verb(
+        "Reduce a model by several methods: cost, speed and accuracy in one honest table, and pictures.",
+        "laconic.cli.demo:demo",
+        (
+            "laconic demo",
+            "laconic demo --model deit_small_patch16_224 --weights deit_small.safetensors --data imagenet",
+            "laconic demo --model deit_tiny_patch16_224 --method etps --method bat --keep 0.7",
+        ),
+    ),
+    "list": Verb(
+        "The methods and the supported models.",
+        "laconic.cli.list:list_",
+        ("laconic list", "laconic list --recipes", "laconic list --json"),
+    ),
+    "doctor": Verb(
+        "What works on a model, and why the rest does not.",
+        "laconic.cli.doctor:doctor",
+        ("laconic doctor vit_base_patch16_siglip_224", "laconic doctor ./my-reduced-model --json"),
+    ),
+    "eval": Verb(
+        "How often a model is right, before and after it is reduced.",
+        "laconic.cli.eval:eval_",
+        (
+            "laconic eval deit_small_patch16_224 --data imagenet --method etps --method bat --keep 0.7",
+            "laconic eval ./my-reduced-model --data imagenet --split val --limit 5000",
+            "laconic eval scenes_vit_small --data scenes --method etps --keep 0.7 --output eval.csv",
+        ),
+    ),
+    "sweep": Verb(
+        "Accuracy at many keep rates beside every alternative, as CSV, JSON and plots.",
+        "laconic.cli.sweep:sweep",
+        (
+            "laconic sweep scenes_vit_small --data scenes --method etps --method bat --output sweep.csv",
+            "laconic sweep deit_small_patch16_224 --data imagenet --method etps --keep 0.9 --output sweep.csv --speed",
+        ),
+    ),
+    "train": Verb(
+        "Train or fine-tune a model, reduced or not, by a recipe.",
+        "laconic.cli.train:train",
+        (
+            "laconic train --recipe etps_deit_small_keep0.7 --data imagenet --output etps",
+            "laconic train --recipe scenes_vit_small --set data.train_images=6400 --set optimization.lr=1e-3",
+            "laconic train --recipe dtps_deit_small_keep0.7 --data imagenet --workers 8 --checkpoint-every 500",
+            "laconic train --set method.name=bat --set method.keep=0.5 --data scenes --output bat --resume",
+        ),
+    ),
+    "bench": Verb(
+        "How much faster reduced models really are on this machine.",
+        "laconic.cli.bench:bench",
+        (
+            "laconic bench deit_small_patch16_224 --method etps --method bat --keep 0.7 --keep 0.5",
+            "laconic bench deit_small_patch16_224 --batch-size 1 --batch-size 8 --threads 1 --output results.csv",
+            "laconic bench deit_small_patch16_224 --method etps --options similarity=previous-attention --compile",
+            "laconic bench deit_small_patch16_224 --method etps --batch-size 1 --threads 1 --exported onnx",
+        ),
+    ),
+    "plan": Verb(
+        "Turn a budget (multiply-adds, a speed-up, milliseconds) into a schedule.",
+        "laconic.cli.plan:plan",
+        (
+            "laconic plan deit_small_patch16_224 --method etps --target 2.3G",
+            "laconic plan deit_small_patch16_224 --method bat --target 1.6x --batch-size 8 --threads 1",
+            "laconic plan scenes_vit_small --method tome --target 1.6x-macs --data scenes --limit 512 --output plan.json",
+            "laconic plan --check plan.json",
+        ),
+    ),
+    "export": Verb(
+        "Reduced models as files for ONNX Runtime, OpenVINO and torch: proved, and how much of the speed-up survives.",
+        "laconic.cli.export:export",
+        (
+            "laconic export deit_small_patch16_224 --method etps --keep 0.7 --output exported",
+            "laconic export ./my-reduced-model --to onnx --to openvino --int8 --output exported",
+            "laconic export deit_small_patch16_224 --method bat --to torch-export --batch-size 8 --output exported",
+        ),
+    ),
+    "show": Verb(
+        "Pictures of what became of every patch of a photograph.",
+        "laconic.cli.show:show",
+        (
+            "laconic show photo.jpg --method bat --keep 0.7",
+            "laconic show *.jpg --model deit_small_patch16_224 --method etps --method evit --output maps",
+        ),
+    ),
+}
+
+# Commands that are scripts of the repository now, outside the package.
+MOVED = {"evidence": "python -m benchmarks.evidence"}

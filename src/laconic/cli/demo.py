@@ -1,0 +1,224 @@
+"""``laconic demo``: the main job. A model that knows its data, every method on it, one honest table and pictures of it all."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from laconic.analysis import machine
+from laconic.analysis.timing import Setting
+from laconic.cli import compare, patch_outcomes
+from laconic.cli.agreement import Judged
+from laconic.cli.compare import Row, threads
+from laconic.cli.demo_input import Exhibit, judge, open_exhibit
+from laconic.cli.output import Report, Table, sentence
+from laconic.cli.show import Picture, draw_all
+from laconic.cli.variants import Variant, alternatives, pairs, parse_methods, reduced, unreduced
+from laconic.cli.weights import load
+from laconic.core.files import Refusal
+from laconic.core.method import Method
+from laconic.models.scenes import load_scorer
+
+LOG = logging.getLogger(__name__)
+MODEL = "scenes_vit_small"
+METHODS = ("etps", "dtps", "bat", "evit", "dynamicvit")
+KEEPS = (0.7, 0.5)
+SMALL, BATCHES = 64, (32, 4)  # pixels a side up to which a picture is small, and the batches to time small and others in
+COST = ("", "M params", "GMACs", "patch tokens", "implied", "measured", "(quartiles)")
+EXPLAINED = (
+    "implied: the unreduced model's multiply-adds by this one's. measured: its time, before and after, by this one's, median "
+    "and quartiles over the rounds."
+)
+LABELLED = (
+    "(95 %): Wilson's interval of top-1. agrees: images with the same first class as the unreduced model's, whichever is "
+    "right. The backbone's weights are the same in all rows but the smaller model's: nothing was fine-tuned for a method."
+)
+UNLABELLED = (
+    "How far each is from the unreduced model, mean over the photographs: cosine of the features before the head, KL "
+    "divergence and agreement in the first class of the class probabilities. Without labelled images there is no accuracy; "
+    "--data takes some."
+)
+
+
+@dataclass(frozen=True)
+class DemoReport(Report):
+    """The one table, on what it was measured, and the pictures."""
+
+    model: str
+    weights: str
+    images: str  # in words
+    rows: tuple[Row, ...]
+    judged: tuple[Judged, ...]
+    environment: dict[str, Any]
+    notes: tuple[str, ...]
+    sheet: Path
+    pictures: tuple[Picture, ...]
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there is an accuracy."""
+        return self.judged[0].accuracy is not None
+
+    @property
+    def best(self) -> str:
+        """At every keep rate, the method and the alternative that are right most often; empty without labels."""
+        known = [(row, judged.accuracy) for row, judged in zip(self.rows, self.judged, strict=True) if judged.accuracy]
+        said = []
+        for keep in dict.fromkeys(row.keep for row, _ in known if row.keep is not None):
+            here = [(found.top1, row.kind == "method", row.name) for row, found in known if row.keep == keep]
+            ours, others = max(r for r in here if r[1]), max((r for r in here if not r[1]), default=None)
+            rival = f", the best without one {others[2]} ({others[0]:.1%})" if others else ""
+            said.append(f"At keep {keep:g} the best method is {ours[2]} ({ours[0]:.1%}){rival}.")
+        return " ".join(said)
+
+    def parts(self) -> Iterator[str | Table]:
+        here, batch = self.environment, self.rows[0].batch_size
+        yield f"{_capital(self.weights)}."
+        yield f"{_capital(self.images)}."
+        title = f"{self.model}, batch {batch}, {here['rounds']} rounds on {here['device']}, {threads(here)}"
+        tail = ("top-1 %", "(95 %)", "agrees %") if self.labelled else ("cosine", "KL", "top-1")
+        rows = zip(self.rows, self.judged, strict=True)
+        yield Table(title, (*COST, *tail), tuple((*_cost(row), *_answers(judged, self.labelled)) for row, judged in rows))
+        yield " ".join([EXPLAINED, LABELLED if self.labelled else UNLABELLED, *(f"{_capital(note)}." for note in self.notes)])
+        known = [(row.label, j.fate) for row, j in zip(self.rows, self.judged, strict=True) if j.fate is not None]
+        if known:
+            yield patch_outcomes.table(known, "What became of the object and of what surrounds it")
+            yield patch_outcomes.EXPLAINED
+        yield "\n" + "\n".join(filter(None, (compare.verdict(self.rows), self.best)))
+        yield f"\nToken maps: {self.sheet}, and {len(self.pictures)} pictures beside it, one for every image and method."
+
+    def to_json(self) -> dict[str, Any]:
+        facts = {"model": self.model, "weights": self.weights, "images": self.images}
+        rows = [{**row.to_json(), **judged.to_json()} for row, judged in zip(self.rows, self.judged, strict=True)]
+        read = {
+            "environment": self.environment,
+            "notes": list(self.notes),
+            "verdict": compare.verdict(self.rows),
+            "best": self.best,
+        }
+        drawn = {"sheet": str(self.sheet), "pictures": [{**vars(p), "file": str(p.file)} for p in self.pictures]}
+        plain: dict[str, Any] = json.loads(json.dumps({**facts, "rows": rows, **read, **drawn}))
+        return plain
+
+
+def _capital(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}"
+
+
+def _cost(row: Row) -> tuple[str, ...]:
+    facts = (row.label, f"{row.parameters / 1e6:.2f}", f"{row.macs / 1e9:#.4g}", " ".join(map(str, row.tokens)))
+    if row.kind == "base":
+        return (*facts, "1", "1", "")
+    return (*facts, f"{row.implied:.2f}x", f"{row.wall.median:.2f}x", f"({row.wall.low:.2f}-{row.wall.high:.2f})")
+
+
+def _answers(judged: Judged, labelled: bool) -> tuple[str, ...]:
+    def number(value: float | None, form: str) -> str:
+        return "n/a" if value is None else format(value, form)
+
+    found, likeness = judged.accuracy, judged.agreement
+    if not labelled:
+        return number(likeness.cosine, ".4f"), number(likeness.kl, ".4f"), number(likeness.top1, ".0%")
+    if found is None:
+        return "n/a", "", "n/a"
+    low, high = found.interval
+    same = None if likeness.top1 is None else likeness.top1 * 100
+    return f"{found.top1 * 100:.1f}", f"({low * 100:.1f}-{high * 100:.1f})", number(same, ".1f")
+
+
+# ------------------------------------------------------------------------------------------------ the job
+def demo(
+    *,
+    model: str = MODEL,
+    data: str = "",
+    split: str = "",
+    images: int = 1000,
+    weights: Path | None = None,
+    method: tuple[str, ...] = (),
+    keep: tuple[float, ...] = (),
+    batch_size: int | None = None,
+    pictures: int = 4,
+    setting: Setting = Setting(rounds=6, threads=1),  # noqa: B008 (it is frozen)
+    output: Path = Path("laconic-demo"),
+) -> DemoReport:
+    """Reduce a model by several methods, and see what that saves and what it costs.
+
+    Prints one table (cost, measured speed, accuracy; beside random pruning, pooling, a lower resolution and a smaller model)
+    and draws what became of every patch. All it needs comes with laconic; other models and images are up to you.
+
+    Args:
+        model: timm name.
+        data: labelled images: scenes, digits, a folder, a .tar, or a timm name (hfds/..., torch/...) (default: scenes for
+            the models that come with laconic; for others photographs without labels, that scikit-image ships).
+        split: of the data (default: test of scenes and digits, val of other data).
+        images: images of the data at most (0: all).
+        weights: weights of the model, a .safetensors file or a checkpoint of torch (default: the pretrained ones).
+        method: a method (default: etps, dtps, bat, evit and dynamicvit).
+        keep: keep rate of every reducing block (default: 0.7 and 0.5; pictures are of the first).
+        batch_size: images in a batch, for the times (default: 32 small ones, 4 others).
+        pictures: images to draw.
+        setting: how to measure.
+        output: directory for the pictures.
+
+    Raises:
+        Refusal: no such model, weights that do not fit, no images, a file that cannot be written.
+        LookupError, TypeError, ValueError, OSError: as `laconic.reduce_` and `laconic.data.open_images`.
+    """
+    least = min(1 if batch_size is None else batch_size, pictures)
+    if least < 1:
+        raise Refusal(f"--batch-size and --pictures must be at least 1, not {least}")
+    configs, keeps = parse_methods(method or METHODS, ()), tuple(dict.fromkeys(keep or KEEPS))
+    LOG.info("opening %s", model)
+    exhibit = open_exhibit(model, data, split, images, weights, pictures)
+    with machine.prepared(setting):
+        LOG.info("reducing copies of %s, and proving each of them", model)
+        variants, notes, strangers = _variants(exhibit, configs, keeps)
+        drawn = [v for v in variants if v.kind == "method" and v.keep in (keeps[0], None)]
+        sheet, files = draw_all(output, drawn, exhibit.read, exhibit.loaded.remark)
+        judged = judge(exhibit, variants, strangers, setting)
+        size = batch_size or BATCHES[max(variants[0].image) > SMALL]
+        rows = compare.compare(variants, size, setting, warmup=1)
+        environment = machine.environment(setting)
+    facts = (model, exhibit.loaded.line, exhibit.line, tuple(rows), tuple(judged), environment)
+    return DemoReport(*facts, (*exhibit.notes, *notes, *compare.busy(rows)), sheet, tuple(files))
+
+
+def _variants(exhibit: Exhibit, configs: Sequence[Method], keeps: Sequence[float]) -> tuple[list[Variant], list[str], set[str]]:
+    """The unreduced model, the methods, the alternatives; notes; and which of them have nothing in common with the first."""
+    loaded, strangers = exhibit.loaded, set[str]()
+
+    def smaller(other: str) -> nn.Module:
+        its = load(other)
+        if its.random or loaded.random:  # random weights have nothing to agree on with others
+            strangers.add(other)
+        return its.model
+
+    own = [reduced(loaded.model, config, keep) for config, keep in pairs(configs, keeps)]
+    own.sort(key=lambda variant: keeps.index(variant.keep) if variant.keep in keeps else len(keeps))
+    learned = [v for v in own if any(config.info.name == v.name and config.info.learns for config in configs)]
+    ready = [exhibit.trained and load_scorer(v.model, exhibit.name) for v in learned]
+    others, notes = alternatives(exhibit.name, loaded.model, keeps, smaller)
+    notes += [f"{other} has random weights here, so nothing is said of its answers" for other in sorted(strangers)]
+    return [unreduced("unreduced", loaded.model), *own, *others], [*_scorers(learned, ready), *notes], strangers
+
+
+def _scorers(learned: Sequence[Variant], ready: Sequence[bool]) -> list[str]:
+    """What is to be said of methods that score tokens with a predictor of their own."""
+    shipped = list(dict.fromkeys(v.name for v, known in zip(learned, ready, strict=True) if known))
+    fresh = list(dict.fromkeys(v.name for v in learned if v.name not in shipped))
+    notes = []
+    if shipped:
+        verb = "score" if len(shipped) > 1 else "scores"
+        notes.append(f"{sentence(shipped)} {verb} tokens with the predictors that come with laconic, trained at keep 0.7")
+    if fresh:
+        verb = "score" if len(fresh) > 1 else "scores"
+        notes.append(
+            f"{sentence(fresh)} {verb} tokens with a predictor that nobody has trained here, so what they keep is arbitrary"
+        )
+    return notes

@@ -1,0 +1,125 @@
+"""What the demo looks at: a model with its weights, and labelled images or, where none are given, photographs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from laconic.analysis import evaluate
+from laconic.analysis.timing import DTYPES, Setting
+from laconic.cli import agreement, image_io
+from laconic.cli.agreement import Agreement, Judged
+from laconic.cli.eval_input import GENERATED, Reading, open_subject
+from laconic.cli.image_io import Photo
+from laconic.cli.patch_outcomes import Count, counting, object_patches
+from laconic.cli.variants import Variant
+from laconic.cli.weights import Loaded, load
+from laconic.core.backbone import find_host
+from laconic.core.files import Refusal
+from laconic.core.token_reduction import find_reduction
+from laconic.data import ImageSet, Unreadable
+from laconic.models.scenes import default_cfgs
+
+BATCH = 100  # images in a forward where nothing is timed
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """A model, and what it is shown."""
+
+    name: str
+    loaded: Loaded
+    images: ImageSet | None  # labelled ones
+    read: tuple[Photo, ...]  # what is drawn and, where there are no labelled images, compared
+    line: str  # what the images are, in words
+    notes: tuple[str, ...]
+    trained: bool  # whether the model has the very weights that scorers were trained for
+
+
+def open_exhibit(model: str, data: str, split: str, images: int, weights: Path | None, pictures: int) -> Exhibit:
+    """A model and what it is shown: images of ``data``; without data the scenes for a model of ours, else photographs.
+
+    Raises:
+        Refusal: no such model, weights that are not its own, no photographs, no image that can be read.
+        ValueError, FileNotFoundError, ImportError: as `laconic.data.open_images`.
+    """
+    if Path(model).is_dir():
+        raise Refusal(f"{model} is a directory, and the demo takes timm names; laconic eval and laconic show take directories")
+    data = data or ("scenes" if model.partition(".")[0] in default_cfgs else "")
+    if not data:
+        loaded = load(model, weights)
+        shipped = image_io.shipped(pictures)
+        sources = "; ".join(f"{path.name}, {source}" for path, source in shipped.items())
+        read = tuple(image_io.read(path, loaded.model) for path in shipped)
+        return Exhibit(model, loaded, None, read, f"photographs, as scikit-image ships them: {sources}", (), False)
+    split = split or ("test" if data in GENERATED else "val")
+    subject = open_subject(model, data, Reading(split, images, workers=0), weights)
+    line = f"the weights of {model} come with laconic" if _ours(model, subject.pretrained) else subject.weights
+    loaded = Loaded(subject.base, line, subject.random)
+    known = subject.images
+    what = "; ".join([f"{data}, {split}: {len(known):,} images of {len(known.classes):,} classes", *known.notes])
+    read = _first(subject.images, pictures, loaded)
+    return Exhibit(model, loaded, subject.images, read, what, tuple(subject.notes), subject.pretrained)
+
+
+def _ours(name: str, pretrained: bool) -> bool:
+    return pretrained and name.partition(".")[0] in default_cfgs
+
+
+def _first(images: ImageSet, count: int, loaded: Loaded) -> tuple[Photo, ...]:
+    """The first images of a set that can be read."""
+    out = list[Photo]()
+    for number in range(len(images)):
+        if len(out) == count:
+            break
+        try:
+            out.append(image_io.prepare(images.name(number), images.load(number), loaded.model))
+        except Unreadable:
+            continue
+    if not out:
+        raise Refusal(
+            f"none of {len(images):,} images can be read; --data takes a folder of images with a folder for each class"
+        )
+    return tuple(out)
+
+
+# ------------------------------------------------------------------------------------------------ answers
+def judge(exhibit: Exhibit, variants: Sequence[Variant], strangers: set[str], setting: Setting) -> list[Judged]:
+    """What the answers of each variant are worth, the first being the unreduced model; nothing is said of strangers."""
+    if exhibit.images is None:
+        return [Judged(found) for found in _agreement(exhibit.read, variants, strangers)]
+    host, entry = find_host(variants[0].model)
+    shown, full, out = object_patches(exhibit.images, entry.grid(host)), None, list[Judged]()
+    for variant in tqdm(variants, desc="evaluating", unit="row", leave=False, disable=None):
+        if variant.name in strangers:
+            out.append(Judged())
+            continue
+        model = variant.model.to(setting.place, DTYPES[setting.dtype])
+        count: AbstractContextManager[Count | None] = nullcontext()
+        if shown is not None and find_reduction(model) is not None:
+            count = counting(model, shown)
+        with count as counted:
+            said = evaluate.answers(model, exhibit.images, batch_size=BATCH, reference=full, keep_logits=full is None)
+        found = said.accuracy
+        same = Agreement(None, 0.0, 1.0) if full is None else Agreement(None, found.divergence, found.agreement)
+        out.append(Judged(same, found, counted.fate if counted else None))
+        full = full or said
+    return out
+
+
+def _agreement(read: Sequence[Photo], variants: Sequence[Variant], strangers: set[str]) -> list[Agreement]:
+    """How far each variant is from the first, on photographs."""
+    full = agreement.answers(variants[0].model, read, variants[0].image)
+    out = [Agreement(1.0, 0.0, 1.0)]
+    for variant in variants[1:]:
+        if variant.name in strangers:
+            out.append(Agreement())
+            continue
+        smaller = variant.kind == "smaller"  # it may want its images prepared in another way
+        own = [image_io.prepare(p.name, p.image, variant.model) for p in read] if smaller else read
+        out.append(agreement.agree(agreement.answers(variant.model, own, variant.image), full))
+    return out

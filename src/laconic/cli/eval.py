@@ -1,0 +1,155 @@
+"""``laconic eval``: how often a model is right before and after it is reduced, image by image on the same data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from laconic.analysis import machine
+from laconic.analysis.timing import Setting
+from laconic.cli import scores
+from laconic.cli.eval_input import Reading, Subject, command, open_subject
+from laconic.cli.output import Report, Table
+from laconic.cli.scores import Score
+from laconic.cli.variants import Variant, as_reduced, pairs, parse_methods, reduced, unreduced
+from laconic.core.files import Refusal, write_atomically
+from laconic.core.method import METHODS, Method
+from laconic.core.token_reduction import find_reduction
+from laconic.data import Report as DataReport
+from laconic.models.scenes import has_scorer, load_scorer
+
+EXPLAINED = (
+    "(95 %): Wilson's interval of top-1. change: in points, to the unreduced model. agrees: images with the same first "
+    "class as the unreduced model's, whichever is right. KL: of the class probabilities, from the unreduced model's."
+)
+
+
+@dataclass(frozen=True)
+class EvalReport(Report):
+    """Rows, on what data and with which weights they were found, and what is to be known of them."""
+
+    model: str
+    data: str
+    weights: str
+    rows: tuple[Score, ...]
+    read: DataReport
+    environment: dict[str, Any]
+    command: str
+    notes: tuple[str, ...]
+
+    def parts(self) -> Iterator[str | Table]:
+        here = self.environment
+        yield scores.table(self.rows, f"{self.model} on {self.data}")
+        yield f"{self.weights[0].upper()}{self.weights[1:]}."
+        yield "".join(f"{line[0].upper()}{line[1:]}.\n" for line in self.read.lines()).rstrip()
+        yield " ".join([EXPLAINED, *(f"{note[0].upper()}{note[1:]}." for note in self.notes)])
+        yield f"{here['device']}, {here['dtype']}, torch {here['torch']}, timm {here['timm']}, {here['date']}"
+
+    def to_json(self) -> dict[str, Any]:
+        facts = {"model": self.model, "data": self.data, "weights": self.weights, "command": self.command}
+        rows = [row.to_json() for row in self.rows]
+        read = {"images": self.read.to_json(), "environment": self.environment, "notes": list(self.notes)}
+        return {**facts, **read, "rows": rows}
+
+
+def eval_(
+    model: str,
+    /,
+    *,
+    data: str,
+    reading: Reading = Reading(),  # noqa: B008 (it is frozen)
+    method: tuple[str, ...] = (),
+    keep: tuple[float, ...] = (),
+    options: tuple[str, ...] = (),
+    weights: Path | None = None,
+    model_args: tuple[str, ...] = (),
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    output: Path | None = None,
+) -> EvalReport:
+    """Evaluate a model and reduced copies of it on the same images.
+
+    Args:
+        model: timm name, or a directory that laconic.save wrote.
+        data: scenes, digits, a folder of images (with a folder for each split, or for each class), a .tar, or a timm
+            name (hfds/..., torch/...).
+        reading: which images, and how they are read.
+        method: a method to evaluate beside the unreduced model.
+        keep: keep rate of every reducing block (default: 0.7).
+        options: option of the methods, as NAME=VALUE or METHOD.NAME=VALUE.
+        weights: weights of the model, a .safetensors file or a checkpoint of torch (default: timm's pretrained ones).
+        model_args: argument of timm.create_model, as NAME=VALUE.
+        device: cuda where there is one, else cpu.
+        dtype: of weights and images.
+        output: write the rows to this CSV file, in timm's columns, and all of it to a JSON file beside it.
+
+    Raises:
+        Refusal: no such model or weights, an option that no method has, a file that cannot be written.
+        LookupError, TypeError, ValueError, OSError: as `laconic.reduce_` and `laconic.data.open_images`.
+    """
+    check_output(output)
+    asked = {name: value for name, value in locals().items() if name not in ("model", "reading")}
+    asked |= vars(reading)
+    setting = Setting(rounds=1, device=device, dtype=dtype)
+    subject = open_subject(model, data, reading, weights, model_args)
+    variants = _variants(subject, method, keep or (0.7,), options)
+    first, said = scores.score(variants[0], subject.images, reading, setting)
+    rows = [first, *(scores.score(v, subject.images, reading, setting, said)[0] for v in variants[1:])]
+    here = {name: fact for name, fact in machine.environment(setting).items() if name not in ("rounds", "compiled")}
+    read = DataReport.of(subject.images, said.unreadable)
+    notes = (*subject.notes, *scorer_notes(variants, subject), *notes_on(rows))
+    title = f"{data}, {reading.split}"
+    report = EvalReport(model, title, subject.weights, tuple(rows), read, here, command("eval", model, asked), notes)
+    if output is not None:
+        write_atomically(output, scores.to_csv(model, rows))
+        write_atomically(output.with_suffix(".json"), json.dumps(report.to_json(), indent=2) + "\n")
+    return report
+
+
+def check_output(output: Path | None) -> None:
+    """Refuse a name that the JSON file would have.
+
+    Raises:
+        Refusal: it ends in .json.
+    """
+    if output is not None and output.suffix == ".json":
+        raise Refusal(f"--output {output}: give the name of a .csv file; the JSON file is written beside it")
+
+
+def _variants(subject: Subject, method: tuple[str, ...], keep: tuple[float, ...], options: tuple[str, ...]) -> list[Variant]:
+    out = [unreduced("unreduced", subject.base), *saved_variant(subject)]
+    configs = parse_methods(list(dict.fromkeys(method)), options)
+    return out + [reduced_of(subject, config, rate) for config, rate in pairs(configs, keep)]
+
+
+def reduced_of(subject: Subject, config: Method, keep: float | None) -> Variant:
+    """A reduced copy, with the trained scorer that comes with laconic where there is one for these weights."""
+    variant = reduced(subject.base, config, keep)
+    if subject.pretrained and config.info.learns:
+        load_scorer(variant.model, subject.name)
+    return variant
+
+
+def scorer_notes(variants: Sequence[Variant], subject: Subject) -> list[str]:
+    """Which methods have parameters of their own, and whether anybody trained them."""
+    learned = dict.fromkeys(v.name for v in variants if v.name in METHODS and METHODS[v.name].learns)
+    whose = {name: subject.pretrained and has_scorer(subject.name, name) for name in learned}
+    words = {True: "were trained for this model and come with laconic", False: "are untrained here"}
+    return [f"{name} has parameters of its own, which {words[trained]}" for name, trained in whose.items()]
+
+
+def saved_variant(subject: Subject) -> list[Variant]:
+    """What a directory holds, as a row, if it holds a reduced model."""
+    saved = None if subject.saved is None else find_reduction(subject.saved)
+    if saved is None or subject.saved is None:
+        return []
+    return [as_reduced(f"{saved.config.info.name} as saved", subject.saved, None)]
+
+
+def notes_on(rows: Sequence[Score]) -> list[str]:
+    """What is to be known of the rows themselves."""
+    bad = [f"{row.label} {row.not_finite:,}" for row in rows if row.not_finite]
+    return [f"answers that are not finite, counted as wrong: {', '.join(bad)}"] if bad else []

@@ -1,0 +1,160 @@
+"""What is evaluated, and on what: a model with weights that fit the data, the data, and how both are read."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from laconic.analysis.diagnose import twin
+from laconic.analysis.evaluate import config_for
+from laconic.api import restore_
+from laconic.cli.models import create, open_model
+from laconic.cli.weights import Loaded, fill, load
+from laconic.core.files import Refusal
+from laconic.core.token_reduction import find_reduction
+from laconic.data import ImageSet, find_data, open_images
+
+GENERATED = ("scenes", "digits")  # data whose images have the size that is asked for
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Which images, and how they are read.
+
+    Args:
+        split: of the data: val, test, train.
+        limit: images at most (0: all): the first scenes, and of other data evenly spaced ones.
+        batch_size: images in a forward.
+        workers: processes that read images.
+        crop: share of the resized image that the centre crop leaves (default: what timm says of the model).
+    """
+
+    split: str = "val"
+    limit: int = 0
+    batch_size: int = 64
+    workers: int = 2
+    crop: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("limit", self.limit, 0), ("batch_size", self.batch_size, 1), ("workers", self.workers, 0)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, not {value}")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to evaluate: its unreduced self, the reduced one that a directory holds, and which weights they have."""
+
+    name: str
+    base: nn.Module
+    saved: nn.Module | None
+    weights: str  # in words
+    pretrained: bool  # timm's own weights, for the data that timm's models are trained on
+    random: bool
+    images: ImageSet
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said of the model and the data together."""
+        known, classes = getattr(self.base, "num_classes", 0), len(self.images.classes)
+        if known > classes:
+            return [
+                f"the model answers for {known} classes and the data has {classes}: labels are numbers from 0 in the order of "
+                "the data's class names, and unless these are the model's first ones, the accuracies mean nothing"
+            ]
+        return []
+
+
+def open_subject(model: str, data: str, reading: Reading, weights: Path | None, model_args: Sequence[str] = ()) -> Subject:
+    """A model and the images it is evaluated on.
+
+    Raises:
+        Refusal: no such model, weights that are not its own, or model arguments where a directory was given.
+        ValueError, FileNotFoundError, ImportError: as `laconic.data.open_images`.
+    """
+    name, root = find_data(data)
+    images = open_images(name, reading.split, root, reading.limit)
+    if Path(model).is_dir():
+        if weights is not None or model_args:
+            raise Refusal(f"{model} is a directory with weights and arguments of its own; leave out --weights and --model-args")
+        opened = open_model(model)
+        saved = opened if find_reduction(opened) is not None else None
+        base = opened if saved is None else restore_(twin(saved))
+        loaded, pretrained = Loaded(base, f"the weights come from {model}", False), False
+    else:
+        saved = None
+        loaded = _with_weights(model, weights, parse_args(model_args), len(images.classes))
+        pretrained = weights is None and not loaded.random
+    if name in GENERATED:  # as large as the model takes them
+        height, _ = config_for(loaded.model)["input_size"][1:]
+        images = open_images(name, reading.split, root, reading.limit, height)
+    return Subject(model, loaded.model, saved, loaded.line, pretrained, loaded.random, images)
+
+
+def _with_weights(name: str, path: Path | None, args: dict[str, Any], classes: int) -> Loaded:
+    if path is None:
+        if not args:
+            return load(name)
+        line = "weights are RANDOM (seed 0), as with --model-args and without --weights: accuracy and agreement mean nothing"
+        return Loaded(create(name, **args), line, True)
+    if not path.is_file():
+        raise Refusal(f"--weights {path}: there is no such file; give a .safetensors file or a checkpoint of torch")
+    model = create(name, **{"num_classes": classes, **args})
+    try:
+        fill(model, path)
+    except Exception as error:  # whatever a damaged file makes the readers of two libraries raise
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise Refusal(
+            f"--weights {path} does not hold the weights of {name} with {classes} classes: {' '.join(lines[:2]).strip()}; "
+            "--model-args num_classes=N says how many classes it knows"
+        ) from error
+    return Loaded(model, f"the weights of {name} come from {path}", False)
+
+
+def parse_args(texts: Sequence[str]) -> dict[str, Any]:
+    """Arguments of timm.create_model from NAME=VALUE: Python's literals, or else words.
+
+    Raises:
+        Refusal: one that is not of this form.
+    """
+    out = dict[str, Any]()
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise Refusal(f"--model-args {text!r}: expected NAME=VALUE, e.g. img_size=40")
+        try:
+            out[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            out[name] = value
+    return out
+
+
+def digest(model: nn.Module) -> str:
+    """A short name for the very weights of a model."""
+    out = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        out.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        out.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return out.hexdigest()[:16]
+
+
+def command(verb: str, model: str, options: Mapping[str, Any]) -> str:
+    """The command that asks for the same again: tuples are options that repeat, None and what is empty is left out."""
+    words = ["laconic", verb, model]
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            words.append(flag)
+        elif isinstance(value, tuple):
+            words += [word for item in value for word in (flag, str(item))]
+        elif not (value is None or value is False or value == ""):
+            words += [flag, str(value)]
+    return shlex.join(words)

@@ -1,0 +1,144 @@
+"""How quick exported files are beside eager PyTorch, and what int8 makes of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from laconic.analysis import timing
+from laconic.analysis.timing import Quartiles
+from laconic.cli.output import Table
+from laconic.cli.variants import Variant
+from laconic.exporting import RUNTIMES, quantize, runner
+from laconic.exporting.parity import compare, tensors
+
+INT8, EAGER = "int8", "eager PyTorch"
+NAMES = {"torch-export": "torch.export, loaded", INT8: "ONNX Runtime, int8"}
+SURVIVES = 0.9  # of eager's speed-up
+IMAGES = 64  # that int8 is compared on
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A variant in a runtime, at a batch size: seconds, and how many times quicker than the unreduced model."""
+
+    label: str
+    runtime: str
+    batch: int
+    seconds: Quartiles
+    ratio: Quartiles | None  # to the unreduced model in the same runtime; None for that model itself
+    kept: float | None  # that, by eager PyTorch's
+    to_eager: float  # to the unreduced model in eager PyTorch, of the medians
+
+    @property
+    def survives(self) -> bool | None:
+        """Whether nine tenths of eager's speed-up are left; None where there is nothing to ask."""
+        return None if self.kept is None else self.kept >= SURVIVES
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, as plain JSON."""
+        fields: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return {**fields, "survives": self.survives}
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """An int8 file, and how far it agrees with float32 on noise."""
+
+    label: str
+    path: str
+    bytes: int
+    images: int
+    difference: float
+    agreement: float | None
+
+    def moved(self, to: Path) -> Quantized:
+        """The same, in another directory."""
+        return dataclasses.replace(self, path=str(to / Path(self.path).name))
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, as plain JSON."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        agreed = "" if self.agreement is None else f"the same first class for {self.agreement:.0%} of {self.images} images, "
+        return f"{self.path}: int8 matrix products, {self.bytes / 1e6:.1f} MB; {agreed}difference {self.difference:.1e}"
+
+
+def quantized(variant: Variant, files: dict[tuple[str, str], Path], threads: int) -> Quantized:
+    """Quantize the ONNX file of a variant, add the new one to ``files``, and compare the two on noise.
+
+    Raises:
+        ValueError: its outputs are not finite.
+    """
+    source = files[variant.label, "onnx"]
+    target = source.with_suffix(".int8.onnx")
+    quantize(source, target)
+    files[variant.label, INT8] = target
+    images = torch.randn(IMAGES, 3, *variant.image, generator=torch.Generator().manual_seed(2))
+    old, new = (runner(path, "onnx", threads) for path in (source, target))
+    answers = [[torch.cat(parts) for parts in zip(*map(run, torch.tensor_split(images, 8)), strict=True)] for run in (old, new)]
+    found = compare(IMAGES, answers[1], answers[0])
+    if found.difference == float("inf"):
+        raise ValueError(f"the int8 model of {variant.label} gives outputs that are not finite; export it without int8")
+    return Quantized(variant.label, str(target), target.stat().st_size, IMAGES, found.difference, found.agreement)
+
+
+def measure_formats(
+    variants: Sequence[Variant],
+    files: Mapping[tuple[str, str], Path],
+    formats: Sequence[str],
+    batch: int,
+    rounds: int,
+    threads: int,
+) -> list[Speed]:
+    """Time every variant in eager PyTorch and in every format, runtime by runtime, interleaved with the unreduced model."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    if rounds == 0:
+        return []
+    rows, eager = list[Speed](), dict[str, Speed]()
+    for kind in tqdm(("eager", *formats), desc="measuring", unit="runtime", leave=False, disable=None):
+        runs = {v.label: _run(v, kind, files, batch, threads) for v in variants}
+        with torch.inference_mode():
+            timing.interleave(runs, 2, timing.cpu_clock)
+            samples = timing.interleave(runs, rounds, timing.cpu_clock)
+        for number, v in enumerate(variants):
+            seconds = Quartiles.of([sample.own.wall for sample in samples[v.label]])
+            ratio = timing.ratios(samples[v.label])[0] if number else None
+            own = eager.get(v.label)
+            kept = ratio.median / own.ratio.median if ratio and own and own.ratio else None
+            first = eager[variants[0].label].seconds if eager else seconds
+            name = EAGER if kind == "eager" else NAMES.get(kind) or RUNTIMES[kind]
+            row = Speed(v.label, name, batch, seconds, ratio, kept, first.median / seconds.median)
+            rows.append(row)
+            if kind == "eager":
+                eager[v.label] = row
+    return rows
+
+
+def _run(variant: Variant, kind: str, files: Mapping[tuple[str, str], Path], batch: int, threads: int) -> Callable[[], Any]:
+    images = torch.randn(batch, 3, *variant.image, generator=torch.Generator().manual_seed(0))
+    if kind == "eager":
+        return lambda: tensors(variant.model(images))
+    run = runner(files[variant.label, kind], "onnx" if kind == INT8 else kind, threads)
+    return lambda: run(images)
+
+
+def table(rows: Sequence[Speed], title: str) -> Table:
+    """Rows of one batch size, for people."""
+    header = ("runtime", "model", "ms", "speed-up", "(quartiles)", "kept", "to eager")
+    return Table(title, header, tuple(cells(row) for row in rows), words=2)
+
+
+def cells(row: Speed) -> tuple[str, ...]:
+    """A row as words."""
+    ratio, ms = row.ratio, f"{row.seconds.median * 1e3:.1f}"
+    speed = ("1", "") if ratio is None else (f"{ratio.median:.2f}x", f"({ratio.low:.2f}-{ratio.high:.2f})")
+    return (row.runtime, row.label, ms, *speed, "" if row.kept is None else f"{row.kept:.2f}", f"{row.to_eager:.2f}x")

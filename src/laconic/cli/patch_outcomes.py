@@ -1,0 +1,108 @@
+"""What became of the object and of what surrounds it, where the images know which patches show their object."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laconic.analysis.provenance import Stage, provenance
+from laconic.cli.output import Table
+from laconic.data import ImageSet
+from laconic.data.generated import Scenes
+from laconic.training.token_labels import COVERED, patch_labels
+
+HEADER = ("", "object: kept", "merged", "dropped", "surroundings: kept", "merged", "dropped")
+EXPLAINED = (
+    "Shares of the patches in %, at the end, mean over the images. kept: a token stands in the patch's own place. merged: a "
+    "token in another place holds it. dropped: no token does. The object's patches are those of which it covers more than "
+    f"{COVERED:.0%}, the others are its surroundings."
+)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Of some patches, which share was kept, merged and dropped: together 1."""
+
+    kept: float
+    merged: float
+    dropped: float
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What became of the object's patches and of the others, after the last block that reduces; mean over the images."""
+
+    object: Shares
+    surroundings: Shares
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, as plain JSON."""
+        return asdict(self)
+
+
+def object_patches(images: ImageSet, grid: tuple[int, int]) -> Tensor | None:
+    """Which patches of every image show its object, [N, P] of bool; None where the images do not know."""
+    if not isinstance(images, Scenes):
+        return None
+    return patch_labels(images, list(range(len(images))), grid) < len(images.classes)
+
+
+def fates(stage: Stage) -> Tensor:
+    """Whether each patch of a batch was kept, merged or dropped, [B, P, 3] of bool."""
+    held = stage.where >= 0
+    own = torch.zeros_like(held).scatter(1, stage.kept, True) & held  # what pads an image stands in a place it does not hold
+    return torch.stack([own, held & ~own, ~held & ~own], 2)
+
+
+class Count:
+    """Adds up the fates of a reduced model's patches while it runs over images in their order.
+
+    Args:
+        shown: which patches show the object, [N, P].
+    """
+
+    def __init__(self, shown: Tensor) -> None:
+        self.shown, self.seen, self.images = shown, 0, torch.zeros(2, 1)
+        self.shares = torch.zeros(2, 3, dtype=torch.float64)
+
+    def add(self, stage: Stage) -> None:
+        """Count the next batch."""
+        found = fates(stage).cpu().double()
+        shown = self.shown[self.seen : self.seen + len(found)]
+        self.seen += len(found)
+        for row, chosen in enumerate((shown, ~shown)):
+            patches = chosen.sum(1, keepdim=True)
+            self.shares[row] += ((found * chosen[..., None]).sum(1) / patches.clamp_min(1)).sum(0)
+            self.images[row] += (patches > 0).sum()  # an object hidden behind a strip may cover no patch
+
+    @property
+    def fate(self) -> Fate:
+        """The means over the images so far."""
+        rows = (self.shares / self.images.clamp_min(1)).tolist()
+        return Fate(*(Shares(*row) for row in rows))
+
+
+@contextmanager
+def counting(model: nn.Module, shown: Tensor) -> Iterator[Count]:
+    """Count along with every forward of a reduced model."""
+    count = Count(shown)
+    handle = model.register_forward_hook(lambda *_: count.add(provenance(model).final))
+    try:
+        yield count
+    finally:
+        handle.remove()
+
+
+def table(rows: Sequence[tuple[str, Fate]], title: str) -> Table:
+    """Labels with their fates, for people."""
+
+    def cells(label: str, fate: Fate) -> tuple[str, ...]:
+        parts = (fate.object, fate.surroundings)
+        return (label, *(f"{share * 100:.0f}" for part in parts for share in (part.kept, part.merged, part.dropped)))
+
+    return Table(title, HEADER, tuple(cells(*row) for row in rows))

@@ -1,0 +1,71 @@
+"""Plots of a sweep: accuracy against multiply-adds, and against measured speed."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from laconic.cli.scores import Score
+from laconic.core.files import Refusal, write_atomically
+
+Against = Literal["GMACs", "speed"]
+LABELS = {"GMACs": "multiply-adds of one image (G)", "speed": "measured speed (x the unreduced model, median)"}
+PLAIN = ("--", "0.55")  # of what needs no method: dashed, grey
+MARKERS = "os^Dvph*XP"
+
+
+def check_matplotlib() -> None:
+    """Refuse before hours of work, not after.
+
+    Raises:
+        Refusal: matplotlib is not there.
+    """
+    try:
+        import matplotlib.backends.backend_agg
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise Refusal('drawing needs matplotlib: pip install "laconic[demo]"') from error
+
+
+def lines_of(rows: Sequence[Score], against: Against) -> dict[str, list[tuple[float, float, float, float]]]:
+    """What is drawn: for every name its points (x, top-1, low, high; in per cent), by rising x."""
+    out = dict[str, list[tuple[float, float, float, float]]]()
+    for row in rows:
+        x = row.macs / 1e9 if against == "GMACs" else row.ratio[1] if row.ratio else None
+        if x is not None:
+            name = "lower resolution" if row.kind == "resolution" else row.name
+            out.setdefault(name, []).append((x, row.top1 * 100, row.interval[0] * 100, row.interval[1] * 100))
+    return {name: sorted(points) for name, points in out.items()}
+
+
+def plot(path: Path, rows: Sequence[Score], against: Against, title: str) -> Path:
+    """Draw accuracy with its 95 % intervals, a line for every name, as PNG.
+
+    Raises:
+        Refusal: matplotlib is not there, or the file cannot be written.
+    """
+    check_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 5), dpi=130, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    axes: Any = figure.add_subplot()
+    kinds = {("lower resolution" if row.kind == "resolution" else row.name): row.kind for row in rows}
+    for number, (name, points) in enumerate(lines_of(rows, against).items()):
+        x, y, low, high = zip(*points, strict=True)
+        method = kinds[name] == "method"
+        style, shade = ("-", f"C{number % 10}") if method else PLAIN
+        below, above = ([b - a for a, b in zip(low, y, strict=True)], [b - a for a, b in zip(y, high, strict=True)])
+        colour = "black" if kinds[name] == "base" else shade
+        look = {"linestyle": style, "marker": MARKERS[number % len(MARKERS)], "markersize": 5, "capsize": 2, "elinewidth": 0.8}
+        axes.errorbar(x, y, yerr=(below, above), color=colour, label=name, zorder=3 if method else 2, **look)
+    axes.set(xlabel=LABELS[against], ylabel="top-1 (%)", title=title)
+    axes.grid(color="0.9")
+    axes.legend(fontsize=8, frameon=False)
+    data = io.BytesIO()
+    figure.savefig(data, format="png")
+    write_atomically(path, data.getvalue())
+    return path

@@ -1,0 +1,168 @@
+"""``laconic train``: train or fine-tune a model, reduced or not, by a recipe."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from laconic.analysis.accuracy import Accuracy
+from laconic.analysis.diagnose import twin
+from laconic.analysis.macs import summary
+from laconic.api import reduce_
+from laconic.cli.models import create
+from laconic.cli.output import Report, Table
+from laconic.cli.weights import load
+from laconic.core.files import Refusal, write_atomically
+from laconic.data import find_data, open_images
+from laconic.training.checks import check
+from laconic.training.input_pipeline import train_transform
+from laconic.training.loop import Loop
+from laconic.training.recipe import Recipe, read
+from laconic.training.run_config import Run, Running
+from laconic.training.schedule_changes import tuples
+from laconic.training.state import CHECKPOINT, METRICS, RECIPE
+
+MODELS = {"val": "Validation", "val_ema": "Validation of the moving average"}
+
+
+@dataclass(frozen=True)
+class TrainReport(Report):
+    """What came out of a run, and where it lies; ``accuracies`` are of the model ("val") and its moving average ("val_ema")."""
+
+    recipe: Recipe
+    output: Path
+    saved: Path
+    steps: int
+    macs: int
+    base_macs: int
+    accuracies: Mapping[str, Accuracy]
+    weights: str
+    unreadable: tuple[str, ...]
+
+    @property
+    def accuracy(self) -> Accuracy | None:
+        """Of the model in ``saved``: the moving average where there is one."""
+        return self.accuracies.get("val_ema", self.accuracies.get("val"))
+
+    def parts(self) -> Iterator[str | Table]:
+        method = self.recipe.method
+        keep = "" if method.keep is None else f", keep {method.keep}"
+        keep += f", schedule {json.dumps(method.schedule)}" if method.schedule else ""
+        what = f"{self.recipe.model.name}{f' with {method.name}{keep}' if method.name else ''}"
+        yield f"{what}: {self.steps} steps, {self.macs / 1e9:.3f} GMACs (unreduced {self.base_macs / 1e9:.3f})."
+        yield f"{self.weights[0].upper()}{self.weights[1:]}."
+        for name, found in self.accuracies.items():
+            low, high = found.interval
+            top = f"top-1 {found.top1:.2%} (95 % interval {low:.2%} to {high:.2%}), top-5 {found.top5:.2%}"
+            yield f"{MODELS[name]}: {top}; {found.line}."
+        if self.unreadable:
+            yield f"{len(self.unreadable)} images could not be read, the next one stood in: {', '.join(self.unreadable[:5])}"
+        kind = "The moving average of the model" if self.recipe.optimization.ema else "The model"
+        best = f"the best one so far in {self.output / 'best'}, " if (self.output / "best").is_dir() else ""
+        yield f"{kind} is in {self.saved}, {best}the metrics in {self.output / METRICS}."
+
+    def to_json(self) -> dict[str, Any]:
+        accuracies = {name: found.to_json() for name, found in self.accuracies.items()}
+        facts = {"output": str(self.output), "saved": str(self.saved), "steps": self.steps, "macs": self.macs}
+        rest = {"base_macs": self.base_macs, "weights": self.weights, "unreadable": list(self.unreadable)}
+        own = None if self.accuracy is None else self.accuracy.to_json()
+        return {**facts, **rest, "accuracy": own, "accuracies": accuracies, "recipe": self.recipe.to_json()}
+
+
+def train(
+    *,
+    recipe: str = "",
+    data: str = "",
+    set: tuple[str, ...] = (),
+    output: Path = Path("laconic-run"),
+    resume: bool = False,
+    running: Running = Running(),  # noqa: B008 (it is frozen)
+) -> TrainReport | None:
+    """Train or fine-tune a model, with a method or without, as a recipe says.
+
+    One process as it stands. Several: ``torchrun --nproc_per_node 8 -m laconic.cli.app train ...``, or on GPUs also ``accelerate
+    launch -m laconic.cli.app train ...``. The report is the main process's; the others get None.
+
+    Args:
+        recipe: name of a recipe that comes with laconic, or a .toml file (default: the defaults of every key).
+        data: folder of images with train and val in it, a .tar, or a name that timm knows (default: what the recipe says).
+        set: change one key of the recipe, as KEY=VALUE, e.g. optimization.lr=1e-4.
+        output: directory for the model, the checkpoint and the metrics.
+        resume: go on with the run in --output, exactly where its last checkpoint was written.
+        running: how to carry it out.
+
+    Raises:
+        Refusal: no such model or data, a checkpoint of another recipe, a loss that is not finite.
+        ImportError: accelerate is not installed.
+        LookupError, TypeError, ValueError: a wrong key or value in the recipe, or as `laconic.reduce_`.
+    """
+    chosen = (read(recipe) if recipe else Recipe()).replaced(set)
+    if not resume and (output / CHECKPOINT).is_file():
+        raise Refusal(f"--output {output} holds a run already; --resume goes on with it, or choose another directory")
+    run, line = prepare(chosen, data, output, running)
+    loop = Loop(run, resume)  # all processes have met here, and none finds what the main one writes from now on
+    if loop.accelerator.is_main_process:
+        write_atomically(output / RECIPE, json.dumps(chosen.to_json(), indent=2))
+    accuracies = loop.go()
+    saved = loop.save()
+    if not loop.accelerator.is_main_process:
+        return None
+    cost, steps = summary(run.model), loop.progress.step
+    facts = (chosen, output, saved, steps, cost.macs, cost.baseline_macs, accuracies, line)
+    return TrainReport(*facts, tuple(sorted(run.unreadable)))
+
+
+def prepare(recipe: Recipe, data: str, output: Path, running: Running) -> tuple[Run, str]:
+    """A run made ready: its models and images; and in words which weights it starts from.
+
+    Raises:
+        Refusal, LookupError, TypeError, ValueError: as `train`.
+    """
+    check(recipe)
+    name, root = find_data(data) if data else (recipe.data.name, None)
+    if not name and root is None:
+        raise Refusal("--data: this recipe trains on a folder of images; say where it is, with train and val in it")
+    images = open_images(name, recipe.data.train, root, recipe.data.train_images)
+    val = open_images(name, recipe.data.val, root, recipe.data.val_images) if recipe.data.val else None
+    base, line = _base(recipe, len(images.classes))
+    # a teacher shares no weights with the student, whose training would change it
+    teacher = copy.deepcopy(base) if recipe.loss.logits or recipe.loss.tokens else None
+    student = _reduced(twin(base), recipe) if recipe.method.name else base
+    if recipe.optimization.grad_checkpointing:
+        _checkpoint_gradients(student, recipe)
+    return Run(recipe, student, teacher, images, val, train_transform(student, recipe.augmentation), output, running), line
+
+
+def _base(recipe: Recipe, classes: int) -> tuple[nn.Module, str]:
+    """The unreduced model, and in words where its weights come from."""
+    part = recipe.model
+    if not part.pretrained:
+        torch.manual_seed(recipe.seed)
+        return create(part.name, seed=recipe.seed, num_classes=classes, **part.options), "trained from random weights"
+    loaded = load(part.name, Path(part.weights) if part.weights else None, num_classes=classes, **part.options)
+    if loaded.random:
+        raise Refusal(f"the recipe starts from pretrained weights of {part.name}, but {loaded.line}")
+    return loaded.model, loaded.line
+
+
+def _reduced(model: nn.Module, recipe: Recipe) -> nn.Module:
+    method = recipe.method
+    torch.manual_seed(recipe.seed)
+    if method.schedule:
+        return reduce_(model, method.name, schedule=method.schedule, **tuples(method.options))
+    at = list(method.at) or None
+    return reduce_(model, method.name, keep=method.keep, at=at, **tuples(method.options))
+
+
+def _checkpoint_gradients(model: nn.Module, recipe: Recipe) -> None:
+    switch = getattr(model, "set_grad_checkpointing", None)
+    if switch is None:
+        raise Refusal(f"optimization.grad_checkpointing: {recipe.model.name} has no gradient checkpointing; set it to false")
+    switch(True)

@@ -1,0 +1,139 @@
+"""Weights for the jobs: of a file, or timm's pretrained ones, or random ones; and in words which they are."""
+
+from __future__ import annotations
+
+import os
+import threading
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from laconic.cli.models import create
+from laconic.core import limits
+from laconic.core.files import Refusal
+
+PATIENCE = 6.0  # seconds that the hub of pretrained weights may take to answer at all
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model, and in words which weights it has."""
+
+    model: nn.Module
+    line: str
+    random: bool
+
+    @property
+    def remark(self) -> str:
+        """What the heading of a picture says of the weights."""
+        return " (random weights)" if self.random else ""
+
+
+def load(name: str, weights: Path | None = None, **options: Any) -> Loaded:
+    """A timm model with the weights of a file, else with timm's pretrained ones, else (no network, say) with random ones.
+
+    Raises:
+        Refusal: there is no such model, or the file is not its weights.
+    """
+    if weights is not None:
+        return Loaded(_from_file(name, weights, options), f"the weights of {name} come from {weights}", False)
+    model = create(name, **options)
+    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    path = _cached(cfg)
+    if path is None and not cfg.get("hf_hub_id") and not cfg.get("url"):
+        return _random(model, "timm has no pretrained ones for this model")
+    if path is None and not _hub_answers():
+        return _random(model, "pretrained ones are not in timm's cache, and their hub does not answer; --weights takes a file")
+    try:
+        overlay: dict[str, Any] = {} if path is None else {"pretrained_cfg_overlay": {"file": str(path)}}
+        tag = ".".join(filter(None, (cfg.get("architecture", name), cfg.get("tag"))))
+        whose = "those that come with laconic" if cfg.get("file") else f"timm's pretrained ones ({tag})"
+        made = create(name, pretrained=True, **options, **overlay)
+        return Loaded(made, f"the weights of {name} are {whose}", False)
+    except (Refusal, OSError) as error:
+        reason = str(error).splitlines()[0]
+        return _random(model, f"pretrained ones could not be had: {reason}; --weights takes a file")
+
+
+def _random(model: nn.Module, reason: str) -> Loaded:
+    line = (
+        "weights are RANDOM (seed 0): accuracy and agreement mean nothing; speed, MACs and token counts do not depend on "
+        f"them ({reason})"
+    )
+    return Loaded(model, line, True)
+
+
+def _from_file(name: str, path: Path, options: dict[str, Any]) -> nn.Module:
+    model = create(name, **options)
+    if not path.is_file():
+        raise Refusal(f"--weights {path}: there is no such file; give a .safetensors file or a checkpoint of torch")
+    try:
+        fill(model, path)
+    except Exception as error:  # whatever a damaged file makes the readers of two libraries raise
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise Refusal(f"--weights {path} does not hold the weights of {name}: {' '.join(lines[:2]).strip()}") from error
+    return model
+
+
+def fill(model: nn.Module, path: Path) -> None:
+    """Fill a timm model with the weights of a file, as timm reads it.
+
+    Raises:
+        Exception: whatever a damaged file makes the readers of two libraries raise; ValueError: it claims far more than it
+            holds (see `laconic.core.limits`), or its tensors are not weights.
+    """
+    from timm.models import load_checkpoint, load_state_dict
+
+    held = limits.check_file(path)
+    if path.suffix.lower() in (".npz", ".npy"):
+        load_checkpoint(model, str(path))
+        return
+    weights = load_state_dict(str(path), weights_only=True)
+    limits.check_tensors(weights, str(path), held)
+    limits.check_kinds(model.state_dict(), weights, str(path))
+    model.load_state_dict(weights)
+
+
+def _cached(cfg: dict[str, Any]) -> Path | None:
+    """The file of the pretrained weights if it is on this machine already; asks no network."""
+    if cfg.get("file"):  # ours come with laconic
+        return Path(cfg["file"])
+    if cfg.get("hf_hub_id"):
+        from huggingface_hub import try_to_load_from_cache
+
+        for file in filter(None, (cfg.get("hf_hub_filename"), "model.safetensors", "pytorch_model.bin")):
+            found = try_to_load_from_cache(cfg["hf_hub_id"], file)
+            if isinstance(found, str):
+                return Path(found)
+    if cfg.get("url"):
+        path = Path(torch.hub.get_dir()) / "checkpoints" / os.path.basename(str(cfg["url"]))
+        return path if path.is_file() else None
+    return None
+
+
+def _hub_answers() -> bool:
+    """Whether the hub answers at all, with anything, within a few seconds: its own client would try for a minute."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    answers = threading.Event()
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=PATIENCE).close()
+        except urllib.error.HTTPError:
+            pass  # an answer all the same
+        except (OSError, ValueError):
+            return
+        answers.set()
+
+    thread = threading.Thread(target=ask, daemon=True)  # a name server may take far longer than any timeout we can set
+    thread.start()
+    thread.join(PATIENCE)
+    return answers.is_set()

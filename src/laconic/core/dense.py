@@ -1,0 +1,180 @@
+"""Features for every patch again: of the token that holds it or, where it was dropped, by a fill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from laconic.core.backbone import HOSTS, ModelSpec
+from laconic.core.gather import gather_rows, in_parts
+from laconic.core.grid import GridMap, image_of
+from laconic.core.history import History, find, mark
+from laconic.core.shape_types import Float
+from laconic.core.tokens import Tokens
+
+Fill = Literal["zeros", "nearest", "last", "mean", "similar"]
+FILLS: tuple[str, ...] = get_args(Fill)
+Layout = Literal["NLC", "NCHW"]
+
+
+def restored(
+    tokens: Tokens,
+    features: Float[Tensor, "B L C"],
+    fill: str | float,
+    norm: Callable[[Tensor], Tensor] | None = None,
+) -> Float[Tensor, "B P C"]:
+    """Give every patch the features of the token that holds it.
+
+    Args:
+        tokens: what is remembered of the tokens that the features are of.
+        features: of the patch tokens, without prefix tokens.
+        fill: for dropped patches. A number; ``zeros``; ``mean``: that of the patches that are held; ``nearest``: the features
+            of the nearest patch on the grid that is held (ties: the first); ``last``: its own when it was dropped; ``similar``:
+            those of the token that was most similar (cosine) when it was dropped. The last two are kept track of only where
+            `reduce_(restore=...)` asks for them.
+        norm: what was applied to ``features`` after the last block; ``last`` applies it too.
+
+    Raises:
+        ValueError: a fill that is not known, or that these tokens cannot give.
+    """
+    if isinstance(fill, str) and fill not in FILLS:
+        raise ValueError(f"fill must be a number or one of {', '.join(map(repr, FILLS))}, not {fill!r}")
+    full = GridMap.of(tokens)
+    dense = features if full is None else full.fill(features)
+    if fill == "zeros" or (not isinstance(fill, str) and fill == 0):
+        return dense
+    absent = (tokens.token_of_patch < 0).unsqueeze(-1)
+    if not isinstance(fill, str):
+        return dense.masked_fill(absent, fill)
+    if fill == "mean":
+        held = (~absent).to(dense.dtype)
+        return torch.where(absent, dense.sum(1, keepdim=True) / held.sum(1, keepdim=True).clamp_min(1), dense)
+    if fill == "nearest":
+        return gather_rows(dense, nearest_held(tokens))
+    if fill == "similar" and tokens.similar is not None:
+        return torch.where(absent, gather_rows(features, tokens.similar), dense)
+    if fill == "similar" or tokens.dropped is None:
+        raise ValueError(
+            f"fill={fill!r} needs to be kept track of from the first block on, which is done only in a model reduced with "
+            f"restore={fill!r}"
+        )
+    last = tokens.dropped.to(dense.dtype)
+    return torch.where(absent, last if norm is None else norm(last).to(dense.dtype), dense)
+
+
+def nearest_held(tokens: Tokens) -> Tensor:
+    """For every patch the nearest patch on the grid that a token holds: itself, if it is held. [B, P].
+
+    Raises:
+        ValueError: the grid of the image is not known.
+    """
+    if tokens.grid is None:
+        raise ValueError("fill='nearest' needs the grid of the image's patches, which is not known here; take another fill")
+    rows, columns = tokens.grid
+    patch = torch.arange(rows * columns, device=tokens.token_of_patch.device)
+    place = torch.stack([patch // columns, patch % columns], 1).float()
+    absent, found = (tokens.token_of_patch < 0).unsqueeze(1), list[Tensor]()
+    for part in in_parts(place.unsqueeze(0), len(patch)):
+        distance = (part[0].unsqueeze(1) - place.unsqueeze(0)).square().sum(-1).unsqueeze(0)
+        found.append(distance.masked_fill(absent, float("inf")).argmin(2))
+    return torch.cat(found, 1)
+
+
+def laid_out(dense: Float[Tensor, "B P C"], tokens: Tokens, layout: str) -> Tensor:
+    """Dense features as [B, P, C] (``NLC``) or [B, C, rows, columns] (``NCHW``).
+
+    Raises:
+        ValueError: another layout, or the grid of the patches is not known.
+    """
+    if layout not in get_args(Layout):
+        raise ValueError(f"layout must be 'NLC' or 'NCHW', not {layout!r}")
+    if layout == "NLC":
+        return dense
+    if tokens.grid is None or tokens.grid[0] * tokens.grid[1] != dense.shape[1]:
+        raise ValueError(f"the grid of these {dense.shape[1]} patches is not known; use layout='NLC'")
+    return image_of(dense, tokens.grid).contiguous()
+
+
+# ------------------------------------------------------------------------------------------------ what a model hands over
+def hand_over(host: Any, module: Any, name: str, out: Any, call: Any) -> Any:
+    """The result of a method of the model, its features marked, and given back to all patches where that is asked for.
+
+    ``call`` is the `laconic.core.runtime.Call` that it was made in. Where several forwards began in it, or none, it is as it is.
+    """
+    history, reduction = call.history, call.reduction
+    entry = HOSTS[reduction.host_path]
+    if call.begun != 1 and name not in entry.head_methods:
+        return out
+    if reduction.restore or entry.restores_output:
+        owner, method = entry.features(host)
+        if owner is module and name in (method, "forward_intermediates"):
+            out = _each(lambda x: _whole(host, entry, x, call), out)
+    if not call.tracing:
+        out = _marked(out, history) if isinstance(out, Tensor) else _each(lambda x: _marked(x, history), out)
+    return out
+
+
+def _each(change: Callable[[Tensor], Tensor], out: Any) -> Any:
+    """Apply to the last features in a result: a tensor, the first tensors of a tuple, or the entries of a mapping."""
+    if isinstance(out, Tensor):
+        return change(out)
+    if isinstance(out, tuple | list):
+        values = [change(x) if isinstance(x, Tensor) else x for x in out]
+        return type(out)(*values) if hasattr(out, "_fields") else type(out)(values)
+    if isinstance(out, Mapping):
+        for key, value in list(out.items()):
+            if isinstance(value, Tensor):
+                out[key] = change(value)  # type: ignore[index]
+    return out
+
+
+def _fits(x: Tensor, tokens: Tokens) -> int | None:
+    """Return the number of prefix tokens in front of features of these tokens: all or none; None for anything else."""
+    images, count = tokens.shape
+    if x.dim() != 3 or x.shape[0] != images:
+        return None
+    return tokens.prefix if x.shape[1] == count else 0 if x.shape[1] == count - tokens.prefix else None
+
+
+def _whole(host: Any, entry: ModelSpec, x: Tensor, call: Any) -> Tensor:
+    """The last features with all patches, marked as such; anything else as it is."""
+    history = call.history
+    tokens, reduction = history.tokens, history.reduction
+    prefix, patches = _fits(x, tokens), tokens.token_of_patch.shape[1]
+    if prefix is None or (GridMap.of(tokens) is None and len(tokens) == patches):
+        return x
+    if reduction.restore:
+        fill = reduction.fill_of(entry)
+    elif tokens.merged:
+        fill = "mean"  # the caller may average all of them, each alike: then that is the mean over the patches that are held
+    else:
+        return x
+    dense = restored(tokens, x[:, prefix:], fill, entry.final_norm(host))
+    whole = torch.cat([x[:, :prefix], dense], 1)
+    if not call.tracing:
+        entry_of_whole = history.after(history.block, as_patches(tokens))
+        entry_of_whole.given_back = True
+        mark(whole, entry_of_whole)
+    return whole
+
+
+def as_patches(tokens: Tokens) -> Tokens:
+    """Tokens that are the patches themselves; those that were dropped count nothing."""
+    held = (tokens.token_of_patch >= 0).to(tokens.size.dtype)
+    own = torch.arange(held.shape[1], device=held.device).expand(held.shape)
+    where = torch.where(tokens.token_of_patch >= 0, own, -1)
+    nothing = {
+        name: None
+        for name in ("origin", "attn_scale", "keep_mask", "visible_prefix", "attention", "switches", "parked", "dropped")
+    }
+    return tokens.replace(size=held, token_of_patch=where, merged=True, per_token={}, **nothing)
+
+
+def _marked(x: Tensor, history: History) -> Tensor:
+    """Mark a result, unless it is marked already (the features of a block inside) or is that of other tokens."""
+    if find(x) is None and (x.dim() != 3 or _fits(x, history.tokens) is not None):
+        mark(x, history)
+    return x

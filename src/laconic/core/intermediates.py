@@ -1,0 +1,83 @@
+"""Features of single blocks of a reduced model, on all patches again.
+
+timm's and open_clip's ``forward_intermediates`` lays what it took from the blocks out on the grid of patches, which fewer
+tokens do not fill. While a model is reduced every patch gets the features of the token that it was in at that block.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from laconic.core.backbone import ModelSpec
+from laconic.core.dense import laid_out, restored
+from laconic.core.history import History
+from laconic.core.runtime import calling
+
+TAKEN = "image_intermediates"  # under which name a dict of results has them
+
+
+def forward_intermediates(host: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
+    """Replaces the model's own, with its arguments and results; the final features are those of the tokens left.
+
+    Intermediates are [B, P, C] or [B, C, rows, columns]. Patches that were dropped by then are zero, or as
+    ``reduce_(restore=...)`` fills them; so are the final features, if it was asked for.
+
+    Raises:
+        ValueError: ``NCHW`` of patches whose grid is not known.
+    """
+    bound = inspect.signature(own).bind(host, *args, **kwargs)
+    bound.apply_defaults()
+    wanted, image = bound.arguments["output_fmt"], bound.arguments["x"]
+    if wanted not in ("NCHW", "NLC") or isinstance(image, dict):
+        return own(host, *args, **kwargs)  # which says what it does not do
+    bound.arguments["output_fmt"] = "NLC"
+    out, call = calling(host, own, bound.args[1:], bound.kwargs)
+    reduction, history = call.reduction, call.history
+    if history is None:
+        return out
+    entry: ModelSpec = reduction.entry_of_host
+    blocks = _blocks(bound.arguments["indices"], reduction.depth)
+    norm = entry.final_norm(host) if bound.arguments.get("norm") else None
+
+    def dense(found: Sequence[Any]) -> list[Any]:
+        return [_dense(history, block, one, wanted, norm) for block, one in zip(blocks, found, strict=True)]
+
+    if isinstance(out, dict):
+        return {**out, TAKEN: dense(out[TAKEN])}
+    return (out[0], dense(out[1])) if isinstance(out, tuple) else dense(out)
+
+
+def refuse_pruning(host: Any, own: Any, *args: Any, **kwargs: Any) -> None:
+    """Replaces ``prune_intermediate_layers``: the reducers are of certain blocks of a certain depth.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        f"this {type(host).__name__} is reduced, and cutting blocks off would leave reducers without one; "
+        "laconic.restore_(model) first, cut, and reduce again"
+    )
+
+
+def _blocks(indices: int | Sequence[int] | None, depth: int) -> list[int]:
+    """The blocks that are taken, as the models read ``indices``: all, the last so many, or these; in their order."""
+    if indices is None:
+        return list(range(depth))
+    taken = range(depth - indices, depth) if isinstance(indices, int) else indices
+    return sorted({index % depth for index in taken})
+
+
+def _dense(history: History, block: int, found: Any, wanted: str, norm: Any) -> Any:
+    """The features after one block (or they and the prefix tokens), on all patches."""
+    if isinstance(found, tuple):
+        return _dense(history, block, found[0], wanted, norm), *found[1:]
+    tokens, restore = history.entry(block + 1), history.reduction.restore
+    fill = (
+        restore if isinstance(restore, str) else history.reduction.fill_of(history.reduction.entry_of_host) if restore else 0.0
+    )
+    features: Tensor = restored(tokens, found, fill, norm)
+    return laid_out(features, tokens, wanted)

@@ -1,0 +1,138 @@
+"""Packed execution: the tokens of all images in one long row, without any padding, where every image has its own number.
+
+Linear layers and norms do not care which image a token belongs to; attention runs for each image alone. So the work is that
+of the tokens there are, and an image cannot notice who else is in the batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from laconic.core.attention import AttentionTap
+from laconic.core.attention_bias import SOFT_FLOOR, shown_of
+from laconic.core.gather import table_rows
+from laconic.core.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Which tokens of a padded batch [B, N] are run, and where they stand in the row [1, T]."""
+
+    index: Tensor  # [T] places in the flattened batch
+    lengths: tuple[int, ...]  # tokens of each image, prefix tokens among them
+    bias: Tensor | None  # [T] added to the logits towards each token
+    shape: tuple[int, int]  # B, N
+
+    @classmethod
+    def of(cls, tokens: Tokens) -> Packing | None:
+        """The packing of the tokens that are seen, or None where that is all of them. The host waits for the device."""
+        shown = shown_of(tokens)
+        if shown is None:
+            return None
+        run = torch.cat([torch.ones_like(shown[:, : tokens.prefix]), shown[:, tokens.prefix :]], 1) > 0
+        index = run.flatten().nonzero().flatten()
+        bias = None
+        if (
+            tokens.attn_scale is not None or tokens.visible_prefix is not None
+        ):  # a prefix token that nobody sees is run, and seen by nobody
+            gate = tokens.attn_scale_or_ones
+            factor = shown * F.pad(gate, (tokens.prefix, 0), value=1.0)
+            bias = factor.clamp_min(SOFT_FLOOR).log().flatten()[index]
+        return cls(index, tuple(run.sum(1).tolist()), bias, (run.shape[0], run.shape[1]))
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[B, N, C] as [1, T, C]."""
+        return x.flatten(0, 1).index_select(0, self.index).unsqueeze(0)
+
+    def unpack(self, row: Tensor, x: Tensor) -> Tensor:
+        """``x`` [B, N, C] with the tokens that were run replaced by those in the row [1, T, C]."""
+        return x.flatten(0, 1).index_copy(0, self.index, row[0].to(x.dtype)).view(x.shape)
+
+    def heads(self, row: Tensor) -> Tensor:
+        """Queries, keys or values [1, H, T, D] as [B, H, N, D], zero where nothing was run."""
+        flat = row.new_zeros(self.shape[0] * self.shape[1], row.shape[1], row.shape[3])
+        flat = flat.index_copy(0, self.index, row[0].transpose(0, 1))
+        return flat.view(*self.shape, row.shape[1], row.shape[3]).transpose(1, 2)
+
+    def mask(self) -> Tensor:
+        """What is added to logits towards each token of the padded batch, [B, 1, 1, N]: -inf where nothing was run."""
+        flat = torch.full((self.shape[0] * self.shape[1],), -torch.inf, device=self.index.device)
+        own = torch.zeros_like(self.index, dtype=flat.dtype) if self.bias is None else self.bias.to(flat.dtype)
+        return flat.index_copy(0, self.index, own).view(self.shape[0], 1, 1, self.shape[1])
+
+    def rotary(self, table: Tensor, tokens: Tokens) -> Tensor:
+        """A rotary table [P, D] or [(B,) H, P, D] for the row without its first prefix tokens: [1, 1 or H, T - prefix, D].
+
+        Hosts leave out only the prefix tokens in front; those of later images get a rotation by nothing (the tables hold
+        sines, then cosines).
+        """
+        rows = table_rows(table, tokens.origin_index)  # [B, heads, L, D]
+        half = rows.shape[-1] // 2
+        still = torch.cat([rows.new_zeros(half), rows.new_ones(half)]).expand(*rows.shape[:2], tokens.prefix, -1)
+        every = torch.cat([still, rows], 2).transpose(1, 2).flatten(0, 1)  # [B N, heads, D]
+        return every.index_select(0, self.index)[tokens.prefix :].transpose(0, 1).unsqueeze(0)
+
+    def watch(self, calls: list[dict[str, Any]], rows: Tensor | None = None) -> AttentionTap:
+        """Attention for each image alone, while active."""
+        if rows is not None:
+            raise RuntimeError("this model adds a bias for pairs of patches; take the method with execution='padded'")
+        return PackedWatch(calls, self)
+
+    def seen(self, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The calls as if they had been made on the padded batch."""
+        return [
+            {**call, **{name: self.heads(call[name]) for name in ("query", "key", "value")}, "attn_mask": self.mask()}
+            for call in calls
+        ]
+
+
+def varlen() -> Any:
+    """Torch's attention over sequences of many lengths, where this version has it with all that is needed; or None."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if {"scale", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters) else None
+
+
+class PackedWatch(AttentionTap):
+    """Notes the calls, and answers each by one call for every image."""
+
+    def __init__(self, calls: list[dict[str, Any]], packing: Packing) -> None:
+        super().__init__(calls)
+        self.packing = packing
+
+    def answer(self, func: Any, call: dict[str, Any]) -> Tensor:
+        if call.get("attn_mask") is not None or call.get("is_causal"):
+            raise RuntimeError(
+                "packed execution met an attention mask of the model's own; take the method with execution='padded'"
+            )
+        q, k, v = (call[name] for name in ("query", "key", "value"))
+        half = q.dtype in (torch.float16, torch.bfloat16)
+        if self.packing.bias is None and q.is_cuda and half and varlen() is not None:
+            return self._on_device(q, k, v, call.get("scale"))
+        rest = {name: value for name, value in call.items() if name not in ("query", "key", "value", "attn_mask")}
+        out, start = list[Tensor](), 0
+        for length in self.packing.lengths:
+            own = slice(start, start + length)
+            bias = None if self.packing.bias is None else self.packing.bias[own].to(q.dtype).view(1, 1, 1, -1)
+            out.append(func(query=q[:, :, own], key=k[:, :, own], value=v[:, :, own], attn_mask=bias, **rest))
+            start += length
+        return torch.cat(out, 2)
+
+    def _on_device(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        """One kernel for all images, where torch has one."""
+        varlen_attn: Any = varlen()
+        longest = max(self.packing.lengths)
+        ends = torch.tensor((0, *self.packing.lengths), device=q.device).cumsum(0).to(torch.int32)
+        query, key, value = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))  # [T, H, D]
+        grouped = q.shape[1] != k.shape[1]
+        out: Any = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scale, enable_gqa=grouped)
+        attended: Tensor = out.transpose(0, 1).unsqueeze(0)
+        return attended

@@ -1,0 +1,199 @@
+"""Give the modules of a model the methods of a reduced one, and take them away again.
+
+A module keeps its attributes; its class becomes a subclass of itself, with the same name, in which some methods are replaced.
+So ``self`` is always the module that runs: that of a copy, of a DataParallel replica, of a wrapper. Whatever another tool puts
+on the module itself (a ``forward``, hooks) comes first, as ever.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from laconic.core.backbone import ModelSpec, block_path, path_of
+from laconic.core.intermediates import forward_intermediates, refuse_pruning
+from laconic.core.links import LINK, BlockLink, ModelRef, PartLink
+from laconic.core.readout import pool, read
+from laconic.core.runtime import run_block, run_call
+from laconic.core.token_reduction import TokenReduction, passes_through
+
+log = logging.getLogger(__name__)
+# Names of methods, what replaces them, f(module, own, *arguments), and for `read` the function that it calls
+Replaced = tuple[tuple[str, Callable[..., Any], Callable[..., Any] | None], ...]
+
+# methods that models may have, and what replaces them
+CALLS = ("forward", "forward_features")
+READERS: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None]] = {
+    "pool": (read, pool),
+    "forward_intermediates": (forward_intermediates, None),
+    "prune_intermediate_layers": (refuse_pruning, None),
+}
+_subclasses: WeakKeyDictionary[type, dict[Replaced, type]] = WeakKeyDictionary()
+
+
+def settle(host: Any, entry: ModelSpec) -> dict[int, Any]:
+    """Set what has to be set for the host's attention to be fused; gives the old values, for `unsettle`."""
+    old = dict[int, Any]()
+    for number, (owner, name, value) in enumerate(entry.settings(host)):
+        if getattr(owner, name) != value:
+            old[number] = getattr(owner, name)
+            setattr(owner, name, value)
+            log.info("%s: %s is %r while it is reduced; it was %r", type(host).__name__, name.strip("_"), value, old[number])
+    return old
+
+
+def unsettle(host: Any, entry: ModelSpec, old: Mapping[int, Any]) -> None:
+    """Undo `settle`."""
+    settings = entry.settings(host)
+    for number, value in old.items():
+        owner, name, _ = settings[number]
+        setattr(owner, name, value)
+
+
+def attach(host: Any, entry: ModelSpec, reduction: TokenReduction) -> None:
+    """Make a model a reduced one."""
+    for index, block in enumerate(entry.blocks(host)):
+        through = passes_through(reduction, index, block)
+        link = BlockLink(reduction.ref, names_of(block), index, block_path(block), through)
+        replace(block, (("forward", checkpointed if checkpoints_itself(block) else run_block, None),), link)
+    for module, methods in replaced_methods(host, entry).items():
+        if module is not host:
+            replace(module, methods, PartLink(reduction.ref, names_of(module)))
+    replace(host, replaced_methods(host, entry)[host], PartLink(reduction.ref, names_of(host)))
+    reduction.known_readout = bool(entry.head_reads_prefix_only) and all(
+        getattr(type(host).laconic_base, name).__module__.startswith("timm.models.") for name in entry.head_reads_prefix_only
+    )
+    host.laconic = reduction
+
+
+def detach(host: Any, entry: ModelSpec) -> None:
+    """Undo `attach`, and `settle` as the reduction remembers it."""
+    reduction = host.laconic
+    settled = getattr(reduction, "original_module", reduction).settled
+    reduced = [module for module in host.modules() if LINK in module.__dict__]
+    for module in reduced:
+        if "laconic_base" not in vars(type(module)):
+            raise ValueError(
+                f"the class of a {type(module).__name__} was changed after the model was reduced (by FSDP, parametrization or "
+                "another tool); undo that first"
+            )
+    for module in reduced:
+        module.__class__ = type(module).laconic_base
+        del module.__dict__[LINK]
+    unsettle(host, entry, settled)
+    del host.laconic
+
+
+def replaced_methods(host: Any, entry: ModelSpec) -> dict[nn.Module, Replaced]:
+    """The methods that are replaced, of the model and of modules in it (blocks aside)."""
+    kind = type(host)
+    found: dict[nn.Module, dict[str, tuple[Any, Any]]] = {host: {}}
+    found[host] |= {name: (run_call, None) for name in (*CALLS, *entry.head_methods) if hasattr(kind, name)}
+    found[host] |= {name: method for name, method in READERS.items() if hasattr(kind, name)}
+    owner, features = entry.features(host)
+    found.setdefault(owner, {})[features] = (run_call, None)
+    for module, name, stand_in in entry.method_overrides(host):
+        found.setdefault(module, {})[name] = (read, stand_in)
+    return {module: tuple((name, *by) for name, by in methods.items()) for module, methods in found.items()}
+
+
+def names_of(module: nn.Module) -> tuple[str, ...]:
+    """The parameters that the forward of a block (or of a model) takes."""
+    return tuple(inspect.signature(type(module).forward).parameters)[1:]
+
+
+# ------------------------------------------------------------------------------------------------ classes
+def replace(module: nn.Module, methods: Replaced, link: PartLink) -> None:
+    """Give a module its subclass and its link."""
+    module.__class__ = subclass(type(module), methods)
+    module.__dict__[LINK] = link
+
+
+def subclass(base: type, methods: Replaced) -> type:
+    """The subclass of the same name in which each of these methods calls its replacement: one for the same methods."""
+    known = _subclasses.setdefault(base, {})
+    if methods in known:
+        return known[methods]
+
+    def replacing(name: str, function: Callable[..., Any], reader: Callable[..., Any] | None) -> Callable[..., Any]:
+        own = getattr(base, name)
+        if reader is not None:
+            function = partial(function, reader)
+
+        @functools.wraps(own)
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return function(self, own, *args, **kwargs)
+
+        return method
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        self.__class__ = base  # type(model)(...) makes a plain model
+        base.__init__(self, *args, **kwargs)  # type: ignore[misc]
+
+    names: dict[str, Any] = {name: replacing(name, function, reader) for name, function, reader in methods}
+    names |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    names |= {"laconic_base": base, "laconic_methods": methods, "__reduce_ex__": _reduce}
+    names |= {"__prepare_scriptable__": _refuse_script, "__init__": functools.wraps(base.__init__)(init)}  # type: ignore[misc]
+    return known.setdefault(methods, type(base.__name__, (base,), names))
+
+
+def _reduce(module: Any, protocol: Any) -> Any:
+    """A copy or a pickle of a module with replaced methods: a subclass has no name to be found by."""
+    kind = type(module)
+    return _remake, (kind.laconic_base, kind.laconic_methods), module.__getstate__()
+
+
+def _remake(base: type, methods: Replaced) -> Any:
+    return copyreg.__newobj__(subclass(base, methods))  # type: ignore[attr-defined]
+
+
+def _refuse_script(module: Any) -> None:
+    raise TypeError(
+        f"torch.jit.script cannot read the forward of a reduced {type(module).__name__}; use torch.jit.trace, "
+        "torch.export.export or laconic.export, or laconic.restore_(model) first"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ blocks
+def checkpoints_itself(block: Any) -> bool:
+    """True if the forward of a block's class is one of transformers 5, which has gradient checkpointing wrapped around it."""
+    return hasattr(block, "gradient_checkpointing") and hasattr(type(block).forward, "__wrapped__")
+
+
+def checkpointed(block: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
+    """`run_block` with the gradient checkpointing that the block's class would have wrapped around its own forward.
+
+    All of it must be inside: run again for its gradient, it must find what the method does, too.
+    """
+    if block.gradient_checkpointing and block.training:
+        return block._gradient_checkpointing_func(partial(run_block, block, own, **kwargs), *args)
+    return run_block(block, own, *args, **kwargs)
+
+
+def refuse_patched(host: nn.Module, entry: ModelSpec) -> None:
+    """Refuse a model of which another tool has replaced a method that is to be replaced.
+
+    Raises:
+        ValueError: such a method.
+    """
+    own: list[tuple[nn.Module, Any]] = [(block, (("forward", None, None),)) for block in entry.blocks(host)]
+    for module, methods in [*own, *replaced_methods(host, entry).items()]:
+        for name, *_ in methods:
+            found = module.__dict__.get(name)
+            if found is None or (module is host and name in CALLS):
+                continue  # what wraps a call of the model calls it in the end; the proof sees if it does not
+            if getattr(found, "__func__", None) is getattr(type(module), name) and found.__self__ is module:
+                del module.__dict__[name]  # the method of its class, put back by hand (transformers 4.57): the same without it
+                continue
+            raise ValueError(f"{path_of(type(module))} has a {name} put on it by another tool; undo that before reducing")
+
+
+__all__ = ["ModelRef", "attach", "detach", "refuse_patched", "settle", "unsettle"]

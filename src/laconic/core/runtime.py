@@ -1,0 +1,377 @@
+"""The calls of a reduced model, and the forwards of its blocks.
+
+`laconic.core.patching` gives the model and its blocks classes with these functions as methods. A call of the model (`Call`) lasts
+from entering one of its methods to leaving it, on one thread; a block finds the tokens that come in by its features
+(`laconic.core.history`) or, where these were changed on the way, by the call that is running.
+
+Under torch.compile and torch.export one trace is one call, and features are not marked: the call carries the forward.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from laconic.core.backbone import HOSTS, ModelSpec, unhooked
+from laconic.core.block_forward import BlockRun, Reads, bare, pass_block, quiet
+from laconic.core.dense import hand_over
+from laconic.core.grid import GridMap
+from laconic.core.history import History, find, mark
+from laconic.core.links import LINK, BlockLink, ModelRef, reduction_in
+from laconic.core.running_calls import calls as running
+from laconic.core.running_calls import on_thread, traced
+
+MASKS = ("attn_mask", "attention_mask", "is_causal", "head_mask", "layer_head_mask", "output_attentions")
+# norms that treat every token alone
+NORMS = ("torch.nn.modules.normalization", "torch.nn.modules.linear", "timm.layers.norm", "laconic.models")
+
+
+class Call:
+    """One call of a method of a reduced model.
+
+    ``grid`` is that of the image, if known. ``fast``: rows that are not read may be left out; ``answers``: only the prefix
+    tokens are read of the last block. ``history`` is that of the tokens as far as it got, ``begun`` the number of forwards
+    that began inside; ``runs_blocks``: not by way of another call. ``tracing``: a graph is traced, and features
+    cannot be marked.
+    """
+
+    def __init__(
+        self,
+        host: Any,
+        ref: ModelRef,
+        reduction: Any,
+        grid: tuple[int, int] | None,
+        fast: bool,
+        answers: bool,
+        tracing: bool,
+    ) -> None:
+        self.host, self.ref, self.reduction, self.grid, self.fast, self.answers = host, ref, reduction, grid, fast, answers
+        self.tracing = tracing
+        self.history: History | None = None
+        self.begun, self.runs_blocks = 0, False
+
+
+def call_of(ref: ModelRef) -> Call | None:
+    """The innermost running call, if it is of this model."""
+    calls = traced or on_thread.calls
+    return calls[-1] if calls and calls[-1].ref is ref else None
+
+
+# ------------------------------------------------------------------------------------------------ calls of the model
+def run_call(module: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
+    """Replaces a method of the model that runs its blocks, or reads their features: the method itself, as a call."""
+    if call_of(module._laconic.ref) is None and _empty(module, args, kwargs) is not None:
+        return _of_no_images(module, own, args, kwargs)
+    return calling(module, own, args, kwargs)[0]
+
+
+def _empty(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The images that a method is called with, if there are none in the batch."""
+    x = args[0] if args else kwargs.get(module._laconic.names[0])
+    return x if isinstance(x, Tensor) and x.dim() == 4 and x.shape[0] == 0 and not torch.compiler.is_compiling() else None
+
+
+def _of_no_images(module: Any, own: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The result for an empty batch: that for one black image, without the image."""
+    x = _empty(module, args, kwargs)
+    assert x is not None
+    one, name = x.new_zeros(1, *x.shape[1:]), module._laconic.names[0]
+    out, call = calling(module, own, (one, *args[1:]) if args else (), kwargs if args else {**kwargs, name: one})
+    if call.begun:
+        call.reduction.complete(call.history.images(0, 0, 1))  # type: ignore[union-attr]
+    return _none_of(out)
+
+
+def _none_of(out: Any) -> Any:
+    if isinstance(out, Tensor):
+        return out[:0]
+    if isinstance(out, tuple | list):
+        values = [_none_of(value) for value in out]
+        return type(out)(*values) if hasattr(out, "_fields") else type(out)(values)
+    if isinstance(out, Mapping):
+        for key in list(out):
+            out[key] = _none_of(out[key])  # type: ignore[index]
+    return out
+
+
+def calling(module: Any, own: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Call]:
+    """Run a method of the model (or of its encoder) as a call.
+
+    Returns:
+        its result, with features marked and, if asked for, restored; and the call.
+    """
+    tracing = torch.compiler.is_compiling()
+    calls = traced if tracing and torch.compiler.is_dynamo_compiling() else on_thread.calls
+    name, link = own.__name__, module._laconic
+    outer = calls[-1] if calls and calls[-1].ref is link.ref else None
+    host = module if "laconic" in module._modules else link.ref() if outer is None else outer.host
+    call = _open(host, name if module is host else "", args, kwargs, outer, tracing)
+    calls.append(call)
+    try:
+        out = own(module, *args, **kwargs)
+        if call.history is not None and (outer is None or name not in HOSTS[call.reduction.host_path].head_methods):
+            out = hand_over(host, module, name, out, call)
+    finally:
+        calls.pop()
+        # a part of the outer call; not a call that a hook makes in its midst
+        if outer is not None and call.begun and not outer.runs_blocks and not (module is host and name == "forward"):
+            outer.history, outer.begun = call.history, outer.begun + call.begun
+    if call.begun:
+        call.reduction.complete(call.history, tracing)
+    return out, call
+
+
+def _open(host: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], outer: Call | None, tracing: bool) -> Call:
+    reduction, link = reduction_in(host), host._laconic
+    entry, image = HOSTS[reduction.host_path], args[0] if args else kwargs.get(link.names[0])
+    grid = None if outer is None else outer.grid
+    if outer is not None and not outer.begun:
+        pass  # the same images
+    elif isinstance(image, Tensor) and image.dim() == 4:
+        grid = entry.grid_of(host, (int(image.shape[2]), int(image.shape[3])))  # torch.jit.trace has tensors for sizes
+    elif image is not None:
+        _refuse_proxy(image)
+    if (tracing or torch._C._is_tracing()) and _in_onnx_export():
+        raise ValueError(
+            "torch.onnx.export cannot write the stable sorting of a reduced model; use laconic.export(model, path), which "
+            "writes ONNX files and proves them"
+        )
+    if entry.unsupported_kwargs and name == "forward":
+        _refuse_arguments(host, entry.unsupported_kwargs, args, kwargs)
+    ends = _check_blocks(host, entry, reduction) if outer is None else False
+    if not tracing and reduction._fresh and not host.training:
+        reduction.warn_untrained()
+    fast = outer.fast if outer is not None else reduction.spares and not host.training and (tracing or not _global_hooks())
+    if name == "forward":
+        answers = fast and ends and _answers(host, entry, reduction)
+    else:  # the model's own forward asks for its features first; every other call of them wants them whole
+        answers = name == "forward_features" and outer is not None and outer.answers and not outer.begun
+    call = Call(host, link.ref, reduction, grid, fast, answers, tracing)
+    if name in entry.head_methods and isinstance(image, Tensor):
+        call.history = known(image, call.ref) or (None if outer is None or outer.begun != 1 else outer.history)
+    return call
+
+
+def _in_onnx_export() -> bool:
+    """True inside torch.onnx.export; its second attempt traces by dynamo, which takes is_in_onnx_export to be False."""
+    flags = sys.modules.get("torch.onnx._internal.exporter._flags")
+    return torch.onnx.is_in_onnx_export() or bool(getattr(flags, "_is_onnx_exporting", False))
+
+
+def _global_hooks() -> bool:
+    return bool(torch.nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
+
+
+def _answers(host: Any, entry: ModelSpec, reduction: Any) -> bool:
+    """True if the answer reads nothing of the last block but its prefix tokens, as the model is now."""
+    if reduction.restore or not reduction.known_readout or entry.pooling(host)[0] != "token":
+        return False
+    for name in entry.head_reads_prefix_only:
+        if name in host.__dict__:
+            return False
+    for child in host._modules.values():  # the container of the blocks hands on what the last of them does
+        if isinstance(child, nn.Sequential | nn.ModuleList) and not unhooked(child):
+            return False
+    norm = entry.final_norm(host)
+    return norm is None or (type(norm).__module__.startswith(NORMS) and quiet(norm))
+
+
+def _check_blocks(host: Any, entry: ModelSpec, reduction: Any) -> bool:
+    """True if the last block is the one that was last when the model was reduced.
+
+    Raises:
+        RuntimeError: a block was added since.
+    """
+    last = None
+    try:
+        blocks = entry.blocks(host)
+    except (TypeError, AttributeError) as error:
+        raise RuntimeError(
+            f"the blocks of this {type(host).__name__} are not found where they were when it was reduced ({error}); "
+            "laconic.restore_(model), change its blocks, and reduce it again"
+        ) from error
+    for number, block in enumerate(blocks):
+        link = block.__dict__.get(LINK)
+        if link is None:  # it may be wrapped, as FSDP does
+            link = next((one.__dict__[LINK] for one in block.modules() if isinstance(one.__dict__.get(LINK), BlockLink)), None)
+        if link is None:
+            raise RuntimeError(
+                f"block {number} was put into the model after it was reduced and knows nothing of its tokens; "
+                "laconic.restore_(model), change its blocks, and reduce it again"
+            )
+        last = link
+    return last is not None and last.index + 1 == reduction.depth
+
+
+def _refuse_arguments(host: Any, refused: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    given = {**dict(zip(host._laconic.names, args, strict=False)), **kwargs}
+    for name in refused:
+        if given.get(name) is not None:
+            raise ValueError(
+                f"a reduced {type(host).__name__} takes no {name}: what is made for all tokens does not fit those that are left"
+            )
+
+
+def _refuse_proxy(x: Any) -> None:
+    if type(x).__module__.startswith("torch.fx"):
+        raise TypeError(
+            "a reduced model cannot be traced symbolically by torch.fx: how it goes on depends on its tokens. Use "
+            "torch.export.export (or laconic.export), or trace the model before it is reduced"
+        )
+
+
+# ------------------------------------------------------------------------------------------------ blocks
+def run_block(block: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
+    """Replaces the forward of a block."""
+    link: BlockLink = block._laconic
+    x = args[0] if args else kwargs.get(link.names[0])
+    calls = traced or on_thread.calls
+    call = calls[-1] if calls and calls[-1].ref is link.ref else None
+    history = arriving(link, call, x)
+    if link.passthrough and history.plain and len(args) == 1 and not block.training and (not kwargs or bare(kwargs)):
+        out = own(block, x, **kwargs)
+        leaving(call, history, out[0] if isinstance(out, tuple) else out, link.index)
+        return out
+    named: dict[str, Any] = {}
+    if kwargs or len(args) != 1:
+        x, named = by_name(link.names, args, kwargs, link.spec.own_mask)
+    reduction, tokens = history.reduction, history.tokens.replace(x=x)
+    if block.training:
+        reduction.refuse_lost(history, tokens)
+    count, n = len(tokens), history.counts[link.index - history.start]
+    reducer = reduction.reducer(link.index)
+    if reducer is not None and not reducer.active(count, n):
+        reducer = None
+    watcher = reduction.watcher(link.index + 1, history, count)
+    last = link.index + 1 == reduction.depth
+    reads: Reads = "all"
+    way = call if call is not None else history if _computed_again() else None
+    if way is not None and way.fast and not block.training:
+        reads = "prefix" if last and way.answers else "needed"
+    tokens = pass_block(BlockRun(block, own, link, reduction, named, reducer, watcher, n, reads), tokens)
+    if reducer is not None and not reduction.adaptive and len(tokens) != n and tokens.keep_mask is None:
+        raise RuntimeError(
+            f"{reduction.config.info.name} left {len(tokens)} patch tokens at block {link.index}; {n} were asked for"
+        )
+    history, x = history.after(link.index, tokens), tokens.x
+    if not last and link.index + 1 in reduction.starts:
+        full = GridMap.of(tokens)
+        x = x if full is None else torch.cat([x[:, : tokens.prefix], full.fill(tokens.patches)], 1)
+    leaving(call, history, x, link.index)
+    return (x,) if reduction.in_tuples else x
+
+
+def arriving(link: BlockLink, call: Call | None, x: Any) -> History:
+    """The forward that these features go on in: that of their mark, or of the running call of the model.
+
+    Raises:
+        TypeError: they are no tensor. RuntimeError: they are of no forward of this model.
+    """
+    if not isinstance(x, Tensor):
+        _refuse_proxy(x)
+        raise TypeError(f"{link.name} got a {type(x).__name__} where its features were expected")
+    host = link.ref() if call is None else call.host
+    reduction = reduction_in(host) if call is None else call.reduction
+    if link.index in reduction.starts:
+        return _begin(host, reduction, call, link, x)
+    history = None if call is not None and call.tracing else find(x)
+    if history is not None and history.reduction.ref is not link.ref:
+        history = None
+    if history is None and call is not None:
+        history = call.history  # changed on the way, by a hook or by the model: still the tokens of this call
+    if history is None or history.shape != x.shape[:2]:
+        _refuse_features(link, x, history)
+    return history
+
+
+def _begin(host: Any, reduction: Any, call: Call | None, link: BlockLink, x: Tensor) -> History:
+    """The tokens as they enter the model, or one of its stages."""
+    if host is None:
+        raise RuntimeError(f"the model of {link.name} is gone; keep the model, or restore_ it before its blocks are used alone")
+    stage = reduction.staging.stage(link.index)
+    if call is None and _computed_again():
+        history = known(x, link.ref)
+        if history is not None and history.block < link.index:
+            return history
+    history = reduction.begin(host, x, stage, call, call.history if call and stage else None)
+    if call is not None:
+        call.history, call.runs_blocks = history, True
+        call.begun += stage == 0
+        history.fast, history.answers = call.fast, call.answers
+        if not call.tracing:
+            mark(x, history)
+    return history
+
+
+def _computed_again() -> bool:
+    """True in a backward pass: a block that runs there is one of gradient checkpointing, computed again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def leaving(call: Call | None, history: History, x: Tensor, index: int) -> None:
+    """Let the features that a block hands on be found again; after the last one the forward is complete."""
+    if call is not None:
+        call.history = history
+        if call.tracing:
+            return
+    elif index + 1 == history.reduction.depth and not _computed_again():
+        history.reduction.complete(history)  # blocks that are run by hand; not those that a backward pass computes again
+    mark(x, history)
+
+
+def known(x: Tensor, ref: ModelRef) -> History | None:
+    """The forward that features are marked with, if it is one of this model."""
+    call = call_of(ref)
+    if call is not None and call.tracing:
+        return None
+    history = find(x)
+    return history if history is not None and history.reduction.ref is ref else None
+
+
+def current(x: Tensor, ref: ModelRef) -> History | None:
+    """The forward of features at the end of a model: by their mark, or by the call that is running."""
+    history = known(x, ref)
+    if history is None:
+        call = call_of(ref)
+        if call is not None and call.begun <= 1:
+            history = call.history
+    return history
+
+
+def _refuse_features(link: BlockLink, x: Tensor, history: History | None) -> NoReturn:
+    if torch.compiler.is_compiling() and not running():
+        raise RuntimeError(f"{link.name} cannot be compiled alone: its tokens are known to the whole model; compile the model")
+    if history is None:
+        raise RuntimeError(
+            f"{link.name} got features of shape {tuple(x.shape)} that come from no block of this model: a copy, or the result "
+            "of an operation, outside of the model's own forward. Run the model's forward, or hand on what a block returned"
+        )
+    images, count = history.tokens.shape
+    raise RuntimeError(
+        f"block {link.index} got {tuple(x.shape)}, but the block before it left {images} images of {count} tokens; hand on "
+        "what that block returned"
+    )
+
+
+def by_name(
+    names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any], own_mask: str | None = None
+) -> tuple[Tensor, dict[str, Any]]:
+    """The features that a block is called with, and its other arguments by name (``names`` are those of its parameters).
+
+    A mask under the name ``own_mask`` is the model's own: if it is boolean it hides nothing, and is left out.
+
+    Raises:
+        ValueError: an attention mask is handed over, or attention weights are asked for: neither fits the tokens left.
+    """
+    named = {**dict(zip(names, args, strict=False)), **kwargs}
+    own = named.get(own_mask) if own_mask is not None else None
+    if own_mask is not None and own is not None and own.dtype == torch.bool:
+        named[own_mask] = None
+    for name in MASKS:
+        if name != own_mask and named.get(name) is not None and named[name] is not False:
+            raise ValueError(f"a reduced model takes no {name}: what is made for all tokens does not fit those that are left")
+    return named.pop(names[0]), named

@@ -1,0 +1,339 @@
+"""The token set and its verbs: the one place in Laconic where the number of tokens changes.
+
+Shapes, here and everywhere: B images, P patches at the start, L patch tokens now, N = prefix + L tokens now, K tokens
+kept, M new tokens, C channels, H heads, D channels of a head. Prefix tokens (class, distillation, register) come first
+in ``x``; they have no other column, because nothing may ever happen to them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from laconic.core.block_gates import Switches
+from laconic.core.gather import add_rows, arange_like, gather_rows, in_parts, remap
+from laconic.core.shape_types import Float, Int
+
+OLD_NAMES = {  # fields and verbs of version 0.1
+    "where": "token_of_patch",
+    "patch": "origin",
+    "place": "origin_index",
+    "alive": "keep_mask",
+    "there": "keep_mask_or_ones",
+    "shown": "visible_prefix",
+    "gate": "attn_scale",
+    "gates": "attn_scale_or_ones",
+    "columns": "per_token",
+    "notes": "per_image",
+    "aside": "parked",
+    "ordinary": "is_plain",
+    "highest": "merge_max",
+    "fade": "soft_drop",
+    "compact": "drop_hidden",
+    "note": "set_per_image",
+    "note_more": "append_per_image",
+}
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """An immutable set of tokens and everything that belongs to them; every verb returns a new set.
+
+    ``token_of_patch[b, p]`` is the patch token (counted from 0, prefix left out) that now holds patch ``p``, or -1 where the
+    patch was dropped; ``size`` counts the patches a token holds, so that always ``size[j] == (where == j).sum()``.
+    ``origin`` is the patch in whose place a token stands (its position); None says that nothing has moved yet.
+    """
+
+    x: Float[Tensor, "B N C"]  # None in what is remembered of a forward (see `laconic.core.history`)
+    size: Float[Tensor, "B L"]
+    token_of_patch: Int[Tensor, "B P"]
+    prefix: int = 1
+    has_cls: bool = True
+    origin: Int[Tensor, "B L"] | None = None
+    attn_scale: Float[Tensor, "B L"] | None = None  # factor on exp(logit) towards a token (proportional attention: its size)
+    keep_mask: Float[Tensor, "B L"] | None = None  # soft keep decision of training: 0 is seen by nobody but itself
+    per_token: dict[str, Tensor] = field(default_factory=dict)  # [B, L, ...] whatever else travels with a token
+    complete: bool = True  # does a token hold every patch? False: some may have been dropped
+    merged: bool = False  # may a token stand for more than one patch? (then pooling weighs tokens by size)
+    visible_prefix: Float[Tensor, "B R"] | None = (
+        None  # the prefix tokens that others may still see (A-ViT's may halt); None: all
+    )
+    attention: Float[Tensor, "B H N N"] | None = None  # weights that the next attention uses in place of its softmax, once
+    switches: Switches | None = None  # factors on the halves and the heads of the next block, once (AdaViT)
+    per_image: dict[str, Tensor] = field(default_factory=dict)  # [B, ...] what a method remembers of an image
+    parked: Tokens | None = None  # tokens that sit out some blocks and come back (Evo-ViT)
+    positions: Tensor | None = None  # [P, C] the host's absolute position embedding, shared by all images
+    grid: tuple[int, int] | None = None  # rows and columns of the image's patches; None: not known
+    dropped: Tensor | None = None  # [B, P, C] features of dropped patches when they were dropped, where they are wanted
+    # [B, P] the token that a patch shows: that which holds it or, where it was dropped, the most similar one; where wanted
+    similar: Tensor | None = None
+
+    @classmethod
+    def start(
+        cls,
+        x: Float[Tensor, "B N C"],
+        prefix: int,
+        has_cls: bool,
+        positions: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> Tokens:
+        """The tokens a host hands to its first block: each patch token holds its own patch."""
+        batch, patches = x.shape[0], x.shape[1] - prefix
+        where = torch.arange(patches, device=x.device).expand(batch, patches)
+        size = torch.ones(batch, patches, device=x.device, dtype=torch.float32)
+        return cls(x, size, where, prefix, has_cls, positions=positions, grid=grid)
+
+    def __len__(self) -> int:
+        return int(self.size.shape[1])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Images, and tokens of each, prefix tokens among them."""
+        return self.size.shape[0], self.prefix + self.size.shape[1]
+
+    def __getattr__(self, name: str) -> Any:  # asked only where a name does not exist
+        if name not in OLD_NAMES:
+            raise AttributeError(f"Tokens has no field {name!r}")
+        return getattr(self, _new_name(name))
+
+    def replace(self, **changes: Any) -> Tokens:
+        """Return a copy with other values in the named fields."""
+        if not OLD_NAMES.keys().isdisjoint(changes):
+            changes = {_new_name(name): value for name, value in changes.items()}
+        copy = object.__new__(type(self))  # called many times a forward: dataclasses.replace takes ten times as long
+        copy.__dict__.update(self.__dict__, **changes)
+        return copy
+
+    @property
+    def is_plain(self) -> bool:
+        """True if a block may run on them as it stands: no token has a factor, is hidden, or is set apart."""
+        return (
+            self.attn_scale is None
+            and self.keep_mask is None
+            and self.visible_prefix is None
+            and self.attention is None
+            and self.switches is None
+            and self.parked is None
+        )
+
+    def images(self, chosen: slice) -> Tokens:
+        """The same tokens for some images of the batch."""
+
+        def some(value: Any) -> Any:
+            return None if value is None else value[chosen]
+
+        names = (
+            "x",
+            "size",
+            "token_of_patch",
+            "origin",
+            "attn_scale",
+            "keep_mask",
+            "visible_prefix",
+            "attention",
+            "dropped",
+            "similar",
+        )
+        return self.replace(
+            **{name: some(getattr(self, name)) for name in names},
+            per_token={name: column[chosen] for name, column in self.per_token.items()},
+            per_image={name: note[chosen] for name, note in self.per_image.items()},
+            parked=None if self.parked is None else self.parked.images(chosen),
+        )
+
+    @property
+    def patches(self) -> Float[Tensor, "B L C"]:
+        """The features of the patch tokens."""
+        return self.x[:, self.prefix :]
+
+    def rows(self, index: Int[Tensor, "B K"]) -> Float[Tensor, "B K C"]:
+        """The features of the patch tokens ``index``."""
+        return gather_rows(self.x, index + self.prefix)
+
+    @property
+    def keep_mask_or_ones(self) -> Float[Tensor, "B L"]:
+        """Who is still there: ``keep_mask``, or 1 for every patch token."""
+        return torch.ones_like(self.size) if self.keep_mask is None else self.keep_mask
+
+    @property
+    def attn_scale_or_ones(self) -> Float[Tensor, "B L"]:
+        """``attn_scale``, or 1 for every patch token."""
+        return torch.ones_like(self.size) if self.attn_scale is None else self.attn_scale
+
+    @property
+    def origin_index(self) -> Int[Tensor, "B L"]:
+        """The patch in whose place each token stands."""
+        return self.origin if self.origin is not None else arange_like(self.size)
+
+    # ------------------------------------------------------------------------------------------------ verbs
+    def keep(self, index: Int[Tensor, "B K"]) -> Tokens:
+        """Keep the patch tokens ``index``, in that order, and drop the rest."""
+        prefix = torch.arange(self.prefix, device=index.device).expand(index.shape[0], -1)
+        x = gather_rows(self.x, torch.cat([prefix, index + self.prefix], 1))
+        dst = index.new_full(self.size.shape, -1).scatter(1, index, arange_like(index))
+        return self._follow(index, dst, x, gather_rows(self.size, index), False)
+
+    def merge(
+        self,
+        dst: Int[Tensor, "B L"],
+        weight: Float[Tensor, "B L"] | None,
+        lead: Int[Tensor, "B M"],
+        *,
+        complete: bool = False,
+    ) -> Tokens:
+        """Sum tokens into new ones: ``x'[m] = sum of weight[i] * x[i] over dst[i] == m``; ``dst[i] == -1`` drops token i.
+
+        The caller chooses the weights (and whether they sum to one); None makes the mean, every token counted as often as it
+        has patches. ``lead[m]`` is the old token whose place, position and columns new token m inherits. ``complete`` says
+        that no ``dst`` is -1, which saves the operations that look for it.
+        """
+        count, old, into = lead.shape[1], self.size, dst
+        if not complete:
+            gone, into = dst < 0, dst.clamp_min(0)
+            old = old.masked_fill(gone, 0.0)
+        size = add_rows(old, into, count)
+        if weight is None:
+            weight = old / size.gather(1, into).clamp_min(torch.finfo(size.dtype).tiny)
+        elif not complete:
+            weight = weight.masked_fill(gone, 0.0)
+        new = add_rows(self.patches * weight.unsqueeze(-1), into, count).to(self.x.dtype)
+        x = torch.cat([self.x[:, : self.prefix], new], 1)
+        return self._follow(lead, dst, x, size, complete).replace(merged=True)
+
+    def merge_max(self, dst: Int[Tensor, "B L"], lead: Int[Tensor, "B M"]) -> Tokens:
+        """The highest value of each channel over ``dst[i] == m``, without weights; all else as in `merge`."""
+        gone, into = dst < 0, dst.clamp_min(0)
+        patches, size = self.patches.masked_fill(gone.unsqueeze(-1), -torch.inf), self.size.masked_fill(gone, 0.0)
+        new = patches.new_zeros(lead.shape[0], lead.shape[1], patches.shape[2])
+        new = new.scatter_reduce(1, into.unsqueeze(-1).expand_as(patches), patches, "amax", include_self=False)
+        x = torch.cat([self.x[:, : self.prefix], new], 1)
+        return self._follow(lead, dst, x, add_rows(size, into, lead.shape[1]), False).replace(merged=True)
+
+    def mix(self, matrix: Float[Tensor, "B M L"]) -> Tokens:
+        """Soft merge, ``x' = matrix @ x``. Sizes are shared out by column; a patch is said to be where most of it went."""
+        mass = matrix / matrix.sum(1, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
+        mixed = (matrix @ self.patches.to(matrix.dtype)).to(self.x.dtype)
+        size = (mass @ self.size.to(mass.dtype).unsqueeze(-1)).squeeze(-1).to(self.size.dtype)
+        x = torch.cat([self.x[:, : self.prefix], mixed], 1)
+        return self._follow(matrix.argmax(2), matrix.argmax(1), x, size, True).replace(merged=True)
+
+    def join(self, other: Tokens) -> Tokens:
+        """Append the patch tokens of ``other``, which holds patches that this set has dropped."""
+
+        def both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+            return None if a is None or b is None else torch.cat([a, b], 1)
+
+        return self.replace(
+            x=torch.cat([self.x, other.patches], 1),
+            size=torch.cat([self.size, other.size], 1),
+            token_of_patch=torch.where(other.token_of_patch >= 0, other.token_of_patch + len(self), self.token_of_patch),
+            origin=torch.cat([self.origin_index, other.origin_index], 1),
+            attn_scale=both(self.attn_scale, other.attn_scale),
+            keep_mask=both(self.keep_mask, other.keep_mask),
+            per_token={name: torch.cat([c, other.per_token[name]], 1) for name, c in self.per_token.items()},
+            merged=self.merged or other.merged,
+        )
+
+    def soft_drop(self, alive: Float[Tensor, "B L"], dst: Int[Tensor, "B L"]) -> Tokens:
+        """Soft removal, for training: none leaves, but tokens with ``keep_mask == 0`` hand their patches to ``dst`` (-1: drop)."""
+        into = dst.clamp_min(0)
+        size = add_rows(self.size.masked_fill(dst < 0, 0.0), into, len(self))
+        dropped, similar = self._of_dropped(dst, arange_like(dst), size)
+        where = remap(self.token_of_patch, dst, complete=self.complete)
+        return self.replace(
+            keep_mask=alive, size=size, token_of_patch=where, complete=False, merged=True, dropped=dropped, similar=similar
+        )
+
+    def switch(self, halves: Float[Tensor, "B S N"], heads: Float[Tensor, "B H"] | None = None) -> Tokens:
+        """Let the next block use its halves and heads by these factors (see `Switches`); every token goes on."""
+        return self.replace(switches=Switches(halves, None if heads is None else heads.unsqueeze(2)))
+
+    def set_per_image(self, **notes: Tensor) -> Tokens:
+        """Remember something of every image, [B, ...], in place of what there was under these names."""
+        return self.replace(per_image={**self.per_image, **notes})
+
+    def append_per_image(self, **columns: Float[Tensor, "B M"]) -> Tokens:
+        """Remember more of every image: new columns at the end of the notes of these names."""
+        old = self.per_image
+        return self.set_per_image(**{n: torch.cat([old[n], new], 1) if n in old else new for n, new in columns.items()})
+
+    def append(self, x: Float[Tensor, "B M C"], place: Int[Tensor, "B M"]) -> Tokens:
+        """New tokens at the end, in the places of these patches. They hold no patch yet (`fade` may hand them some)."""
+        new = torch.ones_like(x[..., 0], dtype=self.size.dtype)
+
+        def longer(values: Tensor | None, more: Tensor) -> Tensor | None:
+            return None if values is None else torch.cat([values, more.to(values.dtype)], 1)
+
+        columns = {n: torch.cat([c, c.new_zeros(x.shape[0], x.shape[1], *c.shape[2:])], 1) for n, c in self.per_token.items()}
+        return self.replace(
+            x=torch.cat([self.x, x.to(self.x.dtype)], 1),
+            size=torch.cat([self.size, torch.zeros_like(new)], 1),
+            origin=torch.cat([self.origin_index, place], 1),
+            attn_scale=longer(self.attn_scale, new),
+            keep_mask=longer(self.keep_mask, new),
+            per_token=columns,
+        )
+
+    def drop_hidden(self) -> Tokens:
+        """Leave out the tokens that nobody sees, as far as every image of the batch has some; the order stays.
+
+        How many are left depends on the data, so the host waits for the device here.
+        """
+        if self.keep_mask is None:
+            return self
+        seen = (self.keep_mask > 0).sum(1)
+        longest, shortest = int(seen.max()), int(seen.min())
+        out = self.keep((self.keep_mask <= 0).sort(dim=1, stable=True).indices[:, : max(1, longest)])
+        return out.replace(keep_mask=None) if longest == shortest > 0 else out
+
+    def dense(self, values: Float[Tensor, "B L C"], fill: float = 0.0) -> Float[Tensor, "B P C"]:
+        """Give every patch the value of the token that holds it; dropped patches get ``fill``."""
+        out = gather_rows(values, self.token_of_patch.clamp_min(0))
+        return out.masked_fill((self.token_of_patch < 0).unsqueeze(-1), fill)
+
+    def _follow(self, lead: Tensor, dst: Tensor, x: Tensor, size: Tensor, complete: bool) -> Tokens:
+        still = self.origin is None and not self.merged  # every token is its own patch
+        dropped, similar = self._of_dropped(dst, lead, self.size)
+        return self.replace(
+            x=x,
+            dropped=dropped,
+            similar=similar,
+            size=size,
+            token_of_patch=dst if still else remap(self.token_of_patch, dst, complete=self.complete),
+            complete=self.complete and complete,
+            origin=lead if self.origin is None else gather_rows(self.origin, lead),
+            attn_scale=None if self.attn_scale is None else gather_rows(self.attn_scale, lead),
+            keep_mask=None if self.keep_mask is None else gather_rows(self.keep_mask, lead),
+            per_token={name: gather_rows(c, lead) for name, c in self.per_token.items()} if self.per_token else {},
+        )
+
+    def _of_dropped(self, dst: Tensor, lead: Tensor, size: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return ``dropped`` and ``similar`` once each token i has gone to ``dst[i]`` (-1: dropped); None where not wanted.
+
+        ``lead`` are the tokens that stay. One that holds no patch by ``size`` [B, L] is similar to nothing.
+        """
+        dropped, similar = self.dropped, self.similar
+        if dropped is not None:
+            now = ((self.token_of_patch >= 0) & (dst.gather(1, self.token_of_patch.clamp_min(0)) < 0)).unsqueeze(-1)
+            dropped = torch.where(now, gather_rows(self.patches, self.token_of_patch.clamp_min(0)).to(dropped.dtype), dropped)
+        if similar is not None:
+            similar = torch.where(dst < 0, self._most_similar(lead, size), dst).gather(1, similar)
+        return dropped, similar
+
+    def _most_similar(self, lead: Int[Tensor, "B M"], size: Float[Tensor, "B L"]) -> Int[Tensor, "B L"]:
+        """For every token the one of ``lead`` whose features have the highest cosine with its own, as a place in ``lead``."""
+        features = F.normalize(self.patches.detach().float(), dim=2)
+        kept, absent = gather_rows(features, lead).transpose(1, 2), (gather_rows(size, lead) <= 0).unsqueeze(1)
+        found = [(part @ kept).masked_fill(absent, -2.0).argmax(2) for part in in_parts(features, lead.shape[1])]
+        return torch.cat(found, 1)
+
+
+def _new_name(name: str) -> str:
+    if name in OLD_NAMES:
+        warnings.warn(f"Tokens.{name} is now Tokens.{OLD_NAMES[name]}", DeprecationWarning, stacklevel=3)
+    return OLD_NAMES.get(name, name)

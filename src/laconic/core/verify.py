@@ -1,0 +1,258 @@
+"""The proof at attach time: what the model table says about a model is shown on that very model, or it is refused."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laconic.core.arguments import check_example
+from laconic.core.attention import AttentionTap
+from laconic.core.backbone import ModelSpec, block_spec, path_of
+from laconic.core.block_forward import attend, first_of, name_of
+from laconic.core.eval_mode import evaluating
+from laconic.core.history import History
+from laconic.core.patching import attach, detach, names_of, refuse_patched, settle, unsettle
+from laconic.core.readout_check import check_readout, difference_of
+from laconic.core.runtime import by_name
+from laconic.core.token_reduction import TokenReduction
+from laconic.core.tokens import Tokens
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = 1e-3  # of the size of what is compared; on one machine the difference is usually exactly 0
+
+
+def verify(host: nn.Module, entry: ModelSpec, reduction: TokenReduction, example: Tensor | None) -> None:
+    """Attach ``reduction`` and prove it on one image; on any failure detach it and raise.
+
+    Raises:
+        ValueError: a block's two halves are not its forward, its attention is not fused, it was patched by someone else,
+            a prefix token was touched, tokens are not the prefix and a grid, the model reads merged tokens in a way of its
+            own, or the example does not fit the model.
+        LookupError: the method needs something this model has not.
+    """
+    image = _image(host, entry, example)
+    blocks = entry.blocks(host)
+    with evaluating(host), torch.no_grad():
+        refuse_patched(host, entry)
+        reduction.settled = settle(host, entry)
+        try:
+            base, records = _record(host, blocks, image)
+            reduction.in_tuples = any(isinstance(output, tuple) for _, _, output, _ in records)
+            for index, (block, record) in enumerate(zip(blocks, records, strict=True)):
+                _check_block(index, block, record)
+            _check_moments(reduction, blocks)
+            steps_hold = reduction.compute != "all" and all(map(_steps_hold, range(len(blocks)), blocks, records))
+        except BaseException:
+            unsettle(host, entry, reduction.settled)
+            raise
+        attach(host, entry, reduction)
+        try:
+            reduced, history = _run_reduced(host, reduction, image)
+            works = _works(reduction, history)
+            if not works and not _same(base, reduced):
+                raise ValueError("with nothing to reduce the output differs from the model's own; please report this model")
+            reduction.merges = history.tokens.merged
+            if history.tokens.merged:
+                check_readout(host, reduction, image)
+            # where nothing is reduced the output stays the model's own, bit for bit, unless it was asked for
+            if steps_hold and (works or reduction.compute == "needed"):
+                reduction.spares = _fast_equals(host, reduction, image, reduced)
+        except BaseException:
+            detach(host, entry)
+            raise
+        finally:
+            reduction.around = None
+            reduction.forget()
+    reduction.train(host.training)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """How far two ways of the same computation may differ, relative to its size: more where products are rounded to less."""
+    eps = torch.finfo(dtype).eps
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        # products in bfloat16 at "medium"; "high" is TensorFloat32 or two bfloat16
+        eps = torch.finfo(torch.bfloat16).eps if torch.get_float32_matmul_precision() == "medium" else 2.0**-10
+    return max(TOLERANCE, 8 * eps)
+
+
+def _fast_equals(host: nn.Module, reduction: TokenReduction, image: Tensor, whole: Any) -> bool:
+    """True if the model answers the same without the rows that are not read; if not, all of them are computed, always."""
+    reduction.spares = True
+    fast, _ = _run_reduced(host, reduction, image)
+    difference, size = difference_of(fast, whole)
+    if difference <= tolerance(image.dtype if image.is_floating_point() else torch.float32) * max(size, 1e-6):
+        return True
+    log.warning(
+        "%s: its answer without the rows that are not read differs by %.2g of %.2g, so all rows are computed",
+        path_of(type(host)),
+        difference,
+        size,
+    )
+    return False
+
+
+def _image(host: nn.Module, entry: ModelSpec, example: Tensor | None) -> Tensor:
+    reference = next(host.parameters())
+    if reference.device.type == "meta":
+        raise ValueError("this model has no weights yet (meta device); load them before reducing it")
+    if example is None:
+        return entry.example(host)
+    check_example(example, entry.example(host).shape[1])
+    return example.to(reference.device, reference.dtype)
+
+
+def _record(host: nn.Module, blocks: list[nn.Module], image: Tensor) -> tuple[Any, list[tuple[Any, Any, Any, int]]]:
+    """One plain forward: its output, and of every block (input, keywords, output, number of fused-attention calls)."""
+    records: list[tuple[Any, Any, Any, int]] = []
+    calls: list[dict[str, Any]] = []
+    before = [0]
+
+    def enter(module: nn.Module, args: Any) -> None:
+        before[0] = len(calls)
+
+    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        x, named = by_name(names_of(module), args, kwargs, block_spec(module).own_mask)
+        records.append((x, named, output, len(calls) - before[0]))
+
+    hooks = [h for b in blocks for h in (b.register_forward_pre_hook(enter), b.register_forward_hook(leave, with_kwargs=True))]
+    try:
+        with AttentionTap(calls):
+            output = host(image)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(
+            f"the model does not run on an image of shape {tuple(image.shape)}: {error}; pass an input that fits as example="
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if len(records) != len(blocks):
+        raise ValueError(f"one forward ran {len(records)} of {len(blocks)} blocks; laconic needs each to run exactly once")
+    return output, records
+
+
+def _check_block(index: int, block: nn.Module, record: tuple[Any, Any, Any, int]) -> None:
+    x, kwargs, output, fused = record
+    expected, halves = first_of(output), block_spec(block)
+    name = name_of(index, block)
+    if halves.opaque_attention and halves.attention is not None:
+        calls: list[dict[str, Any]] = []
+        with AttentionTap(calls):
+            halves.attention(block, x, **kwargs)
+        fused = len(calls)
+    if fused > 1:
+        raise ValueError(f"{name} makes {fused} attention calls; laconic can look at blocks with exactly one only")
+    if fused != 1:
+        raise ValueError(
+            f"{name} makes {fused} calls of scaled_dot_product_attention where laconic needs one: its attention is not fused. "
+            "Switch it on (timm.layers.set_fused_attn(True) before creating the model, or block.attn.fused_attn = True; "
+            "transformers: make or load it with attn_implementation='sdpa')"
+        )
+    if halves.attention is None or halves.mlp is None:
+        return  # it is never parted
+    y = x + halves.attention(block, x, **kwargs)
+    y = y + halves.mlp(block, y)
+    difference = (y - expected).abs().max().item()
+    if not difference <= tolerance(x.dtype) * (expected - x).abs().max().item():
+        raise ValueError(
+            f"{name}: its two halves differ from its forward by {difference:.2g}. Laconic's entry is for another version of "
+            "this class, or its forward was changed; it cannot be reduced safely"
+        )
+
+
+def _steps_hold(index: int, block: nn.Module, record: tuple[Any, Any, Any, int]) -> bool:
+    """True if the steps of a block's attention give what it adds; if not, its rows are always all computed."""
+    x, kwargs, _, _ = record
+    halves = block_spec(block)
+    steps = halves.steps
+    if steps is None or halves.attention is None or not steps.known(block):
+        return True
+    whole, first = halves.attention(block, x, **kwargs), x[:, :1]
+    h = steps.norm(block, x)
+    alone = attend(block, steps, steps.queries(block, steps.norm(block, first)), *steps.keys_values(block, h), None)
+    together = attend(block, steps, *steps.project(block, h), None)
+    difference = max((alone - whole[:, :1]).abs().max().item(), (together - whole).abs().max().item())
+    if difference <= tolerance(x.dtype) * whole.abs().max().item():
+        return True
+    log.warning(
+        "block %d (%s): its attention in steps differs by %.2g from its own, so all rows are computed, also those that are not "
+        "read",
+        index,
+        path_of(type(block)),
+        difference,
+    )
+    return False
+
+
+def _check_moments(reduction: TokenReduction, blocks: list[nn.Module]) -> None:
+    row = reduction.config.info
+    everywhere = all(shape.has_cls for shape in reduction.staging.shapes)
+    if row.class_readout and (not everywhere or reduction.pooling[0] != "token"):
+        reads = f"reads its tokens by {reduction.pooling[0]!r}" if everywhere else "has none in all of its stages"
+        raise LookupError(
+            f"{row.name} gives its answer in the class token, and this model {reads}; take a model that reads the "
+            "class token, or another method (ats, dtps, dynamicvit)"
+        )
+    for index, block in enumerate(blocks):
+        halves, reducer = block_spec(block), reduction.reducer(index)
+        if halves.mlp is None and reducer is not None and reducer.overrides("between"):
+            raise ValueError(
+                f"block {index} ({path_of(type(block))}) computes attention and MLP side by side, so there is no place between "
+                f"them for {reduction.config.info.name}; take a method that reduces before a block (dtps, dynamicvit)"
+            )
+
+
+def _run_reduced(host: nn.Module, reduction: TokenReduction, image: Tensor) -> tuple[Any, History]:
+    """The answer of the reduced model, with no prefix token touched, and what became of the tokens."""
+
+    def untouched(own: Any, before: Tokens, *arguments: Any) -> Tokens:
+        after: Tokens = own(before, *arguments)
+        if reduction.config.info.class_readout:
+            return after
+        if not torch.equal(before.x[:, : before.prefix], after.x[:, : after.prefix]):
+            raise ValueError(f"{reduction.config.info.name} changed a prefix token; this is a fault of the method")
+        return after
+
+    reduction.around = untouched
+    reduction.train(False)
+    try:
+        out = host(image)
+    finally:
+        reduction.around = None
+    history = reduction.last()
+    if history is None or (history.block + 1 != reduction.depth and not _idle_after(reduction, history)):
+        raise ValueError(
+            f"{path_of(type(host))} has a forward of its own (put on it by another tool) that does not go through the methods "
+            "of its class; undo that before reducing"
+        )
+    return out, history
+
+
+def _idle_after(reduction: TokenReduction, history: History) -> bool:
+    """True if no block after this entry has a reducer: those leave no entry."""
+    return all(reduction.reducer(block) is None for block in range(history.block + 1, reduction.depth))
+
+
+def _works(reduction: TokenReduction, history: History) -> bool:
+    """True if any block has anything to reduce."""
+    before = 0
+    for block, n in enumerate(reduction.counts(history.entry(0).token_of_patch.shape[1])):
+        if block in reduction.starts:
+            before = history.entry(block + 1).token_of_patch.shape[1]
+        reducer = reduction.reducer(block)
+        if reducer is not None and reducer.active(before, n):
+            return True
+        before = n
+    return False
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, Mapping):  # what transformers' models give
+        return all(_same(x, b[name]) for name, x in a.items())
+    return all(_same(x, y) for x, y in zip(a, b, strict=True)) if isinstance(a, tuple | list) else True

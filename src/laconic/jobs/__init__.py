@@ -1,1 +1,0 @@
-"""The jobs behind the command line, one verb a file: each a plain function that returns a report."""

@@ -1,0 +1,12 @@
+"""Methods that decide alone, at every block."""
+
+from __future__ import annotations
+
+from laconic.methods.ops.alone import NoKeepRate
+
+
+class EveryBlock(NoKeepRate):
+    """A method without a keep rate that works at every block unless it is told where."""
+
+    def blocks(self, depth: int) -> tuple[int, ...]:
+        return tuple(range(depth))

@@ -1,0 +1,226 @@
+"""Which patch positions a model can do without: the calibration of Patch Slimming (Tang et al., CVPR 2022, arXiv:2106.02852).
+
+Layers are gone through from the last to the first. With P the attention matrices of a layer (one a head h), D the diagonal
+mask of what it keeps, and Z what comes into it, the impact of token i of layer t on what the last layer L puts out is
+
+    s_t,i = sum over all tuples of heads of |A_t[:, i] U_t[i, :]|^2,   A_t = D_L P_L ... D_t+1 P_t+1,   U_t = P_t |Z_t-1|.
+
+The tuples are H^(L-t) in number, but a sum over them is a product of sums: with G_L = I and
+
+    G_t = sum_h P_t+1^T D_t+1 G_t+1 D_t+1 P_t+1,   s_t = diag(G_t) * sum_h |(P_t |Z_t-1|)_i|^2
+
+the cost is O(L H N^3). Here G is a mean over heads, which is the same but for one factor a layer. Prefix tokens are never
+pruned. D_L keeps what is read of the last layer: the prefix tokens, or where a model averages its patches those that are left.
+A layer without a reducer prunes nothing: its D is I.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laconic.core.backbone import HOSTS
+from laconic.core.eval_mode import evaluating
+from laconic.core.patching import attach, detach
+from laconic.core.schedule import Schedule
+from laconic.core.token_reduction import TokenReduction, reduction_of
+from laconic.methods.patch_slimming.block_finetuning import Mending, Pair
+from laconic.methods.patch_slimming.method import PatchSlimming
+from laconic.methods.patch_slimming.patch_importance import Batch, back, record
+
+Images = Tensor | Iterable[Any]
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module, images: Images, *, tolerance: float | None = None, step: int = 10, tuning: int = 0, lr: float = 1e-4
+) -> nn.Module:
+    """Choose the patches that a model reduced by ``patch-slimming`` keeps, in place; the same object is returned.
+
+    The positions become buffers of the model, so `laconic.save` writes them. The whole attention of the unreduced model
+    is looked at, one block at a time; q and k of all images are held meanwhile (deit_small: 5 MB an image, with a tolerance
+    11 MB).
+
+    Args:
+        model: reduced by ``patch-slimming``. With a tolerance it gets a schedule of its own at all blocks.
+        images: prepared as for the model: a batch, or batches, or (batch, anything) pairs of a loader. Some hundreds will do.
+        tolerance: None keeps as many patches at each block as the schedule says. A number is the paper's epsilon: going
+            down, a block keeps ever more patches until the next block's kept outputs are as the unreduced model's, but
+            for this relative squared error, |Z' - Z|^2 / |Z|^2. 0 prunes nothing but what is not read; the last block,
+            of which the class token alone is read, always keeps one patch, and with infinity so do all others.
+        step: how many patches more are tried at a time (the paper's r').
+        tuning: steps of fine-tuning of each block that loses patches, before its error is measured: the paper's remedy, see
+            `laconic.methods.patch_slimming.block_finetuning`. How many is not published; 0 finds positions only and leaves all weights as they are.
+        lr: learning rate of the fine-tuning; not published either.
+
+    The paper goes on from the weights of the trial before and aims at the features of the original model. Here each trial
+    starts from the block's own weights, and the block below aims at what the fine-tuned block makes of all its tokens.
+    Fine-tune the whole afterwards, as the paper does.
+
+    Raises:
+        ValueError: the model is not reduced, or by another method; images of another size, or none; a tolerance below 0,
+            or one for a model that reads all its tokens; a block to be fine-tuned has nothing to train.
+    """
+    reduction = reduction_of(model)
+    _check(reduction, tolerance, step)
+    if not isinstance(tuning, int) or tuning < 0 or not lr > 0:
+        raise ValueError(f"tuning must be a number of steps, 0 or more, and lr positive; got tuning={tuning!r}, lr={lr!r}")
+    built: Any = {int(block): reducer for block, reducer in reduction.reducers.items()}
+    counts = None if tolerance is not None else {block: len(reducer.kept) for block, reducer in built.items()}
+    sites = set(range(reduction.depth)) if counts is None else set(counts)
+    search = Search(reduction, counts, math.inf if tolerance is None else tolerance, step, Mending(tuning, lr))
+    with _unreduced(model, reduction):
+        batches = [
+            record(model, reduction, batch, min(sites), counts is None or tuning > 0) for batch in _batches(reduction, images)
+        ]
+        if not batches:
+            raise ValueError("there are no images to calibrate with; pass a batch [B, channels, height, width], or some")
+        kept = search.run(batches, sites)
+    if counts is None:
+        fitting = _schedule({block: len(order) for block, order in kept.items()}, math.prod(reduction.grid))
+        from laconic.api import reduce_, restore_  # above this layer, and needed only where counts are found
+
+        host, example = reduction.model, batches[0].image
+        restore_(host)
+        reduce_(host, reduction.config, schedule=fitting, example=example)
+        reduction = reduction_of(host)
+    for block in reduction.schedule.at:
+        reducer: Any = reduction.reducer(block)
+        reducer.hold(torch.tensor(kept[block], device=reducer.kept.device))
+    return model
+
+
+@dataclass(frozen=True)
+class Search:
+    """From the last block to the first: scores, then positions, most important first, those of the block above before all."""
+
+    reduction: TokenReduction
+    counts: dict[int, int] | None
+    tolerance: float
+    step: int
+    mending: Mending
+
+    def run(self, batches: list[Batch], sites: set[int]) -> dict[int, list[int]]:
+        """Block -> the positions it keeps."""
+        prefix, last, order, kept = self.reduction.prefix, self.reduction.depth - 1, list[int](), dict[int, list[int]]()
+        tokens = prefix + math.prod(self.reduction.grid)
+        mask = torch.ones(tokens, device=batches[0].image.device)
+        images = sum(len(batch.energies[last]) for batch in batches)
+        impact = [torch.eye(tokens, device=mask.device).expand(len(b.energies[last]), -1, -1) for b in batches]
+        for block in range(last, min(sites) - 1, -1):
+            if block in sites:
+                parts = [g.diagonal(dim1=1, dim2=2) * b.energies[block] for g, b in zip(impact, batches, strict=True)]
+                score = torch.stack([part.sum(0) for part in parts]).sum(0)[prefix:] / images
+                ranking = score.argsort(descending=True, stable=True).tolist()
+                order = self._choose(block, order, ranking, mask, batches)
+                kept[block] = order
+            mask = self._passed_on(block, order if block in sites else list(range(tokens - prefix)), mask)
+            if block > min(sites):
+                impact = [back(g, batch.seen[block].matrix, mask) for g, batch in zip(impact, batches, strict=True)]
+        return kept
+
+    def _choose(self, block: int, above: list[int], ranking: list[int], mask: Tensor, batches: list[Batch]) -> list[int]:
+        """``above``, and the best others: as many as the schedule says, or as the tolerance needs."""
+        last = block == self.reduction.depth - 1
+        if self.counts is not None:
+            order = _longer(above, ranking, self.counts[block])
+            if not last and len(order) < len(ranking):
+                self.mending.mend(self._pair(block, order, mask), batches)
+            return order
+        if last:
+            return ranking[:1]
+        tried = 0
+        for r in range(0, len(ranking) + self.step, self.step):
+            order = _longer(above, ranking[:r], len(ranking))
+            pair = self._pair(block, order, mask)
+            if len(order) == len(ranking):
+                self.mending.undo(pair, batches)
+                break
+            if len(order) > tried:
+                self.mending.mend(pair, batches)
+                if pair.error(batches) <= self.tolerance:
+                    break
+            tried = len(order)
+        return order
+
+    def _pair(self, block: int, order: list[int], read: Tensor) -> Pair:
+        """A block and the next one, which gets the tokens ``order`` alone."""
+        blocks = HOSTS[self.reduction.host_path].blocks(self.reduction.model)
+        return Pair(block, blocks[block], blocks[block + 1], self._mask(order, read), read)
+
+    def _mask(self, order: list[int], like: Tensor) -> Tensor:
+        mask = torch.zeros_like(like)
+        mask[: self.reduction.prefix] = 1
+        mask[self.reduction.prefix + torch.tensor(order, dtype=torch.long, device=mask.device)] = 1
+        return mask
+
+    def _passed_on(self, block: int, order: list[int], like: Tensor) -> Tensor:
+        """D of a block: what it keeps, and if it is the last, what of that is read."""
+        if block < self.reduction.depth - 1:
+            return self._mask(order, like)
+        mask = self._mask([] if _class_is_read(self.reduction) else order, like)
+        kind, prefix_too = self.reduction.pooling
+        if kind not in ("token", "none") and not prefix_too:
+            mask[: self.reduction.prefix] = 0
+        return mask
+
+
+def _longer(above: list[int], ranking: list[int], count: int) -> list[int]:
+    """``above`` and, up to ``count``, the first of ``ranking`` that are not in it."""
+    inside = set(above)
+    return [*above, *(i for i in ranking if i not in inside)][: max(count, len(above))]
+
+
+def _class_is_read(reduction: TokenReduction) -> bool:
+    return reduction.has_cls and reduction.pooling[0] == "token"
+
+
+def _schedule(counts: dict[int, int], patches: int) -> Schedule:
+    """The counts at the blocks where any patch leaves."""
+    before, falling = patches, dict[int, int]()
+    for block, count in sorted(counts.items()):
+        if count < before:
+            falling[block] = before = count
+    return Schedule.keep_counts(falling)
+
+
+def _check(reduction: TokenReduction, tolerance: float | None, step: int) -> None:
+    if not isinstance(reduction.config, PatchSlimming):
+        raise ValueError(f"only patch-slimming is calibrated; this model is reduced by {reduction.config.info.name}")
+    if tolerance is not None and not (isinstance(tolerance, int | float) and tolerance >= 0):
+        raise ValueError(f"tolerance must be None or a relative squared error of at least 0, not {tolerance!r}")
+    if not isinstance(step, int) or step < 1:
+        raise ValueError(f"step must be a whole number of patches, at least 1; got {step!r}")
+    if tolerance is not None and not _class_is_read(reduction):
+        raise ValueError(
+            f"this model reads all its tokens in the end (pooling {reduction.pooling[0]!r}), so by a tolerance none of them "
+            "can go; calibrate the positions for counts of your own instead: reduce_ with keep=..., and tolerance=None"
+        )
+
+
+@contextmanager
+def _unreduced(model: nn.Module, reduction: TokenReduction) -> Iterator[None]:
+    host: Any = reduction.model
+    entry = HOSTS[reduction.host_path]
+    detach(host, entry)
+    try:
+        with evaluating(model):
+            yield
+    finally:
+        attach(host, entry, reduction)
+
+
+def _batches(reduction: TokenReduction, images: Images) -> Iterator[Tensor]:
+    reference = next(reduction.model.parameters())
+    for batch in [images] if isinstance(images, Tensor) else images:
+        batch = batch[0] if isinstance(batch, tuple | list) else batch
+        if not isinstance(batch, Tensor) or batch.dim() != 4 or not len(batch):
+            found = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
+            raise ValueError(f"images must be batches [B, channels, height, width], got {found}")
+        yield batch.to(reference.device, reference.dtype)

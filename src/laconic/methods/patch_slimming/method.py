@@ -1,0 +1,94 @@
+"""Patch Slimming for Efficient Vision Transformers (Tang et al., CVPR 2022, arXiv:2106.02852).
+
+Every block l has a mask m_l over the patch positions, the same for all images, and the masks are nested: what a block
+keeps is among what the block before it kept. Tokens outside m_l leave between attention and MLP, so that the next block
+sees keys and values of m_l alone. Nothing is scored at run time. The masks are found once, from the last block down, by
+the impact a patch has on what the classifier reads: that is `laconic.calibrate`, and its result is saved with the model.
+
+Until then the positions are a placeholder, spread evenly over the grid and nested as well: such a model runs, and prunes
+as many patches as it will later, but arbitrary ones. ``repr(model)`` says of every reducer whether it is calibrated.
+
+Departures (there is no official code): the paper leaves out the attention rows of the patches that go, here they are
+computed and dropped; of a model warmed in, or rescheduled, a block leaves the most important of its positions, or its
+positions and a placeholder's others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from laconic.core.attention import AttentionView
+from laconic.core.method import BlockContext, Method, Reducer, method
+from laconic.core.shape_types import Int
+from laconic.core.tokens import Tokens
+from laconic.methods.ops import topk_split
+
+
+def evenly_spread(patches: int) -> Int[Tensor, P]:
+    """All positions in such an order that the first n, for any n, are spread evenly (multiples of the golden ratio mod 1)."""
+    return ((torch.arange(patches) * 0x9E3779B1) & 0xFFFFFFFF).argsort(stable=True)
+
+
+class StaticPrune(Reducer):
+    """Keeps the patch positions ``kept``, the most important first; ``calibrated`` says whether they mean anything."""
+
+    kept: Int[Tensor, K]
+    calibrated: Tensor
+    others: Int[Tensor, P]
+    reads = "class"
+
+    def __init__(self, site: BlockContext) -> None:
+        super().__init__()
+        self.grid = site.grid
+        spread = evenly_spread(site.grid[0] * site.grid[1])
+        self.register_buffer("kept", spread[: site.after].clone())
+        self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("others", spread.argsort(), persistent=False)  # the rank of each position if it is not kept
+
+    def between(self, tokens: Tokens, seen: AttentionView, n: int) -> Tokens:
+        patches = tokens.token_of_patch.shape[1]
+        if patches != len(self.others):
+            raise ValueError(
+                f"patch-slimming was built for {self.grid[0]} x {self.grid[1]} = {len(self.others)} patches and got {patches}: "
+                "its positions belong to one image size; resize the images, or create the model for theirs and calibrate again"
+            )
+        rank = (self.others + len(self.kept)).scatter(0, self.kept, torch.arange(len(self.kept), device=self.kept.device))
+        return tokens.keep(topk_split(-rank[tokens.origin_index].float(), n)[0])
+
+    def hold(self, kept: Int[Tensor, K]) -> None:
+        """Keep these positions from now on, the most important first.
+
+        Raises:
+            ValueError: as many were not built for, or one is no position, or there twice.
+        """
+        different = {int(i) for i in kept}
+        if not (len(different) == len(kept) == len(self.kept) and different <= set(range(len(self.others)))):
+            raise ValueError(
+                f"patch-slimming was built to keep {len(self.kept)} of {len(self.others)} positions here, each once; "
+                f"got {len(kept)}, {len(different)} of them different: {kept}"
+            )
+        self.kept.copy_(kept)
+        self.calibrated.fill_(True)
+
+    def extra_repr(self) -> str:
+        return f"keep {len(self.kept)} of {len(self.others)} patches, calibrated={bool(self.calibrated)}"
+
+
+@method(
+    "patch-slimming",
+    title="Patch Slimming: the same patches of every image, chosen from the last layer down",
+    paper="2106.02852",
+    phase="between",
+    score="position, calibrated",
+    rest="dropped",
+    trained=True,
+)
+@dataclass(frozen=True)
+class PatchSlimming(Method):
+    """Options of ``patch-slimming``: none; `laconic.calibrate` finds the positions, and with a tolerance the counts."""
+
+    def build(self, site: BlockContext) -> Reducer:
+        return StaticPrune(site)

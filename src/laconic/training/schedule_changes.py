@@ -1,0 +1,118 @@
+"""What of a method changes over the steps of a run: the keep rate, and options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from laconic.core.method import Method, resolve
+from laconic.core.schedule import WarmIn
+from laconic.core.token_reduction import TokenReduction
+from laconic.training.recipe import MethodPart
+
+
+class KeepRate:
+    """Sets the schedule of reduced models, step by step, from no reduction to the recipe's; without a warm-in it is constant.
+
+    Args:
+        compressions: of the model and of its moving average.
+        method: says when the warm-in starts, and how long it is, in epochs.
+        steps: in an epoch.
+    """
+
+    def __init__(self, compressions: list[TokenReduction], method: MethodPart, steps: int) -> None:
+        self.compressions = compressions if method.warms_in else []
+        self.final = [reduction.schedule for reduction in self.compressions]
+        start, end = round(method.warm_in_start * steps), round((method.warm_in_start + method.warm_in_epochs) * steps)
+        self.warm = WarmIn(start, end - start)
+
+    def set(self, step: int) -> None:
+        """The schedule of a step (from 0)."""
+        for reduction, final in zip(self.compressions, self.final, strict=True):
+            reduction.set_schedule(self.warm(final, step))
+
+    def arrived(self, step: int) -> bool:
+        """Whether the schedule of that step is the recipe's."""
+        return not self.compressions or step >= self.warm.start + self.warm.length
+
+    def finish(self) -> None:
+        """The recipe's schedule, whatever the step."""
+        for reduction, final in zip(self.compressions, self.final, strict=True):
+            reduction.set_schedule(final)
+
+
+class Options:
+    """Sets the options of reduced models, step by step: those of ``method.later`` at their epochs, and ``method.ramps``.
+
+    Args:
+        compressions: of the model and of its moving average.
+        method: the options that change.
+        steps: in an epoch.
+        epochs: of the run.
+    """
+
+    def __init__(self, compressions: Sequence[TokenReduction], method: MethodPart, steps: int, epochs: int) -> None:
+        self.compressions = compressions if method.later or method.ramps else []
+        self.method, self.total = method, steps * epochs
+        self.starts = {round(float(epoch) * steps): options for epoch, options in in_order(method)}
+        self.now: Method | None = None
+
+    def set(self, step: int) -> None:
+        """The options of a step (from 0)."""
+        if not self.compressions:
+            return
+        begun = [options for start, options in self.starts.items() if start <= step]
+        config = options_at(self.method, begun, step / max(1, self.total - 1))
+        if config != self.now:
+            for reduction in self.compressions:
+                reconfigure(reduction, config)
+        self.now = config
+
+    def arrived(self, step: int) -> bool:
+        """Whether no other options will come; what goes up or down a ramp is one of training, and does not count."""
+        return not self.compressions or step >= max(self.starts, default=0)
+
+    def finish(self) -> None:
+        """The last options, whatever the step."""
+        self.set(self.total - 1)
+
+
+def in_order(method: MethodPart) -> list[tuple[float, Mapping[str, Any]]]:
+    """The epochs at which options change, and these options."""
+    return sorted(((float(epoch), options) for epoch, options in method.later.items()), key=lambda change: change[0])
+
+
+def options_at(method: MethodPart, begun: Sequence[Mapping[str, Any]], share: float) -> Method:
+    """The method's options where those of ``begun`` have come in that order, at that share of the run."""
+    options = dict(method.options)
+    for later in begun:
+        options |= later
+    options |= {name: first + (last - first) * share for name, (first, last) in method.ramps.items()}
+    return resolve(method.name, tuples(options))
+
+
+def tuples(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as a dataclass takes them: arrays as tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+
+
+def reconfigure(reduction: TokenReduction, config: Method) -> None:
+    """Give a reduced model other options of its method, and leave it what it has learned.
+
+    Raises:
+        ValueError: with these options the method is made of other parts.
+    """
+    reducers: Any = reduction.reducers.children()
+    for reducer in reducers:
+        fresh = config.build(reducer.site)
+        before, after = ({name: value.shape for name, value in part.state_dict().items()} for part in (reducer, fresh))
+        if type(fresh) is not type(reducer) or before != after:
+            raise ValueError(
+                f"method.later and ramps: with {config} the reducers of {config.info.name} are made of other parts"
+            )
+        own = {
+            name: value for name, value in vars(fresh).items() if not name.startswith("_") and name not in ("training", "site")
+        }
+        vars(reducer).update(own)
+    reduction.config = config
+    reduction.set_schedule(reduction.schedule)
