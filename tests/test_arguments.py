@@ -147,7 +147,7 @@ def test_a_budget_has_a_unit(budget, match):
 def test_restore_and_compute_are_choices(value):
     refused(make("plain"), ValueError, "restore must be True, False, None or one of", restore=value)
     refused(make("plain"), ValueError, "compute must be 'needed', 'all' or None", rows=value)
-    refused(make("plain"), ValueError, "rows must be", rows=True)
+    refused(make("plain"), ValueError, "compute must be", rows=True)
 
 
 def test_restore_by_a_bool_of_numpy():
@@ -231,7 +231,7 @@ def test_counts_of_numpy():
 def test_counts_may_rise_from_stage_to_stage_and_above_what_there_is():
     Schedule.keep_counts({1: 10, 3: 20, 4: 20}).check_falling([(2, 100), (4, 25)])
     Schedule.keep_counts({1: 10, 3: 101}).check_falling([(4, 100)])
-    with pytest.raises(ValueError, match="block 4 is to leave 21 tokens, but block 3 leaves only 20"):
+    with pytest.raises(ValueError, match="block 4 is to keep 21 tokens, but block 3 keeps only 20"):
         Schedule.keep_counts({1: 10, 3: 20, 4: 21}).check_falling([(2, 100), (4, 25)])
     Schedule.remove_counts({1: 10, 2: 20}).check_falling([(4, 100)])
     published = laconic.DiffRate(merge_kept=(37, 18, 25, 20))  # passed over where they rise; so it can be saved and loaded
@@ -384,7 +384,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
     [
         *(({"format": value}, "format must be a whole number from 1") for value in (True, -1, 0, "1", 1.0, NAN, [1], {})),
         *(({"restore": value}, "restore must be") for value in ("no", 1, 0, [])),
-        *(({"compute": value}, "rows must be") for value in ("some", True, ["all"])),
+        *(({"compute": value}, "compute must be") for value in ("some", True, ["all"])),
         ({"method": {"name": "random", "options": {"seed": [1]}}}, "random: seed must be a whole number"),
         ({"method": {"name": "random", "options": {"seed": {"a": 1}}}}, "random: seed must be a whole number"),
         ({"method": {"name": "random", "options": {"seed": nested(90)}}}, "random: seed must be a whole number"),

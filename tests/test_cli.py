@@ -109,7 +109,7 @@ def test_list_as_a_table(laconic_):
 
 def test_list_as_json_has_every_fact_of_a_method(laconic_):
     rows = {row["name"]: row for row in json.loads(laconic_("list", "--json")[1])["methods"]}
-    assert rows["dtps"] | {"moment": "before", "trained": True, "learns": True, "paper": "2304.10716"} == rows["dtps"]
+    assert rows["dtps"] | {"phase": "before", "trained": True, "learns": True, "paper": "2304.10716"} == rows["dtps"]
     assert rows["etps"]["options"]["score"]["default"] == "class"
 
 

@@ -376,7 +376,7 @@ def test_layers_that_run_who_knows_how_often_are_refused():
 
 def test_a_method_with_work_of_an_unknown_kind_is_refused():
     class Odd(Method):
-        row = dataclasses.replace(TopK.info, name="odd")
+        info = dataclasses.replace(TopK.info, name="odd")
 
         def build(self, site):
             return TopK().build(site)

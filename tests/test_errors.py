@@ -44,7 +44,7 @@ def refused(model, error, match, method="etps", **kwargs):
         (ValueError, "no blocks", {"at": []}),
         (ValueError, "either schedule, or keep", {"schedule": laconic.Schedule.keep_counts({1: 3})}),
         (TypeError, "schedule must be", {"schedule": 3, "keep": None}),
-        (ValueError, "one of 'keep', 'leave', 'remove'", {"schedule": {"at": [1], "kep": [0.5]}, "keep": None}),
+        (ValueError, "one of 'keep', 'keep_counts', 'remove_counts'", {"schedule": {"at": [1], "kep": [0.5]}, "keep": None}),
         (ValueError, "whole numbers", {"schedule": {"at": [1], "leave": [0.5]}, "keep": None}),
         (ValueError, r"example must be an image batch.*got \(3, 96, 96\)", {"example": torch.zeros(3, 96, 96)}),
         (ValueError, "example must be an image batch.*str", {"example": "cat.png"}),

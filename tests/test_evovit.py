@@ -124,7 +124,7 @@ def test_what_is_kept_evolves_and_what_is_parked_keeps_its_score():
     assert (chosen.columns[EVOLVED].min(1).values >= chosen.aside.columns[EVOLVED].max(1).values).all()
     assert torch.equal(joined.columns[EVOLVED][:, 18:], chosen.aside.columns[EVOLVED])
     assert (joined.columns[EVOLVED][:, :18] != chosen.columns[EVOLVED]).all()
-    reads = [new.columns[EVOLVED] for old, new in seen if new.aside is not None and old.aside is not None][:2]
+    looks = [new.columns[EVOLVED] for old, new in seen if new.aside is not None and old.aside is not None][:2]
     assert (looks[0] > chosen.columns[EVOLVED] / 2).all()  # half of the old, and half of an attention above zero
 
 

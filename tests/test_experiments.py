@@ -64,7 +64,7 @@ def result(cell, share=0.5):
     bits = torch.tensor(outcomes(hash(cell.key) % 1000, share), dtype=torch.bool)
     row = {"method": cell.method, "keep": cell.keep, "options": dict(cell.options), "steps": cell.steps, "seed": cell.seed}
     row["data"] = cell.data
-    reads = {"diversity": 0.5, "object_own": 0.5, "surroundings_own": 0.2, "object_held": 1.0, "surroundings_held": 1.0}
+    looks = {"diversity": 0.5, "object_own": 0.5, "surroundings_own": 0.2, "object_held": 1.0, "surroundings_held": 1.0}
     facts = {"weights": "w", "macs": 1_000_000, "top1": share, "correct": cells._packed(bits), "random_policy": [0.4, 0.3, 0.2]}
     return row | looks | facts
 

@@ -115,7 +115,7 @@ def test_every_format_says_what_it_is(traced, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"m.pt2", "m.xml", "m.bin", "m.onnx"}
     facts = {p.key: p.value for p in onnx.load(tmp_path / "m.onnx").metadata_props}
     assert json.loads(facts["laconic.method"])["name"] == "topk"
-    assert laconic.Schedule.of(json.loads(facts["laconic.core.schedule"])).at == (0,)
+    assert laconic.Schedule.of(json.loads(facts["laconic.schedule"])).at == (0,)
     assert facts["laconic.opset"] == "20"
     inside = {"laconic.json": ""}
     torch.export.load(tmp_path / "m.pt2", extra_files=inside)

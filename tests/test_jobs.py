@@ -67,7 +67,7 @@ def few_methods(monkeypatch):
     """The whole registry is tried in test_doctor_says_what_a_model_is."""
     chosen = ("avg-pool", "bat", "dtps", "dynamicvit", "etps", "tome", "topk")
     known = {name: row for name, row in laconic.methods().items() if name in chosen}
-    monkeypatch.setattr(sys.modules["laconic.doctor"], "methods", lambda: known)
+    monkeypatch.setattr(sys.modules["laconic.analysis.diagnose"], "methods", lambda: known)
 
 
 @pytest.mark.usefixtures("few_methods")

@@ -112,8 +112,8 @@ def test_removing_is_capped_at_half():
 def test_tome_schedules():
     plan = laconic.ToMe(r=8).default_schedule(12, None, None)
     assert plan.values == (8,) * 12
-    assert laconic.ToMe(r=(16, 1.0)).plan(12, None, None).values == tuple(int(32 / 11 * i) for i in range(12))
-    assert laconic.ToMe(r=(4, 2, 1)).plan(3, None, None).values == (4, 2, 1)
+    assert laconic.ToMe(r=(16, 1.0)).default_schedule(12, None, None).values == tuple(int(32 / 11 * i) for i in range(12))
+    assert laconic.ToMe(r=(4, 2, 1)).default_schedule(3, None, None).values == (4, 2, 1)
 
 
 def test_json_round_trip():

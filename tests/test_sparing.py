@@ -275,7 +275,7 @@ def test_every_step_is_proved(step, monkeypatch, caplog):
 def test_rows_are_saved(tmp_path):
     for rows in ("all", "needed", None):
         laconic.save(laconic.reduce_(make("plain"), "etps", keep=0.6, at=AT, compute=rows), tmp_path / str(rows))
-        assert laconic.load(tmp_path / str(rows)).laconic.rows == rows
+        assert laconic.load(tmp_path / str(rows)).laconic.compute == rows
 
 
 def test_another_tools_forward_is_left_alone():
@@ -291,7 +291,7 @@ def test_another_tools_forward_is_left_alone():
 @pytest.mark.unchecked
 def test_a_wrong_word_is_refused():
     model = make("plain")
-    with pytest.raises(ValueError, match="rows must be 'needed', 'all' or None, not 'some'"):
+    with pytest.raises(ValueError, match="compute must be 'needed', 'all' or None, not 'some'"):
         laconic.reduce_(model, "etps", keep=0.6, compute="some")
     assert not hasattr(model, "laconic")
 

@@ -79,10 +79,11 @@ def test_mix_conserves_mass():
     assert torch.equal(mixed.x[:, 0], t.x[:, 0])
 
 
-def test_park_and_join():
+def test_join():
     t = tokens().replace(per_token={"note": torch.randn(2, 6, 2)})
     index = torch.tensor([[4, 0, 2], [5, 1, 3]])
-    kept, parked = t.park(index)
+    outside = torch.tensor([[i for i in range(len(t)) if i not in row] for row in index.tolist()])
+    kept, parked = t.keep(index), t.keep(outside)
     assert len(kept) == len(parked) == 3
     joined = kept.join(parked)
     assert torch.equal(joined.dense(joined.patches), t.patches)

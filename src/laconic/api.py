@@ -14,7 +14,7 @@ import laconic.methods  # noqa: F401 (registers the methods that come with lacon
 from laconic.core.arguments import checked
 from laconic.core.backbone import HOSTS, ModelSpec, find_host
 from laconic.core.dense import Fill
-from laconic.core.method import Method, Reducer, resolve
+from laconic.core.method import METHODS, Method, Reducer, resolve
 from laconic.core.patching import detach
 from laconic.core.schedule import Schedule, quarters
 from laconic.core.token_reduction import Compute, TokenReduction, find_reduction, reduction_of
@@ -77,7 +77,8 @@ def reduce_(
     if "rows" in options:
         warnings.warn("reduce_(rows=...) is now reduce_(compute=...)", DeprecationWarning, stacklevel=2)
         compute = options.pop("rows")
-    if budget in ("evit", "log"):  # an option of bat in version 0.1
+    row = METHODS.get(method) if isinstance(method, str) else None
+    if row is not None and "budget" in row.config.old_options and budget in ("evit", "log"):
         options["budget"], budget = budget, None
     keep, at, restore = checked(keep=keep, at=at, budget=budget, restore=restore, compute=compute, example=example)
     config = resolve(method, options)

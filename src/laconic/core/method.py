@@ -128,8 +128,8 @@ class Method:
 
     def __post_init__(self) -> None:
         """Check the options by their annotations, and convert them; a method with checks of its own calls this first."""
-        row = getattr(type(self), "row", None)
-        for option, value in fit_options(self, type(self).__name__ if row is None else row.name).items():
+        info = getattr(type(self), "info", None)
+        for option, value in fit_options(self, type(self).__name__ if info is None else info.name).items():
             object.__setattr__(self, option, value)
 
     @property
