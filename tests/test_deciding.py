@@ -33,10 +33,10 @@ def test_ats_of_its_authors(execution):
         close(model(picture()), z["logits"], LOGITS)
     for stage, (block, valid) in enumerate(zip(range(3, 12), z["valid_tokens_after_ats"], strict=True)):
         entry = model.laconic.entry(block + 1)
-        alive = torch.ones_like(entry.size) if entry.alive is None else entry.alive
+        alive = torch.ones_like(entry.size) if entry.keep_mask is None else entry.keep_mask
         assert (alive.sum(1) + 1).tolist() == valid.tolist(), stage
     first = z["kept_input_pos_ats0"]
-    held = model.laconic.entry(4).where >= 0
+    held = model.laconic.entry(4).token_of_patch >= 0
     for image in range(2):
         theirs = sorted(position - 1 for position in first[image].tolist() if position > 0)
         assert held[image].nonzero().flatten().tolist() == theirs
@@ -155,7 +155,7 @@ def test_the_mean_query_is_of_the_tokens_there_are():
         patch.setitem(
             SCORES,
             "mean-query",
-            lambda t, s: scores.append(original(t, s) * (t.alive if t.alive is not None else 1)) or scores[-1],
+            lambda t, s: scores.append(original(t, s) * (t.keep_mask if t.keep_mask is not None else 1)) or scores[-1],
         )
         model(images("siglip"))
     assert all(score.sum(1).allclose(torch.ones(3), atol=1e-4) for score in scores)
@@ -165,7 +165,7 @@ def test_training_hides_and_removes_nothing():
     model, x = reduced("ats", "plain").train(), images("plain")
     model(x).square().mean().backward()
     assert len(model.laconic.entry(4)) == 36
-    assert (model.laconic.entry(4).alive == 0).any()
+    assert (model.laconic.entry(4).keep_mask == 0).any()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 

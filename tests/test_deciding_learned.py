@@ -52,7 +52,7 @@ def forward(model, x):
 def counts(model):
     """Patch tokens that are there after each block, of every image: [depth, B]."""
     entries = model.laconic.ledger[1:]
-    return [[len(e)] * len(e.size) if e.alive is None else (e.alive > 0).sum(1).tolist() for e in entries]
+    return [[len(e)] * len(e.size) if e.keep_mask is None else (e.keep_mask > 0).sum(1).tolist() for e in entries]
 
 
 def tokens(batch=2, patches=20, channels=48, **more):
@@ -80,7 +80,7 @@ def undecided(model, x):
 
 
 def there(t):
-    return torch.ones_like(t.size) if t.alive is None else t.alive
+    return torch.ones_like(t.size) if t.keep_mask is None else t.keep_mask
 
 
 # ------------------------------------------------------------------------------------------------ the authors' answers
@@ -100,7 +100,7 @@ def test_scores_and_decisions_of_spvit():
     for stage, (log, probability) in enumerate(scores):
         close(log, z[f"stage{stage}_pred_logscore"], 5e-5)
         close(probability, z[f"stage{stage}_softmax_score"], 1e-5)
-        alive = model.laconic.entry((3, 6, 9)[stage] + 1).alive
+        alive = model.laconic.entry((3, 6, 9)[stage] + 1).keep_mask
         assert torch.equal(alive.to(torch.int8), torch.from_numpy(z[f"stage{stage}_policy"])[:, 1:])
 
 
@@ -110,7 +110,7 @@ def test_iared_of_the_authors(execution):
     close(forward(model, picture()), z["logits"], LOGITS)
     left = counts(model)
     assert [[left[b][i] + 1 for b in (0, 4, 8)] for i in range(2)] == z["tokens_kept_per_group"].tolist()
-    kept = model.laconic.entry(12).notes[KEPT]
+    kept = model.laconic.entry(12).per_image[KEPT]
     close(kept * 196, z["tokens_kept_per_group"].astype(np.float32) - 1, 1e-4)
 
 
@@ -122,7 +122,7 @@ def test_probabilities_of_iared():
     forward(model, picture())
     for group, ours in enumerate(seen):
         close(ours, z["prob"][:, group, 1:], 1e-5)
-        alive = model.laconic.entry((0, 4, 8)[group] + 1).alive
+        alive = model.laconic.entry((0, 4, 8)[group] + 1).keep_mask
         assert torch.equal(alive.to(torch.int8), torch.from_numpy(z["policy"])[:, group, 1:])
 
 
@@ -223,9 +223,9 @@ def test_training_hides_and_removes_nothing(method):
     model, x = reduced(method, "plain").train(), images("plain")
     model(x)
     for entry in model.laconic.ledger[2:]:
-        assert len(entry) - 36 == (entry.columns[PACKAGE].sum(1)[0] if method == "spvit" else 0)
-        assert 0 < (entry.alive == 0).sum() < entry.alive.numel()
-        assert ((entry.alive == 0) | (entry.alive == 1)).all()
+        assert len(entry) - 36 == (entry.per_token[PACKAGE].sum(1)[0] if method == "spvit" else 0)
+        assert 0 < (entry.keep_mask == 0).sum() < entry.keep_mask.numel()
+        assert ((entry.keep_mask == 0) | (entry.keep_mask == 1)).all()
 
 
 @pytest.mark.unchecked
@@ -306,13 +306,13 @@ def test_the_package_by_hand(package):
     if package == "mean":
         expected = expected / score[0, gone].sum()
     torch.testing.assert_close(out.patches[0, -1], expected)
-    assert out.place[0, -1] == gone[score[0, gone].argmax()]
-    assert torch.equal(out.alive, F.pad(keep, (0, 1), value=1.0))
-    assert torch.equal(out.where[0, gone], torch.full_like(gone, 20))
+    assert out.origin_index[0, -1] == gone[score[0, gone].argmax()]
+    assert torch.equal(out.keep_mask, F.pad(keep, (0, 1), value=1.0))
+    assert torch.equal(out.token_of_patch[0, gone], torch.full_like(gone, 20))
     assert out.size[0, -1] == len(gone)
     assert torch.equal(out.patches[1, -1], torch.zeros(48))
     assert out.size[1, -1] == 0
-    assert torch.equal(out.columns[PACKAGE], F.pad(torch.zeros(2, 20), (0, 1), value=1.0))
+    assert torch.equal(out.per_token[PACKAGE], F.pad(torch.zeros(2, 20), (0, 1), value=1.0))
 
 
 @pytest.mark.parametrize("package", ["sum", "mean"])
@@ -324,10 +324,10 @@ def test_packages_stay_and_are_asked(package):
         second = laconic.SPViT().build(SITE).eval()
         asked = []
         second.selector.register_forward_pre_hook(lambda module, args: asked.append(args))
-        out = selecting(second, torch.zeros(2, 13)).before(first.compact(), 20)
+        out = selecting(second, torch.zeros(2, 13)).before(first.drop_hidden(), 20)
         changed, selector = torch.cat([first.patches[:, :-1], torch.randn(2, 1, 48)], 1), Selector(48, 3)
-        scores = [selector(x, first.alive)[0] for x in (first.patches, changed)]
-    assert out.alive.tolist() == [[0.0] * 12 + [1.0, 1.0]] * 2
+        scores = [selector(x, first.keep_mask)[0] for x in (first.patches, changed)]
+    assert out.keep_mask.tolist() == [[0.0] * 12 + [1.0, 1.0]] * 2
     assert out.size.tolist() == [[0.0] * 12 + [8.0, 12.0]] * 2
     assert torch.equal(out.patches[:, 12], first.patches[:, 20])
     assert not torch.equal(scores[0][:, :20], scores[1][:, :20])
@@ -364,7 +364,7 @@ def test_gradients_are_finite_where_all_or_nothing_leaves(package, all_or_none, 
     (answer.square().mean() + sum(laconic.losses(model).values())).backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert all(g.isfinite().all() and g.abs().max() < 1e6 for g in gradients)
-    alive = model.laconic.entry(4).alive
+    alive = model.laconic.entry(4).keep_mask
     assert torch.equal(alive.detach(), torch.cat([torch.full((3, 36), all_or_none), torch.ones(3, 3)], 1))
     if all_or_none:
         assert (model.laconic.entry(4).size[:, 36:] == 0).all()
@@ -376,7 +376,7 @@ def test_ratio_of_the_batch(keep):
     model = laconic.reduce_(make("plain"), "spvit", at=AT, keep=keep).train()
     model(images("plain"))
     aims = {None: (0.617, 0.369, 0.137), 0.5: (0.5, 0.25, 0.125), (0.9, 0.5, 0.4): (0.9, 0.45, 0.18)}[keep]
-    shares = [model.laconic.entry(b + 1).alive[:, :36].detach().mean() for b in AT]
+    shares = [model.laconic.entry(b + 1).keep_mask[:, :36].detach().mean() for b in AT]
     expected = sum((share - aim) ** 2 for share, aim in zip(shares, aims, strict=True)) / 3
     assert laconic.losses(model)["ratio"].item() == pytest.approx(expected.item(), rel=1e-5)
 
@@ -407,13 +407,13 @@ def test_the_interpreter_by_hand():
             heads = [torch.sigmoid(k[:, 8 * h : 8 * h + 8] @ q[8 * h : 8 * h + 8] / 8**0.5) for h in range(6)]
             expected = torch.stack(heads).mean(0)
             torch.testing.assert_close(ours[b], expected)
-            assert torch.equal(out.alive[b], (expected > 0.5).float())
-            assert out.notes[KEPT][b] == (expected > 0.5).float().mean()
+            assert torch.equal(out.keep_mask[b], (expected > 0.5).float())
+            assert out.per_image[KEPT][b] == (expected > 0.5).float().mean()
         # what has left stays out, whatever the interpreter says of it now
         again = laconic.IARED(threshold=0.0).build(SITE).eval().before(out, 20)
-    assert torch.equal(again.alive, out.alive)
-    assert again.notes[KEPT].shape == (2, 2)
-    assert LOG_PROBABILITY not in again.notes
+    assert torch.equal(again.keep_mask, out.keep_mask)
+    assert again.per_image[KEPT].shape == (2, 2)
+    assert LOG_PROBABILITY not in again.per_image
 
 
 def test_hidden_tokens_are_not_asked_after():
@@ -447,13 +447,13 @@ def test_draws_and_their_log_probabilities():
     t = t.replace(x=t.x[:1].expand(400, -1, -1), keep_mask=torch.tensor([1.0, 1, 1, 0, 1, 1]).expand(400, -1))
     torch.nn.init.normal_(reducer.qk.weight, std=0.3)
     out = reducer.before(t, 6)
-    p = reducer.informative(t, t.alive)[0].detach()
-    assert not out.alive.requires_grad
-    assert (out.alive[:, 3] == 0).all()
-    torch.testing.assert_close(out.alive.mean(0)[[0, 1, 2, 4, 5]], p[[0, 1, 2, 4, 5]], rtol=0, atol=0.1)
-    log = torch.where(out.alive > 0, p, 1 - p).log()
-    torch.testing.assert_close(out.notes[LOG_PROBABILITY][:, 0].detach(), log[:, [0, 1, 2, 4, 5]].sum(1))
-    assert out.notes[LOG_PROBABILITY].requires_grad
+    p = reducer.informative(t, t.keep_mask)[0].detach()
+    assert not out.keep_mask.requires_grad
+    assert (out.keep_mask[:, 3] == 0).all()
+    torch.testing.assert_close(out.keep_mask.mean(0)[[0, 1, 2, 4, 5]], p[[0, 1, 2, 4, 5]], rtol=0, atol=0.1)
+    log = torch.where(out.keep_mask > 0, p, 1 - p).log()
+    torch.testing.assert_close(out.per_image[LOG_PROBABILITY][:, 0].detach(), log[:, [0, 1, 2, 4, 5]].sum(1))
+    assert out.per_image[LOG_PROBABILITY].requires_grad
 
 
 # ------------------------------------------------------------------------------------------------ its policy gradient
@@ -524,7 +524,7 @@ def test_a_step_is_self_critical():
     out = policy_step(model, x, labels, penalty=2.0)
     assert model.training
     assert all(module.training for module in model.modules())
-    notes = model.laconic.entry(4).notes
+    notes = model.laconic.entry(4).per_image
     right = out.logits.argmax(1) == labels
     assert torch.equal(out.reward, rewards(right, notes[KEPT], 2.0))
     assert out.loss.item() == pytest.approx(policy_loss(notes[LOG_PROBABILITY], out.reward, out.baseline).item())
@@ -532,7 +532,7 @@ def test_a_step_is_self_critical():
     assert torch.equal(model(x), out.logits)
     assert not torch.equal(out.reward, out.baseline)
     greedy = forward(model.eval(), x)
-    torch.testing.assert_close(rewards(greedy.argmax(1) == labels, model.laconic.entry(4).notes[KEPT], 2.0), out.baseline)
+    torch.testing.assert_close(rewards(greedy.argmax(1) == labels, model.laconic.entry(4).per_image[KEPT], 2.0), out.baseline)
 
 
 def test_rewards_by_hand():
@@ -556,8 +556,8 @@ def test_the_curriculum():
     out.loss.backward()
     assert model.laconic.reducers["2"].qk.weight.grad.abs().sum() > 0
     # the last group does nothing yet
-    assert torch.equal(model.laconic.entry(4).alive, model.laconic.entry(3).alive)
-    assert model.laconic.entry(4).notes[KEPT].shape == (3, 2)
+    assert torch.equal(model.laconic.entry(4).keep_mask, model.laconic.entry(3).keep_mask)
+    assert model.laconic.entry(4).per_image[KEPT].shape == (3, 2)
     curriculum(model, 2, "blocks")
     learning = {name for name, p in model.named_parameters() if p.requires_grad}
     assert learning == {f"blocks.3.{name}" for name, _ in model.blocks[3].named_parameters()}
@@ -593,12 +593,12 @@ def look(t, heads=3):
     q, k, v = (torch.randn(len(t.x), heads, t.x.shape[1], 16) for _ in range(3))
     k = k + 3 * torch.randn(1, 1, 1, 16)  # alike enough to merge
     mask = F.pad(there(t), (1, 0), value=1.0).clamp_min(1e-30).log()[:, None, None]
-    return AttentionView(q, k, v, mask, 0.25, 1, True, t.alive)
+    return AttentionView(q, k, v, mask, 0.25, 1, True, t.keep_mask)
 
 
 def by_hand(t, seen, b, merge, prune, hidden_ask):
     """What one LTMP step makes of image b: place of each token there is -> (features, size), in order."""
-    alive, gate = there(t)[b], torch.ones_like(t.size[b]) if t.gate is None else t.gate[b]
+    alive, gate = there(t)[b], torch.ones_like(t.size[b]) if t.attn_scale is None else t.attn_scale[b]
     sent = seen.matrix[b].mean(0)
     asking = torch.ones(len(alive) + 1) if hidden_ask else torch.cat([torch.ones(1), alive])
     importance = ((sent * asking[:, None]).sum(0) / asking.sum())[1:]
@@ -613,7 +613,7 @@ def by_hand(t, seen, b, merge, prune, hidden_ask):
     for i in [i for i in a if i in group] + b_side:
         if max(importance[j].item() for j in group[i]) > prune:
             size = sum(gate[j] for j in group[i])
-            out[t.place[b, i].item()] = (sum(gate[j] * t.patches[b, j] for j in group[i]) / size, size)
+            out[t.origin_index[b, i].item()] = (sum(gate[j] * t.patches[b, j] for j in group[i]) / size, size)
     return out
 
 
@@ -630,15 +630,15 @@ def test_ltmp_by_hand(execution):
             t = reducer.between(t, seen, 20)
         assert [len(one) for one in expected] != there(before).sum(1).tolist()
         for b in range(2):
-            live = [i for i in range(len(t)) if t.alive[b, i] > 0]
-            assert [t.place[b, i].item() for i in live] == list(expected[b])
+            live = [i for i in range(len(t)) if t.keep_mask[b, i] > 0]
+            assert [t.origin_index[b, i].item() for i in live] == list(expected[b])
             for i, (features, size) in zip(live, expected[b].values(), strict=True):
                 torch.testing.assert_close(t.patches[b, i], features, rtol=1e-4, atol=1e-5)
-                assert t.gate[b, i] == t.size[b, i] == size
-                assert (t.where[b] == i).sum() == size
+                assert t.attn_scale[b, i] == t.size[b, i] == size
+                assert (t.token_of_patch[b] == i).sum() == size
         assert len(t) == len(before)
-        t = t if execution == "masked" else t.compact()
-    assert t.size.sum(1).tolist() == (t.where >= 0).sum(1).tolist()
+        t = t if execution == "masked" else t.drop_hidden()
+    assert t.size.sum(1).tolist() == (t.token_of_patch >= 0).sum(1).tolist()
     assert t.size.max() > 2
 
 
@@ -646,7 +646,7 @@ def test_order_of_what_ltmp_leaves():
     t = tokens(patches=6)
     with torch.no_grad():
         out = laconic.LTMP(merge=1.0).build(SITE).eval().between(t, look(t), 6)
-    assert out.place.tolist() == [[1, 3, 5, 0, 2, 4]] * 2
+    assert out.origin_index.tolist() == [[1, 3, 5, 0, 2, 4]] * 2
 
 
 def test_ltmp_that_finds_nothing_to_do():
@@ -694,18 +694,18 @@ def test_the_share_of_the_work(at):
         share += torch.tensor(
             [cost(before + 1, after + 1, 48) / full for before, after in zip(*left[block : block + 2], strict=True)]
         )
-    torch.testing.assert_close(model.laconic.entry(4).notes[WORK].detach(), share)
+    torch.testing.assert_close(model.laconic.entry(4).per_image[WORK].detach(), share)
     assert 0.2 < share.mean() < 0.95
     assert laconic.losses(model)["flops"].item() == pytest.approx((share.mean().item() - 0.75) ** 2, rel=1e-4)
 
 
 def test_what_ltmp_aims_at():
     model, _ = ltmp_in_training(flops=0.5)
-    share = model.laconic.entry(4).notes[WORK].mean().item()
+    share = model.laconic.entry(4).per_image[WORK].mean().item()
     assert laconic.losses(model)["flops"].item() == pytest.approx((share - 0.5) ** 2, rel=1e-4)
     # with keep rates, at what their counts would cost: 18 and then 9 tokens
     model, _ = ltmp_in_training((1, 3), 0.5)
-    share = model.laconic.entry(4).notes[WORK].mean().item()
+    share = model.laconic.entry(4).per_image[WORK].mean().item()
     planned = (cost(37, 37, 48) + cost(37, 19, 48) + cost(19, 19, 48) + cost(19, 10, 48)) / (4 * cost(37, 37, 48))
     assert laconic.losses(model)["flops"].item() == pytest.approx((share - planned) ** 2, rel=1e-4)
     # a block that is switched off last does not stop the count

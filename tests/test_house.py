@@ -170,7 +170,16 @@ def test_token_count_changes_in_one_place():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "replace":
                 changed = {k.arg for k in node.keywords}
-                assert changed <= {"x", "attn_scale", "per_token", "keep_mask", "attention", "per_image", "visible_prefix", "parked"}, (
+                assert changed <= {
+                    "x",
+                    "attn_scale",
+                    "per_token",
+                    "keep_mask",
+                    "attention",
+                    "per_image",
+                    "visible_prefix",
+                    "parked",
+                }, (
                     path.name,
                     changed,
                 )

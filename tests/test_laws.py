@@ -157,7 +157,7 @@ def test_removed_equals_hidden(method, family):
         hidden.laconic.reducers[str(block)] = Hidden(score)
     torch.testing.assert_close(run(hidden, x), expected, rtol=1e-4, atol=1e-4)
     assert len(hidden.laconic.entry(4)) == 36
-    assert torch.equal(hidden.laconic.entry(4).where >= 0, removed.laconic.entry(4).where >= 0)
+    assert torch.equal(hidden.laconic.entry(4).token_of_patch >= 0, removed.laconic.entry(4).token_of_patch >= 0)
 
 
 def arbitrary_score(stage, tokens, seen):

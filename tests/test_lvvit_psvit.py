@@ -302,8 +302,8 @@ def test_softly_removed_tokens_are_not_read():
     tokens = model.forward_features(images("lvvit_small"))
     entry: Tokens = model.laconic.entry(4)
     assert tokens.shape[1] == 37
-    assert 0 < entry.alive.sum() < entry.alive.numel()
-    there = entry.alive.detach() > 0
+    assert 0 < entry.keep_mask.sum() < entry.keep_mask.numel()
+    there = entry.keep_mask.detach() > 0
     answer = model.forward_head(tokens)
     noise = torch.cat([torch.zeros(3, 1), (~there).float()], 1).unsqueeze(-1) * torch.randn(tokens.shape) * 100
     noisy = tokens + noise

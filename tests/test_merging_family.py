@@ -49,8 +49,8 @@ def test_official_merging(name):
         stage, before = laconic.provenance(model).stages[k], model.laconic.entry(k)
         assert 1 + stage.size.shape[1] == z["tokens_after_block"][k]
         assignment = torch.from_numpy(z[f"assign_block{k}"])[:, 1:] - 1
-        there = before.where >= 0
-        ours = assignment.gather(1, before.where.clamp_min(0))
+        there = before.token_of_patch >= 0
+        ours = assignment.gather(1, before.token_of_patch.clamp_min(0))
         # of a pruned token the official map says where it would have gone
         left = stage.where >= 0
         assert torch.equal(ours[left], stage.where[left])
@@ -281,18 +281,18 @@ def test_diffrate_by_hand(prune_kept, sizes):
     for b in range(2):
         line = sorted(range(20), key=lambda i: -seen.cls[b, i].item())
         head, tail = line[:n], line[n:p]
-        groups, grown = {j: [j] for j in head}, {j: t.gate[b, j].item() if sizes else 1.0 for j in head}
+        groups, grown = {j: [j] for j in head}, {j: t.attn_scale[b, j].item() if sizes else 1.0 for j in head}
         for i in tail:
             c = {j: torch.cosine_similarity(t.patches[b, i], t.patches[b, j], dim=0).item() for j in head}
             host = max(head, key=c.__getitem__)
             groups[host].append(i)
-            grown[host] += c[host] * (t.gate[b, i].item() if sizes else 1.0)
+            grown[host] += c[host] * (t.attn_scale[b, i].item() if sizes else 1.0)
         for new, j in enumerate(head):
             torch.testing.assert_close(out.patches[b, new], t.patches[b, groups[j]].mean(0), **CLOSE)
-            assert all(out.where[b, i] == new for i in groups[j])
+            assert all(out.token_of_patch[b, i] == new for i in groups[j])
             if tail:
-                assert out.gate[b, new].item() == pytest.approx(max(grown[j], FLOOR), rel=1e-4)
-        assert all(out.where[b, i] == -1 for i in line[p:])
+                assert out.attn_scale[b, new].item() == pytest.approx(max(grown[j], FLOOR), rel=1e-4)
+        assert all(out.token_of_patch[b, i] == -1 for i in line[p:])
 
 
 def test_unlike_tokens_take_weight_away_but_never_all():
@@ -301,7 +301,7 @@ def test_unlike_tokens_take_weight_away_but_never_all():
     seen = look(t)
     seen.k.zero_()  # equal attention: they stand in line as they are
     out = DiffRateReducer(SCORES["class"], None, 0.0).between(t, seen, 1)
-    torch.testing.assert_close(out.gate, torch.full((2, 1), FLOOR))
+    torch.testing.assert_close(out.attn_scale, torch.full((2, 1), FLOOR))
     torch.testing.assert_close(out.patches[:, 0], torch.tensor([[-2 / 3, 0.0]] * 2))
     assert torch.equal(out.size, torch.full((2, 1), 3.0))
 
@@ -320,8 +320,8 @@ def test_counts_above_what_there_is_do_nothing():
     stages = laconic.provenance(model).stages
     # block 1 prunes 17 and merges 2, block 2 does nothing, block 3 prunes 3 and merges none
     assert torch.equal((stages[-1].where >= 0).sum(1), stages[-1].size.sum(1).long())
-    assert ((model.laconic.entry(2).where < 0).sum(1) == 17).all()
-    assert torch.equal(model.laconic.entry(2).where, model.laconic.entry(3).where)
+    assert ((model.laconic.entry(2).token_of_patch < 0).sum(1) == 17).all()
+    assert torch.equal(model.laconic.entry(2).token_of_patch, model.laconic.entry(3).token_of_patch)
 
 
 def slow_match(x, received, size, r, tau, both):
@@ -356,7 +356,7 @@ def test_mctf_by_hand(direction, tau, r):
     t = some()
     t = t.replace(size=torch.randint(1, 5, (2, 20)).float())
     t = t.replace(attn_scale=t.size)
-    seen = look(t, F.pad(t.gate.log(), (1, 0))[:, None, None])
+    seen = look(t, F.pad(t.attn_scale.log(), (1, 0))[:, None, None])
     out = MCTFReducer(tau, direction).ahead(t, seen, 20 - r)
     for b in range(2):
         received = seen.matrix[b].mean((0, 1))[1:]
@@ -365,10 +365,10 @@ def test_mctf_by_hand(direction, tau, r):
         matrix = torch.zeros(21 - r, 21)
         matrix[0, 0] = 1
         for new, g in enumerate(groups):
-            assert all(out.where[b, i] == new for i in g)
+            assert all(out.token_of_patch[b, i] == new for i in g)
             weight = received[g] * t.size[b, g]
             matrix[1 + new, [1 + i for i in g]] = weight / weight.sum()
-            assert out.gate[b, new] == out.size[b, new] == t.size[b, g].sum()
+            assert out.attn_scale[b, new] == out.size[b, new] == t.size[b, g].sum()
         torch.testing.assert_close(out.x[b], matrix @ t.x[b], **CLOSE)
         torch.testing.assert_close(out.attention[b], matrix @ seen.matrix[b] @ (matrix > 0).float().T, **CLOSE)
 
@@ -422,7 +422,7 @@ def test_mctf_without_looking_ahead_by_hand(direction):
     laconic.reduce_(model, "mctf", r=10, at=[1, 2], one_step_ahead=False, direction=direction)
     torch.testing.assert_close(forward(model, x), torch.stack(answers), rtol=1e-4, atol=1e-4)
     assert model.laconic.counts() == (36, 26, 16, 16)
-    assert not model.laconic.entry(3).columns
+    assert not model.laconic.entry(3).per_token
 
 
 def test_the_cost_of_looking_ahead():
@@ -697,8 +697,8 @@ def test_hiding_is_removing(toy, monkeypatch):
     laconic.reduce_(model, found)
     torch.testing.assert_close(forward(model, x), hidden, rtol=1e-4, atol=1e-4)
     removed = model.laconic.entry(4)
-    assert torch.equal(last.where < 0, removed.where < 0)
-    assert torch.equal((last.alive > 0).sum(1), torch.full((8,), len(removed)))
+    assert torch.equal(last.token_of_patch < 0, removed.token_of_patch < 0)
+    assert torch.equal((last.keep_mask > 0).sum(1), torch.full((8,), len(removed)))
     whole = laconic.summary(model)
     assert cost * 1e9 == pytest.approx(whole.macs - sum(row.reducer_macs for row in whole.blocks), rel=1e-5)
 

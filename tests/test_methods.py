@@ -69,7 +69,7 @@ def test_average_fusing():
     squeezed = laconic.ETPS(fusing="average").squeeze(t, None, s, 12)
     for b in range(2):
         for new in range(12):
-            members = t.patches[b][squeezed.where[b] == new]
+            members = t.patches[b][squeezed.token_of_patch[b] == new]
             torch.testing.assert_close(squeezed.patches[b, new], members.mean(0), rtol=1e-5, atol=1e-5)
 
 
@@ -82,10 +82,10 @@ def test_one_to_one_matching_gives_a_host_one_guest_at_most():
     # the guest that stays is the most similar of those that chose the host
     for b in range(2):
         for new in range(8):
-            guests = [i for i in range(20) if many.where[b, i] == new and many.place[b, new] != i]
+            guests = [i for i in range(20) if many.token_of_patch[b, i] == new and many.origin_index[b, new] != i]
             if guests:
-                c = cosine(t.patches[b : b + 1], t.patches[b : b + 1])[0][many.place[b, new]]
-                assert one.where[b, max(guests, key=lambda i: c[i])] == new
+                c = cosine(t.patches[b : b + 1], t.patches[b : b + 1])[0][many.origin_index[b, new]]
+                assert one.token_of_patch[b, max(guests, key=lambda i: c[i])] == new
     assert one_to_one(torch.tensor([[0.5, 0.5, 0.1]]), torch.tensor([[2, 2, 2]]), 3).tolist() == [[2, -1, -1]]
 
 
@@ -97,7 +97,7 @@ def test_features_position_and_content():
     for features, x in (("position", t.positions.expand(2, -1, -1)), ("content", t.patches - t.positions), ("full", t.patches)):
         host = cosine(x, x)[torch.arange(2)[:, None, None], rest[:, :, None], kept[:, None, :]].argmax(2)
         squeezed = laconic.ETPS(features=features).squeeze(t, None, s, 12)
-        assert torch.equal(squeezed.where.gather(1, rest), host)
+        assert torch.equal(squeezed.token_of_patch.gather(1, rest), host)
     with pytest.raises(LookupError, match="absolute position embedding"):
         laconic.reduce_(make("rope-mixed", use_abs_pos_emb=False), "etps", keep=0.5, at=AT, features="position")
 
@@ -114,9 +114,13 @@ def test_positions_follow_the_tokens(method, features):
     before, after = moments[1]
     view = model.laconic.config.view(before, arange_like(before.size))
     table = model.pos_embed[0, 1:]
-    expected = {"full": before.patches, "position": table[before.place], "content": before.patches - table[before.place]}
+    expected = {
+        "full": before.patches,
+        "position": table[before.origin_index],
+        "content": before.patches - table[before.origin_index],
+    }
     assert torch.equal(view, expected[features])
-    assert before.patch is not None
+    assert before.origin is not None
 
 
 @pytest.mark.parametrize("method", ["etps", "dtps"])
@@ -139,7 +143,7 @@ def test_previous_attention(method):
         for i in set(range(36)) - set(kept):
             best = max(kept, key=lambda j: attention[0][b, i, j].item())
             assert kept[stage.where[b, i]] == best
-    assert not model.laconic.entry(3).columns
+    assert not model.laconic.entry(3).per_token
     with pytest.raises(LookupError, match="block before"):
         laconic.reduce_(make("plain"), "dtps", keep=0.5, at=[0], similarity="previous-attention")
 
@@ -222,20 +226,20 @@ def test_bat_merges_by_hand():
         first, second = greedy_pairs(torch.stack([t.patches[b, kept[b]] for b in range(2)]), 4)
         for b in range(2):
             for m in range(19):
-                members = (left.where[b] == m).nonzero()[:, 0]
+                members = (left.token_of_patch[b] == m).nonzero()[:, 0]
                 literal = weights == "literal" or (weights == "literal-clusters" and m >= 16)
                 w = s[b, members]
                 w = torch.ones(1) if len(members) == 1 else w if literal else w / w.sum()
                 torch.testing.assert_close(left.patches[b, m], (w[:, None] * t.patches[b, members]).sum(0))
-                assert left.place[b, m] in members
-            pairs = {frozenset((left.where[b] == m).nonzero()[:, 0].tolist()) for m in range(16)}
+                assert left.origin_index[b, m] in members
+            pairs = {frozenset((left.token_of_patch[b] == m).nonzero()[:, 0].tolist()) for m in range(16)}
             assert {p for p in pairs if len(p) == 2} == {
                 frozenset((kept[b, i].item(), kept[b, j].item())) for i, j in zip(first[b], second[b], strict=True)
             }
             # a fused pair stands where the more attentive of the two stood, and attentive tokens stay in order
-            assert s[b, left.place[b, :16]].tolist() == sorted(s[b, left.place[b, :16]].tolist(), reverse=True)
+            assert s[b, left.origin_index[b, :16]].tolist() == sorted(s[b, left.origin_index[b, :16]].tolist(), reverse=True)
             clustered = torch.isin(torch.arange(30), rest[b])
-            assert torch.equal(left.where[b] >= 16, clustered)
+            assert torch.equal(left.token_of_patch[b] >= 16, clustered)
 
 
 def test_bipartite_matching_takes_as_many():
@@ -336,8 +340,8 @@ def test_average_pooling_is_even():
     pooled = AvgPoolReducer().between(t, AttentionView(*[t.x.unsqueeze(1)] * 3, None, 1.0, 1, True), 4)
     assert pooled.size.sum(1).tolist() == [10.0, 10.0]
     assert pooled.size.max() - pooled.size.min() <= 1
-    assert (pooled.where[:, 1:] >= pooled.where[:, :-1]).all()
-    torch.testing.assert_close(pooled.patches[0, 0], t.patches[0][pooled.where[0] == 0].mean(0))
+    assert (pooled.token_of_patch[:, 1:] >= pooled.token_of_patch[:, :-1]).all()
+    torch.testing.assert_close(pooled.patches[0, 0], t.patches[0][pooled.token_of_patch[0] == 0].mean(0))
 
 
 # ------------------------------------------------------------------------------------------------ diversity

@@ -170,7 +170,7 @@ def test_masks_are_nested(calibrated):
     run(model, images("plain"))
     for block in range(DEPTH):
         entry = model.laconic.entry(block + 1)
-        assert all(set(row.tolist()) == set(found[block]) for row in entry.place)
+        assert all(set(row.tolist()) == set(found[block]) for row in entry.origin_index)
 
 
 def test_the_placeholder_is_spread_evenly():
@@ -191,11 +191,11 @@ def test_positions_are_looked_up_where_tokens_have_come_from():
     reducer.hold(torch.tensor([3, 8, 5]))
     seen = laconic.AttentionView(*torch.zeros(3, 2, 2, 7, 2), None, 1.0, 1, True)
     out = reducer.between(t, seen, 3)
-    assert out.place.tolist() == [[3, 8, 5], [3, 8, 5]]
+    assert out.origin_index.tolist() == [[3, 8, 5], [3, 8, 5]]
     assert torch.equal(out.x[:, 1:], torch.stack([t.x[0, [4, 1, 3]], t.x[1, [2, 5, 3]]]))
     # fewer than it was built for: the most important; more: others too, all different
-    assert reducer.between(t, seen, 2).place.tolist() == [[3, 8], [3, 8]]
-    five = reducer.between(t, seen, 5).place
+    assert reducer.between(t, seen, 2).origin_index.tolist() == [[3, 8], [3, 8]]
+    five = reducer.between(t, seen, 5).origin_index
     assert all({3, 8, 5} < set(row.tolist()) and len(set(row.tolist())) == 5 for row in five)
 
 

@@ -47,7 +47,7 @@ def pool(config, t, n, site=None):
 
 
 def members(left, b, m):
-    return (left.where[b] == m).nonzero()[:, 0]
+    return (left.token_of_patch[b] == m).nonzero()[:, 0]
 
 
 def forward(model, x):
@@ -105,7 +105,7 @@ def test_the_attentive_stay_and_the_others_are_pooled(config, into, m):
     torch.testing.assert_close(left.patches[:, : n - m], t.rows(kept), rtol=0, atol=1e-6)
     assert left.size[:, : n - m].eq(1).all()
     torch.testing.assert_close(left.size[:, n - m :].sum(1), torch.full((2,), float(rest.shape[1])))
-    assert (left.where.gather(1, rest) >= n - m).all()
+    assert (left.token_of_patch.gather(1, rest) >= n - m).all()
 
 
 def test_how_many_the_inattentive_become():
@@ -166,7 +166,7 @@ def test_runs_by_hand(order, pooled):
                 x, w = t.patches[b, group], t.size[b, group]
                 expected = x.amax(0) if config is MaxPool else (w[:, None] * x).sum(0) / w.sum()
                 torch.testing.assert_close(left.patches[b, kept + g], expected)
-                assert left.place[b, kept + g] == group[0]
+                assert left.origin_index[b, kept + g] == group[0]
                 assert left.size[b, kept + g] == w.sum()
 
 
@@ -176,7 +176,7 @@ def test_runs_go_by_place_at_later_stages():
     left, _ = pool(AvgPool(pooled="inattentive", into=3), t, 12)
     kept, rest = topk_split(look(t).cls, 9)
     for b in range(2):
-        places = t.place[b, rest[b]].sort().values.tolist()
+        places = t.origin_index[b, rest[b]].sort().values.tolist()
         for g in range(3):
             assert members(left, b, 9 + g).tolist() == places[g * 7 : g * 7 + 7]
 
@@ -185,14 +185,14 @@ def test_the_highest_of_each_group():
     t = tokens(patches=5).replace(x=torch.randn(2, 6, 8, requires_grad=True), per_token={"c": torch.rand(2, 5)})
     dst = torch.tensor([[1, 0, -1, 1, 1], [0, 0, 1, -1, -1]])
     lead = torch.tensor([[1, 3], [1, 2]])
-    left = t.highest(dst, lead)
+    left = t.merge_max(dst, lead)
     for b, m in itertools.product(range(2), range(2)):
         assert torch.equal(left.patches[b, m], t.patches[b][dst[b] == m].amax(0))
     same = t.merge(dst, group_normalize(t.size, dst, 2), lead)  # all else is as there
     assert torch.equal(left.size, same.size)
-    assert torch.equal(left.where, same.where)
-    assert torch.equal(left.place, same.place)
-    assert torch.equal(left.columns["c"], same.columns["c"])
+    assert torch.equal(left.token_of_patch, same.token_of_patch)
+    assert torch.equal(left.origin_index, same.origin_index)
+    assert torch.equal(left.per_token["c"], same.per_token["c"])
     assert left.merged
     assert torch.equal(left.x[:, 0], t.x[:, 0])
     left.patches.sum().backward()
@@ -351,13 +351,13 @@ def test_clusters_become_weighted_means(weights, init, pooled):
     count = 12 - kept.shape[1]
     first = arange_like(rest[:, :count]) if init == "top-score" else strided(rest, count)
     cluster, _ = lloyd(t.rows(rest), weight.gather(1, rest), first, 2)
-    assert torch.equal(left.where.gather(1, rest), cluster + kept.shape[1])
+    assert torch.equal(left.token_of_patch.gather(1, rest), cluster + kept.shape[1])
     for b, m in itertools.product(range(2), range(12)):
         group = members(left, b, m)
         w = weight[b, group] / weight[b, group].sum()
         assert (w >= 0).all()
         torch.testing.assert_close(left.patches[b, m], w @ t.patches[b, group], rtol=1e-5, atol=1e-5)  # convex hull
-        assert left.place[b, m] in group
+        assert left.origin_index[b, m] in group
 
 
 def test_the_first_centres():
@@ -396,7 +396,7 @@ def test_a_strided_convolution(kernel):
     assert reducer.conv.weight.shape == (8, 8 // groups, 3)
     expected = F.conv1d(t.patches.transpose(1, 2), reducer.conv.weight, reducer.conv.bias, stride=3, groups=groups)
     torch.testing.assert_close(left.patches, expected.transpose(1, 2), rtol=1e-5, atol=1e-5)
-    assert left.where.tolist() == [[i // 3 for i in range(36)]] * 2
+    assert left.token_of_patch.tolist() == [[i // 3 for i in range(36)]] * 2
 
 
 def test_a_short_run_leaves_its_last_tap_out():
@@ -421,7 +421,7 @@ def test_the_mlp_is_a_linear_layer_over_the_tokens():
     torch.testing.assert_close(left.patches[:, :8], t.rows(kept), rtol=0, atol=0)
     share_of = reducer.mix.weight.abs() / reducer.mix.weight.abs().sum(0)
     torch.testing.assert_close(left.size[:, 8:], share_of.sum(1).expand(2, -1))
-    assert torch.equal(left.where.gather(1, rest), (8 + reducer.mix.weight.abs().argmax(0)).expand(2, -1))
+    assert torch.equal(left.token_of_patch.gather(1, rest), (8 + reducer.mix.weight.abs().argmax(0)).expand(2, -1))
 
 
 def test_training_moves_them():
@@ -477,8 +477,8 @@ def test_mergers_change_the_clusters_and_nothing_else(method, merger):
     kept, rest = topk_split(s, 18)
     assert left.size.shape == (2, 19)
     torch.testing.assert_close(left.x[:, :17], usual.x[:, :17])  # class token, attentive ones and pairs
-    assert torch.equal(left.where.gather(1, kept), usual.where.gather(1, kept))
-    assert set(left.where.gather(1, rest).unique().tolist()) == {16, 17, 18}
+    assert torch.equal(left.token_of_patch.gather(1, kept), usual.token_of_patch.gather(1, kept))
+    assert set(left.token_of_patch.gather(1, rest).unique().tolist()) == {16, 17, 18}
     same = torch.allclose(left.x[:, 17:], usual.x[:, 17:])
     assert same == (merger == "dpc")
     for b, m in itertools.product(range(2), range(16, 19)):
@@ -492,7 +492,7 @@ def test_mergers_change_the_clusters_and_nothing_else(method, merger):
             literal = config().weights != "normalised" and len(group) > 1
             expected = w @ x if literal else w @ x / w.sum()
         torch.testing.assert_close(left.patches[b, m], expected, rtol=1e-5, atol=1e-5)
-        assert left.place[b, m] in group
+        assert left.origin_index[b, m] in group
 
 
 @pytest.mark.parametrize("merger", MERGERS)

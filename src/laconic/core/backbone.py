@@ -6,6 +6,7 @@ of a host library is imported here. What an entry says is proved on the user's o
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -149,8 +150,14 @@ def register_refusal(path: str, reason: str) -> None:
     REFUSED[path] = reason
 
 
+def load_backbones() -> None:
+    """Import the backbones that come with laconic, which fill the tables; by name, since that package is above this one."""
+    importlib.import_module("laconic.backbones")
+
+
 def hosts() -> dict[str, tuple[str, ...]]:
     """What is supported, by full class path: the model classes and the block classes."""
+    load_backbones()
     return {"models": tuple(sorted(HOSTS)), "blocks": tuple(sorted(BLOCKS))}
 
 
@@ -190,6 +197,7 @@ def block_path(block: nn.Module) -> str:
     Raises:
         LookupError: its class is unknown.
     """
+    load_backbones()
     for cls in type(block).__mro__:
         if path_of(cls) in BLOCKS:
             return path_of(cls)
@@ -206,6 +214,7 @@ def find_host(model: nn.Module) -> tuple[nn.Module, ModelSpec]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}; create the model first (timm.create_model)")
+    load_backbones()
     _refuse_compiled(model)
     _refuse([model], TypeError)
     found = [(m, h) for m in model.modules() if (h := _entry(m)) is not None]

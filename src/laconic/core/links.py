@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from laconic.core.backbone import BLOCKS
+from laconic.core.backbone import BLOCKS, load_backbones
 
 LINK = "_laconic"  # under which name a module of a reduced model has its link
 
@@ -45,6 +45,8 @@ class BlockLink(PartLink):
     def __init__(self, ref: ModelRef, names: tuple[str, ...], index: int, path: str, passthrough: bool) -> None:
         super().__init__(ref, names)
         self.index, self.path, self.passthrough = index, path, passthrough
+        if path not in BLOCKS:
+            load_backbones()  # a pickle is read before anything else has needed them
         self.spec = BLOCKS[path]
 
     @property
