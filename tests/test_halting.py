@@ -538,7 +538,7 @@ def test_no_keep_rate(method):
     ("options", "error", "words"),
     [
         ({"eps": 0.0}, ValueError, "eps must be between 0 and 1"),
-        ({"target_depth": 0}, ValueError, "target_depth must be a block from 1 on"),
+        ({"target_depth": 0}, ValueError, "target_depth must be a block number of at least 1"),
         ({"at": [0, 2]}, ValueError, "at must end with 3, not with 2"),
         ({"execution": "fast"}, ValueError, "execution must be one of"),
     ],

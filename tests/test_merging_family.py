@@ -614,7 +614,7 @@ def test_models_of_0_1_are_loaded_as_they_were(method, record, counts, tmp_path)
         ("mctf", dict(r=(3, 4)), "2 values of r for 3 blocks"),
         ("diffrate", dict(score="value"), "diffrate: score must be one of"),
         ("diffrate", dict(pruned=1.5), "pruned is a share"),
-        ("diffrate", dict(merge_kept=(37, 1, 1, 1)), "merge_kept are counts of tokens"),
+        ("diffrate", dict(merge_kept=(37, 1, 1, 1)), "merge_kept must count the class token"),
         ("diffrate", dict(prune_kept=(37, 30.5)), "prune_kept must be .* whole numbers"),
         ("diffrate", dict(merge_kept=(37, 30)), "2 in merge_kept for 4 blocks"),
         ("diffrate", dict(merge_kept=(37,) * 4, prune_kept=(37,) * 3), "3 counts in prune_kept and 4 in merge_kept"),

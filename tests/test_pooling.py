@@ -613,7 +613,7 @@ def test_saved_and_loaded(tmp_path):
         (KMeans, {"init": "random"}, "kmeans: init must be one of 'top-score', 'strided', not 'random'"),
         (KMeans, {"weights": "none"}, "kmeans: weights must be one of"),
         (BAT, {"merger": "conv-pool"}, "bat: merger must be one of 'dpc', 'kmeans-1', .*, not 'conv-pool'"),
-        (BAT, {"merger": "avg-pool", "steps": "pack"}, "bat: steps='pack' makes no clusters; leave merger='avg-pool' out"),
+        (BAT, {"merger": "avg-pool", "steps": "pack"}, "bat: steps='pack' makes no clusters; omit merger='avg-pool'"),
     ],
 )
 def test_options_are_checked(config, options, words):

@@ -1,7 +1,7 @@
-"""Token reduction methods, one file each; an import here registers a method. Steps that several share are in `ops`.
+"""Token reduction methods, one file each; importing a file registers its method. Steps shared by several methods are in `ops`.
 
-`squeeze` (TPS) and `decouple` (BAT) hold what several methods of one paper share. Calling the package lists what is
-registered: ``laconic.methods()`` returns `laconic.core.method.MethodInfo` by name.
+`squeeze` (TPS) and `decouple` (BAT) hold the code shared by several methods of one paper. Calling the package returns the
+registered methods: ``laconic.methods()`` maps each name to its `laconic.core.method.MethodInfo`.
 """
 
 import sys
@@ -49,10 +49,10 @@ from laconic.methods.topk import TopK as TopK
 
 
 class _Package(types.ModuleType):
-    """A package that lists the registered methods when it is called: `laconic.methods` is both."""
+    """A callable package: `laconic.methods` is the module, ``laconic.methods()`` returns the registered methods."""
 
     def __call__(self) -> dict[str, MethodInfo]:
-        """Return all registered methods by name, those of other packages among them."""
+        """Return all registered methods by name, including the methods of other packages."""
         return _registered()
 
 

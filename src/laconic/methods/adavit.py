@@ -1,21 +1,24 @@
 """AdaViT: Adaptive Vision Transformers for Efficient Image Recognition (Meng et al., CVPR 2022, arXiv:2111.15668).
 
-Before a block small linear layers decide what of it an image uses: what has a sigmoid above a threshold.
+Before each block, small linear layers decide which parts of it each image uses: those whose sigmoid is above a threshold.
 
-* Patch tokens, by their normalised features (above 0.6). A token that is not used is seen by nobody in this block and
-  comes out of it as it went in; the next block decides anew, so that it may come back.
-* Heads, by the class token as it comes in (above 0.5): the output of one that is not used counts nothing, nor do its channels
-  at the input of the MLP. Layers, the two halves of a block, likewise: one that is not used adds nothing.
+* Patch tokens, by their normalised features (above 0.6). No other token attends to an unused token in this block, and the
+  block returns it unchanged; the next block decides again and may use it.
+* Heads, by the class token at the block's input (above 0.5): the output of an unused head is set to zero, and so are its
+  channels at the input of the MLP. Layers (the attention and the MLP of a block), in the same way: an unused one adds nothing.
 
-Training draws (`decided`): two Gumbel noises, temperature ``tau``, hard decisions with the gradients of the sigmoid. A token's
-come by what the block adds to it; the mask of the attention gives none (as published). Losses (`use_losses`), of weight 2
-each (``loss.ratio``): the distance of the mean use of heads and of layers from ``target``; of tokens (with the class token)
-its square. Two published terms are off unless asked for, there too: ``diverse`` times that distance of every single head and
-layer, and ``entropy`` times the entropy of these decisions, taken off.
+Training samples the decisions (`decided`): two Gumbel noises, temperature ``tau``, hard decisions with the gradients of the
+sigmoid. The gradient of a token's decision comes from what the block adds to the token; the attention mask passes none (as
+published). Losses (`use_losses`), each with weight 2 (``loss.ratio``): the distance of the mean use of heads and of layers
+from ``target``, and the square of this distance for tokens (with the class token). Two published terms are off by default,
+here as in the published code: ``diverse`` times this distance for every single head and layer, and, subtracted, ``entropy``
+times the entropy of these decisions.
 
-From block ``first`` on heads and layers are decided on; multiplied by zero they cost what they did, tokens nothing (packed).
-Departures: heads count even where their block is skipped; no floors under the use (published, and off). The LayerNorm before
-the tokens' logits is a copy of the published one, the block's own; trained apart.
+Heads and layers are decided on from block ``first`` on. Unused heads and layers are multiplied by zero, which saves no work;
+unused tokens are not computed (with packed execution).
+Departures: the use of a head counts even if its block is skipped; there are no lower bounds on the use (published, but off
+by default). The LayerNorm before the tokens' logits is the block's own LayerNorm in the published code; here it is a copy
+that is trained separately.
 """
 
 from __future__ import annotations
@@ -32,13 +35,13 @@ from laconic.core.method import BlockContext, Reducer, method
 from laconic.core.schedule import Schedule
 from laconic.core.tokens import Tokens
 from laconic.methods.ops import EveryBlock, joined, renamed, require, require_class_token, start_small
-from laconic.methods.ops.usage import HEADS, LAYERS, LOGITS, TOKENS, USED, Everything, decided, use_losses
+from laconic.methods.ops.usage import HEADS, LAYERS, LOGITS, TOKENS, USED, UseAll, decided, use_losses
 
-THEIRS = {"attn.token_select": "tokens", "head_select": "heads", "layer_select": "layers"}  # names of the layers
+THEIRS = {"attn.token_select": "tokens", "head_select": "heads", "layer_select": "layers"}  # authors' name: ours
 
 
 class AdaViTReducer(AdaptiveReducer):
-    """Decide what the block uses."""
+    """Decide which tokens, heads and layers the block uses."""
 
     def __init__(self, config: AdaViT, site: BlockContext) -> None:
         super().__init__()
@@ -64,9 +67,8 @@ class AdaViTReducer(AdaptiveReducer):
         return tokens.switch(every * on[LAYERS].unsqueeze(2) if LAYERS in on else every, on.get(HEADS))
 
     def after(self, tokens: Tokens, n: int) -> Tokens:
-        return tokens.replace(
-            keep_mask=tokens.per_token[USED]
-        )  # for the ledger, and with gradients; the next block decides anew
+        # for the history, and with gradients; the next block decides again
+        return tokens.replace(keep_mask=tokens.per_token[USED])
 
     def decide(self, logits: Tensor, threshold: float) -> Tensor:
         return decided(logits, threshold, self.config.tau if self.training else None)
@@ -89,7 +91,7 @@ class AdaViTReducer(AdaptiveReducer):
 )
 @dataclass(frozen=True)
 class AdaViT(EveryBlock):
-    """Options of ``adavit``: what is decided on and how, the use that training aims at, its further terms; `AdaptiveMethod`'s."""
+    """Options of ``adavit``: decisions and thresholds, target use and loss terms of training; and those of `AdaptiveMethod`."""
 
     policies: Literal["tokens", "tokens+heads", "tokens+layers", "tokens+heads+layers"] = "tokens"
     threshold: float = 0.6
@@ -99,7 +101,7 @@ class AdaViT(EveryBlock):
     diverse: float = 0.0
     entropy: float = 0.0
     compacts: ClassVar[bool] = False
-    lever: ClassVar[str] = "for fewer tokens train with a lower target="
+    tuning_hint: ClassVar[str] = "for fewer tokens, train with a lower target="
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,7 +113,7 @@ class AdaViT(EveryBlock):
 
     def build(self, site: BlockContext) -> Reducer:
         at = None if site.schedule is None else site.schedule.at
-        return AdaViTReducer(self, site) if at is None or site.block in at else Everything()
+        return AdaViTReducer(self, site) if at is None or site.block in at else UseAll()
 
     def reducer_blocks(self, schedule: Schedule, depth: int) -> Sequence[int]:
         return sorted({*schedule.at, *(block + 1 for block in schedule.at if block + 1 < depth)})
@@ -121,7 +123,7 @@ class AdaViT(EveryBlock):
         return {"matmul": (site.before + by_class) * site.dim, "layernorm": site.before * site.dim}
 
     def convert_official(self, weights: Mapping[str, Tensor], at: Sequence[int]) -> dict[str, Tensor]:
-        """Queries, keys and values in one layer, as timm has them; our LayerNorm starts as the block's."""
+        """Join queries, keys and values into one layer, as in timm; our LayerNorm starts as a copy of the block's."""
         block = rf"blocks\.({'|'.join(map(str, at))})\."
         rules = [(rf"{block}{their}\.mlp_head\.(.+)", rf"laconic.reducers.\1.{our}.\2") for their, our in THEIRS.items()]
         norm = (rf"{block}norm1\.(.+)", r"blocks.\1.norm1.\2", r"laconic.reducers.\1.norm.\2")

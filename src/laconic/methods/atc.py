@@ -1,15 +1,16 @@
 """ATC: Agglomerative Token Clustering (Haurum et al., ECCV 2024, arXiv:2409.11923).
 
-Between attention and MLP: patch tokens are clustered bottom-up by 1 - cosine of their keys (mean over heads), always
-merging the two nearest clusters, until exactly n are left. Clusters are as near as their members are on average, at most
-(``linkage="complete"``) or at least (``"single"``). With proportional attention a cluster becomes the mean of its
-tokens weighted by size, and the log of its size is added to every logit towards a token, from the next block on (ToMe's
-eq. 1). Without it sizes count in neither: a cluster is the plain mean of its tokens, as in the published code.
+Between attention and MLP, patch tokens are clustered bottom-up by 1 - cosine of their keys (mean over heads): the two nearest
+clusters are merged until n are left. The distance of two clusters is the mean (``linkage="average"``), the largest
+(``"complete"``) or the smallest (``"single"``) distance between their members. With proportional attention a cluster becomes
+the mean of its tokens weighted by size, and the log of its size is added to every logit towards a token, from the next block
+on (ToMe's eq. 1). Without it, sizes affect neither: a cluster is the plain mean of its tokens, as in the published code.
 
-Departures: the published code calls a library for every image on the CPU, here all images are clustered at once, on any
-device, one merge a step (see `laconic.methods.ops.agglomerate`). Their order of tokens is arbitrary, ours by first member.
+Departures: the published code calls a library for every image on the CPU; here all images are clustered at once, on any
+device, one merge per step (see `laconic.methods.ops.agglomerate`). The published code returns the tokens in an arbitrary
+order, here they are ordered by the first member of each cluster.
 
-It is defined by all pairs of tokens: memory O(N^2) and N - n steps over it, so it is for short sequences.
+The clustering needs the distances of all pairs of tokens: O(N^2) memory and N - n steps, so it suits short sequences.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from laconic.methods.ops import agglomerate, cheapest, cosine, group_normalize
 
 
 class ATCReducer(Reducer):
-    """Merge the clusters of an agglomerative clustering of keys."""
+    """Cluster the keys agglomeratively and merge each cluster into one token."""
 
     def __init__(self, linkage: Literal["average", "complete", "single"], proportional: bool) -> None:
         super().__init__()
@@ -37,7 +38,7 @@ class ATCReducer(Reducer):
     def between(self, tokens: Tokens, seen: AttentionView, n: int) -> Tokens:
         distance = 1 - cosine(seen.keys, seen.keys)
         cluster = agglomerate(distance, n, self.linkage)
-        # a cluster stands in the place of its member nearest to all tokens, whatever their order
+        # a cluster takes the position of its member nearest to all tokens, which does not depend on the order of the tokens
         lead = cheapest(distance.sum(2), cluster, n)
         if not self.proportional:
             return tokens.merge(cluster, group_normalize(torch.ones_like(tokens.size), cluster, n), lead)
@@ -59,9 +60,9 @@ class ATC(Method):
     """Options of ``atc``.
 
     Args:
-        linkage: how far apart two clusters are: by the ``average``, ``complete`` or ``single`` linkage of their members.
-        proportional: add log(size) to the attention towards a token, and weigh means by size (right off the shelf; after
-            training without it, not).
+        linkage: distance of two clusters: ``average``, ``complete`` or ``single`` linkage of their members.
+        proportional: add log(size) to the attention logits towards a token, and weight means by size. Use it for models
+            that were not trained with this method; turn it off for models that were trained without it.
     """
 
     linkage: Literal["average", "complete", "single"] = "average"

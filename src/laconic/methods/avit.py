@@ -1,22 +1,24 @@
 """A-ViT: Adaptive Tokens for Efficient Vision Transformer (Yin et al., CVPR 2022, arXiv:2112.07658).
 
-After every block each token, the class token among them, gets a halting score from its first channel:
-h = sigmoid(gate_scale * x[0] - gate_center), without new parameters. Scores are summed up over depth. A token goes on while its
-sum is below 1 - eps; the block where it reaches that is its last one (the model's last block is, for all that are left).
+After every block each token, including the class token, gets a halting score from its first channel:
+h = sigmoid(gate_scale * x[0] - gate_center), without new parameters. Scores are summed over the blocks. A token continues while
+its sum is below 1 - eps; the block where the sum reaches that is its last one (all remaining tokens halt at the last block).
 
-* The answer is a sum over depth: each block's features count h, those of the token's last block what is left of one. Only
-  the class token is read, so only for the prefix tokens is the sum made.
-* Who has halted is seen by nobody. Patch tokens leave; the class token stays where it is, and its sum as it is.
-* Loss "ponder": a token's blocks, plus what was left of one at its last; the mean over all tokens.
-* Loss "distribution": KL divergence, over the number of blocks, between the halting scores of the blocks (means over tokens,
-  as shares of their sum, within 0.01 and 0.99) and a Gaussian of width one around block ``target_depth`` (counted from
-  zero), scaled so that the blocks before it sum to 0.98.
+* The output is a weighted sum over the blocks: the features of each block have weight h, those of the token's last block have
+  the remainder, one minus the sum so far. Only the class token is read, so the sum is computed for the prefix tokens only.
+* No token attends to a halted token. Halted patch tokens are dropped; a halted class token stays in the sequence, and its sum
+  no longer changes.
+* Loss "ponder": the number of blocks of a token, plus the remainder at its last block; the mean over all tokens.
+* Loss "distribution": KL divergence, divided by the number of blocks, between the halting scores of the blocks (means over
+  tokens, as shares of their sum, clamped to 0.01 to 0.99) and a Gaussian of width one around block ``target_depth`` (counted
+  from zero), scaled so that the blocks before it sum to 0.98.
 
 Training hides halted tokens; gradients flow through the scores. ``gate_scale`` and ``gate_center`` are 10 and 30 in the
-published DeiT-T, 10 and 75 in the DeiT-S, and belong to the weights.
+published DeiT-T, 10 and 75 in the DeiT-S; they must match the weights.
 
-Departures: the published code takes the mean score of a block over all images but the first of a batch; here it is over all
-of them. There halted tokens, set to zero, still have a score, that of what their zeros become; here they count 0.
+Departures: the published code takes the mean score of a block over all images of a batch but the first; here it is over all
+of them. In the published code, halted tokens are set to zero but still have a score, computed from what the zeros become;
+here their score is 0.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ SPENT, ANSWER, PONDER, HALTING = "halting spent", "halting answer", "halting pon
 
 
 class AViTReducer(AdaptiveReducer):
-    """Score, add up, and let go who has reached one."""
+    """Score the tokens, add up the scores, and halt the tokens whose sum has reached one."""
 
     straight_through = False
 
@@ -48,7 +50,7 @@ class AViTReducer(AdaptiveReducer):
 
     @property
     def last(self) -> bool:
-        """Whether this is the block where everybody halts."""
+        """True if this is the last block, where all tokens halt."""
         return self.site.block == self.site.depth - 1
 
     def after(self, tokens: Tokens, n: int) -> Tokens:
@@ -61,7 +63,7 @@ class AViTReducer(AdaptiveReducer):
         weight = there * torch.where(on > 0, h, 1 - spent)
         own = weight[:, :prefix].unsqueeze(-1) * tokens.x[:, :prefix].float()
         blocks = there * torch.where(on > 0, 1.0, 2 - spent)
-        everyone = prefix + tokens.token_of_patch.shape[1]  # those that have left, too
+        everyone = prefix + tokens.token_of_patch.shape[1]  # including halted tokens
         answer, ponder = notes.get(ANSWER, 0.0) + own, notes.get(PONDER, 0.0) + blocks.sum(1) / everyone
         tokens = tokens.set_per_image(**{PONDER: ponder}).append_per_image(
             **{HALTING: (h * there).sum(1, keepdim=True) / everyone}
@@ -95,7 +97,7 @@ class AViTReducer(AdaptiveReducer):
 )
 @dataclass(frozen=True)
 class AViT(EveryBlock):
-    """Options of ``avit``: the halting score, the block that most are to halt at, the losses' weights; and `AdaptiveMethod`'s."""
+    """Options of ``avit``: the halting score, the target block for halting, the loss weights; and those of `AdaptiveMethod`."""
 
     gate_scale: float = 10.0
     gate_center: float = 30.0
@@ -104,12 +106,12 @@ class AViT(EveryBlock):
     ponder: float = 5e-4
     distribution: float = 1e-3
 
-    lever: ClassVar[str] = "for fewer tokens train with a higher ponder=, or take a lower gate_center="
+    tuning_hint: ClassVar[str] = "for fewer tokens, train with a higher ponder=, or use a lower gate_center="
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require("avit", "eps", self.eps, 0 < self.eps < 1, "must be between 0 and 1")
-        require("avit", "target_depth", self.target_depth, self.target_depth >= 1, "must be a block from 1 on")
+        require("avit", "target_depth", self.target_depth, self.target_depth >= 1, "must be a block number of at least 1")
 
     def build(self, site: BlockContext) -> Reducer:
         return AViTReducer(self)
@@ -117,7 +119,7 @@ class AViT(EveryBlock):
     def counts(self, schedule: Schedule, depth: int, patches: int) -> tuple[int, ...]:
         if schedule.at[-1] != depth - 1:
             where = f"at must end with {depth - 1}, not with {schedule.at[-1]}"
-            raise ValueError(f"avit gives its answer after the model's last block, where all tokens halt: {where}")
+            raise ValueError(f"avit needs the model's last block, where all tokens halt and its output is formed: {where}")
         return super().counts(schedule, depth, patches)
 
     def loss_weights(self) -> dict[str, float]:

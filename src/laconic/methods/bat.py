@@ -1,6 +1,6 @@
-"""BAT (arXiv:2211.11315): decouple by class attention between attention and MLP, merge both sides (see `decouple`).
+"""BAT (arXiv:2211.11315): split tokens by class attention between attention and MLP, merge both parts (see `decouple`).
 
-Training is the same operation, without parameters or losses of its own.
+Training runs the same operation; there are no parameters and no losses of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from laconic.methods.ops import SCORES, ScoreName
 
 
 class MergeReducer(Reducer):
-    """Class attention, then decouple and merge."""
+    """Score by class attention, split the tokens, and merge both parts."""
 
     def __init__(self, config: Decouple, score: str) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class MergeReducer(Reducer):
 )
 @dataclass(frozen=True)
 class BAT(Decouple):
-    """Options of ``bat``: those of `Decouple`, and what scores a token."""
+    """Options of ``bat``: those of `Decouple`, and the attention score of a token."""
 
     score: ScoreName = "class"
 

@@ -1,13 +1,13 @@
 """Convolutional pooling: one of the two mergers with parameters in table 4 of BAT (Long et al., CVPR 2023, arXiv:2211.11315).
 
-Between attention and MLP, along the sequence of tokens: a strided convolution, one channel at a time (``depthwise``) or all
-together (``full``), kernel as long as the stride. N tokens are n strides only if n divides N: the kernel has ceil(N / n)
-taps, and a run that is one token short leaves its last tap out. Tokens are weighed by their share of the patches of their
-run (all the same, at first).
+Between attention and MLP, along the sequence of tokens: a strided convolution whose kernel is as long as its stride, one
+channel at a time (``depthwise``) or over all channels (``full``). N tokens split into n equal strides only if n divides N, so
+the kernel has ceil(N / n) taps, and a run that is one token short does not use its last tap. Tokens are weighted by their
+share of the patches of their run (equal weights, at first).
 
-The paper names it and says no more; there is no code. It begins as average pooling (``avg-pool``), so that a trained host is
-not upset. Its shape is a count of tokens: it goes with one image size and one schedule. BAT itself cannot have it for a
-merger (``bat`` has no parameters): pool the ``inattentive`` here.
+The paper only names it, and there is no published code. It starts as average pooling (``avg-pool``), so that a trained
+backbone is not disturbed. The shape of its weights depends on the token counts: it works for one image size and one schedule.
+BAT itself cannot use it as a merger (``bat`` has no parameters): pool the ``inattentive`` tokens here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FIXED = "its weights fix the counts, so use the image size and the schedule that
 
 
 class ConvPoolReducer(Reducer):
-    """A strided convolution over the sequence; at the start the mean of each stride."""
+    """Apply a strided convolution over the sequence; initialised to the mean of each stride."""
 
     def __init__(self, options: ConvPool, site: BlockContext) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class ConvPoolReducer(Reducer):
 )
 @dataclass(frozen=True)
 class ConvPool(InSequence):
-    """Options of ``conv-pool``: those of `InSequence`, and the kernel, ``depthwise`` or ``full``."""
+    """Options of ``conv-pool``: those of `InSequence`, and the kernel (``depthwise`` or ``full``)."""
 
     kernel: Literal["depthwise", "full"] = "depthwise"
 

@@ -1,20 +1,20 @@
-"""BAT: Beyond Attentive Tokens (Long et al., CVPR 2023, arXiv:2211.11315): its decoupling and merger, on any score.
+"""BAT: Beyond Attentive Tokens (Long et al., CVPR 2023, arXiv:2211.11315): its decoupling and merger, for any score.
 
-Between attention and MLP, class attention (eq. 5) parts the K = ceil(rate * N) attentive from the m = N - K inattentive
-tokens. The inattentive are merged into c density-peak clusters (eqs. 6-7), the p most similar pairs of attentive tokens
-are fused; a set C_i becomes sum of s_j z_j over C_i, s the class attention (eq. 8). K - p + c tokens leave: attentive ones
-by attention (a fused pair in the place of the more attentive), then clusters by centre score.
+Between attention and MLP, class attention (eq. 5) separates the K = ceil(rate * N) attentive from the m = N - K inattentive
+tokens. The inattentive tokens are merged into c density-peak clusters (eqs. 6-7), and the p most similar pairs of attentive
+tokens are fused; a set C_i becomes the sum of s_j z_j over C_i, s the class attention (eq. 8). K - p + c tokens remain: the
+attentive ones by attention (a fused pair takes the position of its more attentive token), then the clusters by centre score.
 
-The authors published no code; the choices here, all open to options:
+The authors published no code. The choices made here, all of which have options:
 * eq. 6 lacks its minus sign in print and underflows; densities are logarithms, over 5 neighbours (``density="paper"``: all).
 * eq. 8 is not normalised in print, which would shrink fused attentive tokens about a hundredfold; weights sum to one in
-  every set unless ``weights="literal"``, and then single tokens are left alone (``steps="pack"`` is EViT's, unnormalised).
-* pairs are disjoint, taken greedily by falling cosine; ``matching="bipartite"`` matches odd to even ranks in one go.
-* c = max(1, min(round(0.1 m), K // 2 + 1)) and p = c - 1, so that as many tokens leave as in EViT: with that, every
-  figure of the paper comes out (its logs were tuned by hand, ``count_rule="log"`` follows them to 0.5 %).
-* the other mergers of table 4 take the place of the clusters, no more, and make as many tokens (``merger``). Of k-means the
-  sums are eq. 8's; pooling is by place and knows no weights but sizes. The two learned ones, `conv-pool` and `mlp-pool`,
-  have parameters, which BAT has not: they are methods of their own, with ``pooled="inattentive"``.
+  every set unless ``weights="literal"``, which still does not scale single tokens (``steps="pack"`` is EViT's, unnormalised).
+* pairs are disjoint, chosen greedily by falling cosine; ``matching="bipartite"`` matches odd to even ranks in one pass.
+* c = max(1, min(round(0.1 m), K // 2 + 1)) and p = c - 1, so that as many tokens remain as in EViT: with this, every
+  cost figure of the paper is reproduced (its logs were tuned by hand, ``count_rule="log"`` follows them to 0.5 %).
+* the other mergers of table 4 replace only the clusters, and make as many tokens (``merger``). k-means uses the sums of
+  eq. 8; pooling is by position and is weighted by size only. The two learned ones, `conv-pool` and `mlp-pool`, have
+  parameters, which BAT does not: they are separate methods, with ``pooled="inattentive"``.
 """
 
 from __future__ import annotations
@@ -37,20 +37,21 @@ from laconic.methods.ops.token_division import Amount, TokenDivision, check_amou
 
 @dataclass(frozen=True)
 class Decouple(Method):
-    """What ``bat`` and the methods with its merger share.
+    """Shared options and operations of ``bat`` and the methods that use its merger.
 
     Args:
-        clusters: clusters of inattentive tokens: a count, a fraction of them, or one of these for each stage.
-        pairs: fused pairs of attentive tokens: likewise, a fraction of the attentive.
-        steps: the ablation of the paper's Table 3: ``preserve`` the attentive only; ``pack`` the rest into one; ``cluster``
-            it; ``match`` the attentive too (all of BAT). And ``diversity``: cluster all tokens, whatever their attention.
-        density, assign: of the clustering, see `laconic.methods.ops.density_peaks`.
+        clusters: clusters of inattentive tokens: a count, a fraction of them, or one of these for each reducing block.
+        pairs: fused pairs of attentive tokens: a count, a fraction of them, or one of these for each reducing block.
+        steps: the ablation of the paper's Table 3: ``preserve`` only the attentive tokens; ``pack`` the others into one;
+            ``cluster`` the others; also ``match`` the attentive ones (all of BAT). And ``diversity``: cluster all tokens,
+            regardless of their attention.
+        density, assign: options of the clustering, see `laconic.methods.ops.density_peaks`.
         matching: ``greedy`` disjoint pairs, or ``bipartite``.
         weights: ``normalised`` or ``literal`` eq. 8, or ``literal-clusters`` with normalised pairs.
-        count_rule: default counts: as many tokens as ``evit``, or as in the authors' ``log`` (keep .7 .6 .5 .4 .3 .2 only).
-        merger: what makes the clusters of inattentive tokens (table 4): density peaks (``dpc``), k-means of 1 or 3
-            iterations from the most attentive of them, or pooling: the average or maximum of runs in raster order, or
-            the average of cells of the image.
+        count_rule: default counts: as many tokens as ``evit``, or as the authors' ``log`` (keep .7 .6 .5 .4 .3 .2 only).
+        merger: the clustering of inattentive tokens (table 4): density peaks (``dpc``); k-means of 1 or 3 iterations,
+            starting from the most attentive of them; or pooling: the average or maximum of runs in raster order, or the
+            average of cells of the image.
     """
 
     old_options: ClassVar[Mapping[str, str]] = {"budget": "count_rule"}
@@ -69,10 +70,10 @@ class Decouple(Method):
         super().__post_init__()
         check_amounts(self.info.name, clusters=self.clusters, pairs=self.pairs)
         if self.merger != "dpc" and self.steps in ("preserve", "pack"):
-            raise ValueError(f"{self.info.name}: steps={self.steps!r} makes no clusters; leave merger={self.merger!r} out")
+            raise ValueError(f"{self.info.name}: steps={self.steps!r} makes no clusters; omit merger={self.merger!r}")
 
     def merge(self, tokens: Tokens, score: Tensor, n: int, site: BlockContext) -> Tokens:
-        """Fuse pairs of the attentive, merge clusters of the inattentive (eqs. 6-8)."""
+        """Fuse pairs of attentive tokens and merge clusters of inattentive tokens (eqs. 6-8)."""
         k, clusters, pairs = self.attentive(len(tokens), n, site.ordinal, site.keep)
         kept, rest = topk_split(score, k)
         rest = by_place(tokens, rest) if self.merger.endswith("pool") else rest
@@ -81,7 +82,7 @@ class Decouple(Method):
         by_cells = self.merger == "spatial-pool" and clusters > 1
         grid = grid_of(f"{self.info.name}(merger='spatial-pool')", tokens) if by_cells else (0, 0)
         cluster, centres = grouped(self.merger, tokens, rest, score, clusters, grid, self.density, self.assign)
-        if self.merger == "max-pool":  # not a sum: first the pairs, then the maxima
+        if self.merger == "max-pool":  # a maximum is not a weighted sum: fuse the pairs first, then take the maxima
             dst = scatter_back(kept, rest, of_kept, arange_like(rest) + left)
             fused = tokens.merge(dst, self._weights(score, dst, left + rest.shape[1], left), torch.cat([lead, rest], 1))
             return fused.merge_max(*set_out(arange_like(lead), arange_like(rest) + left, cluster, centres))
@@ -92,7 +93,7 @@ class Decouple(Method):
         return tokens.merge(dst, weight, torch.cat([lead, rest.gather(1, centres)], 1), complete=clusters > 0)
 
     def _weights(self, score: Tensor, dst: Tensor, n: int, attentive: int, *, complete: bool = False) -> Tensor:
-        """Eq. 8: normalised, or as printed (for clusters only, or for all); a token alone in its set keeps weight one."""
+        """Return the weights of eq. 8: normalised, or as printed (for clusters or all); a single token has weight one."""
         shared = group_normalize(score, dst, n, complete=complete)
         if self.weights == "normalised" and self.steps != "pack":
             return shared
@@ -101,15 +102,15 @@ class Decouple(Method):
 
     # ---------------------------------------------------------------------------------------------- counts
     def division(self, stage: int, keep: float | None) -> TokenDivision:
-        """How tokens are divided at a stage with that keep rate."""
+        """Return the division of tokens at the reducing block number ``stage``, with keep rate ``keep``."""
         return TokenDivision(self.info.name, self.steps, self.clusters, self.pairs, net_of(self.count_rule, keep), stage)
 
     def count(self, attentive: int, before: int, stage: int, keep: float | None) -> int:
-        """Tokens that leave when that many of ``before`` are attentive."""
+        """Return the number of tokens that remain if ``attentive`` of ``before`` tokens are attentive."""
         return self.division(stage, keep).count(attentive, before)
 
     def attentive(self, before: int, n: int, stage: int, keep: float | None) -> tuple[int, int, int]:
-        """(attentive tokens, clusters, pairs) that leave n of ``before``."""
+        """Return the (attentive tokens, clusters, pairs) with which n of ``before`` tokens remain."""
         return self.division(stage, keep).attentive(before, n)
 
     def num_kept(self, rates: Sequence[float], n: int, patches: int) -> int:

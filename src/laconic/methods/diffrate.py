@@ -1,17 +1,18 @@
-"""DiffRate: Differentiable TokenReduction Rate for Efficient Vision Transformers (Chen et al., ICCV 2023, arXiv:2305.17997).
+"""DiffRate: Differentiable Compression Rate for Efficient Vision Transformers (Chen et al., ICCV 2023, arXiv:2305.17997).
 
-Between attention and MLP the patch tokens stand in line by class attention (mean over heads). The last of the line are
-pruned, down to p; then the tail [n:] of what is left is merged into its head [:n], each token into the head token with the
-most similar features (cosine of x after the attention residual). A merged token is the plain mean of its group. With
-proportional attention, log(size) is added to the logits towards a token, and here ``size`` grows by similarity times
-size of what was merged in, so that unlike tokens add little.
+Between attention and MLP the patch tokens are sorted by class attention (mean over heads). The tokens at the end are pruned
+until p are left; then the tail [n:] of these is merged into the head [:n], each token into the head token with the most
+similar features (cosine of x after the attention residual). A merged token is the plain mean of its group. With
+proportional attention, log(size) is added to the logits towards a token; here ``size`` grows by similarity times the size of
+each token merged in, so that dissimilar tokens add little.
 
-How many each block prunes and merges is the method: both counts are learned for every block
-(`laconic.training.diffrate_search`) and then fixed. ``prune_kept`` and ``merge_kept`` take them as published, one number a
-block with one class token counted; a count above what there is does nothing. With a keep rate instead, at three blocks by
-default, ``pruned`` of the tokens that leave are pruned and the others are merged.
+The method is the choice of how many tokens each block prunes and merges: both counts are learned for every block
+(`laconic.training.diffrate_search`) and then fixed. ``prune_kept`` and ``merge_kept`` take them as published, one number per
+block with one class token counted; a count above the number of tokens has no effect. With a keep rate instead, at three
+blocks by default, the share ``pruned`` of the removed tokens is pruned and the others are merged.
 
-Departure: a size that negative similarities would bring to zero stops at `FLOOR`; the published code takes its logarithm.
+Departure: a size that negative similarities would reduce to zero is clamped at `FLOOR`; the published code takes its
+logarithm.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ FLOOR = 1e-3
 
 
 def after_pruning(before: int, after: int, prune_kept: int | None, pruned: float) -> int:
-    """How many of ``before`` tokens pruning leaves, where ``after`` are left in the end."""
+    """Return the number of ``before`` tokens left by pruning, if ``after`` are left by pruning and merging."""
     p = before - round(pruned * (before - after)) if prune_kept is None else prune_kept
     return max(after, min(p, before))
 
 
 class DiffRateReducer(Reducer):
-    """Sort by attention, prune the end of the line, merge the tail into the head."""
+    """Sort tokens by attention, prune the last ones, merge the tail of the others into the head."""
 
     def __init__(self, score: Score, prune_kept: int | None, pruned: float) -> None:
         super().__init__()
@@ -50,9 +51,9 @@ class DiffRateReducer(Reducer):
         tokens = tokens.keep(line)
         if p == n:
             return tokens
-        similarity, host = nearest(tokens.patches[:, n:], tokens.patches[:, :n])
+        similarity, match = nearest(tokens.patches[:, n:], tokens.patches[:, :n])
         head = arange_like(tokens.size[:, :n])
-        dst = torch.cat([head, host], 1)
+        dst = torch.cat([head, match], 1)
         gate = tokens.attn_scale_or_ones
         grown = gate * torch.cat([torch.ones_like(gate[:, :n]), similarity], 1)
         tokens = tokens.merge(dst, group_normalize(torch.ones_like(tokens.size), dst, n), head)
@@ -70,13 +71,14 @@ class DiffRateReducer(Reducer):
 )
 @dataclass(frozen=True)
 class DiffRate(Method):
-    """Options of ``diffrate``: the learned counts, or the share that is pruned.
+    """Options of ``diffrate``: the learned counts, or the share of removed tokens that is pruned.
 
     Args:
-        prune_kept: tokens left by pruning, for every block of the model, one class token counted, as published.
-        merge_kept: tokens left by merging, likewise: what the block leaves. None: give a keep rate for each block instead.
-        pruned: without ``prune_kept``, the share of the leaving tokens that is pruned and not merged.
-        score: ``class`` attention, or (without class token) the ``mean-query``'s.
+        prune_kept: tokens kept by pruning, for every block of the model, one class token counted, as published.
+        merge_kept: tokens kept after merging, that is by the whole block; counted in the same way. None: give a keep rate
+            for each reducing block instead.
+        pruned: without ``prune_kept``, the share of the removed tokens that is pruned and not merged.
+        score: ``class`` attention, or (without a class token) that of the ``mean-query``.
     """
 
     prune_kept: tuple[int, ...] | None = None
@@ -87,10 +89,10 @@ class DiffRate(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.pruned <= 1:
-            raise ValueError(f"diffrate: pruned is a share of the tokens that leave, from 0 to 1, not {self.pruned!r}")
+            raise ValueError(f"diffrate: pruned is a share of the removed tokens, from 0 to 1, not {self.pruned!r}")
         for name, counts in (("prune_kept", self.prune_kept), ("merge_kept", self.merge_kept)):
             if any(count < 2 for count in counts or ()):
-                raise ValueError(f"diffrate: {name} are counts of tokens, the class token and at least one more; got {counts}")
+                raise ValueError(f"diffrate: {name} must count the class token and at least one more token; got {counts}")
 
     def build(self, site: BlockContext) -> Reducer:
         return DiffRateReducer(SCORES[self.score], self._prune_kept(site), self.pruned)
@@ -99,12 +101,12 @@ class DiffRate(Method):
         if self.merge_kept is None:
             return super().default_schedule(depth, keep, at)
         if keep is not None or at is not None:
-            raise ValueError("diffrate: merge_kept says how many tokens every block leaves; give no keep and no at with it")
+            raise ValueError("diffrate: merge_kept sets how many tokens every block keeps; do not give keep or at with it")
         prune_kept = self.prune_kept or self.merge_kept
         if not len(self.merge_kept) == len(prune_kept) == depth:
             raise ValueError(
                 f"diffrate: {len(prune_kept)} counts in prune_kept and {len(self.merge_kept)} in merge_kept for {depth} "
-                "blocks; give one for each block"
+                "blocks; give one count for each block"
             )
         least = map(min, self.merge_kept, prune_kept)
         return Schedule.keep_counts({block: count - 1 for block, count in enumerate(least)})

@@ -1,4 +1,4 @@
-"""Methods that decide alone how many tokens an image keeps, and take no keep rate."""
+"""Methods that decide on the number of tokens of each image themselves, and take no keep rate."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from laconic.core.schedule import Schedule
 
 
 class NoKeepRate(AdaptiveMethod):
-    """A method without a keep rate: there is none (it decides), or it is 1 (the unreduced model)."""
+    """A method without a keep rate: the schedule has none (the method decides), or it is 1 (the unreduced model)."""
 
-    takes_keep = False
-    lever: ClassVar[str]  # what to do for fewer tokens, in words
+    accepts_keep = False
+    tuning_hint: ClassVar[str]  # how to get fewer tokens, as text for the error message
 
     def default_schedule(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
         schedule = super().default_schedule(depth, keep, at)
@@ -28,5 +28,5 @@ class NoKeepRate(AdaptiveMethod):
         if schedule.unit not in ("adaptive", "keep") or any(value != 1 for value in schedule.values):
             raise ValueError(
                 f"{self.info.name} decides for every image how many tokens it keeps, and takes no keep rate and no counts; got "
-                f"{schedule.unit}={list(schedule.values)}. Leave keep away (keep=1 is the unreduced model); {self.lever}"
+                f"{schedule.unit}={list(schedule.values)}. Omit keep (keep=1 is the unreduced model); {self.tuning_hint}"
             )

@@ -1,4 +1,4 @@
-"""What methods refuse in the same words."""
+"""Checks with error messages that several methods share."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from laconic.core.tokens import Tokens
 
 
 def require(owner: str, option: str, value: Any, fits: bool, wanted: str) -> None:
-    """Refuse an option value that does not fit; ``wanted`` says what the option is or must be."""
+    """Raise a ValueError unless an option value ``fits``; ``wanted`` says what the option is or must be."""
     if not fits:
         raise ValueError(f"{owner}: {option} {wanted}, not {value!r}")
 
 
 def require_class_token(tokens: Tokens, otherwise: str) -> None:
-    """Refuse tokens without a class token; ``otherwise`` says what it is needed for and what to do."""
+    """Raise a LookupError if there is no class token; ``otherwise`` says what it is needed for and what to do."""
     if not tokens.has_cls:
         raise LookupError(f"this backbone has no class token, {otherwise}")

@@ -1,4 +1,4 @@
-"""Methods that decide alone, at every block."""
+"""Methods that decide on the number of tokens themselves, at every block."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from laconic.methods.ops.alone import NoKeepRate
 
 
 class EveryBlock(NoKeepRate):
-    """A method without a keep rate that works at every block unless it is told where."""
+    """A method without a keep rate that works at every block unless the blocks are given."""
 
     def blocks(self, depth: int) -> tuple[int, ...]:
         return tuple(range(depth))

@@ -1,4 +1,4 @@
-"""A-ViT's second loss: how far the halting scores of the blocks are from the wished ones."""
+"""A-ViT's second loss: the distance of the blocks' halting scores from a target distribution."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def depth_target(depth: int, center: int, blocks: Sequence[int], like: Tensor) -> Tensor:
-    """The wished halting score of each of ``blocks``: a Gaussian, of which the first ``center`` blocks have 0.98."""
+    """Return the target halting score of each of ``blocks``: a Gaussian whose first ``center`` blocks sum to 0.98."""
     places = torch.arange(depth, device=like.device, dtype=torch.float32)
     log = -(places - center).square() / 2
     picked = torch.stack([log[block] for block in blocks])
@@ -17,6 +17,6 @@ def depth_target(depth: int, center: int, blocks: Sequence[int], like: Tensor) -
 
 
 def halting_divergence(score: Tensor, target: Tensor) -> Tensor:
-    """KL(target || shares of the scores) over the number of blocks, and not below zero (the target does not sum to one)."""
+    """Return KL(target || shares of the scores) / number of blocks, clamped at zero (the target does not sum to one)."""
     share = (score / score.sum().clamp_min(torch.finfo(score.dtype).tiny)).clamp(0.01, 0.99)
     return (torch.xlogy(target, target) - target * share.log()).mean().clamp_min(0)

@@ -1,4 +1,4 @@
-"""AdaViT's decisions in training, and its losses on how much of a model is used."""
+"""AdaViT's sampled decisions in training, and its losses on the share of a model that is used."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from laconic.core.adaptive import AdaptiveReducer
 from laconic.core.shape_types import Float
 from laconic.core.tokens import Tokens
 
-USED = "used"  # the column that says which tokens are
-TOKENS, HEADS, LAYERS = "used_tokens", "used_heads", "used_layers"  # notes [B, M] of an image, and losses
+USED = "used"  # per-token column: 1 for used tokens, else 0
+TOKENS, HEADS, LAYERS = "used_tokens", "used_heads", "used_layers"  # per-image values [B, M], and losses
 LOGITS = {HEADS: "logits of heads", LAYERS: "logits of layers"}
 
 
-class Everything(AdaptiveReducer):
-    """Behind a block that decides comes one that does not: it uses all tokens again."""
+class UseAll(AdaptiveReducer):
+    """The reducer of a block that follows a deciding one and does not decide itself: it uses all tokens again."""
 
     def before(self, tokens: Tokens, n: int) -> Tokens:
         return tokens.replace(keep_mask=None)
 
 
 def decided(logits: Tensor, threshold: float, tau: float | None = None) -> Tensor:
-    """1 where the sigmoid is above the threshold, else 0.
+    """Return 1 where the sigmoid of the logit is above the threshold, else 0.
 
-    With ``tau`` by chance: logistic noise (the difference of two Gumbel noises) is added to the logits, and the sum divided
-    by ``tau``. Gradients are then those of the sigmoid.
+    With ``tau`` the decision is sampled: logistic noise (the difference of two Gumbel noises) is added to the logits, and the
+    sum is divided by ``tau``. The gradients are then those of the sigmoid.
     """
     if tau is None:
         return (logits.sigmoid() > threshold).float()
@@ -38,16 +38,16 @@ def decided(logits: Tensor, threshold: float, tau: float | None = None) -> Tenso
 
 
 def use_losses(notes: Mapping[str, Tensor], target: float, diverse: float, entropy: float) -> dict[str, Tensor]:
-    """Losses from what is noted of the use in all blocks: M tokens' means, M heads or M halves of blocks.
+    """Return the losses from the recorded use in all blocks: M means over tokens, M heads, or M halves of blocks.
 
     ``used_tokens`` is (mean use - target)^2, ``used_heads`` and ``used_layers`` are |mean use - target|. ``diverse_heads``
     and ``diverse_layers`` are ``diverse`` times the `diverse_use`; ``entropy_heads`` and ``entropy_layers`` are below zero,
-    -``entropy`` times the `mean_entropy`, so that decisions are kept from being certain too soon.
+    -``entropy`` times the `mean_entropy`, which keeps decisions from becoming certain too soon.
     """
     out = dict[str, Tensor]()
     if TOKENS in notes:
         out[TOKENS] = (notes[TOKENS].mean() - target).square()
-    for name, together in ((HEADS, 1), (LAYERS, 2)):  # the two halves of a block are one layer to `diverse_use`
+    for name, together in ((HEADS, 1), (LAYERS, 2)):  # `diverse_use` counts the two halves of a block as one layer
         if name in notes:
             out[name] = (notes[name].mean() - target).abs()
             if diverse:
@@ -58,13 +58,13 @@ def use_losses(notes: Mapping[str, Tensor], target: float, diverse: float, entro
 
 
 def diverse_use(use: Float[Tensor, "B M"], target: float, together: int) -> Tensor:
-    """Mean distance from the target, over the parts of a model, of each one's mean use by the images of the batch.
+    """Return the mean over the parts of a model of |mean use of the part over the images of the batch - target|.
 
-    ``together`` neighbours are one part. Zero where every part is used by the wished share of images: by some, not by all.
+    ``together`` neighbours are one part. It is zero if every part is used by the target share of the images.
     """
     return (use.mean(0).view(-1, together).mean(1) - target).abs().mean()
 
 
 def mean_entropy(logits: Tensor) -> Tensor:
-    """Mean entropy of decisions with these logits, in nats: -p log p - (1 - p) log(1 - p)."""
+    """Return the mean entropy of decisions with these logits, in nats: -p log p - (1 - p) log(1 - p)."""
     return (F.softplus(logits) - logits * logits.sigmoid()).mean()
