@@ -236,7 +236,7 @@ def test_training_hides_and_removes_nothing(method):
         ("spvit", {"ratios": (0.6, 0.0, 0.1)}, "ratios are shares"),
         ("spvit", {"ratios": (0.6, 0.3)}, "2 shares to aim at, and block 3 is stage 3.*keep="),
         ("spvit", {"execution": "sparse"}, "spvit: execution must be one of"),
-        ("iared", {"heads": 0}, "iared: heads is a number of heads, at least 1, not 0"),
+        ("iared", {"heads": 0}, "iared: heads must be a number of heads, at least 1, not 0"),
         ("iared", {"heads": 5}, r"5 heads do not divide the 48 channels.*heads= one of \[1, 2, 3, 4, 6, 8, 12, 16\]"),
         ("iared", {"threshold": 1.0}, "threshold must be from 0 to below 1"),
         ("iared", {"score": "keys"}, "iared: score must be one of 'class', 'mean-query'"),

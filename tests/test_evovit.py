@@ -217,7 +217,7 @@ def test_a_second_head_is_saved(tmp_path):
 
 @pytest.mark.unchecked
 def test_what_a_second_head_needs():
-    with pytest.raises(ValueError, match="evovit: second_head is a number of classes, or None, not 0"):
+    with pytest.raises(ValueError, match="evovit: second_head must be a number of classes, or None, not 0"):
         EvoViT(second_head=0)
     with pytest.raises(LookupError, match="no class token, and a second head would read it; leave second_head away"):
         laconic.reduce_(make("gap"), "evovit", keep=0.5, at=AT, score="mean-query", second_head=5)

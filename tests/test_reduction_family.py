@@ -706,7 +706,7 @@ def test_shrinking_radius(norm, smallest):
 
 def test_shrinking_takes_no_rate_but_explicit_counts():
     config = laconic.Heuristic(count="shrinking")
-    with pytest.raises(ValueError, match="leave keep out"):
+    with pytest.raises(ValueError, match="omit keep"):
         laconic.reduce_(make("plain"), config, keep=0.7)
     model = laconic.reduce_(make("plain"), config, schedule=laconic.Schedule.keep_counts({1: 16}))
     assert laconic.summary(model).tokens == (36, 16, 16, 16)

@@ -1,17 +1,18 @@
 """DPC-KNN: density-peak clustering of tokens, as in TCFormer's CTM block (Zeng et al., CVPR 2022, arXiv:2204.08680).
 
-Followed as a baseline of Haurum et al., "Which Tokens to Use? Investigating Token Reduction in Vision Transformers"
-(ICCV Workshops 2023, arXiv:2308.04657). Before the block, on patch tokens alone and with D_ij = |x_i - x_j| / sqrt(C):
+Implemented as a baseline of Haurum et al., "Which Tokens to Use? Investigating Token Reduction in Vision Transformers"
+(ICCV Workshops 2023, arXiv:2308.04657). Before the block, on patch tokens only and with D_ij = |x_i - x_j| / sqrt(C):
 
     density  rho_i   = exp(-(mean of the k smallest D_ij^2, its own among them))
     distance delta_i = the smallest D_ij to a denser j; for the densest, the largest D of the image
 
-The n tokens of largest rho_i delta_i are the centres, and leave in that order; every other token joins the nearest centre.
-A cluster becomes the sum of e^{s_i} x_i over the sum of e^{s_i}, s_i = Linear(x_i) (``weights="learned"``), or its mean.
+The n tokens of largest rho_i delta_i are the centres, and are returned in that order; every other token joins the nearest
+centre. A cluster becomes the sum of e^{s_i} x_i over the sum of e^{s_i}, s_i = Linear(x_i) (``weights="learned"``), or its
+mean.
 
 Departures: the published code adds noise of 1e-6 to the densities, in evaluation too; here the earlier of two equally
-dense tokens counts as denser. Its denominators carry 1e-6, here the weights of a cluster sum to one. The scorer starts at
-zero, that is with equal weights, so that the method is of use before training; theirs starts at random (std 0.02).
+dense tokens counts as denser. Its denominators include 1e-6; here the weights of a cluster sum to one. Its scorer starts at
+random (std 0.02); here it starts at zero, that is with equal weights, so that the method is usable before training.
 """
 
 from __future__ import annotations
@@ -30,19 +31,19 @@ from laconic.methods.ops import by_stage, density_peaks, group_normalize, precis
 
 
 class DPCKNNReducer(Reducer):
-    """Cluster by density peaks and merge, with learned weights if there is a scorer."""
+    """Cluster tokens by density peaks and merge each cluster, with learned weights if there is a scorer."""
 
     def __init__(self, score: nn.Linear | None, neighbours: int) -> None:
         super().__init__()
         self.score, self.neighbours = score, neighbours
 
     def before(self, tokens: Tokens, n: int) -> Tokens:
-        x = precise(tokens.patches.detach())  # densities are close: in float32 some centres come out in another order
+        x = precise(tokens.patches.detach())  # densities are close: float32 would change the order of some centres
         cluster, centres = density_peaks(x, n, assign="nearest", farthest="sample", neighbours=self.neighbours)
         return tokens.merge(cluster, group_normalize(self.weight(tokens, cluster, n), cluster, n), centres)
 
     def weight(self, tokens: Tokens, cluster: Tensor, n: int) -> Tensor:
-        """e^{s_i}, over the largest of the cluster (which cancels, and cannot overflow)."""
+        """Return e^{s_i} divided by the largest of the cluster (which cancels, and avoids overflow)."""
         if self.score is None:
             return torch.ones_like(tokens.size)
         score = self.score(tokens.patches.to(self.score.weight.dtype)).squeeze(-1).float()
@@ -65,8 +66,8 @@ class DPCKNN(Method):
     """Options of ``dpc-knn``.
 
     Args:
-        weights: of the tokens in a cluster: ``learned`` by a linear layer, or ``equal`` (nothing is learned then).
-        neighbours: k, the nearest tokens that make up the density, the token itself among them.
+        weights: weights of the tokens in a cluster: ``learned`` by a linear layer, or ``equal`` (no parameters).
+        neighbours: k, the number of nearest tokens used for the density, including the token itself.
     """
 
     weights: Literal["learned", "equal"] = "learned"

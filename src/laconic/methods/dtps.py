@@ -1,7 +1,7 @@
 """dTPS (arXiv:2304.10716): DynamicViT's predictor before a block, keep int(N0 * rate^stage), squeeze the rest (see `squeeze`).
 
-Training keeps the shape: decisions are Gumbel-sampled, hosts are fused softly with straight-through gradients, pruned
-tokens are masked afterwards. Losses: "ratio" as in DynamicViT, and distillation of logits and (by KL) of tokens.
+Training keeps the number of tokens: decisions are Gumbel-sampled, hosts are fused softly with straight-through gradients,
+pruned tokens are masked afterwards. Losses: "ratio" as in DynamicViT, and distillation of logits and (by KL) of tokens.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from laconic.methods.ops import arbitrary, by_stage
 from laconic.methods.squeeze import NOTED, Squeeze
 
 
-class WatchfulPrune(LearnedPrune):
-    """`LearnedPrune` that notes the attention of the block before."""
+class WatchingPrune(LearnedPrune):
+    """`LearnedPrune` that records the attention of the block before."""
 
     def watch(self, tokens: Tokens, seen: AttentionView) -> Tokens:
         return tokens.replace(per_token={**tokens.per_token, NOTED: seen.rows(arange_like(tokens.size))})
@@ -42,11 +42,11 @@ class WatchfulPrune(LearnedPrune):
 )
 @dataclass(frozen=True)
 class DTPS(Squeeze):
-    """Options of ``dtps``: those of `Squeeze` (the random policy counts at inference only)."""
+    """Options of ``dtps``: those of `Squeeze` (the random policy has an effect at inference only)."""
 
     def build(self, site: BlockContext) -> Reducer:
         seed = self.seed * 1009 + site.ordinal
-        kind = LearnedPrune if self.similarity == "cosine" else WatchfulPrune
+        kind = LearnedPrune if self.similarity == "cosine" else WatchingPrune
         return kind(site.dim, partial(self._hard, seed), self._soft)
 
     def _hard(self, seed: int, tokens: Tokens, score: Tensor, n: int) -> Tokens:

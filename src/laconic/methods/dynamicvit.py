@@ -3,12 +3,12 @@
 Before a block, a small predictor gives every token the log-probabilities of being kept and dropped (eqs. 1-4).
 
 * Inference: keep the int(N0 * rate^stage) tokens most likely to be kept, by falling probability (eq. 6).
-* Training: a hard Gumbel-softmax decision per token, times the decision before (eqs. 7-8); no token leaves, but attention
-  is masked so that dropped tokens are seen by none but themselves (eqs. 10-11), and the predictor's global features
-  average over the kept ones. Loss "ratio": the mean over images of (share kept - rate^stage)^2 (eq. 16).
+* Training: a hard Gumbel-softmax decision per token, times the previous decision (eqs. 7-8); no token is removed, but
+  attention is masked so that only a dropped token itself attends to it (eqs. 10-11), and the predictor's global features
+  average over the kept tokens. Loss "ratio": the mean over images of (share kept - rate^stage)^2 (eq. 16).
 
-Departures: the published softmax adds eps/N (eps = 1e-6) to every attention weight, here there is no such leak, so that
-fused attention goes on; denominators are clamped where it divides by zero when all is dropped.
+Departures: the published softmax adds eps/N (eps = 1e-6) to every attention weight; here it does not, so that fused
+attention kernels can be used. Denominators are clamped; the published code divides by zero when all tokens are dropped.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SoftRest = Callable[[Tokens, Tensor, Tensor], Tokens]  # (tokens, keep, gone): t
 
 
 class LearnedPrune(Reducer):
-    """A learned score before the block, and what becomes of the rest: at inference and, softly, in training."""
+    """Score tokens by a predictor before the block and reduce them: with ``rest`` at inference, ``soft_rest`` in training."""
 
     def __init__(self, dim: int, rest: Rest, soft_rest: SoftRest) -> None:
         super().__init__()
@@ -53,16 +53,16 @@ class LearnedPrune(Reducer):
 
 
 def soft_drop(tokens: Tokens, keep: Tensor, gone: Tensor) -> Tokens:
-    """Hide the dropped tokens."""
+    """Hide the dropped tokens from attention, without removing them."""
     return tokens.soft_drop(keep, torch.where(keep > 0, arange_like(keep), -1))
 
 
-def _drop_by_chance(seed: int, tokens: Tokens, score: Tensor, n: int) -> Tokens:
+def _drop_at_random(seed: int, tokens: Tokens, score: Tensor, n: int) -> Tokens:
     return drop(tokens, shuffled(score, tokens, seed), n)
 
 
 def predictor_macs(before: int, dim: int) -> dict[str, int]:
-    """Work of one predictor on ``before`` tokens: its layers, its LayerNorm, and the masking of its global features."""
+    """Return the work of one predictor on ``before`` tokens: its layers, its LayerNorm, and masking its global features."""
     linear = dim * dim + dim * (dim // 2) + (dim // 2) * (dim // 4) + (dim // 4) * 2
     return {"matmul": before * linear, "layernorm": before * dim, "elementwise": before * (dim // 2)}
 
@@ -79,9 +79,9 @@ def predictor_macs(before: int, dim: int) -> dict[str, int]:
 )
 @dataclass(frozen=True)
 class DynamicViT(Method):
-    """Options of ``dynamicvit``: ``policy="random"`` gives every score to an arbitrary other token, drawn by ``seed``.
+    """Options of ``dynamicvit``: ``policy="random"`` permutes the scores among the tokens at random, by ``seed``.
 
-    That is an ablation of the TPS paper, and counts at inference only.
+    This is an ablation of the TPS paper, and has an effect at inference only.
     """
 
     policy: Literal["original", "random"] = "original"
@@ -90,7 +90,7 @@ class DynamicViT(Method):
     def build(self, site: BlockContext) -> Reducer:
         if self.policy == "original":
             return LearnedPrune(site.dim, drop, soft_drop)
-        return LearnedPrune(site.dim, partial(_drop_by_chance, self.seed * 1009 + site.ordinal), soft_drop)
+        return LearnedPrune(site.dim, partial(_drop_at_random, self.seed * 1009 + site.ordinal), soft_drop)
 
     def num_kept(self, rates: Sequence[float], n: int, patches: int) -> int:
         return of_the_initial(rates, n, patches)

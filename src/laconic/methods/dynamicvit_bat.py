@@ -1,8 +1,8 @@
-"""DynamicViT + BAT (the row "DyViT+Ours" of arXiv:2211.11315): BAT's merger on DynamicViT's learned score, before a block.
+"""DynamicViT + BAT (the row "DyViT+Ours" of arXiv:2211.11315): BAT's merger with DynamicViT's learned score, before a block.
 
-The paper does not say how; here the attentive are the int(N0 * rate^stage) tokens most likely to be kept, the probability
-of being kept is the weight of eq. 8, and training really removes tokens, with straight-through gradients to the score;
-no ratio loss, distillation of logits and tokens.
+The paper does not give the details. Here the attentive tokens are the int(N0 * rate^stage) tokens most likely to be kept, the
+probability of being kept is the weight of eq. 8, and training really removes tokens, with straight-through gradients to the
+score; no ratio loss, distillation of logits and tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from laconic.methods.ops import Predictor, by_stage
 
 
 class LearnedMerge(Reducer):
-    """A learned score before the block, then decouple and merge; in training too, straight through to the score."""
+    """Score tokens by a predictor before the block, then split and merge them; straight-through gradients to the score."""
 
     def __init__(self, config: DynamicViTBAT, site: BlockContext) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class LearnedMerge(Reducer):
 
     def before(self, tokens: Tokens, n: int) -> Tokens:
         score = self.predictor(tokens.patches)[..., 0].exp()
-        # value one, gradient of the score: tokens that merge with none would else teach the predictor nothing
+        # factor 1 with the gradient of the score: tokens that are not merged would otherwise give the predictor no gradient
         through = (1 + score - score.detach()).unsqueeze(-1).to(tokens.x.dtype)
         x = torch.cat([tokens.x[:, : tokens.prefix], tokens.patches * through], 1) if self.training else tokens.x
         return self.config.merge(tokens.replace(x=x), score, n, self.site)
@@ -49,7 +49,7 @@ class LearnedMerge(Reducer):
 )
 @dataclass(frozen=True)
 class DynamicViTBAT(Decouple):
-    """Options of ``dynamicvit+bat``: those of ``bat``. Attentive are int(N0 * rate^stage); trained with real removal."""
+    """Options of ``dynamicvit+bat``: those of ``bat``. int(N0 * rate^stage) tokens are attentive; training removes tokens."""
 
     def build(self, site: BlockContext) -> Reducer:
         return LearnedMerge(self, site)

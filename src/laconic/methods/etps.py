@@ -1,7 +1,7 @@
 """eTPS (arXiv:2304.10716): score by class attention inside a block, keep ceil(rate * N), squeeze the rest (see `squeeze`).
 
-Training is the same operation; the loss adds logit distillation from the unreduced model. There is no published code of
-eTPS: it is the composition its authors describe, and its cost agrees with theirs to the digit.
+Training runs the same operation; the loss adds logit distillation from the unreduced model. There is no published code of
+eTPS: this is the composition that its authors describe, and its cost matches theirs in every digit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from laconic.methods.squeeze import Squeeze
 
 
 class ETPSReducer(Reducer):
-    """Class attention, then squeeze."""
+    """Score by class attention, then squeeze."""
 
     def __init__(self, config: ETPS, seed: int) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class ETPSReducer(Reducer):
 )
 @dataclass(frozen=True)
 class ETPS(Squeeze):
-    """Options of ``etps``: those of `Squeeze`, and what scores a token."""
+    """Options of ``etps``: those of `Squeeze`, and the attention score of a token."""
 
     score: ScoreName = "class"
 

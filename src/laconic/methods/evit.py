@@ -4,8 +4,8 @@ Between attention and MLP, keep the K = ceil(rate * N) tokens the class token at
 pack the inattentive ones into one more token, x_f = sum of a_i x_i (eq. 5). As in the published code the sum is not
 normalised, gradients flow through the attention, and the packed token is an ordinary token from then on.
 
-Departure: where all but one token would be kept (a rate just under 1) the counts before and after are the same, and
-nothing is done; the published code scales that single token.
+Departure: if all tokens but one would be kept (a rate just below 1), the counts before and after are the same, and nothing is
+done; the published code scales that single token.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from laconic.methods.topk import drop
 
 
 def pack(tokens: Tokens, score: Tensor, n: int) -> Tokens:
-    """Keep the n - 1 highest scores, by falling score; then the packed token, in the place of the best of the rest."""
+    """Keep the n - 1 highest scores, by falling score, then the packed token, at the position of the best of the rest."""
     kept, rest = topk_split(score, n - 1)
     dst = scatter_back(kept, rest, arange_like(kept), torch.full_like(rest, n - 1))
     weight = score.scatter(1, kept, 1.0)
     return tokens.merge(dst, weight, torch.cat([kept, rest[:, :1]], 1), complete=True)
 
 
-def _by_chance(score: str, seed: int, tokens: Tokens, seen: AttentionView) -> Tensor:
+def _at_random(score: str, seed: int, tokens: Tokens, seen: AttentionView) -> Tensor:
     return shuffled(SCORES[score](tokens, seen), tokens, seed)
 
 
@@ -50,9 +50,9 @@ def _by_chance(score: str, seed: int, tokens: Tokens, seen: AttentionView) -> Te
 )
 @dataclass(frozen=True)
 class EViT(Method):
-    """Options of ``evit``: pack the rest into one token (``fuse``) or drop it, and what scores a token.
+    """Options of ``evit``: pack the rest into one token (``fuse``) or drop it, and the attention score of a token.
 
-    ``policy="random"`` gives every score to an arbitrary other token, drawn by ``seed`` (an ablation of the TPS paper).
+    ``policy="random"`` permutes the scores among the tokens at random, by ``seed`` (an ablation of the TPS paper).
     """
 
     fuse: bool = True
@@ -63,7 +63,7 @@ class EViT(Method):
     def build(self, site: BlockContext) -> Reducer:
         score = SCORES[self.score]
         if self.policy == "random":
-            score = partial(_by_chance, self.score, self.seed * 1009 + site.ordinal)
+            score = partial(_at_random, self.score, self.seed * 1009 + site.ordinal)
         if self.fuse:
             return Prune(score, pack)
         return Prune(score, drop, reads="class" if self.score == "class" else "anywhere")

@@ -1,7 +1,7 @@
-"""EViT + BAT (the row "EViT+Ours" of arXiv:2211.11315): EViT with BAT's merger in the place of its packed token.
+"""EViT + BAT (the row "EViT+Ours" of arXiv:2211.11315): EViT with BAT's merger in place of its packed token.
 
-The paper does not say how; here the split is EViT's, clusters are attention-weighted sums that are not normalised (as EViT
-packs), attentive pairs are fused, and as many tokens leave as in EViT.
+The paper does not give the details. Here the split is EViT's, clusters are attention-weighted sums that are not normalised
+(as EViT packs), attentive pairs are fused, and as many tokens remain as in EViT.
 """
 
 from __future__ import annotations

@@ -1,19 +1,19 @@
 """Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer (Xu et al., AAAI 2022, arXiv:2108.01390).
 
-The class token's attention, evolved over the layers (g <- g / 2 + attention / 2 for the tokens that are run, eq. 4), says who
-is informative. Before a block the int(rate * N) most informative tokens go on (the slow path); the others, the
-placeholders, sit out a stage of blocks and come back after its end. So the image stays complete, and the next stage chooses
-again. Its published model reads the mean over all patches, placeholders among them.
+The class token's attention, evolved over the layers (g <- g / 2 + attention / 2 for the tokens that are run, eq. 4), is the
+importance of a token. The int(rate * N) most informative tokens go through the blocks (the slow path); the others, the
+placeholders, skip a stage of blocks and are appended again after its end. So all patches are kept, and the next stage chooses
+again. The published model pools the mean over all patches, including placeholders.
 
-* ``update="parked"``: placeholders come back as they were. That is what the published DeiT code does, and its checkpoints
-  need. ``update="fast"`` is the paper's (eqs. 5-6): the g-weighted mean of the placeholders goes along as one more token, and
-  what the blocks add to it is added to every placeholder at the end of the stage.
-* ``stages="block"`` chooses anew before every block (the first 200 epochs of its training), ``"scheduled"`` at the
-  schedule's blocks: by default after a third and two thirds of the depth.
+* ``update="parked"``: placeholders come back unchanged. The published DeiT code does this, and its checkpoints need it.
+  ``update="fast"`` follows the paper (eqs. 5-6): the g-weighted mean of the placeholders goes through the blocks as one more
+  token, and what the blocks add to it is added to every placeholder at the end of the stage.
+* ``stages="block"`` chooses again before every block (the first 200 epochs of its training), ``"scheduled"`` at the blocks of
+  the schedule: by default after a third and two thirds of the depth.
 
-Training is the same operation. With ``second_head``, a number of classes, a norm and a linear layer read the class token
-after the last block as well, as in the published training: the loss is half the cross-entropy of each. Inference has no use
-for it, and a checkpoint is read with it or without.
+Training runs the same operation. With ``second_head``, a number of classes, a norm and a linear layer also read the class
+token after the last block, as in the published training: the loss is half the cross-entropy of each head. Inference does not
+use the second head, and checkpoints can be loaded with or without it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ EVOLVED, ENTERED = "evolved attention", "representative"
 
 
 class EvoViTReducer(Reducer):
-    """Choose, part, evolve the scores, bring together: whatever is due at this block."""
+    """Choose the slow tokens, park the placeholders, evolve the scores, append the placeholders, as scheduled at this block."""
 
     def __init__(self, config: EvoViT, site: BlockContext) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class EvoViTReducer(Reducer):
 )
 @dataclass(frozen=True)
 class EvoViT(SlowPath):
-    """Options of ``evovit``: what becomes of placeholders, when tokens are chosen, what scores them, a head for training."""
+    """Options of ``evovit``: those of `SlowPath`, the attention score of a token, and a second head for training."""
 
     score: ScoreName = "class"
     second_head: int | None = None  # number of classes
@@ -100,7 +100,7 @@ class EvoViT(SlowPath):
     def __post_init__(self) -> None:
         super().__post_init__()
         fits = self.second_head is None or self.second_head >= 1
-        require("evovit", "second_head", self.second_head, fits, "is a number of classes, or None")
+        require("evovit", "second_head", self.second_head, fits, "must be a number of classes, or None")
 
     def build(self, site: BlockContext) -> Reducer:
         return EvoViTReducer(self, site)
@@ -111,14 +111,14 @@ class EvoViT(SlowPath):
     def default_schedule(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
         blocks = (depth // 3, 2 * depth // 3) if at is None else tuple(at)
         if blocks and blocks[0] == 0:
-            raise ValueError("evovit chooses by the attention of the block before; at must not name block 0")
+            raise ValueError("evovit chooses tokens by the attention of the block before; remove block 0 from at")
         return Schedule.rates(0.5 if keep is None else keep, blocks)
 
     def convert_official(self, weights: Mapping[str, Tensor], at: Sequence[int]) -> dict[str, Tensor]:
-        """Their q, k and v lie apart, their norms and projections beside the blocks, and so does the second head."""
+        """Rename the authors' weights: q, k, v are apart; norms, projections and second head lie outside the blocks."""
         last = max((int(name.split(".")[1]) for name in weights if name.startswith("norms.")), default=0)
         second = [rf"laconic.reducers.{last}.second_head.\1.\2"] if self.second_head is not None else []
         layers = [(r"(?:qks|vs)\.(\d+)\.(.+)", r"blocks.\1.attn.\2"), (r"norm\.(.+)", r"fc_norm.\1")]
-        beside = [(r"norms\.(\d+)\.(.+)", r"blocks.\1.norm1.\2"), (r"projs\.(\d+)\.(.+)", r"blocks.\1.attn.proj.\2")]
-        ours = renamed(weights, *layers, *beside, (r"(norm|head)_cls\.(.+)", *second))
+        outside = [(r"norms\.(\d+)\.(.+)", r"blocks.\1.norm1.\2"), (r"projs\.(\d+)\.(.+)", r"blocks.\1.attn.proj.\2")]
+        ours = renamed(weights, *layers, *outside, (r"(norm|head)_cls\.(.+)", *second))
         return joined(ours, ("attn.qk", "attn.v"), "attn.qkv")

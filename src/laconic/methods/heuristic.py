@@ -1,19 +1,19 @@
-"""Fixed patterns: keep the patches in the middle of the image, whatever is in it, and drop the rest.
+"""Fixed patterns: keep the patches in the middle of the image, regardless of its content, and drop the rest.
 
 A baseline of Haurum et al., "Which Tokens to Use? Investigating Token Reduction in Vision Transformers" (ICCV Workshops
-2023, arXiv:2308.04657). Before the block a patch is judged by its distance from the centre of the grid, in the l1, l2 or
-l-infinity norm. How many stay (``count``):
+2023, arXiv:2308.04657). Before the block, patches are ranked by their distance from the centre of the grid, in the l1, l2 or
+l-infinity norm. The number of kept patches (``count``):
 
-* ``exact``: as many as the keep rate says, int(N0 * rate^stage); of equally near ones those that come first.
-* ``radius``: the published rule: all within the radius whose number is nearest to that (of two as near, the smaller).
+* ``exact``: as many as the keep rate says, int(N0 * rate^stage); of equally distant ones the first in raster order.
+* ``radius``: the published rule: all within the radius whose count is nearest to that number (ties: the smaller).
 * ``shrinking``: no keep rate; all within a radius that falls linearly from block to block, from the corners to
-  ``smallest``, where it would be two blocks after the last one that reduces.
+  ``smallest``, which it would reach two blocks after the last reducing block.
 
-The published distances are kept for the latter two, float32 and all: coordinates run from -P/2 to P/2 in P steps (off the
-centre where P is odd), and rounding parts some rings of equal distance in two, which shows in the published counts.
+The published distances are used for the latter two, including float32 rounding: coordinates run from -P/2 to P/2 in P steps
+(off the centre if P is odd), and rounding splits some rings of equal distance in two, which shows in the published counts.
 
-Departure: the published code hides tokens, here they leave; the answer is the same. Both take square grids where the image
-is not of the size that the model was built for.
+Departure: the published code hides tokens, here they are dropped; the output is the same. Both require square grids if the
+image does not have the size that the model was built for.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from laconic.methods.ops import distances, evenly, require, ring, square, topk_s
 
 
 class HeuristicReducer(Reducer):
-    """Keep the patches nearest to the centre, in the order they come."""
+    """Keep the patches nearest to the centre, in their order."""
 
     def __init__(self, norm: str, published: bool) -> None:
         super().__init__()
@@ -58,9 +58,9 @@ class Heuristic(Method):
     """Options of ``heuristic``.
 
     Args:
-        norm: of the distance from the centre: ``l1`` (a diamond), ``l2`` (a disc) or ``linf`` (a square).
+        norm: norm of the distance from the centre: ``l1`` (a diamond), ``l2`` (a disc) or ``linf`` (a square).
         count: ``exact``, ``radius`` or ``shrinking``.
-        smallest: the radius that ``shrinking`` falls to; 0 is that of the patch in the middle.
+        smallest: the radius that ``shrinking`` falls to; 0 stands for the distance of the patch in the middle.
     """
 
     norm: Literal["l1", "l2", "linf"] = "l2"
@@ -78,7 +78,7 @@ class Heuristic(Method):
         if self.count != "shrinking":
             return super().default_schedule(depth, keep, at)
         if keep is not None:
-            raise ValueError("heuristic: with count='shrinking' the radius says how many stay: leave keep out, or change count")
+            raise ValueError("heuristic: with count='shrinking' the radius sets the number of tokens: omit keep, or change count")
         first, *_, last = quarters(depth)
         return Schedule.adaptive(range(first, last + 1) if at is None else at)
 

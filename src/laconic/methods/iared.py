@@ -1,18 +1,19 @@
 """IA-RED2: Interpretability-Aware Redundancy Reduction for Vision Transformers (Pan et al., NeurIPS 2021, arXiv:2106.12620).
 
-Before each group of blocks a multi-head interpreter says how informative every patch token is: the mean over its heads of
-sigmoid(q . k / sqrt(C / heads)), q of the class token and k of the token, both of the tokens' LayerNorm without parameters
+Before each group of blocks a multi-head interpreter scores how informative every patch token is: the mean over its heads of
+sigmoid(q . k / sqrt(C / heads)), q of the class token and k of the patch token, both after a LayerNorm without parameters
 (sec. 3.2). It has ``heads`` heads, six at every width.
 
-* Inference: a token stays if that is above ``threshold``; what has left stays out.
-* Training: who stays is drawn by these probabilities. Nothing flows through a draw: interpreters learn by REINFORCE,
-  rewarded by few tokens where the answer is right (sec. 3.3). The draws' log-probabilities and the shares of patches kept
-  are noted (`LOG_PROBABILITY`, `KEPT`: [B, groups so far]) for `laconic.training.policy_gradient`.
+* Inference: a token is kept if its score is above ``threshold``; dropped tokens do not come back.
+* Training: the kept tokens are sampled with these probabilities. No gradient flows through sampling: interpreters learn by
+  REINFORCE; the reward is higher the fewer tokens are kept, if the prediction is right (sec. 3.3). The log-probabilities of
+  the samples and the shares of patches kept are recorded (`LOG_PROBABILITY`, `KEPT`: [B, groups so far]) for
+  `laconic.training.policy_gradient`.
 
-The authors released a tool for inference and no training code. As there, the projection has a third part that nothing
-uses, so that its weights fit. ``score="mean-query"`` asks with the mean patch query, where there is no class token.
+The authors released code for inference but not for training. As in that code, the projection has a third part that is not
+used, so that its weights fit. ``score="mean-query"`` uses the mean patch query, for backbones without a class token.
 
-A keep rate is what `laconic.summary` reckons with; the interpreters decide alone, and 1 switches a group off.
+`laconic.summary` uses the keep rate to compute cost; the interpreters ignore it, except that 1 switches a group off.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ LOG_PROBABILITY, KEPT = "log-probability of the draw", "share of the patches kep
 
 
 class InterpreterReducer(AdaptiveReducer):
-    """One interpreter, and its policy."""
+    """Score patch tokens by one interpreter, and keep the informative ones."""
 
     straight_through = False
 
@@ -54,11 +55,11 @@ class InterpreterReducer(AdaptiveReducer):
         return self.leave(tokens, stays).append_per_image(**news)
 
     def informative(self, tokens: Tokens, there: Tensor) -> Tensor:
-        """How informative each patch token is, from 0 to 1, [B, L]."""
+        """Return how informative each patch token is, from 0 to 1, [B, L]."""
         x = F.layer_norm(tokens.x.to(self.qk.weight.dtype), tokens.x.shape[2:])
         (wq, wk, _), (bq, bk, _) = self.qk.weight.chunk(3), self.qk.bias.chunk(3)
         if self.config.score == "class":
-            require_class_token(tokens, "so there is no class query to interpret with; pass score='mean-query'")
+            require_class_token(tokens, "so there is no class query for the interpreter; pass score='mean-query'")
             asking = F.linear(x[:, 0], wq, bq).float()
         else:
             every = F.linear(x[:, tokens.prefix :], wq, bq).float()
@@ -69,7 +70,7 @@ class InterpreterReducer(AdaptiveReducer):
 
 
 def draw(probability: Tensor) -> Tensor:
-    """1 with this probability, else 0."""
+    """Return 1 with this probability, else 0."""
     return torch.bernoulli(probability.detach())
 
 
@@ -86,35 +87,35 @@ def draw(probability: Tensor) -> Tensor:
 )
 @dataclass(frozen=True)
 class IARED(AdaptiveMethod):
-    """Options of ``iared``: those of the interpreters, and of `AdaptiveMethod`."""
+    """Options of ``iared``: options of the interpreters, and those of `AdaptiveMethod`."""
 
     heads: int = 6  # of each interpreter; they must divide the width of the model
-    threshold: float = 0.5  # how informative a token must be to stay
-    score: ScoreName = "class"  # the query of the class token, or (without class token) the mean-query
+    threshold: float = 0.5  # score above which a token is kept
+    score: ScoreName = "class"  # the query of the class token, or (without a class token) the mean patch query
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require("iared", "heads", self.heads, self.heads >= 1, "is a number of heads, at least 1")
+        require("iared", "heads", self.heads, self.heads >= 1, "must be a number of heads, at least 1")
         require("iared", "threshold", self.threshold, 0 <= self.threshold < 1, "must be from 0 to below 1")
 
     def build(self, site: BlockContext) -> Reducer:
         if site.dim % self.heads:
-            fitting = [heads for heads in range(1, 17) if site.dim % heads == 0]
+            valid = [heads for heads in range(1, 17) if site.dim % heads == 0]
             unfit = f"{self.heads} heads do not divide the {site.dim} channels of this model"
-            raise ValueError(f"iared: {unfit}; pass heads= one of {fitting}")
+            raise ValueError(f"iared: {unfit}; pass heads= one of {valid}")
         return InterpreterReducer(site.dim, self)
 
     def blocks(self, depth: int) -> tuple[int, ...]:
-        """Three groups of as many blocks each."""
+        """Return the first blocks of three groups of equal size."""
         return tuple(sorted({depth * group // 3 for group in range(3)}))
 
     def macs(self, before: int, after: int, site: BlockContext) -> dict[str, int]:
-        """As in the tool: the projection of every token in three parts, of which two are needed."""
+        """Return the work as in the authors' code: it computes three projections of every token, of which two are used."""
         width = site.dim
         return {"matmul": (before + 1) * 3 * width * width + before * width, "layernorm": (before + 1) * width}
 
     def convert_official(self, weights: Mapping[str, Tensor], at: Sequence[int]) -> dict[str, Tensor]:
-        """Their blocks lie there twice; what their own code loads is those of the groups."""
+        """Rename the authors' weights: blocks are stored twice, and their code loads the copies inside the groups."""
         return renamed(
             by_stage(weights, at, "groups"),
             (r"(laconic\.reducers\.\d+)\.agent\.(.+)", r"\1.\2"),

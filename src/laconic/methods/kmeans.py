@@ -1,11 +1,13 @@
-"""k-means: similar tokens become one (a merger in table 4 of BAT, CVPR 2023, arXiv:2211.11315, with 1 and 3 iterations).
+"""k-means: merge clusters of similar tokens (a merger in table 4 of BAT, CVPR 2023, arXiv:2211.11315, with 1 and 3 iterations).
 
-Between attention and MLP, Lloyd's algorithm on the tokens' features: every token to the nearest centre, every centre to the
-mean of its tokens, so many times; then each cluster becomes its mean, sum of s_j z_j over it by the sum of s_j, as in eq. 8.
+Between attention and MLP, Lloyd's algorithm on the tokens' features: assign every token to the nearest centre, move every
+centre to the mean of its tokens, ``iterations`` times; then each cluster becomes its mean, the sum of s_j z_j over the sum of
+s_j, as in eq. 8.
 
-The paper does not say how centres begin, nor how a cluster is averaged; there is no code. Here nothing is random: centres
-begin at the tokens of highest score, or evenly spread over the image, and the same weights make the centres and the merged
-tokens, so that the weighted sum of squared distances falls. No cluster is empty (see `laconic.methods.ops.kmeans`).
+The paper does not say how centres are initialised, nor how a cluster is averaged; there is no code. Here nothing is random:
+centres start at the tokens of highest score, or evenly spread over the image, and the same weights are used for the centres
+and the merged tokens, so that the weighted sum of squared distances decreases. No cluster is empty (see
+`laconic.methods.ops.kmeans`).
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from laconic.methods.resample import Order, Pool
 
 
 class KMeansReducer(Reducer):
-    """Clusters by k-means, averaged between attention and MLP."""
+    """Cluster tokens by k-means and average each cluster, between attention and MLP."""
 
     def __init__(self, options: KMeans) -> None:
         super().__init__()
@@ -59,9 +61,9 @@ class KMeans(Pool):
     """Options of ``kmeans``: those of `Pool`, and of the clustering.
 
     Args:
-        iterations: of Lloyd's algorithm; the paper has 1 and 3.
-        init: centres begin at the tokens of highest score (``top-score``), or evenly spread in raster order (``strided``).
-        weights: of the means, by ``importance`` (the score, as BAT's eq. 8), by ``size`` (patches held) or ``even``.
+        iterations: iterations of Lloyd's algorithm; the paper uses 1 and 3.
+        init: initial centres: the tokens of highest score (``top-score``), or evenly spread in raster order (``strided``).
+        weights: weights of the means: ``importance`` (the score, as in BAT's eq. 8), ``size`` (patches held) or ``even``.
     """
 
     iterations: int = 3

@@ -1,19 +1,19 @@
-"""K-Medoids: keep n tokens that stand for all (Token Pooling: Marin et al., WACV 2023, arXiv:2110.03860).
+"""K-Medoids: keep n tokens that represent all others (Token Pooling: Marin et al., WACV 2023, arXiv:2110.03860).
 
-Followed as a baseline of Haurum et al., "Which Tokens to Use? Investigating Token Reduction in Vision Transformers"
-(ICCV Workshops 2023, arXiv:2308.04657). Before the block, on patch tokens alone. The weight w_i of a token is the attention
-it receives, over all heads and queries, in the block before. The n tokens of largest weight are the first medoids; then,
-``iterations`` times, every token joins the nearest medoid (L2) and every cluster takes the member i of least cost as its
-medoid. The medoids leave as they are, nothing is averaged; the patches of a cluster count as theirs.
+Implemented as a baseline of Haurum et al., "Which Tokens to Use? Investigating Token Reduction in Vision Transformers"
+(ICCV Workshops 2023, arXiv:2308.04657). Before the block, on patch tokens only. The weight w_i of a token is the attention
+it receives, over all heads and queries, in the block before. The n tokens of largest weight are the initial medoids; then,
+``iterations`` times, every token joins the nearest medoid (L2) and the member i of lowest cost becomes the medoid of each
+cluster. The medoids are kept unchanged, nothing is averaged; each medoid holds the patches of its cluster.
 
-The cost of the published code is w_i times the sum of the distances to *all* tokens, so that among members the less
-attended win; its weights were trained with that, and it is the default (``cost="published"``). ``cost="members"`` is
-weighted K-medoids as it is meant: the sum of w_j |x_i - x_j| over the members j.
+The cost in the published code is w_i times the sum of the distances to *all* tokens, so that among the members of a cluster
+less attended tokens win; its weights were trained with that cost, and it is the default (``cost="published"``).
+``cost="members"`` is the usual weighted K-medoids: the sum of w_j |x_i - x_j| over the members j.
 
 Departures: with ``weights="equal"`` the published code starts from a random token; here the first medoid is the token
 nearest to all, and each next one the farthest from its nearest medoid. A medoid always belongs to its own cluster.
 
-It is defined by all distances (and the attention of all pairs): memory O(N^2), so it is for short sequences.
+The clustering needs all distances (and the attention of all pairs): O(N^2) memory, so it suits short sequences.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from laconic.core.schedule import of_the_initial
 from laconic.core.tokens import Tokens
 from laconic.methods.ops import medoids_of, nearest_medoid, precise, spread, squared_distances, topk_split
 
-RECEIVED = "attention received before"  # column [B, L]: of the block before, mean over heads and queries
+RECEIVED = "attention received before"  # per-token column [B, L]: of the block before, mean over heads and queries
 
 
 class KMedoidsReducer(Reducer):
-    """Weighted K-medoids with weights from the block before."""
+    """Select medoids with weights from the attention of the block before."""
 
     def __init__(self, iterations: int, cost: str) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class KMedoidsReducer(Reducer):
         columns = dict(tokens.per_token)
         if RECEIVED not in columns:
             raise LookupError(
-                "kmedoids: its weights are the attention received in the block before the one it reduces at, and there is none "
+                "kmedoids: its weights are the attention received in the block before each reducing block, and there is none "
                 "before the first; reduce at a later block (at=...), or pass weights='equal'"
             )
         weight = columns.pop(RECEIVED)
@@ -58,7 +58,7 @@ class KMedoidsReducer(Reducer):
 
 
 class EqualKMedoidsReducer(Reducer):
-    """K-medoids with equal weights; the first medoids are spread out."""
+    """Select medoids with equal weights, starting from medoids that are spread out."""
 
     def __init__(self, iterations: int, cost: str) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class EqualKMedoidsReducer(Reducer):
 
 
 def stand_for(tokens: Tokens, distance: Tensor, medoids: Tensor) -> Tokens:
-    """The medoids as they are, with the patches of those that are nearest to them."""
+    """Keep the medoids unchanged; each takes over the patches of the tokens nearest to it."""
     itself = torch.zeros_like(tokens.size).scatter(1, medoids, 1.0)
     return tokens.merge(nearest_medoid(distance, medoids), itself, medoids)
 
@@ -91,9 +91,9 @@ class KMedoids(Method):
     """Options of ``kmedoids``.
 
     Args:
-        iterations: rounds of joining the nearest medoid and choosing the medoids again.
-        weights: the ``attention`` received in the block before, or ``equal`` (then the start is spread out, step by step).
-        cost: of a medoid: as ``published``, or the weighted distances to its ``members``.
+        iterations: rounds of assigning tokens to the nearest medoid and choosing the medoids again.
+        weights: the ``attention`` received in the block before, or ``equal`` (the initial medoids are then spread out).
+        cost: cost of a medoid: as ``published``, or the sum of the weighted distances to its ``members``.
     """
 
     iterations: int = 3

@@ -1,22 +1,23 @@
 """LTMP: Learned Thresholds Token Merging and Pruning for Vision Transformers (Bonnaerens and Dambre, TMLR 2024,
 arXiv:2307.10780).
 
-Between attention and MLP, with two learned thresholds for each block. Tokens are parted by the parity of their place in the
+Between attention and MLP, with two learned thresholds for each block. Tokens are split by the parity of their position in the
 sequence, as in ToMe; a token of A merges into the token of B with the most similar key (mean over heads, cosine) if that
-similarity is above the one threshold, as means weighted by size. Then tokens leave that receive no more attention (mean
-over heads and queries) than the other; a merged token counts with the most that one of its group receives. The log of its
-size is added to every logit towards a token. The unmerged of A come out first, then B; the next block parts them anew.
+similarity is above the first threshold, as means weighted by size. Then tokens are dropped if the attention they receive (mean
+over heads and queries) is not above the second threshold; for a merged token it is the most that a token of its group
+receives. The log of its size is added to every logit towards a token. The unmerged tokens of A come first in the output, then
+B; the next block splits them again.
 
-* Inference: tokens really leave, and the next block parts what is left.
-* Training, and ``execution="masked"``: those that leave are hidden where they are; the next block parts the sequence with
-  its holes, and hidden tokens still count as queries. Decisions are hard, with the gradients of
+* Inference: tokens are really removed, and the next block splits the remaining ones.
+* Training, and ``execution="masked"``: removed tokens are hidden at their position; the next block splits the sequence with
+  hidden tokens included, and hidden tokens still count as queries. Decisions are hard, with the gradients of
   sigmoid((value - threshold) / ``tau``). Loss "flops": (the share of the blocks' multiply-adds, mean over the batch -
-  ``flops``)^2, which the paper adds to cross-entropy with weight 10, to train nothing but the thresholds for one epoch.
-  With keep rates the share is what their counts would cost.
+  ``flops``)^2, which the paper adds to cross-entropy with weight 10, to train only the thresholds for one epoch.
+  With keep rates, the target is the share that their counts would cost.
 
 The two are different functions on purpose, as in the published code (logits differ by a few tenths with random weights):
-``packed`` and ``padded`` agree with each other and not with ``masked``. What is compiled or exported is the first, unless
-``masked`` is asked for. A keep rate decides nothing at inference (but 1 switches a block off). Written from a description of
+``packed`` and ``padded`` agree with each other and not with ``masked``. Compiling and exporting use the first, unless
+``masked`` is asked for. At inference the keep rate has no effect (but 1 switches a block off). Written from a description of
 method and code alone.
 """
 
@@ -38,7 +39,7 @@ from laconic.methods.ops import WORK, above, absorb, highest_given, matches, ren
 
 
 class LTMPReducer(AdaptiveReducer):
-    """Merge what is alike, prune what is overlooked, as far as the thresholds say."""
+    """Merge tokens whose similarity is above one threshold, prune tokens whose attention is not above the other."""
 
     def __init__(self, config: LTMP) -> None:
         super().__init__()
@@ -47,7 +48,7 @@ class LTMPReducer(AdaptiveReducer):
         self.pruning = nn.Parameter(torch.full((1,), config.prune))
 
     def above(self, values: Tensor, threshold: Tensor) -> Tensor:
-        """1 where the values are above the threshold, else 0."""
+        """Return 1 where the values are above the threshold, else 0."""
         return above(values, threshold.float(), self.config.tau if self.training else None)
 
     def between(self, tokens: Tokens, seen: AttentionView, n: int) -> Tokens:
@@ -87,13 +88,13 @@ class LTMPReducer(AdaptiveReducer):
 )
 @dataclass(frozen=True)
 class LTMP(AdaptiveMethod):
-    """Options of ``ltmp``: the thresholds and how they are trained, and those of `AdaptiveMethod`.
+    """Options of ``ltmp``: the thresholds and their training, and those of `AdaptiveMethod`.
 
     Args:
-        merge: threshold of similarity that training starts from.
-        prune: threshold of attention that training starts from.
+        merge: initial threshold of similarity.
+        prune: initial threshold of attention.
         tau: temperature of the gradients of a decision.
-        flops: share of the work that training aims at.
+        flops: target share of the work in training.
     """
 
     merge: float = 0.9
@@ -103,8 +104,8 @@ class LTMP(AdaptiveMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require("ltmp", "tau", self.tau, self.tau > 0, "is a temperature, above 0")
-        require("ltmp", "flops", self.flops, 0 < self.flops <= 1, "is a share of the work, above 0 and up to 1")
+        require("ltmp", "tau", self.tau, self.tau > 0, "must be a temperature above 0")
+        require("ltmp", "flops", self.flops, 0 < self.flops <= 1, "must be a share of the work, above 0 and up to 1")
 
     def build(self, site: BlockContext) -> Reducer:
         return LTMPReducer(self)
@@ -113,7 +114,7 @@ class LTMP(AdaptiveMethod):
         return tuple(range(depth))
 
     def loss_weights(self) -> Mapping[str, float]:
-        """As published."""
+        """Return the published weight of the loss."""
         return {"flops": 10.0}
 
     def macs(self, before: int, after: int, site: BlockContext) -> dict[str, int]:

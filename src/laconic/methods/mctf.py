@@ -1,21 +1,22 @@
 """MCTF: Multi-criteria Token Fusion with One-step-ahead Attention (Lee et al., CVPR 2024, arXiv:2403.10030).
 
-At the input of a block, with the attention A that the block would compute of these tokens:
+At the input of a block, using the attention A that the block would compute of these tokens:
 
-* Three criteria score a pair, each softened by a temperature as its exponent 1 / tau: similarity (cos + 1) / 2 of the
-  features, information (of two tokens that receive little attention there is little to lose: 1 / mean attention received, of
-  both) and size (1 / patches, of both), the last two relative to their largest.
-* Matching goes both ways. Of the tokens at even places of the sequence the r // 2 best matched go to tokens at odd
-  places; then of all tokens at odd places (with what went to them) the others of the r go to an even one that stayed.
+* Three criteria score a pair, each softened by a temperature, as the exponent 1 / tau: similarity (cos + 1) / 2 of the
+  features; information (merging two tokens that receive little attention loses little: 1 / mean attention received, of
+  both); and size (1 / patches, of both), the last two relative to their largest.
+* Matching goes both ways. Of the tokens at even positions of the sequence, the r // 2 best matched merge into tokens at odd
+  positions; then, of all tokens at odd positions (including what was merged into them), the remaining part of the r merge into
+  remaining even tokens.
 * A group becomes its mean weighted by attention received times size.
-* One step ahead: the merged tokens keep the attention of the unmerged. Of A, columns of a group are summed and rows are
-  averaged by the same weights, and the block multiplies the result with the values of the merged tokens. Without it
+* One step ahead: the merged tokens keep the attention of the unmerged ones. In A, the columns of a group are summed and its
+  rows are averaged by the same weights, and the block multiplies the result with the values of the merged tokens. Without it
   (``one_step_ahead=False``, the authors' ablation) the block runs on all its tokens, and they are merged at its output, by
   the attention that it has computed.
 
-Sizes weigh the attention (proportional attention). Out come the even tokens in order, then the odd ones by falling score
-(in order, where matching goes ``one`` way).
-At least `LEAST` patch tokens and the class token stay. Published numbers are of models fine-tuned for 30 epochs with
+Sizes weight the attention (proportional attention). The output has the even tokens in order, then the odd ones by falling
+score (in order, if matching goes ``one`` way).
+At least `LEAST` patch tokens and the class token are kept. Published numbers are of models fine-tuned for 30 epochs with
 `laconic.training.consistency`: two passes, of which the one that merges less teaches the other.
 """
 
@@ -37,28 +38,28 @@ from laconic.core.tokens import Tokens
 from laconic.methods.ops import Pairing, both_ways, by_parity, cosine, fuse, group_normalize, remove_schedule, require, soften
 
 LEAST = 9
-RECEIVED = "attention received in this block"  # column [B, L]: mean over heads and queries
+RECEIVED = "attention received in this block"  # per-token column [B, L]: mean over heads and queries
 Direction = Literal["both", "one"]
 
 
 class Fusion(Reducer):
-    """Match both ways by three criteria, and merge."""
+    """Base of MCTF's reducers: match tokens in both directions by three criteria."""
 
     def __init__(self, tau: tuple[float, float, float], direction: Direction) -> None:
         super().__init__()
         self.tau, self.direction = tau, direction
 
     def groups(self, tokens: Tokens, received: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the new token of each old one, its weight in it, and the old token in whose place each new one stands."""
+        """Return the new token of each old one, its weight in the new one, and the old token whose position each new one takes."""
         r, (a, b) = len(tokens) - n, by_parity(tokens)
         if r > len(tokens) // 2:
-            raise ValueError(f"mctf merges away at most half of the tokens of a block: {r} of {len(tokens)} were asked for")
-        there = r // 2 if self.direction == "both" else r
-        dst, lead = both_ways(self.score(tokens, received, a, b), a, b, there, r - there)
+            raise ValueError(f"mctf can merge away at most half of the tokens of a block; got {r} of {len(tokens)}")
+        forward = r // 2 if self.direction == "both" else r
+        dst, lead = both_ways(self.score(tokens, received, a, b), a, b, forward, r - forward)
         return dst, group_normalize(received * tokens.size, dst, n), lead
 
     def score(self, tokens: Tokens, received: Tensor, a: Tensor, b: Tensor) -> Float[Tensor, "B M K"]:
-        """How well each token of ``a`` goes with each of ``b``."""
+        """Return the score for merging each token of ``a`` with each of ``b``."""
         x = tokens.patches.detach()
         score = soften((cosine(gather_rows(x, a), gather_rows(x, b)) + 1).clamp_min(0.0) / 2, self.tau[0])
         for much, tau in ((received.detach(), self.tau[1]), (tokens.size, self.tau[2])):
@@ -69,7 +70,7 @@ class Fusion(Reducer):
 
 
 class MCTFReducer(Fusion):
-    """Merge before the block by the attention that it would compute, and hand the merged attention on."""
+    """Merge before the block by the attention that it would compute, and pass the merged attention to the block."""
 
     def ahead(self, tokens: Tokens, seen: AttentionView, n: int) -> Tokens:
         attention = seen.matrix
@@ -79,7 +80,7 @@ class MCTFReducer(Fusion):
 
 
 class LateMCTFReducer(Fusion):
-    """Merge after the block, by the attention that it has computed of the unmerged tokens."""
+    """Merge after the block, by the attention it has computed of the unmerged tokens."""
 
     def between(self, tokens: Tokens, seen: AttentionView, n: int) -> Tokens:
         return tokens.replace(per_token={**tokens.per_token, RECEIVED: seen.received.detach()})
@@ -104,12 +105,12 @@ class LateMCTFReducer(Fusion):
 )
 @dataclass(frozen=True)
 class MCTF(Pairing):
-    """Options of ``mctf``: tokens to take away in each block, and how the criteria and directions are weighed.
+    """Options of ``mctf``: the number of tokens to merge in each block, and the criteria and directions of matching.
 
     Args:
         r: tokens merged away in every block but the first: one number, or one for each of these blocks. None: give a keep
             rate instead (at three blocks; the published share of 0.35 is keep=0.65).
-        tau_sim: temperature of the similarity: the larger, the less it counts. 0 leaves the criterion out.
+        tau_sim: temperature of the similarity: the larger, the smaller its influence. 0 turns the criterion off.
         tau_info: temperature of the information.
         tau_size: temperature of the size.
         direction: match ``both`` ways, or only ``one`` (ToMe's).
@@ -154,5 +155,5 @@ class MCTF(Pairing):
         matched = (before // 2) * (before - before // 2) * site.dim
         if not self.one_step_ahead:
             return {"matmul": matched}
-        # queries, keys and logits are of the unmerged tokens, one class token among them
+        # queries, keys and logits are computed for the unmerged tokens, including one class token
         return {"matmul": (before - after) * (2 * site.dim + before + after + 2) * site.dim + matched}

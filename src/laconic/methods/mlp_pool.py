@@ -1,12 +1,13 @@
 """MLP pooling: one of the two mergers with parameters in table 4 of BAT (Long et al., CVPR 2023, arXiv:2211.11315).
 
 Between attention and MLP, along the sequence of tokens: x' = W x + b over the tokens, W an n x N matrix, the same for all
-channels and images (no softmax: weights may be negative). A patch is said to be in the tokens in proportion to the sizes of
-its weights there.
+channels and images (no softmax: weights may be negative). Each patch is assigned to the new tokens in proportion to the
+absolute values of its weights.
 
-The paper names it and says no more; there is no code. It begins as average pooling (``avg-pool``), so that a trained host is
-not upset. Its shape is counts of tokens: it goes with one image size and one schedule, keep-rate warm-in included. BAT itself
-cannot have it for a merger (``bat`` has no parameters): pool the ``inattentive`` here.
+The paper only names it, and there is no published code. It starts as average pooling (``avg-pool``), so that a trained
+backbone is not disturbed. The shape of its weights depends on the token counts: it works for one image size and one schedule,
+and without keep-rate warm-in. BAT itself cannot use it as a merger (``bat`` has no parameters): pool the ``inattentive``
+tokens here.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from laconic.methods.resample import InSequence
 
 
 class MLPPoolReducer(Reducer):
-    """A linear layer over the sequence; at the start the mean of each run."""
+    """Apply a linear layer over the sequence; initialised to the mean of each run."""
 
     def __init__(self, options: MLPPool, site: BlockContext) -> None:
         super().__init__()
@@ -46,13 +47,13 @@ class MLPPoolReducer(Reducer):
             )
         weight = self.mix.weight
         pooled = self.mix(tokens.rows(rest).to(weight.dtype).transpose(1, 2)).transpose(1, 2).to(tokens.x.dtype)
-        # the weights have signs, so the features are not the verb's: it moves everything else, by the sizes of the weights
+        # weights may be negative, so `mix` cannot compute the features: it updates all else, by absolute weights
         left = tokens.replace(x=tokens.x[..., :0]).mix(_matrix(kept, rest, weight.detach().float().abs()))
         return left.replace(x=torch.cat([tokens.x[:, : tokens.prefix], tokens.rows(kept), pooled], 1))
 
 
 def _matrix(kept: Tensor, rest: Tensor, weight: Tensor) -> Tensor:
-    """[B, n, L]: those kept by themselves, then ``weight`` [M, R] of the rest."""
+    """Return the matrix [B, n, L]: one row for each kept token alone, then ``weight`` [M, R] of the rest."""
     batch, length = kept.shape[0], kept.shape[1] + rest.shape[1]
     alone = weight.new_zeros(batch, kept.shape[1], length).scatter(2, kept.unsqueeze(2), 1.0)
     of_rest = rest.unsqueeze(1).expand(-1, len(weight), -1)
@@ -78,5 +79,5 @@ class MLPPool(InSequence):
 
     def macs(self, before: int, after: int, site: BlockContext) -> dict[str, int]:
         _, rest, pooled = self.parts(before, after)
-        # the layer, and the sizes
+        # the layer, and the update of the sizes
         return {**super().macs(before, after, site), "matmul": rest * pooled * site.dim + before * after}

@@ -1,11 +1,11 @@
 """PatchMerger: Learning to Merge Tokens in Vision Transformers (Renggli et al., 2022, arXiv:2202.12015).
 
-Before the block, on patch tokens alone: n learned queries W attend to the layer-normalised tokens (their eq. 1),
+Before the block, on patch tokens only: n learned queries W attend to the layer-normalised tokens (their eq. 1),
 
     Y = softmax(W LN(X)^T) LN(X).
 
 As in the benchmark of Haurum et al. (ICCV Workshops 2023, arXiv:2308.04657) the logits are not scaled, the class token
-goes around, and there is one merger at each reducing block (the paper has one, in mid-depth).
+bypasses the merger, and there is one merger at each reducing block (the paper has one, in mid-depth).
 
 Departure: queries start with a standard deviation of 1 / sqrt(C), so that logits start with one of about 1.
 """
@@ -23,7 +23,7 @@ from laconic.methods.ops import Mixer, Slots
 
 
 class PatchMergerReducer(Mixer):
-    """Attention of learned queries."""
+    """Mix tokens by the attention of learned queries."""
 
     def __init__(self, site: BlockContext) -> None:
         super().__init__("patchmerger", site)
