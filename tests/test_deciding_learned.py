@@ -233,15 +233,15 @@ def test_training_hides_and_removes_nothing(method):
     ("method", "options", "message"),
     [
         ("spvit", {"package": "max"}, "spvit: package must be one of 'sum', 'mean'"),
-        ("spvit", {"ratios": (0.6, 0.0, 0.1)}, "ratios are shares"),
-        ("spvit", {"ratios": (0.6, 0.3)}, "2 shares to aim at, and block 3 is stage 3.*keep="),
+        ("spvit", {"ratios": (0.6, 0.0, 0.1)}, "ratios must be shares"),
+        ("spvit", {"ratios": (0.6, 0.3)}, "2 target shares, and block 3 is reducing block 3.*keep="),
         ("spvit", {"execution": "sparse"}, "spvit: execution must be one of"),
         ("iared", {"heads": 0}, "iared: heads must be a number of heads, at least 1, not 0"),
         ("iared", {"heads": 5}, r"5 heads do not divide the 48 channels.*heads= one of \[1, 2, 3, 4, 6, 8, 12, 16\]"),
         ("iared", {"threshold": 1.0}, "threshold must be from 0 to below 1"),
         ("iared", {"score": "keys"}, "iared: score must be one of 'class', 'mean-query'"),
-        ("ltmp", {"tau": 0.0}, "ltmp: tau is a temperature, above 0"),
-        ("ltmp", {"flops": 0.0}, "ltmp: flops is a share of the work"),
+        ("ltmp", {"tau": 0.0}, "ltmp: tau must be a temperature above 0"),
+        ("ltmp", {"flops": 0.0}, "ltmp: flops must be a share of the work"),
     ],
 )
 def test_what_is_refused(method, options, message):

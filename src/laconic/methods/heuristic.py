@@ -78,7 +78,7 @@ class Heuristic(Method):
         if self.count != "shrinking":
             return super().default_schedule(depth, keep, at)
         if keep is not None:
-            raise ValueError("heuristic: with count='shrinking' the radius sets the number of tokens: omit keep, or change count")
+            raise ValueError("heuristic: with count='shrinking' the radius sets the counts: omit keep, or change count")
         first, *_, last = quarters(depth)
         return Schedule.adaptive(range(first, last + 1) if at is None else at)
 

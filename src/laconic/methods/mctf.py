@@ -50,7 +50,7 @@ class Fusion(Reducer):
         self.tau, self.direction = tau, direction
 
     def groups(self, tokens: Tokens, received: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the new token of each old one, its weight in the new one, and the old token whose position each new one takes."""
+        """Return the new token of each old one, its weight there, and the old token whose position each new one takes."""
         r, (a, b) = len(tokens) - n, by_parity(tokens)
         if r > len(tokens) // 2:
             raise ValueError(f"mctf can merge away at most half of the tokens of a block; got {r} of {len(tokens)}")

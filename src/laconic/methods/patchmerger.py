@@ -27,7 +27,7 @@ class PatchMergerReducer(Mixer):
 
     def __init__(self, site: BlockContext) -> None:
         super().__init__("patchmerger", site)
-        self.norm = nn.LayerNorm(site.dim)  # torch's own eps of 1e-5
+        self.norm = nn.LayerNorm(site.dim)  # torch's default eps of 1e-5
         self.queries = nn.Parameter(torch.randn(self.slots, site.dim) * site.dim**-0.5)
 
     def matrix(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:

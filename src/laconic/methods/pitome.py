@@ -1,17 +1,17 @@
 """PiToMe: Accelerating Transformers with Spectrum-Preserving Token Merging (Tran et al., NeurIPS 2024, arXiv:2405.16148).
 
-Between attention and MLP, on keys (mean over heads). The energy of a token says how much company it has: the mean over
-all patch tokens of ELU(cosine - margin), where the margin falls from block to block, 0.75 (1 - block / depth). Tokens of
-high energy are merged, those of low energy are protected. In the first half of the blocks all tokens stand in line by
-falling energy, those at even places of the line are matched to those at odd places, and the r best matches merge. In
-the second half only the 2r tokens of highest energy stand in line, and all r at even places merge. Merged tokens are means
-weighted by size; out come the protected tokens first, then the hosts.
+Between attention and MLP, on keys (mean over heads). The energy of a token measures how many similar tokens it has: the mean
+over all patch tokens of ELU(cosine - margin), where the margin falls from block to block, 0.75 (1 - block / depth). Tokens
+of high energy are merged, those of low energy are protected. In the first half of the blocks all tokens are sorted by
+falling energy, those at even positions of this order are matched to those at odd positions, and the r best matches merge. In
+the second half only the 2r tokens of highest energy are sorted, and all r at even positions merge. Merged tokens are means
+weighted by size; the output has the protected tokens first, then the merged ones.
 
 A keep rate merges r = floor(L - keep L) of L patch tokens, at three blocks by default; ``ratio`` is the authors' setting, the
 same rate in every block.
 
-As in the published code sizes weigh the means but not the attention; ``proportional`` is ToMe's. Written from a description
-alone.
+As in the published code, sizes weight the means but not the attention; ``proportional`` adds ToMe's proportional attention.
+Written from a description alone.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from laconic.methods.ops import Pairing, cosine, scatter_back, soft_matching, to
 
 
 class PiToMeReducer(Reducer):
-    """Energy ranks the tokens; those with most of it are matched and merged."""
+    """Rank tokens by energy, then match and merge those with the highest energy."""
 
     reads = "keys"
 
@@ -55,7 +55,7 @@ class PiToMeReducer(Reducer):
 
 
 def energies(keys: Float[Tensor, "B L D"], margin: float) -> Float[Tensor, "B L"]:
-    """Mean of ELU(cosine - margin) to all tokens."""
+    """Return the mean of ELU(cosine - margin) to all tokens."""
     parts = in_parts(keys, keys.shape[1])
     return torch.cat([F.elu(cosine(part, keys) - margin).mean(2) for part in parts], 1)
 
@@ -71,11 +71,11 @@ def energies(keys: Float[Tensor, "B L D"], margin: float) -> Float[Tensor, "B L"
 )
 @dataclass(frozen=True)
 class PiToMe(Pairing):
-    """Options of ``pitome``: the margin of similarity at the first block, proportional attention, and how many are merged.
+    """Options of ``pitome``: the margin of similarity, proportional attention, and the number of merged tokens.
 
     Args:
-        margin: similarity that counts as company at block 0; it falls to nothing linearly over the depth.
-        proportional: add log(size) to the attention towards a token, as ToMe does (the published code does not).
+        margin: similarity above which a token counts as similar, at block 0; it falls linearly to zero over the depth.
+        proportional: add log(size) to the attention logits towards a token, as ToMe does (the published code does not).
         ratio: the share of its tokens that every block keeps (published: 0.9 to 0.95). None: give a keep rate instead.
         spread: see `Pairing`.
     """

@@ -1,8 +1,9 @@
-"""Plain pooling, the baselines without any idea (BAT, Long et al., CVPR 2023, arXiv:2211.11315, mergers of table 4).
+"""Plain pooling, the simplest baselines (BAT, Long et al., CVPR 2023, arXiv:2211.11315, mergers of table 4).
 
-The L tokens, in their order, are cut into n runs of as equal length as can be, and each run becomes its mean over patches
-(``avg-pool``) or its element-wise maximum (``max-pool``), between attention and MLP. On a host's raster order that is
-pooling along rows; nothing is scored and nothing is learned. Or so the inattentive tokens alone (see `resample`).
+The L tokens, in their order, are cut into n runs of as equal length as possible, and each run becomes its mean over patches
+(``avg-pool``) or its element-wise maximum (``max-pool``), between attention and MLP. For tokens in raster order this is
+pooling along the rows of the image; nothing is scored and nothing is learned. Optionally only the inattentive tokens are
+pooled in this way (see `resample`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from laconic.methods.resample import InSequence
 
 
 class AvgPoolReducer(Reducer):
-    """Runs of neighbours, averaged between attention and MLP."""
+    """Average runs of neighbouring tokens, between attention and MLP."""
 
     def __init__(self, options: InSequence | None = None) -> None:
         super().__init__()
@@ -28,7 +29,7 @@ class AvgPoolReducer(Reducer):
 
 
 class MaxPoolReducer(Reducer):
-    """The highest value of each channel in runs of neighbours, between attention and MLP."""
+    """Take the maximum of each channel over runs of neighbouring tokens, between attention and MLP."""
 
     def __init__(self, options: InSequence) -> None:
         super().__init__()

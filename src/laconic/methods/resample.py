@@ -1,9 +1,9 @@
-"""What the pooling methods share: whether all tokens are pooled or the inattentive only, and how many become how many.
+"""Shared options of the pooling methods: the tokens to pool (all, or the inattentive ones), and the number of pooled tokens.
 
 BAT (Long et al., CVPR 2023, arXiv:2211.11315) compares its merger with average, max and spatial pooling, with convolution
-and MLP sub-sampling and with k-means (table 4), but says neither what they pool nor into how many; there is no code. Both
-readings are offered: ``all`` tokens, resampled to n; or only the ``inattentive``, once class attention (eq. 5) has parted
-them from the attentive, which stay as they are. The second one with BAT's fusing of attentive pairs beside it is
+and MLP sub-sampling and with k-means (table 4), but says neither what they pool nor into how many tokens; there is no code.
+Both interpretations are available: ``all`` tokens, resampled to n; or only the ``inattentive``, which class attention (eq. 5)
+separates from the attentive, which are kept unchanged. The second one, combined with BAT's fusing of attentive pairs, is
 `bat(merger="avg-pool")` and so on.
 """
 
@@ -25,13 +25,13 @@ Order = Literal["raster", "score"]
 
 @dataclass(frozen=True)
 class Pool(Method):
-    """What all the pooling methods share.
+    """Shared options of all pooling methods.
 
     Args:
-        pooled: ``all`` tokens into n, or only the ``inattentive`` into m, where the n - m most attentive stay.
-        into: m: a count, or a fraction of the tokens that leave; None: a tenth of them, but no more than half of the
-            attentive and one (BAT's own rule, see `laconic.methods.decouple`). Always at least 1 and at most n.
-        score: what scores a token, where that is needed.
+        pooled: ``all`` tokens into n, or only the ``inattentive`` into m, with the n - m most attentive kept.
+        into: m: a count, or a fraction of the number of removed tokens; None: a tenth of it, but no more than half of the
+            attentive plus one (BAT's own rule, see `laconic.methods.decouple`). Always at least 1 and at most n.
+        score: the attention score of a token, if one is needed.
     """
 
     pooled: Literal["all", "inattentive"] = "all"
@@ -44,7 +44,7 @@ class Pool(Method):
             raise ValueError(f"{self.info.name}: into must be a count of at least 1 or a fraction in (0, 1], not {self.into!r}")
 
     def parts(self, before: int, n: int) -> tuple[int, int, int]:
-        """Of ``before`` tokens: how many stay as they are, how many are pooled, and into how many; n are left."""
+        """Return (tokens kept unchanged, tokens to pool, pooled tokens) for ``before`` tokens of which n remain."""
         if self.pooled == "all":
             return 0, before, n
         if self.into is None:
@@ -55,13 +55,14 @@ class Pool(Method):
         return kept, before - kept, n - kept
 
     def scored(self, tokens: Tokens, seen: AttentionView) -> Tensor:
-        """The score of each token."""
+        """Return the score of each token."""
         return SCORES[self.score](tokens, seen)
 
     def part(self, tokens: Tokens, seen: AttentionView, n: int, order: Order) -> tuple[Tensor, Tensor]:
-        """Indices of the tokens that stay, by falling score, and of those to be pooled, in this order.
+        """Return the indices of the kept tokens, by falling score, and of those to be pooled, in the given order.
 
-        ``raster`` is by place, of the inattentive; all tokens are taken as they come, which is the raster to begin with.
+        ``raster`` sorts the inattentive by position; if all tokens are pooled, they keep their order, which is the raster
+        order at the start.
         """
         place, kept = arange_like(tokens.size), self.parts(len(tokens), n)[0]
         if self.pooled == "all" and order == "raster":
@@ -75,16 +76,16 @@ class Pool(Method):
 
 @dataclass(frozen=True)
 class InSequence(Pool):
-    """What the methods that pool along a sequence share: those of `Pool`, and which sequence.
+    """Shared options of the methods that pool along a sequence: those of `Pool`, and the order of the sequence.
 
     Args:
-        order: ``raster``: by place; ``score``: by falling score, so that tokens of like importance are pooled.
+        order: ``raster``: by position; ``score``: by falling score, so that tokens of similar importance are pooled.
     """
 
     order: Order = "raster"
 
     def runs(self, tokens: Tokens, seen: AttentionView, n: int) -> tuple[Tensor, Tensor]:
-        """(dst, lead) for runs of neighbours in the sequence."""
+        """Return (dst, lead) of `Tokens.merge` for runs of neighbours in the sequence."""
         kept, rest = self.part(tokens, seen, n, self.order)
         return set_out(kept, rest, *runs(rest, n - kept.shape[1]))
 

@@ -1,12 +1,12 @@
 """Sinkhorn tokenizer: tokens are transported to learned centres (Haurum et al., Automation in Construction 144, 2022).
 
 As in the benchmark of Haurum et al., "Which Tokens to Use? Investigating Token Reduction in Vision Transformers" (ICCV
-Workshops 2023, arXiv:2308.04657). Before the block, on patch tokens alone: tokens x and the n centres v are scaled to
+Workshops 2023, arXiv:2308.04657). Before the block, on patch tokens only: tokens x and the n centres v are scaled to
 length one; exp(v x^T / eps) is scaled by rows and columns in turn, ``iterations`` times and in the log domain, so that
 every centre and every token has the same mass; the plan T, times n + L, mixes the tokens: x' = T x. The lengths of the
 features are lost, so this needs training.
 
-Departure: the published code overwrites its centres by the scaled ones in every forward, here they are scaled on the way.
+Departure: the published code overwrites its centres by the scaled ones in every forward; here the parameters are unchanged.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from laconic.methods.ops import Mixer, Slots, transport
 
 
 class SinkhornReducer(Mixer):
-    """Transport to learned centres."""
+    """Mix tokens by optimal transport to learned centres."""
 
     def __init__(self, site: BlockContext, eps: float, iterations: int) -> None:
         super().__init__("sinkhorn", site)
@@ -47,7 +47,7 @@ class SinkhornReducer(Mixer):
 )
 @dataclass(frozen=True)
 class Sinkhorn(Slots):
-    """Options of ``sinkhorn``: ``eps``, the temperature of the transport, and ``iterations``, its scalings."""
+    """Options of ``sinkhorn``: ``eps``, the temperature of the transport, and ``iterations``, its number of scalings."""
 
     eps: float = 1.0
     iterations: int = 3

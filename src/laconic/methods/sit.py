@@ -1,10 +1,10 @@
 """SiT: Self-slimmed Vision Transformer (Zong et al., ECCV 2022, arXiv:2111.12624): its token slimming module.
 
-Before the block, on patch tokens alone: every new token is a weighted mean of all old ones (their eqs. 2-3),
+Before the block, on patch tokens only: every new token is a weighted mean of all old ones (their eqs. 2-3),
 
     x' = A x,    A = softmax over the tokens of (scale * Linear(GELU(Linear(LN(x)))))^T,
 
-from C to C / 2 to n channels. As in the benchmark of Haurum et al. (ICCV Workshops 2023, arXiv:2308.04657), without the
+with C, C / 2 and n channels. As in the benchmark of Haurum et al. (ICCV Workshops 2023, arXiv:2308.04657), without the
 paper's reverse slimming and feature distillation, and at three blocks.
 """
 
@@ -21,12 +21,12 @@ from laconic.methods.ops import Mixer, Slots
 
 
 class SiTReducer(Mixer):
-    """Weighted means, with weights by an MLP."""
+    """Mix tokens by weighted means, with weights from an MLP."""
 
     def __init__(self, site: BlockContext) -> None:
         super().__init__("sit", site)
         half = site.dim // 2
-        # LayerNorm has torch's own eps of 1e-5
+        # LayerNorm has torch's default eps of 1e-5
         self.weight = nn.Sequential(
             nn.LayerNorm(site.dim), nn.Linear(site.dim, half), nn.GELU(), nn.Linear(half, max(1, self.slots))
         )

@@ -1,11 +1,11 @@
-"""Spatial pooling: cells of the image become their means (a merger in table 4 of BAT, CVPR 2023, arXiv:2211.11315).
+"""Spatial pooling: average cells of the image (a merger in table 4 of BAT, CVPR 2023, arXiv:2211.11315).
 
-Between attention and MLP the grid of patches is cut into h' x w' cells, as an adaptive average pool does whose windows do
-not overlap, and each becomes the mean over its patches, wherever in the sequence they are. Patches that are not there
-(holes) do not count.
+Between attention and MLP the grid of patches is cut into h' x w' cells, like an adaptive average pool with windows that do
+not overlap, and each cell becomes the mean over its patches, wherever they are in the sequence. Missing patches (holes) are
+not counted.
 
-The paper says no more; there is no code. Exactly n tokens have to be left, so h' x w' is the largest such grid of at most n
-cells (none more than twice as long as wide), and what is missing of n, cells in holes included, comes from cutting up the
+The paper does not say more; there is no code. Exactly n tokens have to remain, so h' x w' is the largest such grid of at most
+n cells (none more than twice as long as wide), and the difference to n, including cells in holes, is made up by splitting the
 fullest cells (see `laconic.methods.ops.cells`). 14 x 14 patches at keep rate 0.5 are 7 x 14 cells, then 7 x 7, then 5 x 5.
 """
 
@@ -21,7 +21,7 @@ from laconic.methods.resample import Pool
 
 
 class SpatialPoolReducer(Reducer):
-    """Cells of the grid, averaged between attention and MLP."""
+    """Average the tokens of each cell of the grid, between attention and MLP."""
 
     def __init__(self, options: Pool) -> None:
         super().__init__()

@@ -1,18 +1,19 @@
-"""TPS: Joint Token Pruning and Squeezing (Wei et al., CVPR 2023, arXiv:2304.10716): what eTPS and dTPS share.
+"""TPS: Joint Token Pruning and Squeezing (Wei et al., CVPR 2023, arXiv:2304.10716): shared operations of eTPS and dTPS.
 
 Score and split the tokens into reserved and pruned; match every pruned token to its most similar reserved token, its host
-(eqs. 4-5, cosine c_ij); fuse each host j with the pruned tokens i that chose it (eq. 6):
+(eqs. 4-5, cosine c_ij); fuse each host j with the pruned tokens i matched to it (eq. 6):
 
     x'_j = (e x_j + sum_i exp(c_ij) x_i) / (e + sum_i exp(c_ij)),    e = exp(1), the weight of a match with itself.
 
-No token is added, and a host that nobody chose is unchanged. eTPS scores with class attention between attention and MLP
+No token is added, and a host without matches is unchanged. eTPS scores with class attention between attention and MLP
 and keeps ceil(rate * N); dTPS scores with DynamicViT's predictor before the block and keeps int(N0 * rate^stage).
 
-Training: eTPS is the same operation. dTPS keeps its shape: decisions are Gumbel-sampled, hosts are fused softly with
-straight-through gradients, pruned tokens are masked afterwards.
+Training: eTPS runs the same operation. dTPS keeps the number of tokens: decisions are Gumbel-sampled, hosts are fused softly
+with straight-through gradients, pruned tokens are masked afterwards.
 
-Departures: in an exact tie the published code credits every tied host in full, here the first takes it. There is no
-published code of eTPS; it is the composition that the authors describe, and its cost agrees with theirs to the digit.
+Departures: in an exact tie the published code matches the pruned token to every tied host in full, here only to the first.
+There is no published code of eTPS; this is the composition that the authors describe, and its cost matches theirs in every
+digit.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from laconic.core.method import Method
 from laconic.core.tokens import Tokens
 from laconic.methods.ops import best_of_rows, nearest, one_to_one, require, scatter_back, topk_split
 
-NOTED = "attention before"  # column [B, L, L]: head-mean attention of the block before, patch tokens only
+NOTED = "attention before"  # per-token column [B, L, L]: head-mean attention of the block before, patch tokens only
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,10 @@ class Squeeze(Method):
 
     Args:
         similarity: ``cosine`` of the features, or the attention from pruned to reserved token (mean over heads): of this
-            block for eTPS, of the block before for dTPS. The latter needs rows of the attention matrix.
-        features: what the cosine compares: the ``full`` features, the absolute ``position`` embedding of the tokens'
-            places, or the ``content`` (features less position embedding).
-        matching: ``many-to-one``, or ``one-to-one``: of the pruned tokens that chose one host only the most similar is fused.
+            block for eTPS, of the block before for dTPS. Attention needs rows of the attention matrix.
+        features: the features that the cosine compares: the ``full`` features, the absolute ``position`` embedding of the
+            tokens' positions, or the ``content`` (features minus position embedding).
+        matching: ``many-to-one``, or ``one-to-one``: of the pruned tokens matched to one host only the most similar is fused.
         fusing: ``weighted`` as above, or the plain ``average`` of a host and its pruned tokens.
         policy: keep by the ``original`` score, or at ``random`` (drawn by ``seed``).
         temperature: divides the similarity.
@@ -58,7 +59,7 @@ class Squeeze(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        least = "must be positive, and at least 0.02: fusing takes exp(similarity / temperature)"
+        least = "must be positive, and at least 0.02: fusing computes exp(similarity / temperature)"
         require(self.info.name, "temperature", self.temperature, self.temperature >= 0.02, least)
 
     @property
@@ -67,7 +68,7 @@ class Squeeze(Method):
         return self.features != "full"
 
     def view(self, tokens: Tokens, index: Tensor) -> Tensor:
-        """What the cosine compares of the tokens ``index``, [B, K, C]."""
+        """Return the features of the tokens ``index`` that the cosine compares, [B, K, C]."""
         if self.features == "full":
             return tokens.rows(index)
         if tokens.positions is None:
@@ -81,13 +82,16 @@ class Squeeze(Method):
     def hosts(
         self, tokens: Tokens, seen: AttentionView | None, kept: Tensor, rest: Tensor, hidden: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Each pruned token's highest c_ij to a reserved one that is not hidden, and its rank among them, [B, R]."""
+        """Return each pruned token's highest c_ij to a reserved token that is not hidden, and that token's rank, [B, R]."""
         if self.similarity == "cosine":
-            both = self.view(tokens, torch.cat([kept, rest], 1))  # one gather for two
+            both = self.view(tokens, torch.cat([kept, rest], 1))  # one gather for both
             best, host = nearest(both[:, kept.shape[1] :], both[:, : kept.shape[1]], hidden)
             return best if self.temperature == 1 else best / self.temperature, host
         if seen is None and NOTED not in tokens.per_token:
-            raise LookupError(f"{self.info.name}: similarity='previous-attention' needs a block before the one it reduces at")
+            raise LookupError(
+                f"{self.info.name}: similarity='previous-attention' needs the attention of the block before the reducing "
+                "block; reduce at a later block (at=...)"
+            )
 
         def attention(part: Tensor) -> Tensor:
             rows = seen.rows(part) if seen is not None else gather_rows(tokens.per_token[NOTED], part)
@@ -98,7 +102,7 @@ class Squeeze(Method):
         return best / self.temperature, host
 
     def squeeze(self, tokens: Tokens, seen: AttentionView | None, score: Tensor, n: int) -> Tokens:
-        """Match and fuse (eqs. 4-6): n tokens, by falling score."""
+        """Match and fuse (eqs. 4-6); n tokens remain, by falling score."""
         kept, rest = topk_split(score, n)
         c, host = self.hosts(tokens, seen, kept, rest)
         own = math.e if self.fusing == "weighted" else 1.0
@@ -112,7 +116,7 @@ class Squeeze(Method):
         return tokens.merge(dst, weight, kept, complete=self.matching == "many-to-one")
 
     def soft_squeeze(self, tokens: Tokens, keep: Tensor, gone: Tensor) -> Tokens:
-        """The same with all tokens in place: hosts (``keep``) are fused with the tokens that leave now (``gone``)."""
+        """Fuse hosts (``keep``) with the tokens pruned now (``gone``) as in `squeeze`, but remove no token."""
         everyone = arange_like(keep)
         best, host = self.hosts(tokens, None, everyone, everyone, keep == 0)
         dst = torch.where(keep > 0, everyone, torch.where((gone > 0) & (keep > 0).any(1, keepdim=True), host, -1))
@@ -123,12 +127,12 @@ class Squeeze(Method):
         pull = (chosen * best).exp() * chosen if self.fusing == "weighted" else chosen
         total = own + add_rows(pull, into, len(tokens))
         weight = (pull / total.gather(1, into)).unsqueeze(2)
-        guests = add_rows(weight * tokens.patches.to(best.dtype), into, len(tokens))
-        patches = (own / total).unsqueeze(2) * tokens.patches + guests
+        fused = add_rows(weight * tokens.patches.to(best.dtype), into, len(tokens))
+        patches = (own / total).unsqueeze(2) * tokens.patches + fused
         x = torch.cat([tokens.x[:, : tokens.prefix], patches.to(tokens.x.dtype)], 1)
         return tokens.replace(x=x).soft_drop(keep, dst)
 
     def squeeze_macs(self, before: int, after: int, dim: int) -> dict[str, int]:
-        """Work as the authors' code does it: similarity and fusing are one product each; weights and hosts are scaled."""
+        """Return the work as in the authors' code: one product each for similarity and fusing; weights and hosts are scaled."""
         pairs = after * (before - after)
         return {"matmul": dim * pairs * (2 if self.similarity == "cosine" else 1), "elementwise": 2 * pairs + dim * after}

@@ -1,21 +1,21 @@
 """SViTE+: Chasing Sparsity in Vision Transformers: An End-to-End Exploration (Chen et al., NeurIPS 2021, arXiv:2106.04533).
 
-This is the token selection alone; sparse weights (SViTE, S2ViTE) are `laconic.training.sparsity`, which knows no tokens.
-Before the first block, the position embedding added, a linear layer gives every token one score.
+This is the token selection only; sparse weights (SViTE, S2ViTE) are in `laconic.training.sparsity`, independent of tokens.
+Before the first block, after adding the position embedding, a linear layer gives every token one score.
 
-* Training: log-softmax over all tokens, the class token among them, plus Gumbel noise, over tau; the k largest are taken
+* Training: log-softmax over all tokens, including the class token, plus Gumbel noise, over tau; the k largest are kept
   with straight-through gradients: x is multiplied by a mask that is 0 or 1 and has the gradient of the softmax.
-* Inference: the k highest scores. The published code draws noise here too.
+* Inference: the k highest scores are kept. The published code draws noise here too.
 
-What becomes of the rest:
+The other tokens (``rest``):
 
-* ``drop``: it leaves, in training too. The mask has a gradient at the tokens that stay (and by the softmax at all scores).
-* ``zero``, as published: it is set to zero and goes on attending, and being attended to. Zero tokens are all alike and
-  stay so, so here they are one token whose gate is their number: the same function and the same gradients, without
-  their cost (where positions come in with rotary embeddings it is an approximation). Of n tokens n - 1 are then chosen.
+* ``drop``: they are dropped, in training too. The mask passes gradients at the kept tokens (and by the softmax to all scores).
+* ``zero``, as published: they are set to zero and still take part in attention. Zero tokens are all equal and stay equal, so
+  here they are a single token whose attention scale is their number: the same function and the same gradients, without
+  their cost (with rotary position embeddings it is an approximation). Of n tokens n - 1 are then chosen by score.
 
-Departure: the published top k may or may not count the class token, which always stays; here n patch tokens are left.
-tau is fixed by an option; the paper cools it linearly from 10 to 0.1: call `set_temperature` before each step.
+Departure: the published top k may or may not count the class token, which is always kept; here n patch tokens are kept.
+tau is fixed by an option; the paper anneals it linearly from 10 to 0.1: call `set_temperature` before each step.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from laconic.methods.ops import require, topk_split
 
 
 class TokenSelection(Reducer):
-    """A linear score before the block, and the k highest."""
+    """Score tokens by a linear layer before the block, and keep the k highest."""
 
     def __init__(self, dim: int, rest: str, tau: float) -> None:
         super().__init__()
@@ -65,22 +65,22 @@ class TokenSelection(Reducer):
 
 
 def chosen(kept: Int[Tensor, "B K"], tokens: Tokens) -> Float[Tensor, "B L"]:
-    """1 for the kept tokens, 0 for the others."""
+    """Return 1 for the kept tokens, 0 for the others."""
     return torch.zeros_like(tokens.size).scatter(1, kept, 1.0)
 
 
 def zero(tokens: Tokens, kept: Int[Tensor, "B K"], rest: Int[Tensor, "B R"], mask: Float[Tensor, "B L"]) -> Tokens:
-    """Multiply by the mask, and let one token with a gate stand for all that are zero then."""
+    """Multiply by the mask, and replace all tokens that become zero by one whose attention scale is their number."""
     gate = tokens.attn_scale_or_ones
     many = gate.gather(1, rest).sum(1, keepdim=True)
     dst = torch.full_like(tokens.origin_index, kept.shape[1]).scatter(1, kept, arange_like(kept))
-    share = (gate / many).scatter(1, kept, 1.0)  # each zero token alike has its share in what the one comes to
+    share = (gate / many).scatter(1, kept, 1.0)  # the zero tokens have equal shares in the features of the single token
     out = tokens.merge(dst, mask * share, torch.cat([kept, rest[:, :1]], 1))
     return out.replace(attn_scale=torch.cat([gate.gather(1, kept), many], 1))
 
 
 def set_temperature(model: nn.Module, tau: float) -> None:
-    """Let every token selection in ``model`` train at temperature ``tau`` from now on."""
+    """Set the training temperature ``tau`` of every token selection in ``model``."""
     require("svite", "tau", tau, tau > 0, "must be above 0")
     for module in model.modules():
         if isinstance(module, TokenSelection):
@@ -99,7 +99,7 @@ def set_temperature(model: nn.Module, tau: float) -> None:
 )
 @dataclass(frozen=True)
 class SViTE(Method):
-    """Options of ``svite``: what becomes of the ``rest``, and the temperature ``tau`` of training."""
+    """Options of ``svite``: ``drop`` or ``zero`` the ``rest``, and the temperature ``tau`` of training."""
 
     rest: Literal["drop", "zero"] = "drop"
     tau: float = 1.0

@@ -1,17 +1,17 @@
 """ToFu: Token Fusion, bridging the gap between token pruning and token merging (Kim et al., WACV 2024, arXiv:2312.01026).
 
-ToMe's matching, between attention and MLP: tokens at even places of the sequence to tokens at odd places, by the cosine of
-their keys (mean over heads), the r best matches. In the early blocks the matched tokens are pruned, because a block that
-is far from linear should not be shown averages; from ``switch`` of the depth on they are merged, and the mean of a group
-is lengthened (norm-preserving merging, MLERP), as averaging shortens:
+ToMe's matching, between attention and MLP: tokens at even positions of the sequence to tokens at odd positions, by the cosine
+of their keys (mean over heads), the r best matches. In the early blocks the matched tokens are pruned, because a block that
+is far from linear should not process averages; after ``switch`` of the depth they are merged, and the mean of a group
+is scaled up (norm-preserving merging, MLERP), because averaging reduces the norm:
 
-* ``norm="host"``: mean * (longest of the group / host), the published form;
+* ``norm="host"``: mean * (longest of the group / host), the published form, where the host is the token merged into;
 * ``norm="mean"``: mean * (longest of the group / mean), so that the new token is as long as the longest of the group;
 * ``norm="none"``: the mean.
 
-Means are of tokens, not of patches, and sizes do not weigh the attention. A keep rate takes r = floor(T - keep T) of T tokens,
-one class token counted, at three blocks by default; ``ratio`` is the authors' setting, the same rate in every block. Written
-from a description of a reproduction (the authors published no code).
+Means are over tokens, not over patches, and sizes do not weight the attention. A keep rate removes r = floor(T - keep T) of T
+tokens, one class token counted, at three blocks by default; ``ratio`` is the authors' setting, the same rate in every block.
+Written from a description of a reproduction (the authors published no code).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Norm = Literal["host", "mean", "none"]
 
 
 class ToFuReducer(Reducer):
-    """ToMe's matching; the matched are pruned, or merged with their length kept."""
+    """Match tokens as ToMe does; prune the matched tokens, or merge them with preserved norm."""
 
     reads = "keys"
 
@@ -75,12 +75,12 @@ def _lengths(tokens: Tokens) -> Float[Tensor, "B L"]:
 )
 @dataclass(frozen=True)
 class ToFu(Pairing):
-    """Options of ``tofu``: where pruning ends and merging begins, how long a merged token is, and how many are taken.
+    """Options of ``tofu``: the depth where merging begins, the norm of a merged token, and the number of removed tokens.
 
     Args:
-        switch: share of the depth up to which blocks prune.
-        norm: of a merged token: the ``host`` form of the published code, the ``mean`` one (MLERP), or ``none``.
-        ratio: the share of its tokens that every block keeps (0.9, say). None: give a keep rate instead.
+        switch: share of the depth up to which blocks prune; later blocks merge.
+        norm: scaling of a merged token: the ``host`` form of the published code, the ``mean`` form (MLERP), or ``none``.
+        ratio: the share of its tokens that every block keeps (for example 0.9). None: give a keep rate instead.
         spread: see `Pairing`.
     """
 

@@ -1,17 +1,18 @@
 """TokenLearner: What Can 8 Learned Tokens Do for Images and Videos? (Ryoo et al., NeurIPS 2021, arXiv:2106.11297).
 
-Before one block, by default three quarters into the depth, the patch tokens become S new ones. Each has a map over the
-places of its own, from the layer-normalised tokens, and sums the tokens as they came by it:
+Before one block, by default at three quarters of the depth, the patch tokens become S new ones. Each has its own map over the
+positions, computed from the layer-normalised tokens, and is the sum of the input tokens weighted by that map:
 
-* ``version="1.1"``: the maps are softmaxes over the places of Linear(GELU(Linear(LN(x)))), C to 64 to S channels.
+* ``version="1.1"``: the maps are softmaxes over the positions of Linear(GELU(Linear(LN(x)))), C to 64 to S channels.
 * ``version="1"`` (sec. 2, eqs. 1-2): the maps are sigmoids of four 3x3 convolutions to S channels (no bias, GELU between
   them), and the sum is not normalised. It needs all patches on their grid.
 
-``after="fused"`` is the paper's TokenFuser: at every block from there on S tokens are learned, and after the block all places
-come back, each with what it takes, by sigmoid maps of its own, of what became of these tokens (nothing, at first).
+``after="fused"`` is the paper's TokenFuser: at every block from there on S tokens are learned, and after the block all patch
+tokens are restored: to each is added a sum of the block's outputs for the learned tokens, weighted by its own sigmoid maps
+(zero at initialisation).
 
 GELU is the tanh approximation, as in the published code. Departures: the published model has no class token, here prefix
-tokens go around; its dropout is left out. S is the count of the schedule; without a keep rate it is their 16.
+tokens bypass the module; its dropout is omitted. S is the count of the schedule; without a keep rate it is their 16.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ LEARNED = 16  # tokens, in the published configuration
 
 
 class TokenLearnerReducer(Mixer):
-    """Version 1.1: maps by an MLP, softmax over the places."""
+    """Version 1.1: maps by an MLP, softmax over the positions."""
 
     def __init__(self, site: BlockContext) -> None:
         super().__init__("tokenlearner", site)
@@ -43,7 +44,7 @@ class TokenLearnerReducer(Mixer):
 
 
 class ConvolutionalReducer(Mixer):
-    """Version 1: maps by convolutions over the grid, sigmoid, plain sum."""
+    """Version 1: maps by convolutions over the grid, sigmoid, sum without normalisation."""
 
     def __init__(self, site: BlockContext) -> None:
         super().__init__("tokenlearner", site)
@@ -81,8 +82,8 @@ class TokenLearner(Slots):
     """Options of ``tokenlearner``.
 
     Args:
-        version: ``1.1`` (an MLP, softmax) or ``1`` (convolutions, sigmoid; where all places are there).
-        after: what a block leaves: the learned ``tokens``, or all places, ``fused`` with them.
+        version: ``1.1`` (an MLP, softmax) or ``1`` (convolutions, sigmoid; needs all patches).
+        after: the output of a block: the learned ``tokens``, or all patch tokens, ``fused`` with them.
     """
 
     version: Literal["1.1", "1"] = "1.1"

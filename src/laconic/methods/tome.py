@@ -1,11 +1,11 @@
 """ToMe: Token Merging: Your ViT But Faster (Bolya et al., ICLR 2023, arXiv:2210.09461).
 
-Between attention and MLP: tokens are parted by the parity of their place in the sequence into A (even, as the class token
-is) and B; every A token is matched to the B token with the most similar key (mean over heads, cosine); the r best matches
-are merged, as means weighted by size (sec. 3); the unmerged of A come out first, in order, then all of B. With
-proportional attention the log of its size is added to every logit towards a token, from the next block on (eq. 1).
+Between attention and MLP: tokens are split by the parity of their position in the sequence into A (even, like the class
+token) and B; every A token is matched to the B token with the most similar key (mean over heads, cosine); the r best matches
+are merged, as means weighted by size (sec. 3); the unmerged tokens of A come first in the output, in order, then all of B.
+With proportional attention the log of its size is added to every logit towards a token, from the next block on (eq. 1).
 
-Written from the paper's description alone. Prefix tokens are neither merged nor merged into, on hosts with registers too.
+Written from the paper's description alone. Prefix tokens are neither merged nor merged into, also in models with registers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from laconic.methods.ops import Pairing, parity, require, scatter_back, soft_mat
 
 
 class ToMeReducer(Reducer):
-    """Bipartite soft matching on keys."""
+    """Merge tokens by bipartite soft matching on keys."""
 
     reads = "keys"
 
@@ -48,12 +48,13 @@ class ToMeReducer(Reducer):
 )
 @dataclass(frozen=True)
 class ToMe(Pairing):
-    """Options of ``tome``: tokens to take away in each block, and proportional attention.
+    """Options of ``tome``: the number of tokens to merge in each block, and proportional attention.
 
     Args:
         r: tokens merged away in every block: one number, one for each block, or (r, inflection) for a linear schedule
             from r * (1 - inflection) to r * (1 + inflection). None: give a keep rate instead (at three blocks).
-        proportional: add log(size) to the attention towards a token (right off the shelf; after training without it, not).
+        proportional: add log(size) to the attention logits towards a token. Use it for models that were not trained with
+            this method; turn it off for models that were trained without it.
         spread: see `Pairing`.
     """
 
@@ -82,7 +83,7 @@ class ToMe(Pairing):
 
     def capped(self, schedule: Schedule) -> Schedule:
         whole, rates = 1.0, list[float]()
-        for number, keep in enumerate(schedule.values):  # rates count from the initial patches: later ones make up for a cap
+        for number, keep in enumerate(schedule.values):  # rates refer to the initial patches: later ones compensate for a cap
             before, share = cumulative(schedule.values[:number] or (1.0,)), cumulative(schedule.values[: number + 1])
             capped = max(share, whole / 2)
             rates.append(keep if (whole, capped) == (before, share) else capped / whole)
@@ -105,5 +106,5 @@ def _per_block(r: int | tuple[int | float, ...], blocks: int) -> list[int]:
         step = (2 * r[0] - 2 * low) / max(1, blocks - 1)
         return [int(low + step * i) for i in range(blocks)]
     if len(r) != blocks:
-        raise ValueError(f"tome: {len(r)} values of r for {blocks} blocks")
+        raise ValueError(f"tome: {len(r)} values of r for {blocks} blocks; give one number, or one for each block")
     return [int(value) for value in r]

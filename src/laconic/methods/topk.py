@@ -1,8 +1,8 @@
-"""Plain pruning: keep the tokens of highest score, drop the rest. The baselines every other method must beat.
+"""Plain pruning: keep the tokens of highest score, drop the rest. Baselines that every other method must beat.
 
 ``topk`` is EViT (Liang et al., ICLR 2022, arXiv:2202.07800) without its fused token, and the Top-K row of Haurum et al.
-(ICCVW 2023, arXiv:2308.04657). ``random`` keeps arbitrary tokens: a fixed draw for every position and seed, the same for
-all images, so that a run can be repeated and no image depends on its batch-mates.
+(ICCVW 2023, arXiv:2308.04657). ``random`` keeps arbitrary tokens: a fixed pseudo-random score for every position and seed,
+the same for all images, so that a run can be repeated and no image depends on the other images of its batch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from laconic.methods.ops import SCORES, ScoreName, arbitrary, topk_split
 
 
 def drop(tokens: Tokens, score: Tensor, n: int) -> Tokens:
-    """Keep the n highest scores, by falling score."""
+    """Keep the n tokens of highest score, by falling score."""
     return tokens.keep(topk_split(score, n)[0])
 
 
@@ -33,7 +33,7 @@ def drop(tokens: Tokens, score: Tensor, n: int) -> Tokens:
 )
 @dataclass(frozen=True)
 class TopK(Method):
-    """Options of ``topk``: what scores a token, ``class`` attention or (without class token) the ``mean-query``'s."""
+    """Options of ``topk``: the score of a token, ``class`` attention or (without a class token) that of the ``mean-query``."""
 
     score: ScoreName = "class"
 
@@ -45,7 +45,7 @@ class TopK(Method):
 
 
 class ArbitraryPrune(Reducer):
-    """Keep arbitrary tokens, between attention and MLP like the others, so that the work is the same."""
+    """Keep arbitrary tokens, between attention and MLP like other methods, so that the work is the same."""
 
     reads = "class"
 
