@@ -219,7 +219,7 @@ def test_a_second_head_is_saved(tmp_path):
 def test_what_a_second_head_needs():
     with pytest.raises(ValueError, match="evovit: second_head must be a number of classes, or None, not 0"):
         EvoViT(second_head=0)
-    with pytest.raises(LookupError, match="no class token, and a second head would read it; leave second_head away"):
+    with pytest.raises(LookupError, match="no class token, which the second head reads; omit second_head"):
         laconic.reduce_(make("gap"), "evovit", keep=0.5, at=AT, score="mean-query", second_head=5)
 
 
@@ -283,7 +283,7 @@ def test_the_last_of_copies_is_taken(caplog):
     assert not caplog.text
     ours = last_copies({**theirs, "p.2.w": torch.ones(1)}, r"(p)\.\d+\.(.+)")
     assert ours["p.w"] == 1
-    assert "copies of p differ; taken is the last" in caplog.text
+    assert "copies of p differ; the last one is used" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------------ as a whole

@@ -481,7 +481,7 @@ def test_ties_go_to_the_lower_index():
         (dict(schedule=laconic.Schedule.keep_counts({1: 25, 3: 12})), "block 3 is to keep 12 of 25 .* there is 13"),
         (
             dict(keep=0.3, at=[1, 2], spread=True),
-            "needs 2 consecutive blocks.* there is 1 before the next site; keep 0.5 or more",
+            "needs 2 consecutive blocks.* there is 1 before the next one (at); keep 0.5 or more",
         ),
         (dict(keep=0.1, at=[2], spread=True), "needs 4 consecutive blocks.* there are 2 before the end; keep 0.25 or more"),
     ],
@@ -623,11 +623,11 @@ def test_models_of_0_1_are_loaded_as_they_were(method, record, counts, tmp_path)
         ("diffrate", dict(merge_kept=(37,) * 4, at=AT), "give no keep and no at"),
         ("diffrate", dict(), "say how many tokens to keep"),
         ("mctf", dict(r=4, keep=0.5), "either r .* or keep"),
-        ("tome", dict(r=4, spread=True), "spread is for keep rates, and r is given"),
+        ("tome", dict(r=4, spread=True), "spread is for keep rates, but r is given"),
         ("pitome", dict(ratio=0.9, keep=0.5), "either ratio .* or keep"),
-        ("tofu", dict(ratio=0.9, spread=True), "spread is for keep rates, and ratio is given"),
-        ("pitome", dict(ratio=0.3), "ratio is what every block keeps of its tokens, from 0.5 to 1, not 0.3"),
-        ("tofu", dict(ratio=1.2), "ratio is what every block keeps of its tokens, from 0.5 to 1, not 1.2"),
+        ("tofu", dict(ratio=0.9, spread=True), "spread is for keep rates, but ratio is given"),
+        ("pitome", dict(ratio=0.3), "ratio must be the share of its tokens that a block keeps, from 0.5 to 1, not 0.3"),
+        ("tofu", dict(ratio=1.2), "ratio must be the share of its tokens that a block keeps, from 0.5 to 1, not 1.2"),
     ],
 )
 def test_refusals(method, options, message):

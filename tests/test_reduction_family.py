@@ -552,7 +552,7 @@ def test_where_tokens_are_fused():
         assert model.laconic.reducers["2"].learner.slots == 9
         assert [row.attention_tokens for row in laconic.summary(model).blocks] == [37, 37, 10, 37]
     model.laconic.set_schedule(laconic.Schedule.rates(1 / 3, [2]))
-    with pytest.raises(ValueError, match="built to leave 9 tokens, and 12 were asked for"):
+    with pytest.raises(ValueError, match="built to make 9 tokens, and 12 were asked for"):
         model(images("plain"))
     plain, x = make("plain"), images("plain")
     with torch.no_grad():
@@ -596,7 +596,7 @@ def test_fused_tokens_compile():
 @pytest.mark.parametrize("method", MIXING)
 def test_the_count_of_a_mixer_is_part_of_it(method):
     config = laconic.methods()[method].config()
-    with pytest.raises(ValueError, match=f"{method}: .* built to leave 6 tokens, and 5 were asked for"):
+    with pytest.raises(ValueError, match=f"{method}: .* built to make 6 tokens, and 5 were asked for"):
         config.build(site(6)).before(tokens(), 5)
 
 
@@ -685,7 +685,7 @@ def test_the_pattern_goes_by_the_places_of_the_tokens():
 def test_a_square_image_of_another_size():
     out = laconic.Heuristic().build(site(4, 36, grid=(6, 6))).before(tokens(patches=16), 4)
     assert out.place.tolist() == [[5, 6, 9, 10]] * 2
-    with pytest.raises(ValueError, match="20 patches are no square"):
+    with pytest.raises(ValueError, match="20 patches do not form a square"):
         laconic.Heuristic().build(site(4, 36, grid=(6, 6))).before(tokens(patches=20), 4)
     out = laconic.Heuristic().build(site(4, 36, grid=(6, 6))).before(tokens(patches=20, grid=(2, 10)), 4)
     assert out.place.tolist() == [[4, 5, 14, 15]] * 2

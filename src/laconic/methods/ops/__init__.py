@@ -1,6 +1,6 @@
-"""Steps that more than one method takes: score, rank, match, share out, cluster, predict.
+"""Operations that several methods share: score, rank, match, normalise weights, cluster, predict.
 
-All of it runs in float32 and outside autocast (see `laconic.core.token_reduction`). Ties go to the lower index.
+All of them run in float32 and outside autocast (see `laconic.core.token_reduction`). Ties go to the lower index.
 """
 
 from laconic.methods.ops.alone import NoKeepRate

@@ -1,4 +1,4 @@
-"""Distances, and clusters made of them."""
+"""Pairwise squared distances, and density-peak clustering."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from laconic.methods.ops.matching import topk_split
 
 
 class Distances:
-    """Squared distances |x_i - x_j|^2 of rows, from the centred ones (less cancellation), with an exact zero diagonal.
+    """Squared distances |x_i - x_j|^2 of rows, from centred rows (less cancellation), with an exact zero diagonal.
 
-    In float32, or as `precise`. The whole matrix is made once where it is small, else the ``parts`` are made anew when asked
-    for: [B, part, M] for some of the rows (their numbers) at a time.
+    Computed in float32, or in float64 for float64 input (see `precise`). A small matrix is computed once and held as a whole;
+    otherwise each of the ``parts`` (row numbers) is computed on request, as a matrix [B, part, M].
     """
 
     def __init__(self, x: Float[Tensor, "B M C"]) -> None:
@@ -29,13 +29,13 @@ class Distances:
         self.whole = self._between(every, (self.x, self.norm), self.x, self.norm, every) if len(self.parts) == 1 else None
 
     def of(self, part: Int[Tensor, " m"]) -> Float[Tensor, "B m M"]:
-        """From these rows to all."""
+        """Return the distances from these rows to all rows."""
         if self.whole is not None:
             return self.whole
         return self._between(part, self._rows(part), self.x, self.norm, torch.arange(self.x.shape[1], device=self.x.device))
 
     def to(self, part: Int[Tensor, " m"], rows: Int[Tensor, "B Q"]) -> Float[Tensor, "B m Q"]:
-        """From these rows to some, that each image has of its own."""
+        """Return the distances from these rows to ``rows``, which differ by image."""
         if self.whole is not None:
             return gather_rows(self.whole, rows).transpose(1, 2)
         return self._between(part, self._rows(part), gather_rows(self.x, rows), gather_rows(self.norm, rows), rows.unsqueeze(1))
@@ -50,7 +50,7 @@ class Distances:
 
 
 def squared_distances(x: Float[Tensor, "B M C"]) -> Float[Tensor, "B M M"]:
-    """`Distances`, the whole matrix: for methods that are defined by it."""
+    """Return the whole matrix of `Distances`, for methods that need all of it."""
     x = x if x.dtype == torch.float64 else x.float()
     x = x - x.mean(1, keepdim=True)
     norm = x.square().sum(-1)
@@ -59,7 +59,7 @@ def squared_distances(x: Float[Tensor, "B M C"]) -> Float[Tensor, "B M M"]:
 
 
 def precise(x: Float[Tensor, "B M C"]) -> Float[Tensor, "B M C"]:
-    """In float64, where the device has it: for decisions that are not to hang on the rounding of float32."""
+    """Return ``x`` in float64 if the device has it, for decisions that must not depend on the rounding of float32."""
     return x.float() if x.device.type == "mps" else x.double()
 
 
@@ -71,15 +71,15 @@ def density_peaks(
     farthest: Literal["own", "sample"] = "own",
     neighbours: int = 5,
 ) -> tuple[Int[Tensor, "B M"], Int[Tensor, "B Q"]]:
-    """Density-peak clustering (Rodriguez and Laio 2014; BAT eqs. 6 and 7): the cluster of each row, and the centres.
+    """Return the cluster of each row and the centres, by density-peak clustering (Rodriguez and Laio 2014; BAT eqs. 6-7).
 
-    Density, as its logarithm (exp underflows): minus the mean squared distance to the nearest rows, itself included,
-    over C (``knn``), or minus the sum of squared distances to all rows (``paper``, eq. 6). Distance to the nearest
-    denser row; for the densest the largest distance, of its own row or in the whole sample. Centres are the ``count``
-    largest products; a row joins the nearest centre that is denser than it (``denser``) or just the nearest.
-    Of two rows of equal density the earlier counts as denser.
+    The density, as its logarithm (exp underflows), is minus the mean squared distance to the nearest rows, itself included,
+    over C (``knn``), or minus the sum of squared distances to all rows (``paper``, eq. 6). The distance is that to the nearest
+    denser row; for the densest row it is the largest distance, of its own row or in the whole sample (``farthest``). Centres
+    are the ``count`` rows with the largest product of the two; a row joins the nearest centre that is denser than it
+    (``denser``) or the nearest of all (``nearest``). Of two rows of equal density the earlier counts as denser.
 
-    Memory is linear in M: of many rows the distances are computed three times and never held (see `Distances`).
+    Memory is linear in M: for many rows the distances are computed three times and never stored (see `Distances`).
     """
     distances = Distances(x.detach())
     near: list[Tensor] = []
@@ -92,7 +92,7 @@ def density_peaks(
         widest.append(d2.amax(2).sqrt())
     log_density, wide = joined_parts(near), joined_parts(widest)
     line, _ = topk_split(log_density, x.shape[1])
-    rank = torch.empty_like(line).scatter(1, line, arange_like(line))  # of a row by its density: the densest has 0
+    rank = torch.empty_like(line).scatter(1, line, arange_like(line))  # rank of each row by density: 0 is the densest
     for part in distances.parts:
         denser = rank.unsqueeze(1) < rank[:, part].unsqueeze(2)
         gaps.append(distances.of(part).masked_fill(~denser, math.inf).amin(2).sqrt())
@@ -105,7 +105,7 @@ def density_peaks(
         to_centre = distances.to(part, centres)
         if assign == "denser":
             allowed = rank.gather(1, centres).unsqueeze(1) < rank[:, part].unsqueeze(2)
-            allowed = allowed | ~allowed.any(2, keepdim=True)  # nothing denser among the centres: the nearest of all
+            allowed = allowed | ~allowed.any(2, keepdim=True)  # no centre is denser: use the nearest of all
             to_centre = to_centre.masked_fill(~allowed, math.inf)
         cluster.append(to_centre.argmin(2))
     return joined_parts(cluster).scatter(1, centres, arange_like(centres)), centres

@@ -1,4 +1,4 @@
-"""TokenLearner's way back (arXiv:2106.11297): learned tokens go through a block, and their places get what came of them."""
+"""TokenLearner's TokenFuser (arXiv:2106.11297): run a block on learned tokens, then add its outputs to all patch tokens."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ HIDDEN = 64
 
 
 def mapping(dim: int, slots: int) -> nn.Sequential:
-    """For every place a number for each learned token: an MLP of the place's features."""
+    """Return an MLP that maps the features of every patch token to one number for each learned token."""
     return nn.Sequential(nn.Linear(dim, HIDDEN), nn.GELU(approximate="tanh"), nn.Linear(HIDDEN, max(1, slots)))
 
 
 class TokenFuser(nn.Module):
-    """What each place takes of the learned tokens: LN, a linear layer over the tokens, LN; then a sum by sigmoid maps.
+    """Compute the update of each patch token: LN, linear layer over the learned tokens, LN; then a sum by sigmoid maps.
 
-    The linear layer starts at zero, so that at first nothing is taken.
+    The linear layer starts at zero, so that the initial update is zero.
     """
 
     def __init__(self, dim: int, slots: int) -> None:
@@ -42,7 +42,7 @@ class TokenFuser(nn.Module):
 
 
 class Fused(Reducer):
-    """A mixer's tokens for one block; after it all places are there again, each with what it takes of the tokens added."""
+    """Run one block on a mixer's tokens; after it, restore all patch tokens and add the `TokenFuser`'s update to each."""
 
     def __init__(self, learner: Mixer, dim: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Fused(Reducer):
 
 
 def learned_at(site: BlockContext, patches: int) -> int:
-    """Tokens that the schedule learns for this block of so many patches, all of which come back after it."""
+    """Return the number of learned tokens in this block for ``patches`` patch tokens, which are all restored after it."""
     schedule = site.schedule
     if schedule is None or site.block not in schedule.at:
         return patches
@@ -76,5 +76,5 @@ def learned_at(site: BlockContext, patches: int) -> int:
 
 
 def learning(site: BlockContext) -> BlockContext:
-    """The site of the mixer that learns them."""
+    """Return the block context of the mixer: its output count is the number of learned tokens."""
     return dataclasses.replace(site, after=learned_at(site, site.before))

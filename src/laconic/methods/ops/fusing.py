@@ -1,4 +1,4 @@
-"""What MCTF (arXiv:2403.10030) does with its scores: a matching that goes both ways, and the attention of what it merges."""
+"""Matching in both directions and merging of attention weights, for MCTF (arXiv:2403.10030)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from laconic.methods.ops.matching import bipartite, scatter_back, topk_split
 
 
 def both_ways(
-    score: Float[Tensor, "B M K"], a: Int[Tensor, "B M"], b: Int[Tensor, "B K"], there: int, back: int
+    score: Float[Tensor, "B M K"], a: Int[Tensor, "B M"], b: Int[Tensor, "B K"], forward: int, back: int
 ) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B Q"]]:
-    """Where each token goes, and the tokens that stay: of ``a`` in their order, then of ``b`` by falling score.
+    """Return the new token of each token, and the kept tokens: of ``a`` in their order, then of ``b`` by falling score.
 
-    The ``there`` best matched of ``a`` go to their matches; then the ``back`` best matched of all ``b``, with what went to
-    them, go to one of ``a`` that stayed. Without a way back ``b`` keeps its order.
+    The ``forward`` best matched tokens of ``a`` merge into their matches; then the ``back`` best matched of all ``b``,
+    including what was merged into them, merge into a remaining token of ``a``. If ``back`` is 0, ``b`` keeps its order.
     """
-    gone_a, stay_a, match = bipartite(*score.detach().max(2), there)
+    gone_a, stay_a, match = bipartite(*score.detach().max(2), forward)
     gone_b, stay_b, host = b[:, :0], arange_like(b), b
     if back:
         best, host = gather_rows(score, stay_a).max(1)
@@ -32,7 +32,7 @@ def both_ways(
 def fuse(
     attention: Float[Tensor, "B H N N"], dst: Int[Tensor, "B L"], weight: Float[Tensor, "B L"], count: int
 ) -> Float[Tensor, "B H M M"]:
-    """Attention among merged tokens: rows averaged by ``weight``, columns summed; prefix tokens are as they are."""
+    """Return the attention among merged tokens: rows averaged by ``weight``, columns summed; prefix tokens are unchanged."""
     batch, heads, before, _ = attention.shape
     prefix, total = before - dst.shape[1], before - dst.shape[1] + count
     every = torch.cat([torch.arange(prefix, device=dst.device).expand(batch, -1), dst + prefix], 1)
@@ -43,5 +43,5 @@ def fuse(
 
 
 def soften(criterion: Tensor, tau: float) -> Tensor:
-    """criterion^(1 / tau); tau 0 leaves it out."""
+    """Return criterion^(1 / tau), or ones if tau is 0 (criterion off)."""
     return criterion.pow(1 / tau) if tau else torch.ones_like(criterion)

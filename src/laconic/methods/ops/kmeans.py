@@ -1,4 +1,4 @@
-"""Lloyd's k-means, without randomness and with no cluster left empty."""
+"""Lloyd's k-means, without randomness and without empty clusters."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from laconic.methods.ops.nearest import best_of_rows
 def lloyd(
     x: Float[Tensor, "B M C"], weight: Float[Tensor, "B M"], first: Int[Tensor, "B Q"], iterations: int
 ) -> tuple[Int[Tensor, "B M"], Int[Tensor, "B Q"]]:
-    """The cluster of each row after so many iterations from the rows ``first``, and the row nearest to each centre.
+    """Return the cluster of each row after ``iterations``, starting from the rows ``first``, and each centre's nearest row.
 
-    An iteration takes every row to the nearest centre (squared L2; ties: the first) and every centre to the mean of its
-    rows by ``weight``. A cluster that would be empty takes the row farthest from its centre, out of all that are not the
-    nearest to theirs. So the sum of weight * |x - mean of its cluster|^2 never rises.
+    An iteration assigns every row to the nearest centre (squared L2; ties: the first) and moves every centre to the mean of
+    its rows by ``weight``. A cluster that would be empty gets the row farthest from its centre, among all rows that are not
+    the nearest to their centre. So the sum of weight * |x - mean of its cluster|^2 never increases.
     """
     x = x.detach().float()
     x, weight, count = x - x.mean(1, keepdim=True), weight.detach(), first.shape[1]  # centred: less cancellation
@@ -34,12 +34,12 @@ def lloyd(
 
 
 def strided(like: Tensor, count: int) -> Int[Tensor, "B Q"]:
-    """``count`` places spread evenly over a sequence [B, L, ...]: the middles of as many equal pieces."""
+    """Return ``count`` positions spread evenly over a sequence [B, L, ...]: the middles of ``count`` equal pieces."""
     return (2 * arange_like(like[:, :count]) + 1) * like.shape[1] // (2 * count)
 
 
 def _to_nearest(x: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-    """The squared distance of each row to the nearest centre, and to which."""
+    """Return the squared distance of each row to the nearest centre, and the index of that centre."""
     norm = centres.square().sum(-1).unsqueeze(1)
 
     def near(part: Tensor) -> Tensor:
@@ -55,6 +55,6 @@ def _fill(distance: Tensor, cluster: Tensor, count: int) -> Tensor:
     held = torch.zeros_like(distance[:, :count]).scatter(1, cluster, 1.0)
     stays = first_least(distance, cluster, count).gather(1, cluster) == arange_like(cluster)
     far = distance.masked_fill(stays, -1.0).sort(dim=1, descending=True, stable=True).indices[:, :count]
-    vacant = held.sort(dim=1, stable=True).indices  # the empty ones, then the others
+    vacant = held.sort(dim=1, stable=True).indices  # the empty clusters, then the others
     due = arange_like(vacant) < (held == 0).sum(1, keepdim=True)
     return cluster.scatter(1, far, torch.where(due, vacant, cluster.gather(1, far)))

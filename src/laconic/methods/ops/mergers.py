@@ -1,4 +1,4 @@
-"""What BAT (arXiv:2211.11315) makes of its tokens: pairs of the attentive, and the groups of its table 4 of the others."""
+"""BAT's mergers (arXiv:2211.11315): pairs of attentive tokens, and the groups of table 4 of the other tokens."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ LLOYD = {"kmeans-1": 1, "kmeans-3": 3}  # iterations
 def pair_up(
     x: Float[Tensor, "B K C"], pairs: int, matching: Literal["greedy", "bipartite"]
 ) -> tuple[Int[Tensor, "B K"], Int[Tensor, "B M"]]:
-    """Where each row goes when the most similar pairs become one, and which row leads each that comes out.
+    """Return the new index of each row after fusing the most similar pairs, and the leading row of each new one.
 
-    ``greedy`` takes the most similar disjoint pairs, ``bipartite`` matches odd to even rows in one go.
+    ``greedy`` takes the most similar disjoint pairs, ``bipartite`` matches odd to even rows in one pass.
     """
     rank = arange_like(x)
     if pairs == 0:
@@ -36,7 +36,7 @@ def pair_up(
         odd, _, even = bipartite(*nearest(x[:, 1::2], x[:, 0::2]), pairs)
         first, second = even * 2, odd * 2 + 1
     gone = torch.zeros_like(rank).scatter(1, second, 1)
-    slot = rank - gone.cumsum(1)  # where a row that stays goes
+    slot = rank - gone.cumsum(1)  # new index of a kept row
     lead = gone.sort(dim=1, stable=True).indices[:, : x.shape[1] - pairs]
     return slot.scatter(1, second, slot.gather(1, first)), lead
 
@@ -51,7 +51,7 @@ def grouped(
     density: Literal["knn", "paper"],
     assign: Literal["denser", "nearest"],
 ) -> tuple[Int[Tensor, "B R"], Int[Tensor, "B Q"]]:
-    """The group of each of the tokens ``rest``, and the one of them that leads each of ``count`` groups (none: all -1)."""
+    """Return the group of each token of ``rest``, and the leading token of each of ``count`` groups (count 0: all -1)."""
     if count == 0:
         return torch.full_like(rest, -1), rest[:, :0]
     if count == 1:

@@ -1,4 +1,4 @@
-"""The authors' names of weights, turned into ours by small rules."""
+"""Rules that rename the authors' weights to ours."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 LOG = logging.getLogger(__name__)
-New = str | Callable[[re.Match[str]], str]  # as the replacements of `re.sub`
+New = str | Callable[[re.Match[str]], str]  # like the replacements of `re.sub`
 
 
 def renamed(weights: Mapping[str, Tensor], *rules: tuple[str, *tuple[New, ...]]) -> dict[str, Tensor]:
-    """Weights under new names, each by the first rule whose pattern is the whole name: (pattern, new name, and others).
+    """Return the weights under new names, by the first rule (pattern, new name, ...) whose pattern matches the whole name.
 
-    A weight that gets a new name takes the place of one that had it before.
+    A renamed weight replaces one that had its new name before.
     """
     old, new = dict[str, Tensor](), dict[str, Tensor]()
     for name, tensor in weights.items():
@@ -30,9 +30,9 @@ def renamed(weights: Mapping[str, Tensor], *rules: tuple[str, *tuple[New, ...]])
 
 
 def joined(weights: Mapping[str, Tensor], parts: Sequence[str], whole: str) -> dict[str, Tensor]:
-    """Layers that lie apart put together: ``….{part}.…`` of all parts, in their order, become ``….{whole}.…``.
+    """Concatenate separate layers: ``….{part}.…`` of all parts, in their order, become ``….{whole}.…``.
 
-    Where one of the parts is missing they stay, and will not fit.
+    If a part is missing, the others are unchanged, and loading will report them.
     """
     out = dict(weights)
     for name in weights:
@@ -43,7 +43,7 @@ def joined(weights: Mapping[str, Tensor], parts: Sequence[str], whole: str) -> d
 
 
 def last_copies(weights: Mapping[str, Tensor], pattern: str) -> dict[str, Tensor]:
-    """Of what lies there several times the last, named by the two groups of ``pattern``; it is said if copies differ."""
+    """Return the last of several copies, named by the two groups of ``pattern``; warn if copies differ."""
     out, differing = dict[str, Tensor](), set[str]()
     for name, tensor in weights.items():
         if found := re.fullmatch(pattern, name):
@@ -52,5 +52,5 @@ def last_copies(weights: Mapping[str, Tensor], pattern: str) -> dict[str, Tensor
                 differing.add(found[1])
         out[name] = tensor
     if differing:
-        LOG.warning("the copies of %s differ; taken is the last, as by the authors' code", ", ".join(sorted(differing)))
+        LOG.warning("the copies of %s differ; the last one is used, as in the authors' code", ", ".join(sorted(differing)))
     return out

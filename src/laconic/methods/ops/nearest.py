@@ -1,6 +1,6 @@
 """The best match of every row, and the best pairs, with memory linear in the number of rows.
 
-The matrix of all similarities is made at once where it is small, else some rows at a time (see `laconic.core.gather`).
+A small matrix of all similarities is computed at once, a large one some rows at a time (see `laconic.core.gather`).
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from laconic.core.gather import arange_like, gather_rows, in_parts
 from laconic.core.shape_types import Bool, Float, Int
 from laconic.methods.ops.matching import cosine, length
 
-NOBODY = -2.0  # less than any cosine
-WINDOW = 64  # pairs that one list of candidates is good for
+NO_MATCH = -2.0  # below any cosine
+WINDOW = 64  # number of pairs found from one list of candidates
 
 
 def best_of_rows(
     rows: Tensor, width: int, similar: Callable[[Tensor], Tensor]
 ) -> tuple[Float[Tensor, "B M"], Int[Tensor, "B M"]]:
-    """The highest value of each row of a matrix and where it is (ties: the first).
+    """Return the highest value of each row of a matrix and its column (ties: the first).
 
-    ``similar`` makes the part [B, m, width] of the matrix for some of the ``rows`` [B, M, ...].
+    ``similar`` computes the part [B, m, width] of the matrix for some of the ``rows`` [B, M, ...].
     """
     best = [similar(part).max(2) for part in in_parts(rows, width)]
     if len(best) == 1:
@@ -35,39 +35,39 @@ def best_of_rows(
 def nearest(
     x: Float[Tensor, "B M C"], y: Float[Tensor, "B K C"], hidden: Bool[Tensor, "B K"] | None = None
 ) -> tuple[Float[Tensor, "B M"], Int[Tensor, "B M"]]:
-    """The highest cosine of each x to a y that is not ``hidden``, and to which (ties: the first); `NOBODY` where all are."""
+    """Return each x's highest cosine to a y that is not ``hidden`` and its index (ties: the first), or `NO_MATCH`."""
 
     if hidden is None and len(in_parts(x, y.shape[1])) == 1:
-        # the same maxima with the lengths of x, which change no order, left to the best alone
+        # the lengths of x do not change the order in a row, so only the maxima are divided by them
         x, y = x.float(), y.float()
         best = (torch.bmm(x, y.transpose(1, 2)) / length(y).unsqueeze(1)).max(2)
         return best.values / length(x), best.indices
 
     def similar(part: Tensor) -> Tensor:
         similarity = cosine(part, y)
-        return similarity if hidden is None else similarity.masked_fill(hidden.unsqueeze(1), NOBODY)
+        return similarity if hidden is None else similarity.masked_fill(hidden.unsqueeze(1), NO_MATCH)
 
     if len(in_parts(x, y.shape[1])) == 1:
         best = similar(x).max(2)
         return best.values, best.indices
     if not torch.is_grad_enabled():
         return best_of_rows(x, y.shape[1], similar)
-    # backwards through the parts would hold all of them: find the matches without a gradient, and compute these again
+    # backward would keep all parts in memory: find the matches without a gradient, and recompute only their cosines
     with torch.no_grad():
         found, match = best_of_rows(x, y.shape[1], similar)
     matched = gather_rows(y, match).float()
     value = (x.float() * matched).sum(-1) / length(x.float()) / length(matched)
-    return torch.where(found > NOBODY, value, found), match
+    return torch.where(found > NO_MATCH, value, found), match
 
 
 def greedy_pairs(x: Float[Tensor, "B K C"], count: int) -> tuple[Int[Tensor, "B Q"], Int[Tensor, "B Q"]]:
-    """The ``count`` most similar disjoint pairs (a before b): take the best pair, strike both out, repeat."""
+    """Return the ``count`` most similar disjoint pairs (a before b): take the best pair, exclude both rows, repeat."""
     x = x.detach()
     return _from_all(x, count) if len(in_parts(x, x.shape[1])) == 1 else _from_lists(x, count)
 
 
 def _from_all(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Pairs from the matrix of all similarities, which is written over."""
+    """Return the pairs from the matrix of all similarities, which is updated in place."""
     place, image = torch.arange(x.shape[1], device=x.device), torch.arange(x.shape[0], device=x.device).unsqueeze(1)
     similarity = cosine(x, x).masked_fill_(place <= place.unsqueeze(1), -math.inf)
     pairs: list[Tensor] = []
@@ -83,38 +83,38 @@ def _from_all(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _from_lists(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The same pairs from lists of each row's best partners, of which no more is held.
+    """Return the same pairs as `_from_all`, from lists of each row's best partners.
 
-    p - 1 pairs strike out 2 (p - 1) rows, so that the p-th pair is among the 2 p - 1 best partners of its row, and a list as
-    long as that is good for p pairs. For more than `WINDOW` pairs the lists are made again, which takes all similarities anew:
-    time grows faster than with K^2 from there on, memory does not.
+    p - 1 pairs exclude 2 (p - 1) rows, so the p-th pair is among the 2 p - 1 best partners of its row, and lists of this
+    length suffice for p pairs. For more than `WINDOW` pairs the lists are computed again from all similarities: from there on
+    time grows faster than K^2, memory does not.
     """
     size = x.shape[1]
-    struck = torch.zeros_like(x[..., 0], dtype=torch.bool)
+    excluded = torch.zeros_like(x[..., 0], dtype=torch.bool)
     first, second = [arange_like(x)[:, :0]], [arange_like(x)[:, :0]]
     for start in range(0, count, WINDOW):
         pairs = min(WINDOW, count - start)
-        similarity, partner = _candidates(x, struck, min(size, 2 * pairs - 1))
+        similarity, partner = _candidates(x, excluded, min(size, 2 * pairs - 1))
         for _ in range(pairs):
             best = similarity.flatten(1).argmax(1, keepdim=True)
             i, j = best // partner.shape[2], partner.flatten(1).gather(1, best)
-            struck = struck.scatter(1, torch.cat([i, j], 1), True)
-            out = struck.unsqueeze(2) | (partner == i.unsqueeze(2)) | (partner == j.unsqueeze(2))
+            excluded = excluded.scatter(1, torch.cat([i, j], 1), True)
+            out = excluded.unsqueeze(2) | (partner == i.unsqueeze(2)) | (partner == j.unsqueeze(2))
             similarity = similarity.masked_fill(out, -math.inf)
             first.append(i)
             second.append(j)
     return torch.cat(first, 1), torch.cat(second, 1)
 
 
-def _candidates(x: Tensor, struck: Tensor, count: int) -> tuple[Float[Tensor, "B K Q"], Int[Tensor, "B K Q"]]:
-    """The most similar partners of each row among those behind it that are not struck out, in their order."""
+def _candidates(x: Tensor, excluded: Tensor, count: int) -> tuple[Float[Tensor, "B K Q"], Int[Tensor, "B K Q"]]:
+    """Return each row's most similar partners among the later rows that are not excluded, in order of rows."""
     similarity: list[Tensor] = []
     partner: list[Tensor] = []
     start = 0
     for part in in_parts(x, x.shape[1]):
-        begin = min(start, x.shape[1] - count)  # partners are behind their row: those before the part are not needed
+        begin = min(start, x.shape[1] - count)  # partners come after their row, so rows before the part are not needed
         row, column = (torch.arange(b, e, device=x.device) for b, e in ((start, start + part.shape[1]), (begin, x.shape[1])))
-        no = (column <= row.unsqueeze(1)) | struck[:, begin:].unsqueeze(1) | struck[:, row].unsqueeze(2)
+        no = (column <= row.unsqueeze(1)) | excluded[:, begin:].unsqueeze(1) | excluded[:, row].unsqueeze(2)
         similar = cosine(part, x[:, begin:]).masked_fill(no, -math.inf)
         best = similar.topk(count, dim=2).indices.sort(2).values
         similarity.append(similar.gather(2, best))

@@ -1,4 +1,4 @@
-"""Options of methods that merge tokens in pairs: a block keeps at least half of its tokens, so smaller rates take several."""
+"""Options of methods that merge tokens in pairs: a block keeps at least half of its tokens, so lower rates need several."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Pairing(Method):
 
     Args:
         spread: spread each keep rate below 0.5 over as many consecutive blocks as it needs, which all keep the same share.
-            Without it such a rate is refused.
+            Without it such a rate raises an error.
     """
 
     spread: bool = dataclasses.field(default=False, kw_only=True)
@@ -35,14 +35,15 @@ class Pairing(Method):
         """Return the schedule of the option ``ratio``: every block (or those of ``at``) keeps this share of its tokens.
 
         Raises:
-            ValueError: ``keep`` or ``spread`` is given too, or one block cannot keep so few.
+            ValueError: ``keep`` or ``spread`` is given too, or ``ratio`` is not from 0.5 to 1.
         """
         self.check_alone("ratio", keep)
-        require(self.info.name, "ratio", ratio, HALF <= ratio <= 1, "is what every block keeps of its tokens, from 0.5 to 1")
+        wanted = "must be the share of its tokens that a block keeps, from 0.5 to 1"
+        require(self.info.name, "ratio", ratio, HALF <= ratio <= 1, wanted)
         return Schedule.rates(ratio, range(depth) if at is None else at)
 
     def check_alone(self, option: str, keep: object) -> None:
-        """Refuse ``keep`` and ``spread`` next to an option that says how many tokens every block keeps.
+        """Refuse ``keep`` and ``spread`` together with an option that sets how many tokens every block keeps.
 
         Raises:
             ValueError: one of them is given.
@@ -50,15 +51,15 @@ class Pairing(Method):
         if keep is not None:
             raise ValueError(f"{self.info.name}: give either {option} (for every block) or keep, not both")
         if self.spread:
-            raise ValueError(f"{self.info.name}: spread is for keep rates, and {option} is given; leave one of them out")
+            raise ValueError(f"{self.info.name}: spread is for keep rates, but {option} is given; omit one of them")
 
     def capped(self, schedule: Schedule) -> Schedule:
-        """Return the keep rates, each at least 0.5, that leave what version 0.1 left where rates were smaller."""
+        """Return keep rates of at least 0.5 that give the token counts version 0.1 gave for smaller rates."""
         return schedule.scaled(lambda keep: max(keep, HALF))
 
 
 def as_in_0_1(config: Method, schedule: Schedule) -> Schedule:
-    """Return what a saved schedule means: version 0.1 took keep rates below 0.5 of these methods, and kept half."""
+    """Return the schedule as version 0.1 ran it: it accepted keep rates below 0.5 for these methods, and kept half."""
     if not isinstance(config, Pairing) or schedule.unit != "keep" or min(schedule.values) >= HALF:
         return schedule
     return config.capped(schedule)
@@ -68,7 +69,7 @@ def spread_out(owner: str, schedule: Schedule, depth: int) -> Schedule:
     """Replace each keep rate below 0.5 by equal rates of at least 0.5 at consecutive blocks.
 
     Raises:
-        ValueError: the next site, or the end of the model, comes too soon.
+        ValueError: there are too few blocks before the next reducing block or the end of the model.
     """
     schedule.check_depth(depth)
     rates = dict[int, float]()
@@ -77,7 +78,7 @@ def spread_out(owner: str, schedule: Schedule, depth: int) -> Schedule:
         if count > free:
             raise ValueError(
                 f"{owner}: keep={keep:g} at block {block} needs {count} consecutive blocks, each of which keeps at least half, "
-                f"and there {'is' if free == 1 else 'are'} {free} before {'the end' if end == depth else 'the next site'}; "
+                f"and there {'is' if free == 1 else 'are'} {free} before {'the end' if end == depth else 'the next one (at)'}; "
                 f"keep {HALF**free:g} or more there, or reduce at other blocks (at)"
             )
         step = max(HALF, keep ** (1 / count))

@@ -1,4 +1,4 @@
-"""Tokens in two halves, of which one may be merged into the other."""
+"""Split of the tokens into two halves, and bipartite matching of one half to the other."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from laconic.methods.ops.nearest import nearest
 
 
 def parity(tokens: Tokens) -> tuple[slice, slice]:
-    """The patch tokens at even and at odd places of the sequence, prefix tokens counted (the class token stands at 0)."""
+    """Return slices of the patch tokens at even and odd positions of the sequence, prefix tokens counted (class token: 0)."""
     first = tokens.prefix % 2
     return slice(first, None, 2), slice(1 - first, None, 2)
 
 
 def by_parity(tokens: Tokens) -> tuple[Int[Tensor, "B M"], Int[Tensor, "B K"]]:
-    """The same, as indices."""
+    """Return the same tokens as `parity`, as indices."""
     even, odd = parity(tokens)
     place = arange_like(tokens.size)
     return place[:, even], place[:, odd]
 
 
 def _of(part: Tensor | slice, features: Tensor, every: Tensor) -> tuple[Tensor, Tensor]:
-    """Features and indices of some tokens."""
-    if isinstance(part, slice):  # every second one: nothing has to be gathered
+    """Return the features and the indices of some tokens."""
+    if isinstance(part, slice):  # every second token: no gather needed
         return features[:, part], every[:, part]
     return gather_rows(features, part), part
 
@@ -41,19 +41,20 @@ def soft_matching(
     count: int,
     order: Literal["sequence", "similarity"] = "sequence",
 ) -> tuple[Int[Tensor, "B Q"], Int[Tensor, "B R"], Int[Tensor, "B Q"]]:
-    """ToMe's bipartite matching of the tokens ``a`` to the tokens ``b`` by the cosine of their features.
+    """Match the tokens ``a`` to the tokens ``b`` by the cosine of their features (ToMe's bipartite matching).
 
-    The ``count`` of ``a`` with the most similar match leave: returns (they, the tokens that stay, the rank among these
-    of the match of each). The unmatched of ``a`` come first, in their order, then all of ``b``.
+    The ``count`` tokens of ``a`` with the most similar match are merged. Return (merged tokens, kept tokens, index among the
+    kept tokens of the match of each merged one). Of the kept tokens the unmatched of ``a`` come first, then all of ``b``. The
+    former are in their order (``order="sequence"``), or by falling similarity.
 
     Raises:
-        ValueError: more are to leave than there are in ``a``, or there is nothing to merge into.
+        ValueError: ``count`` is more than the number of tokens in ``a``, or ``b`` is empty.
     """
     features, every = features.detach(), arange_like(features)
     (of_a, a), (of_b, b) = _of(a, features, every), _of(b, features, every)
     if count > a.shape[1] or not b.shape[1]:
         raise ValueError(
-            f"one matching merges away at most half of the tokens: {count} of {a.shape[1] + b.shape[1]} were asked for; keep "
+            f"one matching can merge away at most half of the tokens; got {count} of {a.shape[1] + b.shape[1]}; keep "
             "more in one block, or spread the reduction over more blocks"
         )
     best, match = nearest(of_a, of_b)

@@ -1,4 +1,4 @@
-"""Distances from the centre of a grid of patches. They depend on the grid alone, so for a compiler they are constants."""
+"""Distances from the centre of a grid of patches. They depend only on the grid, so they are constants for a compiler."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ def constant(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def single(x: float) -> float:
-    """To float32 and back."""
+    """Return ``x`` rounded to float32."""
     return float(struct.unpack("f", struct.pack("f", x))[0])
 
 
 def line(length: int, published: bool) -> list[float]:
-    """Coordinates along one side: from the centre, in half patches; or as the published code has them."""
+    """Return coordinates along one side: from the centre, in half patches; or as in the published code."""
     if not published or length == 1:
         return [2.0 * i - (length - 1) for i in range(length)]
     return evenly(float(-length // 2), float(length // 2), length)
 
 
 def evenly(first: float, last: float, steps: int) -> list[float]:
-    """``torch.linspace`` in float32."""
+    """Return ``torch.linspace`` in float32, as plain values."""
     step = single(single(last - first) / (steps - 1))
     return [single(first + step * i if i < steps // 2 else last - step * (steps - 1 - i)) for i in range(steps)]
 
 
 @constant
 def distances(rows: int, columns: int, norm: str, published: bool) -> tuple[float, ...]:
-    """Of every patch from the centre, in raster order."""
+    """Return the distance of every patch from the centre, in raster order."""
     return _distances(rows, columns, norm, published)
 
 
@@ -58,23 +58,27 @@ def _distances(rows: int, columns: int, norm: str, published: bool) -> tuple[flo
 
 @constant
 def within(patches: int, norm: str, radius: float) -> int:
-    """Patches of a square image within the published radius."""
+    """Return the number of patches of a square image within ``radius``, by the published distances."""
     return bisect_right(sorted(distances(*square(patches), norm, True)), radius)
 
 
 @constant
 def ring(patches: int, norm: str, target: int) -> int:
-    """Patches of a square image within that radius whose number is nearest to ``target``."""
+    """Return the number of patches of a square image within the radius whose number is nearest to ``target``."""
     numbers = [within(patches, norm, radius) for radius in sorted(set(distances(*square(patches), norm, True)))]
     return min(numbers, key=lambda number: abs(number - target))
 
 
 def square(patches: int) -> tuple[int, int]:
-    """The sides of a square image."""
+    """Return the sides of a square grid.
+
+    Raises:
+        ValueError: the number of patches is not a square.
+    """
     side = math.isqrt(patches)
     if side * side != patches:
         raise ValueError(
-            f"heuristic: {patches} patches are no square, and the grid of the image is not known here; use images of the size "
-            "that the model was built for, and count='exact'"
+            f"heuristic: {patches} patches do not form a square, and the grid of the image is not known here; use images of "
+            "the size that the model was built for, and count='exact'"
         )
     return side, side

@@ -1,4 +1,4 @@
-"""A second answer for training, beside that of the model."""
+"""A second classification head, used in training only."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from laconic.core.tokens import Tokens
 from laconic.methods.ops.checks import require_class_token
 from laconic.methods.ops.learned import start_small
 
-CLASS_LOGITS = "class_logits"  # the note [B, classes] whose cross-entropy training adds; the name of that loss, too
+CLASS_LOGITS = "class_logits"  # per-image value [B, classes] whose cross-entropy training adds; also the name of that loss
 
 
 class ClassHead(nn.Module):
-    """A norm and a linear layer on the class token; in training its logits are noted as `CLASS_LOGITS`."""
+    """A norm and a linear layer on the class token; in training its logits are recorded as `CLASS_LOGITS`."""
 
     def __init__(self, dim: int, classes: int) -> None:
         super().__init__()
@@ -20,8 +20,8 @@ class ClassHead(nn.Module):
         start_small(self)
 
     def forward(self, tokens: Tokens) -> Tokens:
-        """The same tokens, with the note."""
-        require_class_token(tokens, "and a second head would read it; leave second_head away")
+        """Return the tokens, in training with the recorded logits."""
+        require_class_token(tokens, "which the second head reads; omit second_head")
         if not self.training:
             return tokens
         x = tokens.x[:, 0].to(self.head.weight.dtype)

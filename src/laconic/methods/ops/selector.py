@@ -1,4 +1,4 @@
-"""A learned score that asks every head for itself."""
+"""A learned score that is computed for every head."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from laconic.methods.ops.predictor import Predictor
 
 
 class Selector(nn.Module):
-    """SPViT's scorer (sec. 3.2): what every head thinks of every token, and how much each head counts.
+    """SPViT's scorer (sec. 3.2): the score of every token in every head, and the weight of each head.
 
     One `Predictor` is shared by the heads; channel 0 is keep, 1 is drop.
     """
@@ -24,7 +24,7 @@ class Selector(nn.Module):
     def forward(
         self, x: Float[Tensor, "B L C"], alive: Float[Tensor, "B L"]
     ) -> tuple[Float[Tensor, "B L 2"], Float[Tensor, "B L 2"]]:
-        """Log-probabilities and probabilities of keeping (0) and dropping (1), [B, L, 2] each, as means over heads."""
+        """Return log-probabilities and probabilities of keeping (0) and dropping (1), [B, L, 2] each, as means over heads."""
         parts = in_dtype_of(self, x).reshape(*x.shape[:2], self.heads, -1)  # [B, L, H, D]
         weight = self.senet(parts.mean(3)).float().sigmoid().unsqueeze(3)
         weight = weight / weight.sum(2, keepdim=True)

@@ -1,6 +1,6 @@
-"""Where Evo-ViT's placeholders leave and come back, and how many tokens are run meanwhile.
+"""The blocks where Evo-ViT's placeholders are parked and restored, and the number of tokens that run in each block.
 
-All of it is integers of (schedule, block, depth, patches), asked for at every block of every forward.
+All results are integers computed from (schedule, block, depth, patches), at every block of every forward.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from laconic.core.schedule import Schedule, of_the_initial
 
 @dataclass(frozen=True)
 class SlowPath(Method):
-    """A method whose tokens sit out a stage of blocks: that from one block of the schedule to the next, or one block.
+    """A method whose tokens can skip a stage: the blocks from one block of the schedule to the next, or a single block.
 
     Args:
-        update: ``parked`` tokens come back as they were; ``fast`` runs one more token, that stands for them.
-        stages: choose at the blocks of the schedule (``scheduled``), or anew before every ``block`` from its first one on.
+        update: ``parked`` tokens come back unchanged; ``fast`` runs one more token that represents them.
+        stages: choose at the blocks of the schedule (``scheduled``), or before every ``block`` from the first of them on.
     """
 
     update: Literal["parked", "fast"] = "parked"
     stages: Literal["scheduled", "block"] = "scheduled"
 
     def chooses(self, schedule: Schedule | None, block: int) -> bool:
-        """Whether tokens are chosen before this block."""
+        """Return True if tokens are chosen before this block."""
         return schedule is not None and (block >= schedule.at[0] if self.stages == "block" else block in schedule.at)
 
     def restores(self, schedule: Schedule | None, block: int, depth: int) -> bool:
-        """Whether all tokens are there after this block."""
+        """Return True if all tokens are in the sequence after this block."""
         return schedule is None or self.stages == "block" or block + 1 == depth or block + 1 in schedule.at
 
     def slow(self, schedule: Schedule | None, block: int, patches: int) -> int:
-        """Patch tokens on the slow path at this block: a share of all, since all were back when they were chosen."""
+        """Return the patch tokens on the slow path at this block: a share of all, since all are restored before each choice."""
         if schedule is None or block < schedule.at[0]:
             return patches
         value = schedule.values[sum(start <= block for start in schedule.at) - 1]
@@ -43,11 +43,11 @@ class SlowPath(Method):
         return min(patches, int(value)) if schedule.unit == "keep_counts" else max(1, patches - int(value))
 
     def running(self, schedule: Schedule | None, block: int, patches: int) -> int:
-        """Patch tokens that this block runs: those of the slow path, and the one that stands for the others."""
+        """Return the patch tokens that this block runs: those of the slow path, and the one that represents the others."""
         slow = self.slow(schedule, block, patches)
         return slow + (self.update == "fast" and slow < patches)
 
-    # ------------------------------------------------------------------------------------------------ as of any method
+    # ------------------------------------------------------------------------------------------------ overrides of `Method`
     def reducer_blocks(self, schedule: Schedule, depth: int) -> Sequence[int]:
         return range(max(0, schedule.at[0] - 1), depth)
 

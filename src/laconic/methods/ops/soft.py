@@ -1,4 +1,4 @@
-"""Soft mixing: every new token is a learned weighted sum of all the old ones, x' = M x."""
+"""Soft mixing: every new token is a learned weighted sum of all old ones, x' = M x."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from laconic.methods.ops.learned import in_dtype_of
 
 
 class Mixer(Reducer):
-    """Before the block: mix the patch tokens into as many new ones as were learned, one row of M for each."""
+    """Mix the patch tokens into a fixed number of new ones before the block, one row of M for each."""
 
     def __init__(self, name: str, site: BlockContext) -> None:
         super().__init__()
         self.name, self.slots = name, site.after
 
     def matrix(self, x: Float[Tensor, "B L C"], tokens: Tokens) -> tuple[Float[Tensor, "B M L"], Float[Tensor, "B L C"]]:
-        """M in float32, and what it mixes: the features as they are or as the method prepares them.
+        """Return M in float32, and the features it mixes: unchanged, or as the method prepares them.
 
-        ``x`` are the patch tokens in the dtype of the parameters.
+        ``x`` holds the patch tokens in the dtype of the parameters.
         """
         raise NotImplementedError
 
     def before(self, tokens: Tokens, n: int) -> Tokens:
         if n != self.slots:
             raise ValueError(
-                f"{self.name}: this reducer was built to leave {self.slots} tokens, and {n} were asked for; its weights fix "
+                f"{self.name}: this reducer was built to make {self.slots} tokens, and {n} were asked for; its weights fix "
                 "the count, so use the image size and the schedule that it was built with (no keep-rate warm-in), or, for "
                 "images of any size, schedule=Schedule.keep_counts({block: count})"
             )
@@ -41,7 +41,7 @@ class Mixer(Reducer):
 
 
 class Slots(Method):
-    """What the configs of mixers share: the counts and the names of weights of the benchmark (arXiv:2308.04657)."""
+    """Base of the configs of mixers: counts and official weight names of the benchmark (arXiv:2308.04657)."""
 
     def num_kept(self, rates: Sequence[float], n: int, patches: int) -> int:
         return of_the_initial(rates, n, patches)
@@ -53,9 +53,9 @@ class Slots(Method):
 def by_stage(
     weights: Mapping[str, Tensor], at: Sequence[int], part: str = "cluster_layers", ours: str = ""
 ) -> dict[str, Tensor]:
-    """The weights with ``{part}.{stage}.…`` renamed to (``ours`` in) our reducer of block ``at[stage]``.
+    """Return the weights with ``{part}.{stage}.…`` renamed to (``ours`` in) our reducer of block ``at[stage]``.
 
-    A stage too many keeps its name, and will not fit.
+    Stages beyond the blocks in ``at`` keep their name, and loading will report them.
     """
     renamed = {}
     for name, tensor in weights.items():
@@ -68,7 +68,7 @@ def by_stage(
 
 
 def transport(scores: Float[Tensor, "B M L"], eps: float, iterations: int) -> Float[Tensor, "B M L"]:
-    """exp(scores / eps) scaled by rows and columns until (nearly) all of them sum to one; the columns do exactly."""
+    """Scale exp(scores / eps) by rows and columns so that both (nearly) sum to one; the columns do exactly."""
     log = scores / eps
     rows, columns = torch.zeros_like(log[:, :, :1]), torch.zeros_like(log[:, :1])
     for _ in range(iterations):

@@ -1,4 +1,4 @@
-"""How BAT (arXiv:2211.11315) divides tokens so that just as many leave as are asked for: clusters, pairs, and the attentive."""
+"""Number of attentive tokens, clusters and pairs with which BAT (arXiv:2211.11315) keeps exactly the requested count."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from laconic.methods.ops.checks import require
 
 Amount = int | float | tuple[int | float, ...] | None
-LOGGED = {0.7: 0, 0.6: -1, 0.5: 3, 0.4: 3, 0.3: 1, 0.2: 1}  # clusters less pairs that fit the authors' logs, by keep rate
+LOGGED = {0.7: 0, 0.6: -1, 0.5: 3, 0.4: 3, 0.3: 1, 0.2: 1}  # clusters minus pairs that fit the authors' logs, by keep rate
 
 
 @dataclass(frozen=True)
 class TokenDivision:
-    """The tokens of one stage: of K attentive and m inattentive ones K - pairs + clusters leave.
+    """The division at one reducing block: of K attentive and m inattentive tokens K - pairs + clusters remain.
 
-    ``steps``, ``clusters`` and ``pairs`` are the options of BAT; ``net`` is clusters less pairs, where these are open.
+    ``steps``, ``clusters`` and ``pairs`` are the options of BAT; ``net`` is clusters minus pairs, if these are not given.
     """
 
     owner: str
@@ -25,7 +25,7 @@ class TokenDivision:
     stage: int
 
     def sets(self, attentive: int, rest: int) -> tuple[int, int]:
-        """(clusters, pairs) for that many attentive and inattentive tokens."""
+        """Return (clusters, pairs) for these numbers of attentive and inattentive (``rest``) tokens."""
         if rest == 0 or self.steps == "preserve":
             return 0, 0
         if self.steps == "pack":
@@ -41,17 +41,19 @@ class TokenDivision:
         return clusters, min(max(0, pairs), attentive // 2)
 
     def count(self, attentive: int, before: int) -> int:
-        """Tokens that leave when that many of ``before`` are attentive."""
+        """Return the number of tokens that remain if ``attentive`` of ``before`` tokens are attentive."""
         if self.steps == "diversity":
             return min(before, attentive + self.net)
         clusters, pairs = self.sets(attentive, before - attentive)
         return attentive - pairs + clusters
 
     def attentive(self, before: int, n: int) -> tuple[int, int, int]:
-        """(attentive tokens, clusters, pairs) that leave n of ``before``: `count` turned round; of several the fewest.
+        """Return (attentive tokens, clusters, pairs) with which n of ``before`` remain: the inverse of `count`.
+
+        If several numbers of attentive tokens do, return the smallest.
 
         Raises:
-            ValueError: no split leaves exactly n.
+            ValueError: no split keeps exactly n.
         """
         if self.steps == "diversity":
             return 0, n, 0
@@ -59,25 +61,27 @@ class TokenDivision:
         for k in [n - self.net] * tied + list(range(before)):
             if 0 <= k < before and self.count(k, before) == n:
                 return k, *self.sets(k, before - k)
-        raise ValueError(f"{self.owner}: no split with these clusters and pairs leaves {n} of {before} tokens")
+        raise ValueError(
+            f"{self.owner}: no split with these clusters and pairs keeps {n} of {before} tokens; change clusters, pairs or keep"
+        )
 
 
-def net_of(budget: str, keep: float | None) -> int:
-    """Clusters less pairs: one, as many tokens as in EViT; or as in the authors' ``log`` at the nearest keep rate."""
-    return 1 if budget == "evit" or keep is None else LOGGED[min(LOGGED, key=lambda rate: abs(rate - keep))]
+def net_of(count_rule: str, keep: float | None) -> int:
+    """Return clusters minus pairs: 1 for as many tokens as EViT, or that of the authors' ``log`` at the nearest keep rate."""
+    return 1 if count_rule == "evit" or keep is None else LOGGED[min(LOGGED, key=lambda rate: abs(rate - keep))]
 
 
 def amount(value: Amount, stage: int, whole: int) -> int | None:
-    """A count, a fraction of ``whole`` or one of these for each stage, as a count."""
+    """Convert a count, a fraction of ``whole``, or one of these for each reducing block, to a count."""
     if isinstance(value, tuple):
         if stage >= len(value):
-            raise ValueError(f"{len(value)} stages have clusters or pairs of their own, but the schedule has more")
+            raise ValueError(f"{len(value)} values of clusters or pairs, but more reducing blocks; give one for each")
         value = value[stage]
     return round(value * whole) if isinstance(value, float) else value
 
 
 def check_amounts(owner: str, **amounts: Amount) -> None:
-    """Refuse what is neither a count nor a fraction."""
+    """Raise a ValueError for values that are neither counts nor fractions."""
     for option, value in amounts.items():
         for v in value if isinstance(value, tuple) else (value,):
             fits = v is None or (v >= 0 and not (isinstance(v, float) and v > 1))

@@ -1,16 +1,17 @@
 """Patch Slimming for Efficient Vision Transformers (Tang et al., CVPR 2022, arXiv:2106.02852).
 
-Every block l has a mask m_l over the patch positions, the same for all images, and the masks are nested: what a block
-keeps is among what the block before it kept. Tokens outside m_l leave between attention and MLP, so that the next block
-sees keys and values of m_l alone. Nothing is scored at run time. The masks are found once, from the last block down, by
-the impact a patch has on what the classifier reads: that is `laconic.calibrate`, and its result is saved with the model.
+Every block l has a mask m_l over the patch positions, the same for all images, and the masks are nested: a block keeps a
+subset of the positions that the block before it kept. Tokens outside m_l are dropped between attention and MLP, so that the
+next block sees only keys and values of m_l. Nothing is scored at run time. The masks are found once, from the last block
+down, by the impact of a patch on the features that the classifier reads: `laconic.calibrate` does this, and its result is
+saved with the model.
 
-Until then the positions are a placeholder, spread evenly over the grid and nested as well: such a model runs, and prunes
-as many patches as it will later, but arbitrary ones. ``repr(model)`` says of every reducer whether it is calibrated.
+Before calibration the positions are a placeholder, spread evenly over the grid and also nested: such a model runs, and drops
+as many patches as after calibration, but arbitrary ones. ``repr(model)`` shows for every reducer if it is calibrated.
 
-Departures (there is no official code): the paper leaves out the attention rows of the patches that go, here they are
-computed and dropped; of a model warmed in, or rescheduled, a block leaves the most important of its positions, or its
-positions and a placeholder's others.
+Departures (there is no official code): the paper omits the attention rows of the dropped patches, here they are computed and
+dropped. If the keep rates are warmed in, or the schedule is changed, a block keeps the most important of its positions if it
+keeps fewer than these, or all of its positions and some of the placeholder's if it keeps more.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from laconic.methods.ops import topk_split
 
 
 def evenly_spread(patches: int) -> Int[Tensor, P]:
-    """All positions in such an order that the first n, for any n, are spread evenly (multiples of the golden ratio mod 1)."""
+    """Return all positions, ordered so that the first n are spread evenly for any n (multiples of the golden ratio mod 1)."""
     return ((torch.arange(patches) * 0x9E3779B1) & 0xFFFFFFFF).argsort(stable=True)
 
 
 class StaticPrune(Reducer):
-    """Keeps the patch positions ``kept``, the most important first; ``calibrated`` says whether they mean anything."""
+    """Keep the patch positions ``kept``, the most important first; ``calibrated`` is False while they are a placeholder."""
 
     kept: Int[Tensor, K]
     calibrated: Tensor
@@ -53,16 +54,16 @@ class StaticPrune(Reducer):
         if patches != len(self.others):
             raise ValueError(
                 f"patch-slimming was built for {self.grid[0]} x {self.grid[1]} = {len(self.others)} patches and got {patches}: "
-                "its positions belong to one image size; resize the images, or create the model for theirs and calibrate again"
+                "its positions belong to one image size; resize the images, or create the model for this size and calibrate again"
             )
         rank = (self.others + len(self.kept)).scatter(0, self.kept, torch.arange(len(self.kept), device=self.kept.device))
         return tokens.keep(topk_split(-rank[tokens.origin_index].float(), n)[0])
 
     def hold(self, kept: Int[Tensor, K]) -> None:
-        """Keep these positions from now on, the most important first.
+        """Set the positions to keep, the most important first.
 
         Raises:
-            ValueError: as many were not built for, or one is no position, or there twice.
+            ValueError: their number is not the one the reducer was built for, or one is not a position, or is repeated.
         """
         different = {int(i) for i in kept}
         if not (len(different) == len(kept) == len(self.kept) and different <= set(range(len(self.others)))):
