@@ -481,7 +481,7 @@ def test_ties_go_to_the_lower_index():
         (dict(schedule=laconic.Schedule.keep_counts({1: 25, 3: 12})), "block 3 is to keep 12 of 25 .* there is 13"),
         (
             dict(keep=0.3, at=[1, 2], spread=True),
-            "needs 2 consecutive blocks.* there is 1 before the next one (at); keep 0.5 or more",
+            "needs 2 consecutive blocks.* there is 1 before the next block of at; keep 0.5 or more",
         ),
         (dict(keep=0.1, at=[2], spread=True), "needs 4 consecutive blocks.* there are 2 before the end; keep 0.25 or more"),
     ],

@@ -449,7 +449,7 @@ def test_a_warmed_in_model_is_calibrated_for_what_it_was_built_for():
 
 # ------------------------------------------------------------------------------------------------ refusals
 def test_other_methods_are_refused():
-    with pytest.raises(ValueError, match="only patch-slimming is calibrated; this model is reduced by topk"):
+    with pytest.raises(ValueError, match="only patch-slimming can be calibrated; this model is reduced by topk"):
         laconic.calibrate(laconic.reduce_(make("plain"), "topk", keep=0.5), images("plain"))
     with pytest.raises(ValueError, match="is not reduced"):
         laconic.calibrate(make("plain"), images("plain"))
@@ -483,7 +483,7 @@ def test_images_of_another_size_are_refused():
     larger = torch.randn(1, 3, 128, 96)
     with pytest.raises(ValueError, match=r"built for 6 x 6 = 36 patches and got 48: .* resize the images"):
         run(model, larger)
-    with pytest.raises(ValueError, match="images of 48 patches came in, and this model was reduced for 36"):
+    with pytest.raises(ValueError, match="got images of 48 patches, and this model was reduced for 36"):
         laconic.calibrate(model, larger)
     run(model, images("plain"))
 

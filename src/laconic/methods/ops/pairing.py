@@ -78,7 +78,7 @@ def spread_out(owner: str, schedule: Schedule, depth: int) -> Schedule:
         if count > free:
             raise ValueError(
                 f"{owner}: keep={keep:g} at block {block} needs {count} consecutive blocks, each of which keeps at least half, "
-                f"and there {'is' if free == 1 else 'are'} {free} before {'the end' if end == depth else 'the next one (at)'}; "
+                f"and there {'is' if free == 1 else 'are'} {free} before {'the end' if end == depth else 'the next block of at'}; "
                 f"keep {HALF**free:g} or more there, or reduce at other blocks (at)"
             )
         step = max(HALF, keep ** (1 / count))

@@ -18,12 +18,12 @@ Count = TypeVar("Count", int, Tensor)
 
 
 def cost(attended: Count, passed: Count, dim: int) -> Count:
-    """Return a block's multiply-adds over its width, for these numbers of tokens at attention and (4x wider) MLP."""
+    """Return a block's multiply-adds over its width, for these token counts at attention and (4x wider) MLP."""
     return 4 * dim * attended + 2 * attended**2 + 8 * dim * passed
 
 
 def work_left(before: Tokens, after: Tokens, site: BlockContext) -> Float[Tensor, " B"]:
-    """Return the share of the model's work if no token is removed after this block (`WORK` in ``per_image`` holds it so far)."""
+    """Return the share of the model's work if no token is removed after this block (``per_image[WORK]``: so far)."""
     rest, dim = site.depth - 1 - site.block, site.dim
     old, new = (before.prefix + tokens.keep_mask_or_ones.sum(1) for tokens in (before, after))
     saved = cost(old, old, dim) * (rest + 1) - cost(old, new, dim) - cost(new, new, dim) * rest

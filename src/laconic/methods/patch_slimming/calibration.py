@@ -1,17 +1,17 @@
-"""Which patch positions a model can do without: the calibration of Patch Slimming (Tang et al., CVPR 2022, arXiv:2106.02852).
+"""Calibration of Patch Slimming (Tang et al., CVPR 2022, arXiv:2106.02852): choose the patch positions that each block keeps.
 
-Layers are gone through from the last to the first. With P the attention matrices of a layer (one a head h), D the diagonal
-mask of what it keeps, and Z what comes into it, the impact of token i of layer t on what the last layer L puts out is
+Layers are processed from the last to the first. With P the attention matrices of a layer (one a head h), D the diagonal
+mask of the tokens it keeps, and Z its input, the impact of token i of layer t on the output of the last layer L is
 
     s_t,i = sum over all tuples of heads of |A_t[:, i] U_t[i, :]|^2,   A_t = D_L P_L ... D_t+1 P_t+1,   U_t = P_t |Z_t-1|.
 
-The tuples are H^(L-t) in number, but a sum over them is a product of sums: with G_L = I and
+There are H^(L-t) tuples, but a sum over them is a product of sums: with G_L = I and
 
     G_t = sum_h P_t+1^T D_t+1 G_t+1 D_t+1 P_t+1,   s_t = diag(G_t) * sum_h |(P_t |Z_t-1|)_i|^2
 
-the cost is O(L H N^3). Here G is a mean over heads, which is the same but for one factor a layer. Prefix tokens are never
-pruned. D_L keeps what is read of the last layer: the prefix tokens, or where a model averages its patches those that are left.
-A layer without a reducer prunes nothing: its D is I.
+the cost is O(L H N^3). Here G is a mean over heads, which differs only by one factor per layer. Prefix tokens are never
+pruned. D_L keeps the tokens of the last layer that are read: the prefix tokens, or in a model that averages its patches the
+kept ones. A layer without a reducer prunes nothing: its D is I.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from laconic.core.eval_mode import evaluating
 from laconic.core.patching import attach, detach
 from laconic.core.schedule import Schedule
 from laconic.core.token_reduction import TokenReduction, reduction_of
-from laconic.methods.patch_slimming.block_finetuning import Mending, Pair
+from laconic.methods.patch_slimming.block_finetuning import BlockFinetuning, Pair
 from laconic.methods.patch_slimming.method import PatchSlimming
 from laconic.methods.patch_slimming.patch_importance import Batch, back, record
 
@@ -43,29 +43,31 @@ def calibrate(
 ) -> nn.Module:
     """Choose the patches that a model reduced by ``patch-slimming`` keeps, in place; the same object is returned.
 
-    The positions become buffers of the model, so `laconic.save` writes them. The whole attention of the unreduced model
-    is looked at, one block at a time; q and k of all images are held meanwhile (deit_small: 5 MB an image, with a tolerance
-    11 MB).
+    The positions become buffers of the model, so `laconic.save` writes them. Calibration uses the whole attention of the
+    unreduced model, one block at a time; q and k of all images are held in memory (deit_small: 5 MB an image, with a
+    tolerance 11 MB).
 
     Args:
         model: reduced by ``patch-slimming``. With a tolerance it gets a schedule of its own at all blocks.
-        images: prepared as for the model: a batch, or batches, or (batch, anything) pairs of a loader. Some hundreds will do.
-        tolerance: None keeps as many patches at each block as the schedule says. A number is the paper's epsilon: going
-            down, a block keeps ever more patches until the next block's kept outputs are as the unreduced model's, but
-            for this relative squared error, |Z' - Z|^2 / |Z|^2. 0 prunes nothing but what is not read; the last block,
-            of which the class token alone is read, always keeps one patch, and with infinity so do all others.
-        step: how many patches more are tried at a time (the paper's r').
-        tuning: steps of fine-tuning of each block that loses patches, before its error is measured: the paper's remedy, see
-            `laconic.methods.patch_slimming.block_finetuning`. How many is not published; 0 finds positions only and leaves all weights as they are.
+        images: preprocessed for the model: a batch, batches, or (batch, anything) pairs of a loader. A few hundred suffice.
+        tolerance: None keeps as many patches at each block as the schedule says. A number is the paper's epsilon: from the
+            last block down, a block keeps more and more patches until the next block's kept outputs equal those of the
+            unreduced model up to this relative squared error, |Z' - Z|^2 / |Z|^2. 0 prunes only patches that are not read;
+            the last block, of which only the class token is read, always keeps one patch, and with infinity so do all
+            other blocks.
+        step: number of patches added per trial (the paper's r').
+        tuning: steps of fine-tuning of each block that loses patches, before its error is measured, as in the paper, see
+            `laconic.methods.patch_slimming.block_finetuning`. The paper does not give their number; 0 only finds positions
+            and changes no weights.
         lr: learning rate of the fine-tuning; not published either.
 
-    The paper goes on from the weights of the trial before and aims at the features of the original model. Here each trial
-    starts from the block's own weights, and the block below aims at what the fine-tuned block makes of all its tokens.
-    Fine-tune the whole afterwards, as the paper does.
+    The paper continues from the weights of the previous trial, with the features of the original model as the target. Here
+    each trial starts from the block's original weights, and the target of the block below is the output of the fine-tuned
+    block for all its tokens. Fine-tune the whole model afterwards, as the paper does.
 
     Raises:
         ValueError: the model is not reduced, or by another method; images of another size, or none; a tolerance below 0,
-            or one for a model that reads all its tokens; a block to be fine-tuned has nothing to train.
+            or one for a model that reads all its tokens; a block to be fine-tuned has no trainable parameters.
     """
     reduction = reduction_of(model)
     _check(reduction, tolerance, step)
@@ -74,17 +76,20 @@ def calibrate(
     built: Any = {int(block): reducer for block, reducer in reduction.reducers.items()}
     counts = None if tolerance is not None else {block: len(reducer.kept) for block, reducer in built.items()}
     sites = set(range(reduction.depth)) if counts is None else set(counts)
-    search = Search(reduction, counts, math.inf if tolerance is None else tolerance, step, Mending(tuning, lr))
+    search = Search(reduction, counts, math.inf if tolerance is None else tolerance, step, BlockFinetuning(tuning, lr))
     with _unreduced(model, reduction):
         batches = [
             record(model, reduction, batch, min(sites), counts is None or tuning > 0) for batch in _batches(reduction, images)
         ]
         if not batches:
-            raise ValueError("there are no images to calibrate with; pass a batch [B, channels, height, width], or some")
+            raise ValueError("there are no images to calibrate with; pass one or more batches [B, channels, height, width]")
         kept = search.run(batches, sites)
     if counts is None:
         fitting = _schedule({block: len(order) for block, order in kept.items()}, math.prod(reduction.grid))
-        from laconic.api import reduce_, restore_  # above this layer, and needed only where counts are found
+        from laconic.api import (
+            reduce_,
+            restore_,
+        )  # a higher layer; needed only if counts were searched
 
         host, example = reduction.model, batches[0].image
         restore_(host)
@@ -98,16 +103,16 @@ def calibrate(
 
 @dataclass(frozen=True)
 class Search:
-    """From the last block to the first: scores, then positions, most important first, those of the block above before all."""
+    """Search from the last block to the first for the positions to keep; those of the block above come first."""
 
     reduction: TokenReduction
     counts: dict[int, int] | None
     tolerance: float
     step: int
-    mending: Mending
+    finetuning: BlockFinetuning
 
     def run(self, batches: list[Batch], sites: set[int]) -> dict[int, list[int]]:
-        """Block -> the positions it keeps."""
+        """Return the positions that each block keeps, the most important first."""
         prefix, last, order, kept = self.reduction.prefix, self.reduction.depth - 1, list[int](), dict[int, list[int]]()
         tokens = prefix + math.prod(self.reduction.grid)
         mask = torch.ones(tokens, device=batches[0].image.device)
@@ -120,18 +125,18 @@ class Search:
                 ranking = score.argsort(descending=True, stable=True).tolist()
                 order = self._choose(block, order, ranking, mask, batches)
                 kept[block] = order
-            mask = self._passed_on(block, order if block in sites else list(range(tokens - prefix)), mask)
+            mask = self._output_mask(block, order if block in sites else list(range(tokens - prefix)), mask)
             if block > min(sites):
                 impact = [back(g, batch.seen[block].matrix, mask) for g, batch in zip(impact, batches, strict=True)]
         return kept
 
     def _choose(self, block: int, above: list[int], ranking: list[int], mask: Tensor, batches: list[Batch]) -> list[int]:
-        """``above``, and the best others: as many as the schedule says, or as the tolerance needs."""
+        """Return ``above`` and the best other positions: as many as the schedule says, or as the tolerance needs."""
         last = block == self.reduction.depth - 1
         if self.counts is not None:
             order = _longer(above, ranking, self.counts[block])
             if not last and len(order) < len(ranking):
-                self.mending.mend(self._pair(block, order, mask), batches)
+                self.finetuning.finetune(self._pair(block, order, mask), batches)
             return order
         if last:
             return ranking[:1]
@@ -140,17 +145,17 @@ class Search:
             order = _longer(above, ranking[:r], len(ranking))
             pair = self._pair(block, order, mask)
             if len(order) == len(ranking):
-                self.mending.undo(pair, batches)
+                self.finetuning.undo(pair, batches)
                 break
             if len(order) > tried:
-                self.mending.mend(pair, batches)
+                self.finetuning.finetune(pair, batches)
                 if pair.error(batches) <= self.tolerance:
                     break
             tried = len(order)
         return order
 
     def _pair(self, block: int, order: list[int], read: Tensor) -> Pair:
-        """A block and the next one, which gets the tokens ``order`` alone."""
+        """Return the pair of a block and the next one, which sees only the tokens ``order``."""
         blocks = HOSTS[self.reduction.host_path].blocks(self.reduction.model)
         return Pair(block, blocks[block], blocks[block + 1], self._mask(order, read), read)
 
@@ -160,8 +165,8 @@ class Search:
         mask[self.reduction.prefix + torch.tensor(order, dtype=torch.long, device=mask.device)] = 1
         return mask
 
-    def _passed_on(self, block: int, order: list[int], like: Tensor) -> Tensor:
-        """D of a block: what it keeps, and if it is the last, what of that is read."""
+    def _output_mask(self, block: int, order: list[int], like: Tensor) -> Tensor:
+        """Return D of a block: the mask of the tokens it keeps, or of the last block of those that are read."""
         if block < self.reduction.depth - 1:
             return self._mask(order, like)
         mask = self._mask([] if _class_is_read(self.reduction) else order, like)
@@ -172,7 +177,7 @@ class Search:
 
 
 def _longer(above: list[int], ranking: list[int], count: int) -> list[int]:
-    """``above`` and, up to ``count``, the first of ``ranking`` that are not in it."""
+    """Return ``above`` and the first of ``ranking`` that are not in it, up to ``count`` positions."""
     inside = set(above)
     return [*above, *(i for i in ranking if i not in inside)][: max(count, len(above))]
 
@@ -182,7 +187,7 @@ def _class_is_read(reduction: TokenReduction) -> bool:
 
 
 def _schedule(counts: dict[int, int], patches: int) -> Schedule:
-    """The counts at the blocks where any patch leaves."""
+    """Return the schedule of the counts at the blocks that drop any patch."""
     before, falling = patches, dict[int, int]()
     for block, count in sorted(counts.items()):
         if count < before:
@@ -192,15 +197,15 @@ def _schedule(counts: dict[int, int], patches: int) -> Schedule:
 
 def _check(reduction: TokenReduction, tolerance: float | None, step: int) -> None:
     if not isinstance(reduction.config, PatchSlimming):
-        raise ValueError(f"only patch-slimming is calibrated; this model is reduced by {reduction.config.info.name}")
+        raise ValueError(f"only patch-slimming can be calibrated; this model is reduced by {reduction.config.info.name}")
     if tolerance is not None and not (isinstance(tolerance, int | float) and tolerance >= 0):
         raise ValueError(f"tolerance must be None or a relative squared error of at least 0, not {tolerance!r}")
     if not isinstance(step, int) or step < 1:
         raise ValueError(f"step must be a whole number of patches, at least 1; got {step!r}")
     if tolerance is not None and not _class_is_read(reduction):
         raise ValueError(
-            f"this model reads all its tokens in the end (pooling {reduction.pooling[0]!r}), so by a tolerance none of them "
-            "can go; calibrate the positions for counts of your own instead: reduce_ with keep=..., and tolerance=None"
+            f"this model reads all its tokens in the end (pooling {reduction.pooling[0]!r}), so with a tolerance none of them "
+            "can be dropped; calibrate the positions for given counts instead: reduce_ with keep=..., and tolerance=None"
         )
 
 

@@ -54,7 +54,7 @@ class StaticPrune(Reducer):
         if patches != len(self.others):
             raise ValueError(
                 f"patch-slimming was built for {self.grid[0]} x {self.grid[1]} = {len(self.others)} patches and got {patches}: "
-                "its positions belong to one image size; resize the images, or create the model for this size and calibrate again"
+                "its positions belong to one image size; resize the images, or create the model for theirs and calibrate again"
             )
         rank = (self.others + len(self.kept)).scatter(0, self.kept, torch.arange(len(self.kept), device=self.kept.device))
         return tokens.keep(topk_split(-rank[tokens.origin_index].float(), n)[0])
