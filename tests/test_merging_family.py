@@ -481,7 +481,7 @@ def test_ties_go_to_the_lower_index():
         (dict(schedule=laconic.Schedule.keep_counts({1: 25, 3: 12})), "block 3 is to keep 12 of 25 .* there is 13"),
         (
             dict(keep=0.3, at=[1, 2], spread=True),
-            "needs 2 consecutive blocks.* there is 1 before the next block of at; keep 0.5 or more",
+            "needs 2 consecutive blocks.* there is 1 before the next reducing block; keep 0.5 or more",
         ),
         (dict(keep=0.1, at=[2], spread=True), "needs 4 consecutive blocks.* there are 2 before the end; keep 0.25 or more"),
     ],
@@ -613,7 +613,7 @@ def test_models_of_0_1_are_loaded_as_they_were(method, record, counts, tmp_path)
         ("mctf", dict(tau_info=-1.0), "tau_info must be 0 .off. or a positive temperature"),
         ("mctf", dict(r=(3, 4)), "2 values of r for 3 blocks"),
         ("diffrate", dict(score="value"), "diffrate: score must be one of"),
-        ("diffrate", dict(pruned=1.5), "pruned is a share"),
+        ("diffrate", dict(pruned=1.5), "pruned must be a share"),
         ("diffrate", dict(merge_kept=(37, 1, 1, 1)), "merge_kept must count the class token"),
         ("diffrate", dict(prune_kept=(37, 30.5)), "prune_kept must be .* whole numbers"),
         ("diffrate", dict(merge_kept=(37, 30)), "2 in merge_kept for 4 blocks"),

@@ -63,10 +63,10 @@ class AViTReducer(AdaptiveReducer):
         weight = there * torch.where(on > 0, h, 1 - spent)
         own = weight[:, :prefix].unsqueeze(-1) * tokens.x[:, :prefix].float()
         blocks = there * torch.where(on > 0, 1.0, 2 - spent)
-        everyone = prefix + tokens.token_of_patch.shape[1]  # including halted tokens
-        answer, ponder = notes.get(ANSWER, 0.0) + own, notes.get(PONDER, 0.0) + blocks.sum(1) / everyone
+        total = prefix + tokens.token_of_patch.shape[1]  # including halted tokens
+        answer, ponder = notes.get(ANSWER, 0.0) + own, notes.get(PONDER, 0.0) + blocks.sum(1) / total
         tokens = tokens.set_per_image(**{PONDER: ponder}).append_per_image(
-            **{HALTING: (h * there).sum(1, keepdim=True) / everyone}
+            **{HALTING: (h * there).sum(1, keepdim=True) / total}
         )
         if self.last:
             return tokens.replace(x=torch.cat([answer.to(tokens.x.dtype), tokens.patches], 1))

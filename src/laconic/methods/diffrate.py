@@ -89,7 +89,7 @@ class DiffRate(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.pruned <= 1:
-            raise ValueError(f"diffrate: pruned is a share of the removed tokens, from 0 to 1, not {self.pruned!r}")
+            raise ValueError(f"diffrate: pruned must be a share of the removed tokens, from 0 to 1, not {self.pruned!r}")
         for name, counts in (("prune_kept", self.prune_kept), ("merge_kept", self.merge_kept)):
             if any(count < 2 for count in counts or ()):
                 raise ValueError(f"diffrate: {name} must count the class token and at least one more token; got {counts}")

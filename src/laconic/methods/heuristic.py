@@ -60,7 +60,7 @@ class Heuristic(Method):
     Args:
         norm: norm of the distance from the centre: ``l1`` (a diamond), ``l2`` (a disc) or ``linf`` (a square).
         count: ``exact``, ``radius`` or ``shrinking``.
-        smallest: the radius that ``shrinking`` falls to; 0 stands for the distance of the patch in the middle.
+        smallest: the radius that ``shrinking`` falls to; 0 means the distance of the patch in the middle.
     """
 
     norm: Literal["l1", "l2", "linf"] = "l2"

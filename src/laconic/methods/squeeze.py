@@ -117,9 +117,9 @@ class Squeeze(Method):
 
     def soft_squeeze(self, tokens: Tokens, keep: Tensor, gone: Tensor) -> Tokens:
         """Fuse hosts (``keep``) with the tokens pruned now (``gone``) as in `squeeze`, but remove no token."""
-        everyone = arange_like(keep)
-        best, host = self.hosts(tokens, None, everyone, everyone, keep == 0)
-        dst = torch.where(keep > 0, everyone, torch.where((gone > 0) & (keep > 0).any(1, keepdim=True), host, -1))
+        index = arange_like(keep)
+        best, host = self.hosts(tokens, None, index, index, keep == 0)
+        dst = torch.where(keep > 0, index, torch.where((gone > 0) & (keep > 0).any(1, keepdim=True), host, -1))
         if self.matching == "one-to-one":
             dst = torch.where(gone > 0, one_to_one(best.masked_fill(gone == 0, -200.0), host, len(tokens)), dst)
         chosen, into = (gone * (dst >= 0)).to(best.dtype), dst.clamp_min(0)

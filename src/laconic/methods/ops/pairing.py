@@ -78,8 +78,9 @@ def spread_out(owner: str, schedule: Schedule, depth: int) -> Schedule:
         if count > free:
             raise ValueError(
                 f"{owner}: keep={keep:g} at block {block} needs {count} consecutive blocks, each of which keeps at least half, "
-                f"and there {'is' if free == 1 else 'are'} {free} before {'the end' if end == depth else 'the next block of at'}; "
-                f"keep {HALF**free:g} or more there, or reduce at other blocks (at)"
+                f"and there {'is' if free == 1 else 'are'} {free} before "
+                f"{'the end' if end == depth else 'the next reducing block'}; keep {HALF**free:g} or more there, "
+                "or reduce at other blocks (at)"
             )
         step = max(HALF, keep ** (1 / count))
         while step**count < keep:  # rounding must not cost a token
