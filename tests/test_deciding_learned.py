@@ -250,7 +250,7 @@ def test_what_is_refused(method, options, message):
 
 
 def test_widths_that_do_not_part():
-    with pytest.raises(ValueError, match="two halves; 45 of 3 heads"):
+    with pytest.raises(ValueError, match="two halves: 45 channels of 3 heads"):
         laconic.SPViT().build(laconic.BlockContext(0, 1, 45, 3, None))
     with pytest.raises(LookupError, match="no class query.*score='mean-query'"):
         laconic.reduce_(make("gap"), "iared", at=AT)
