@@ -1,4 +1,4 @@
-"""Models that nobody else ships. Importing this registers them with timm."""
+"""Vision transformers that timm does not have. Importing this package registers them with timm."""
 
 from laconic.models import cvt as cvt
 from laconic.models import lvvit as lvvit

@@ -1,4 +1,4 @@
-"""The transformer block that LV-ViT and PS-ViT share, how it starts, and where their authors' weights lie in a file."""
+"""The transformer block of LV-ViT and PS-ViT, its initialization, and helpers to read their authors' checkpoints."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Attention(nn.Module):
-    """Self-attention with fused q, k, v; without ``scale`` logits are divided by the root of the head dimension."""
+    """Self-attention with fused q, k, v. By default the logits are divided by the root of the head dimension."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, N, C] -> [B, N, C], in one call of fused attention."""
+        """Map [B, N, C] to [B, N, C] with one call of fused attention."""
         batch, length, dim = x.shape
         q, k, v = self.qkv(x).view(batch, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         dropout = self.attn_drop if self.training else 0.0
@@ -43,9 +43,9 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block; what attention and MLP add is divided by ``divisor`` (the paper's residual scale).
+    """A pre-norm transformer block. Both residual branches are divided by ``divisor`` (the paper's residual scale).
 
-    ``options`` are those of `Attention`.
+    ``options`` are passed to `Attention`.
     """
 
     def __init__(
@@ -68,13 +68,13 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, N, C] -> [B, N, C]."""
+        """Map [B, N, C] to [B, N, C]."""
         x = x + self.drop_path(self.attn(self.norm1(x))) / self.divisor
         return x + self.drop_path(self.mlp(self.norm2(x))) / self.divisor
 
 
 def init_linear(module: nn.Module) -> None:
-    """Linear layers as both papers start them: weights from a truncated normal of deviation 0.02, no bias."""
+    """Initialize a linear layer as both papers do: weights from a truncated normal of deviation 0.02, zero bias."""
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -82,19 +82,19 @@ def init_linear(module: nn.Module) -> None:
 
 
 def rates(highest: float, layers: int) -> list[float]:
-    """Drop path rates of so many layers, from 0 up to the highest."""
+    """Return the drop path rate of each layer, growing linearly from 0 to ``highest``."""
     return [highest * i / max(1, layers - 1) for i in range(layers)]
 
 
 def unwrap(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The weights in what torch.load makes of a file: averaged ones if there are any, without a ``module.`` prefix."""
+    """Return the weights in a loaded checkpoint, without a ``module.`` prefix; averaged (EMA) weights come first."""
     names = ("state_dict_ema", "model_ema", "state_dict", "model")
     weights = next((content[name] for name in names if isinstance(content.get(name), Mapping)), content)
     return {name.removeprefix("module."): tensor for name, tensor in weights.items()}
 
 
 def imagenet(**changes: Any) -> dict[str, Any]:
-    """What timm is to know of a model for ImageNet whose weights its authors keep where no program can fetch them."""
+    """Return timm's settings for an ImageNet model without a download URL; ``changes`` override single settings."""
     return {
         "url": "",
         "num_classes": 1000,

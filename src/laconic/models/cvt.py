@@ -1,12 +1,12 @@
 """CvT: Convolutional vision Transformer (Wu et al., ICCV 2021, arXiv:2103.15808), with the authors' parameter names.
 
-Three stages of overlapping patches. In front of attention, depth-wise 3 x 3 convolutions look at the grid: queries at every
-cell, keys and values at every other one in each direction. No position table; a class token in the last stage only.
-Checked against the authors' code: LayerNorm eps 1e-5, attention scaled by the full width (not a head's), QuickGELU, drop path
-that grows over the layers of a stage, the class token beside the convolutions. From memory, and as in transformers' port:
-the sizes of CvT-13 and CvT-21, drop path in the last stage only, and how images are cropped.
+Three stages of overlapping patches. Depth-wise 3 x 3 convolutions on the grid precede attention: queries are computed at
+every cell, keys and values at every other one in each direction. There are no position embeddings, and only the last stage
+has a class token. Checked against the authors' code: LayerNorm eps 1e-5, attention scaled by the full width (not by the head
+dimension), QuickGELU, a drop path rate that grows over the layers of a stage, a class token that bypasses the convolutions.
+From memory, and as in transformers' port: the sizes of CvT-13 and CvT-21, drop path in the last stage only, the crop of images.
 
-With reduced tokens BatchNorm sees repeated cells; keep it in evaluation mode while such a model is fine-tuned.
+With reduced tokens BatchNorm sees repeated cells; keep it in evaluation mode when you fine-tune a reduced model.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class ConvProjection(nn.Module):
         self.bn = nn.BatchNorm2d(dim)
 
     def forward(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B P C"]:
-        """The cells, row by row."""
+        """Return the cells in raster order."""
         return cells_of(self.bn(self.conv(image)))
 
 
 class Attention(nn.Module):
-    """Attention of every token to a quarter of the grid's cells, and to the class token if there is one."""
+    """Attention from every token to a quarter of the grid's cells, and to the class token if there is one."""
 
     def __init__(self, dim: int, heads: int, prefix: int) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Attention(nn.Module):
         self.proj_q, self.proj_k, self.proj_v, self.proj = (nn.Linear(dim, dim) for _ in range(4))
 
     def forward(self, x: Float[Tensor, "B N C"], size: Size, grid: GridMap | None = None) -> Float[Tensor, "B N C"]:
-        """See `Block`."""
+        """Attend as described in `Block`."""
         cls, body = x[:, : self.prefix], x[:, self.prefix :]
         image = image_of(body if grid is None else grid.fill(body), size)
         at_cells = self.conv_proj_q(image)
@@ -75,10 +75,10 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Two residual halves; the convolutions in front of attention always see the full grid.
+    """Two residual halves; the convolutions before attention always run on the full grid.
 
-    Keywords of its forward: ``size``, rows and columns of the full grid; ``grid``, which token each cell shows, where tokens
-    have been reduced. Norms, linear projections and the MLP run on the tokens there are.
+    Keywords of its forward: ``size``, rows and columns of the full grid; ``grid``, the token that each cell shows, None if no
+    tokens were removed. Norms, linear projections and the MLP run on the kept tokens.
     """
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float, prefix: int, drop_path: float, act: type[nn.Module]) -> None:
@@ -88,12 +88,12 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Float[Tensor, "B N C"], *, size: Size, grid: GridMap | None = None) -> Float[Tensor, "B N C"]:
-        """The tokens after attention and MLP."""
+        """Return the tokens after attention and MLP."""
         x = x + self.drop_path(self.attn(self.norm1(x), size, grid))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def work(self, at_attention: int, at_mlp: int, shape: StageSpec) -> Work:
-        """The work on so many tokens before and after attention, in a stage of that shape (see `laconic.analysis.layer_macs`)."""
+        """Return the work in a stage of this shape, for token counts at attention and at the MLP (see `analysis.layer_macs`)."""
         cells = prod((side + 1) // 2 for side in shape.grid)
         keys = cells + self.attn.prefix
         rows = {"conv_proj_q": shape.patches, "conv_proj_k": cells, "conv_proj_v": cells, "proj_k": keys, "proj_v": keys}
@@ -107,7 +107,7 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """A patch embedding, perhaps a class token, and blocks."""
+    """A patch embedding, an optional class token, and blocks."""
 
     def __init__(self, embed: PatchEmbed, dim: int, prefix: int, blocks: Sequence[Block]) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class Stage(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if prefix else None
 
     def forward(self, image: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B N D"], Size]:
-        """The tokens that the first block gets, the class token first, and their grid."""
+        """Return the input tokens of the first block, the class token first, and their grid."""
         x, size = self.patch_embed(image)
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1)
@@ -123,19 +123,20 @@ class Stage(nn.Module):
 
 
 class ConvolutionalVisionTransformer(Pyramid):
-    """CvT.
+    """CvT, with the interface of a timm model.
 
     Args:
-        img_size: pixels of a side, or (height, width), that a summary is for; images of any size run.
+        img_size: pixels of a side, or (height, width), assumed by summaries; the model runs on images of any size.
         in_chans: channels of the images.
         num_classes: classes, or 0 for no head.
         global_pool: ``token`` reads the class token, ``avg`` the mean of the patches of the last stage, ``""`` nothing.
-        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 over the layers of the last stage.
-        act: ``quick_gelu``, which published weights are trained with, or the exact ``gelu``.
-        depths, embed_dims, num_heads, mlp_ratio: of the three stages.
+        drop_path_rate: drop path rate of the last block; it grows linearly from 0 over the layers of the last stage.
+        act: ``quick_gelu``, which the published weights were trained with, or the exact ``gelu``.
+        depths, embed_dims, num_heads: one value for each of the three stages.
+        mlp_ratio: width of the MLP relative to the stage's width.
 
     Raises:
-        ValueError: no such activation.
+        ValueError: ``act`` is unknown.
     """
 
     def __init__(
@@ -160,18 +161,18 @@ class ConvolutionalVisionTransformer(Pyramid):
             drops = rates(drop_path_rate if last else 0.0, depth)
             blocks = [Block(dim, num_heads[i], mlp_ratio, int(last), drop, ACTIVATIONS[act]) for drop in drops]
             self.add_module(f"stage{i}", Stage(PatchEmbed(channels[i], dim, *PATCHES[i], EPS), dim, int(last), blocks))
-        self.patch_embed.img_size = self.img_size  # where timm's models have it
+        self.patch_embed.img_size = self.img_size  # timm reads the input size here
         self.apply(init_linear)
         trunc_normal_(self.stages[-1].cls_token, std=0.02)
 
     @property
     def patch_embed(self) -> Any:
-        """What sees the image."""
+        """The patch embedding of the first stage, which takes the image."""
         return self.stages[0].patch_embed
 
     @property
     def grid_sizes(self) -> list[Size]:
-        """Rows and columns of each stage for images of the model's own size."""
+        """Rows and columns of each stage's grid for images of the model's own size."""
         (height, width), sizes = self.img_size, list[Size]()
         for kernel, stride, padding in PATCHES:
             height, width = ((side + 2 * padding - kernel) // stride + 1 for side in (height, width))
@@ -184,11 +185,11 @@ class ConvolutionalVisionTransformer(Pyramid):
         return [getattr(self, f"stage{i}") for i in range(len(PATCHES))]
 
     def embeddings(self) -> list[tuple[PatchEmbed, Size]]:
-        """The patch embedding of each stage, and its grid."""
+        """Return the patch embedding of each stage, and its grid."""
         return [(stage.patch_embed, grid) for stage, grid in zip(self.stages, self.grid_sizes, strict=True)]
 
     def forward_features(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"]:
-        """The tokens of the last stage after the last norm, the class token first."""
+        """Return the tokens of the last stage after the final norm, the class token first."""
         size: Size | None = None
         for stage in self.stages:
             x, size = stage(x if size is None else image_of(x, size))
@@ -196,21 +197,21 @@ class ConvolutionalVisionTransformer(Pyramid):
         return self.norm(x)
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that the authors do not decay."""
+        """Return the parameters that the authors train without weight decay."""
         return {"stage2.cls_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """How layers follow each other, for layer-wise learning rates."""
+        """Return the patterns that order the layers, for layer-wise learning rates."""
         fine = [(r"^stage(\d)\.blocks\.(\d+)", None), (r"^stage(\d)", (-1,))]
         return {"stem": r"^stage0\.patch_embed", "blocks": r"^stage(\d)" if coarse else fine}
 
 
 def checkpoint_filter(state: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """A checkpoint of the authors, or one of transformers' port, under our names.
+    """Rename the weights of the authors' checkpoint, or of transformers' port, to the names of this model.
 
     Args:
-        state: weights, perhaps inside a training checkpoint or with ``module.`` in front.
-        model: the model that they are for.
+        state: weights, possibly inside a training checkpoint or with the prefix ``module.``.
+        model: the model to load them into.
     """
     return renamed(unwrap(state), PORTED)
 

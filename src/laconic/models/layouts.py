@@ -1,4 +1,4 @@
-"""Names of weights in transformers' ports of PVT and CvT, and what their authors call them (and we too)."""
+"""Map weight names of transformers' ports of PVT and CvT to the names that the authors and Laconic use."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-Names = Sequence[tuple[str, str]]  # patterns and what takes their place
+Names = Sequence[tuple[str, str]]  # (pattern, replacement)
 
 PVT: Names = (
     (r"^classifier\.", "head."),
@@ -46,7 +46,7 @@ CVT: Names = (
 
 
 def renamed(weights: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
-    """Weights under other names; ``{stage}`` in a pattern's place is the stage it found, counted from 1."""
+    """Return the weights under new names; ``{stage}`` in a replacement is the stage number in the match, counted from 1."""
     out = {}
     for name, tensor in weights.items():
         for pattern, new in names:

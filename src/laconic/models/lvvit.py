@@ -1,8 +1,8 @@
 """LV-ViT (Jiang et al., NeurIPS 2021, arXiv:2104.10858): a vision transformer whose patch tokens are labelled as well.
 
-Three things set it apart from DeiT: a stem of convolutions; blocks that divide what they add by a constant; and a second
-head, on the patch tokens, whose highest logits count half in the answer. With fewer tokens it is the highest of those left.
-The authors' weights are on their GitHub page; a file of them is read by
+It differs from DeiT in three ways: a convolutional stem; residual branches divided by a constant; and a second head on the
+patch tokens, whose highest logits are added to the class logits with weight 0.5. In a reduced model these are the highest
+logits of the kept tokens. The authors' weights are on their GitHub page; load a file of them with
 ``timm.create_model("lvvit_small", pretrained=True, pretrained_cfg_overlay=dict(file="lvvit_s.pth.tar"))``.
 """
 
@@ -22,16 +22,16 @@ from laconic.models.mixtoken import Box, Dense
 from laconic.models.stems import Stem
 
 POOLINGS = ("max", "token", "avg")
-TOKENS_COUNT = 0.5  # of the highest token logits, beside the logits of the class token
+TOKENS_COUNT = 0.5  # weight of the highest token logits; the class token's logits have weight 1
 
 
 class LVViT(nn.Module):
     """LV-ViT, with the interface of a timm model.
 
-    ``global_pool``: ``max``, the answer is head(class token) + 0.5 * the highest of aux_head(patch tokens), class by class;
-    ``token`` and ``avg`` use ``head`` alone, on the class token or the mean patch token. With ``return_dense`` the answer
-    in training is a `Dense`; ``mix_token`` above 0 is then the parameter of MixToken's Beta distribution (the authors' is 1).
-    ``block`` are options of every `Block`, such as ``qkv_bias`` and ``divisor``.
+    ``global_pool``: ``max`` returns head(class token) + 0.5 * max over patch tokens of aux_head(patch token), for each class;
+    ``token`` and ``avg`` use ``head`` alone, on the class token or the mean patch token. With ``return_dense`` the output
+    in training is a `Dense`; ``mix_token`` above 0 is then the parameter of MixToken's Beta distribution (the authors use 1).
+    ``block``: options of every `Block`, such as ``qkv_bias`` and ``divisor``.
     """
 
     head: nn.Module
@@ -58,7 +58,9 @@ class LVViT(nn.Module):
     ) -> None:
         super().__init__()
         if mix_token and not return_dense:
-            raise ValueError("mix_token mixes the images of a batch, and the loss must know where: it needs return_dense=True")
+            raise ValueError(
+                "mix_token mixes the images of a batch, and the loss needs the mixed region: set return_dense=True"
+            )
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.num_prefix_tokens, self.grad_checkpointing = 1, False
         self.return_dense, self.mix_token = return_dense, mix_token
@@ -77,13 +79,13 @@ class LVViT(nn.Module):
 
     # -------------------------------------------------------------------------------------------- forward
     def forward(self, x: Tensor) -> Tensor | Dense:
-        """[B, 3, H, W] -> logits [B, K]; in training with ``return_dense`` a `Dense`."""
+        """Map images [B, 3, H, W] to logits [B, K]; in training with ``return_dense`` to a `Dense`."""
         if self.training and self.return_dense:
             return self.forward_dense(x)
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor, box: Box | None = None) -> Tensor:
-        """[B, 3, H, W] -> normalised tokens [B, 1 + P, C]; with a box they are of mixed images."""
+        """Map images [B, 3, H, W] to tokens [B, 1 + P, C] after the final norm; ``box`` mixes the images' patch tokens."""
         patches = self.patch_embed(x).flatten(2).transpose(1, 2)
         if box is not None:
             patches = box.exchange(patches, self.patch_embed.grid_size)
@@ -94,7 +96,7 @@ class LVViT(nn.Module):
         return out
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens [B, N, C] -> logits [B, K], or the features under them [B, C]. All reading of tokens is in `pool`."""
+        """Map tokens [B, N, C] to logits [B, K], or to the pooled features [B, C]. Only `pool` selects tokens."""
         if pre_logits or not self.num_classes:
             return self.pool(x, "token" if self.global_pool == "max" else None)
         x = self.head_drop(x)
@@ -104,17 +106,17 @@ class LVViT(nn.Module):
         return out
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
-        """What is read off the tokens [B, N, C]: [B, C]. ``max`` is for their logits [B, N, K], see `combine`."""
+        """Pool tokens [B, N, C] to [B, C]. ``max`` takes the tokens' logits [B, N, K] instead, see `combine`."""
         kind = self.global_pool if pool_type is None else pool_type
         if kind == "max":
             return self.combine(x[:, 0], x[:, 1:])
         return x[:, 0] if kind == "token" else x[:, 1:].mean(1)
 
     def combine(self, logits: Tensor, token_logits: Tensor, alive: Tensor | None = None) -> Tensor:
-        """Class logits [B, K] + 0.5 * the highest of the token logits [B, L, K], for each class.
+        """Return class logits [B, K] + 0.5 * the maximum of the token logits [B, L, K] over tokens, for each class.
 
-        Tokens that are 0 in ``alive`` [B, L], or whose logits are -inf, are left out; without any token the class logits
-        are the answer.
+        Tokens with 0 in ``alive`` [B, L] or with logits of -inf are ignored; without any token the result is the class
+        logits.
         """
         if alive is not None:
             token_logits = token_logits.masked_fill((alive <= 0).unsqueeze(-1), -torch.inf)
@@ -124,10 +126,10 @@ class LVViT(nn.Module):
         return logits + TOKENS_COUNT * highest.masked_fill(highest.isneginf(), 0.0)
 
     def forward_dense(self, x: Tensor) -> Dense:
-        """[B, 3, H, W] -> what is trained on, of images mixed by MixToken if ``mix_token`` is above 0.
+        """Map images [B, 3, H, W] to the logits that the losses need; MixToken mixes the images if ``mix_token`` is above 0.
 
         Raises:
-            ValueError: images were mixed and tokens were removed on the way, so that they cannot be told apart again.
+            ValueError: images were mixed and patch tokens were removed, so that the mixing cannot be undone.
         """
         grid = self.patch_embed.grid_size
         box = Box.random(grid, self.mix_token) if self.mix_token else Box()
@@ -136,22 +138,22 @@ class LVViT(nn.Module):
         if self.mix_token:
             if token_logits.shape[1] != math.prod(grid):
                 raise ValueError(
-                    f"MixToken is undone on all {math.prod(grid)} patch tokens, but a method left {token_logits.shape[1]}; "
+                    f"MixToken is undone on all {math.prod(grid)} patch tokens, but a method kept {token_logits.shape[1]}; "
                     "train reduced models with mix_token=0"
                 )
             token_logits = box.exchange(token_logits, grid)
         return Dense(self.head(x[:, 0]), token_logits, box)
 
-    # -------------------------------------------------------------------------------------------- as timm models have it
+    # -------------------------------------------------------------------------------------------- timm interface
     def get_classifier(self) -> nn.Module:
-        """The head on the class token."""
+        """Return the head on the class token."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """New heads, for so many classes.
+        """Replace both heads by new ones for ``num_classes`` classes.
 
         Raises:
-            ValueError: an unknown ``global_pool``.
+            ValueError: ``global_pool`` is unknown.
         """
         pool = self.global_pool if global_pool is None else global_pool
         if pool not in POOLINGS:
@@ -164,22 +166,22 @@ class LVViT(nn.Module):
             setattr(self, name, layer.to(like.device, like.dtype))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute the blocks once more in the backward pass instead of keeping their activations."""
+        """Recompute the blocks in the backward pass instead of storing their activations."""
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that are never decayed."""
+        """Return the parameters that are trained without weight decay."""
         return {"pos_embed", "cls_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Which layer a parameter belongs to, for learning rates by layer."""
+        """Return the patterns that assign parameters to layers, for layer-wise learning rates."""
         return {"stem": r"^cls_token|pos_embed|patch_embed", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: LVViT) -> dict[str, Tensor]:
-    """The authors' weights (or ours) for ``model``: unwrapped, and with the position table of its grid.
+    """Return the authors' weights (or Laconic's) for ``model``, with position embeddings resized to its grid.
 
-    Tables are resized as the authors do it: bicubic, without smoothing.
+    They are resized as the authors do it: bicubic, without antialiasing.
     """
     weights = unwrap(state_dict)
     table = weights.get("pos_embed")
@@ -194,7 +196,7 @@ default_cfgs = generate_default_cfgs(
     {
         "lvvit_tiny": imagenet(**_layers),
         "lvvit_small": imagenet(**_layers),
-        "lvvit_medium": imagenet(**_layers, crop_pct=1.0),  # as the authors' code has it; the others are 0.9
+        "lvvit_medium": imagenet(**_layers, crop_pct=1.0),  # as in the authors' code; the others use 0.9
     }
 )
 

@@ -1,4 +1,4 @@
-"""MixToken (Jiang et al., arXiv:2104.10858): CutMix on tokens instead of pixels, so that no patch is of two images."""
+"""MixToken (Jiang et al., arXiv:2104.10858): CutMix on patch tokens instead of pixels, so that no patch mixes two images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Box(NamedTuple):
-    """A rectangle on the grid of patches, in patches; ``bottom`` and ``right`` are outside."""
+    """A rectangle on the patch grid, in patches; ``bottom`` and ``right`` are exclusive."""
 
     top: int = 0
     left: int = 0
@@ -18,8 +18,8 @@ class Box(NamedTuple):
 
     @classmethod
     def random(cls, grid: tuple[int, int], beta: float) -> Box:
-        """CutMix's: of a share of the area that is Beta(beta, beta), centred anywhere, cut off at the border."""
-        cpu = torch.device("cpu")  # it decides on shapes: nobody should wait for a device
+        """Draw a box as CutMix does: its share of the area from Beta(beta, beta), its centre uniform, clipped at the border."""
+        cpu = torch.device("cpu")  # the box is used as Python integers: on a GPU, reading it would force a synchronization
         concentration = torch.tensor(beta, device=cpu)
         side = torch.distributions.Beta(concentration, concentration).sample().sqrt().item()
         edges = []
@@ -30,20 +30,20 @@ class Box(NamedTuple):
         return cls(top, left, bottom, right)
 
     def share(self, grid: tuple[int, int]) -> float:
-        """The share of the patches that are inside: what the other image's label counts."""
+        """Return the share of the patches inside, which is the weight of the other image's label."""
         return (self.bottom - self.top) * (self.right - self.left) / (grid[0] * grid[1])
 
     def exchange(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Patch tokens [B, P, C] with those inside taken from the image at the mirrored place of the batch; twice: undone."""
+        """Swap the patch tokens [B, P, C] inside the box between images b and B - 1 - b. A second call undoes the first."""
         inside = torch.zeros(grid, dtype=torch.bool, device=tokens.device)
         inside[self.top : self.bottom, self.left : self.right] = True
         return torch.where(inside.flatten().unsqueeze(1), tokens.flip(0), tokens)
 
 
 class Dense(NamedTuple):
-    """What is trained: class logits [B, K], token logits [B, P, K] (of each image's own patches), and the MixToken box.
+    """Training outputs: class logits [B, K], token logits [B, P, K] (of each image's own patches), and the MixToken box.
 
-    Image b has, inside the box, the patches of image B - 1 - b; so its class label is mixed by ``box.share(grid)``.
+    Inside the box, image b has the patches of image B - 1 - b; so its class label is mixed with weight ``box.share(grid)``.
     """
 
     logits: Tensor

@@ -1,9 +1,9 @@
-"""PS-ViT (Yue et al., ICCV 2021, arXiv:2108.01684): patches are sampled where the model looks, not cut along a grid.
+"""PS-ViT (Yue et al., ICCV 2021, arXiv:2108.01684): patches are sampled at learned points, not cut along a grid.
 
-A stem makes a map of features. In four rounds the model samples it at a set of points, passes what it found through a
-transformer layer, and moves every point by an offset it has learned to predict. Then a class token joins, and plain layers
-follow; those are ``blocks``, whose tokens Laconic reduces. Of the 14 layers of PS-ViT-B, four are rounds of sampling.
-The authors' weights are linked on their GitHub page; a file of them is read by
+A stem computes a feature map. In each of four rounds the model samples the map at a set of points, passes the samples through
+a transformer layer, and moves every point by a predicted offset. Then a class token is added, and plain layers follow; these
+are ``blocks``, whose tokens Laconic reduces. Of the 14 layers of PS-ViT-B, four are rounds of sampling.
+The authors' weights are linked on their GitHub page; load a file of them with
 ``timm.create_model("psvit_base_14", pretrained=True, pretrained_cfg_overlay=dict(file="ps_vit_b_14.pth.tar"))``.
 """
 
@@ -27,9 +27,9 @@ POOLINGS = ("token", "avg")
 class PSViT(nn.Module):
     """PS-ViT, with the interface of a timm model.
 
-    ``grid_size`` points are sampled, ``rounds`` times; ``depth`` plain layers follow. Attention logits are scaled by
-    ``scale``, without it by C ** -0.5: the authors' weights were trained with the root of the width, not of the head
-    dimension. ``block`` are options of every `Block`, such as ``qkv_bias``.
+    A grid of ``grid_size`` points is sampled ``rounds`` times; ``depth`` plain layers follow. Attention logits are scaled by
+    ``scale``, by default C ** -0.5: the authors' weights were trained with the root of the width, not of the head
+    dimension. ``block``: options of every `Block`, such as ``qkv_bias``.
     """
 
     head: nn.Module
@@ -72,13 +72,13 @@ class PSViT(nn.Module):
 
     # -------------------------------------------------------------------------------------------- forward
     def forward(self, x: Tensor) -> Tensor:
-        """[B, 3, H, W] -> logits [B, K]."""
+        """Map images [B, 3, H, W] to logits [B, K]."""
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """[B, 3, H, W] -> normalised tokens [B, 1 + P, C], those of the points row by row."""
+        """Map images [B, 3, H, W] to tokens [B, 1 + P, C] after the final norm, patch tokens in raster order."""
         sampled = self.patch_embed(x)
-        # points were learned column by column; from here on their order does not matter, and maps want it row by row
+        # the authors order points column by column; the blocks do not depend on the order, and token maps need raster order
         rows, columns = self.patch_embed.grid_size
         sampled = sampled.unflatten(1, (columns, rows)).transpose(1, 2).flatten(1, 2)
         x = torch.cat([self.cls_token.expand(sampled.shape[0], -1, -1), sampled], 1)
@@ -87,26 +87,26 @@ class PSViT(nn.Module):
         return out
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens [B, N, C] -> logits [B, K], or the features under them [B, C]."""
+        """Map tokens [B, N, C] to logits [B, K], or to the pooled features [B, C]."""
         x = self.head_drop(self.pool(x))
         out: Tensor = x if pre_logits else self.head(x)
         return out
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
-        """What is read off the tokens: [B, N, C] -> [B, C]."""
+        """Pool tokens [B, N, C] to [B, C]: the class token, or the mean patch token."""
         kind = self.global_pool if pool_type is None else pool_type
         return x[:, 0] if kind == "token" else x[:, 1:].mean(1)
 
-    # -------------------------------------------------------------------------------------------- as timm models have it
+    # -------------------------------------------------------------------------------------------- timm interface
     def get_classifier(self) -> nn.Module:
-        """The head."""
+        """Return the head."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head, for so many classes.
+        """Replace the head by a new one for ``num_classes`` classes.
 
         Raises:
-            ValueError: an unknown ``global_pool``.
+            ValueError: ``global_pool`` is unknown.
         """
         pool = self.global_pool if global_pool is None else global_pool
         if pool not in POOLINGS:
@@ -117,19 +117,19 @@ class PSViT(nn.Module):
         self.head.to(self.cls_token.device, self.cls_token.dtype)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute the plain layers once more in the backward pass instead of keeping their activations."""
+        """Recompute the plain layers in the backward pass instead of storing their activations."""
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that are never decayed."""
+        """Return the parameters that are trained without weight decay."""
         return {"cls_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Which layer a parameter belongs to, for learning rates by layer."""
+        """Return the patterns that assign parameters to layers, for layer-wise learning rates."""
         return {"stem": r"^cls_token|patch_embed", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
 
 
-# the authors' names, and ours; their position layer is in every round as well
+# the authors' names -> our names; their checkpoints repeat the position layer in every round
 RENAMED = (
     (r"(stem|pos_layer)\.", r"patch_embed.\1."),
     (r"ps_layers\.\d+\.position_layer\.", "patch_embed.pos_layer."),
@@ -140,17 +140,17 @@ RENAMED = (
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: PSViT) -> dict[str, Tensor]:
-    """The authors' weights (or ours) for ``model``, under our names.
+    """Return the authors' weights (or Laconic's) for ``model`` under the names of this model.
 
     Raises:
-        ValueError: they are for another number of points.
+        ValueError: the weights are for another number of points.
     """
     weights = unwrap(state_dict)
     points, grid = weights.pop("point_coord", None), model.patch_embed.grid_size
     if points is not None and points.shape[-2] != grid[0] * grid[1]:
         raise ValueError(
-            f"these weights sample {points.shape[-2]} points, and the model has a grid of {grid[0]} x {grid[1]}; take "
-            "psvit_base_14, _16 or _18 (196, 256 or 324 points), or leave point_coord out if that is meant"
+            f"these weights sample {points.shape[-2]} points, but the model has a grid of {grid[0]} x {grid[1]}; use "
+            "psvit_base_14, _16 or _18 (196, 256 or 324 points), or remove point_coord from the file to load the weights anyway"
         )
     renamed = {}
     for name, tensor in weights.items():

@@ -1,8 +1,9 @@
 """PVT: Pyramid Vision Transformer, first version (Wang et al., ICCV 2021, arXiv:2102.12122), with the authors' parameter names.
 
-Four stages of 4 x 4, then 2 x 2 patches. Attention in the first three looks at keys and values from a grid made smaller by
-a strided convolution; the last is a plain vision transformer with a class token. Position tables are resized (bilinear, as
-the authors do) for images of another size. Sizes, LayerNorm eps 1e-6 and biases were checked against the authors' code.
+Four stages; the first embeds 4 x 4 patches, the others 2 x 2. In the first three stages, keys and values come from a grid
+downsampled by a strided convolution; the last is a plain vision transformer with a class token. Position embeddings are
+resized (bilinear, as the authors do) for images of another size. Sizes, LayerNorm eps 1e-6 and biases were checked against
+the authors' code.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from laconic.models.pyramid import PatchEmbed, Pyramid, Size
 EPS = 1e-6
 LayerNorm = partial(nn.LayerNorm, eps=EPS)
 STAGES = (1, 2, 3, 4)  # as in the parameter names
-LATER = ("norm2", "mlp.fc1", "mlp.fc2")  # the layers of a block after attention
-SMALLEST = 32  # pixels: below, the last stage has no patch
+LATER = ("norm2", "mlp.fc1", "mlp.fc2")  # the layers of a block that run after attention
+SMALLEST = 32  # pixels: smaller images give the last stage no patch
 
 
 class Attention(nn.Module):
-    """Attention of the tokens to the tokens or, with ``sr_ratio`` above 1, to the grid made that much smaller."""
+    """Attention from every token to all tokens or, with ``sr_ratio`` above 1, to the grid downsampled by that ratio."""
 
     def __init__(self, dim: int, heads: int, sr_ratio: int) -> None:
         super().__init__()
@@ -46,7 +47,7 @@ class Attention(nn.Module):
             self.norm = LayerNorm(dim)
 
     def forward(self, x: Float[Tensor, "B N C"], size: Size = (0, 0), grid: GridMap | None = None) -> Float[Tensor, "B N C"]:
-        """See `GridBlock`."""
+        """Attend as described in `GridBlock`."""
         rows = x
         if self.sr_ratio > 1:
             full = x if grid is None else grid.fill(x)
@@ -57,7 +58,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A block of the last stage: as in any vision transformer."""
+    """A block of the last stage: a plain pre-norm transformer block."""
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float, sr_ratio: int, drop_path: float) -> None:
         super().__init__()
@@ -66,12 +67,12 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Float[Tensor, "B N C"], **facts: Any) -> Float[Tensor, "B N C"]:
-        """Two residual halves; attention gets the keywords."""
+        """Run both residual halves; the keywords are passed to attention."""
         x = x + self.drop_path(self.attn(self.norm1(x), **facts))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def work(self, at_attention: int, at_mlp: int, shape: StageSpec) -> Work:
-        """The work on so many tokens before and after attention, in a stage of that shape (see `laconic.analysis.layer_macs`)."""
+        """Return the work in a stage of this shape, for token counts at attention and at the MLP (see `analysis.layer_macs`)."""
         smaller = self.attn.sr_ratio
         keys = at_attention if smaller == 1 else prod(side // smaller for side in shape.grid)
         rows = {**dict.fromkeys(("attn.kv", "attn.sr", "attn.norm"), keys), **dict.fromkeys(LATER, at_mlp)}
@@ -79,26 +80,26 @@ class Block(nn.Module):
 
 
 class GridBlock(Block):
-    """A block of the first three stages; its keys and values come from the full grid, never from the tokens.
+    """A block of the first three stages; its keys and values come from the full grid, not from the kept tokens alone.
 
-    Keywords of its forward: ``size``, rows and columns of the full grid; ``grid``, which token each cell shows, where tokens
-    have been reduced. Queries, norms, projections and the MLP run on the tokens there are.
+    Keywords of its forward: ``size``, rows and columns of the full grid; ``grid``, the token that each cell shows, None if no
+    tokens were removed. Queries, norms, projections and the MLP run on the kept tokens.
     """
 
 
 class PyramidVisionTransformer(Pyramid):
-    """PVT v1.
+    """PVT v1, with the interface of a timm model.
 
     Args:
-        img_size: pixels of a side, or (height, width), that the position tables are made for; other sizes run as well.
+        img_size: pixels of a side, or (height, width), that the position embeddings are for; other sizes run as well.
         in_chans: channels of the images.
         num_classes: classes, or 0 for no head.
         global_pool: ``token`` reads the class token, ``avg`` the mean of the patches of the last stage, ``""`` nothing.
-        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
-        depths, embed_dims, num_heads, mlp_ratios, sr_ratios: of the four stages.
+        drop_path_rate: drop path rate of the last block; it grows linearly from 0 at the first.
+        depths, embed_dims, num_heads, mlp_ratios, sr_ratios: one value for each of the four stages.
 
     Raises:
-        ValueError: images too small for four stages.
+        ValueError: ``img_size`` is too small for four stages.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ class PyramidVisionTransformer(Pyramid):
             self.add_module(f"patch_embed{stage}", PatchEmbed(channels[i], dim, patch, patch, 0, EPS))
             self.register_parameter(f"pos_embed{stage}", nn.Parameter(torch.zeros(1, cells, dim)))
             self.add_module(f"block{stage}", nn.ModuleList(blocks))
-        self.patch_embed.img_size = self.img_size  # where timm's models have it
+        self.patch_embed.img_size = self.img_size  # timm reads the input size here
         self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
         self.apply(init_linear)
         for table in (self.cls_token, *(getattr(self, f"pos_embed{stage}") for stage in STAGES)):
@@ -134,19 +135,19 @@ class PyramidVisionTransformer(Pyramid):
 
     @property
     def patch_embed(self) -> Any:
-        """What sees the image."""
+        """The patch embedding of the first stage, which takes the image."""
         return self.patch_embed1
 
     def grid_size(self, stage: int) -> Size:
-        """Rows and columns of stage 1 to 4 for images of the model's own size."""
+        """Return the rows and columns of a stage (1 to 4) for images of the model's own size."""
         return self.img_size[0] // 2 ** (stage + 1), self.img_size[1] // 2 ** (stage + 1)
 
     def embeddings(self) -> list[tuple[PatchEmbed, Size]]:
-        """The patch embedding of each stage, and its grid."""
+        """Return the patch embedding of each stage, and its grid."""
         return [(getattr(self, f"patch_embed{stage}"), self.grid_size(stage)) for stage in STAGES]
 
     def embed(self, stage: int, x: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B N D"], Size]:
-        """The tokens that stage 1 to 4 begins with, and their grid; in the last stage a class token is the first."""
+        """Return the input tokens of a stage (1 to 4) and their grid; in the last stage the class token comes first."""
         x, size = getattr(self, f"patch_embed{stage}")(x)
         table, prefix = getattr(self, f"pos_embed{stage}"), int(stage == STAGES[-1])
         if prefix:
@@ -156,7 +157,7 @@ class PyramidVisionTransformer(Pyramid):
         return x + table, size
 
     def forward_features(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"]:
-        """The tokens of the last stage after the last norm, the class token first."""
+        """Return the tokens of the last stage after the final norm, the class token first."""
         for stage in STAGES:
             x, size = self.embed(stage, x)
             blocks = getattr(self, f"block{stage}")
@@ -167,33 +168,35 @@ class PyramidVisionTransformer(Pyramid):
         return self.norm(x)
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that the authors do not decay."""
+        """Return the parameters that the authors train without weight decay."""
         return {"cls_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """How layers follow each other, for layer-wise learning rates."""
+        """Return the patterns that order the layers, for layer-wise learning rates."""
         fine = [(r"^block(\d)\.(\d+)", None), (r"^(?:patch|pos)_embed([2-4])", (-1,)), (r"^cls_token", (4, -1))]
         whole = [(r"^(?:block|patch_embed|pos_embed)(\d)", None), (r"^cls_token", (4,))]
         return {"stem": r"^(?:patch|pos)_embed1", "blocks": whole if coarse else fine}
 
 
 def resized(table: Float[Tensor, "1 P C"], old: Size, new: Size) -> Float[Tensor, "1 Q C"]:
-    """A position table for another grid, bilinear."""
+    """Resize position embeddings to another grid, bilinearly."""
     return table if old == new else cells_of(F.interpolate(image_of(table, old), new, mode="bilinear"))
 
 
 def checkpoint_filter(state: Mapping[str, Any], model: PyramidVisionTransformer) -> dict[str, Tensor]:
-    """A checkpoint of the authors, or one of transformers' port, under our names and with position tables of our size.
+    """Convert the authors' checkpoint, or one of transformers' port: rename the weights and resize the position embeddings.
 
     Args:
-        state: weights, perhaps inside a training checkpoint or with ``module.`` in front.
-        model: the model that they are for.
+        state: weights, possibly inside a training checkpoint or with the prefix ``module.``.
+        model: the model to load them into.
 
     Raises:
-        ValueError: a position table that is not of a square grid.
+        ValueError: position embeddings that are not for a square grid.
     """
     weights = renamed(unwrap(state), PORTED)
-    for layer in sorted({name.rpartition("key.")[0] for name in weights if ".attn.key." in name}):  # separate in the port
+    for layer in sorted(
+        {name.rpartition("key.")[0] for name in weights if ".attn.key." in name}
+    ):  # the port has separate keys and values
         for kind in ("weight", "bias"):
             weights[f"{layer}kv.{kind}"] = torch.cat([weights.pop(f"{layer}{part}.{kind}") for part in ("key", "value")])
     for stage in STAGES:
@@ -203,7 +206,7 @@ def checkpoint_filter(state: Mapping[str, Any], model: PyramidVisionTransformer)
             continue
         side = isqrt(table.shape[1] - prefix)
         if side * side != table.shape[1] - prefix:
-            raise ValueError(f"{name} has {table.shape[1]} positions, which are no square grid; this is no checkpoint of PVT")
+            raise ValueError(f"{name} has {table.shape[1]} positions, expected a square grid; this is not a PVT checkpoint")
         grid = resized(table[:, prefix:], (side, side), model.grid_size(stage))
         weights[name] = torch.cat([table[:, :prefix], grid], 1)
     return weights

@@ -1,4 +1,4 @@
-"""What PVT and CvT share: patches by a convolution, blocks run in turn, and a head as timm's models have it."""
+"""The parts that PVT and CvT share: a convolutional patch embedding, the loop over blocks, and a head with timm's interface."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Size = tuple[int, int]
 
 
 class PatchEmbed(nn.Module):
-    """A convolution whose outputs are tokens, normed."""
+    """A convolution and a LayerNorm that turn an image into tokens."""
 
     def __init__(self, channels: int, dim: int, kernel: int, stride: int, padding: int, eps: float) -> None:
         super().__init__()
@@ -26,20 +26,20 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=eps)
 
     def forward(self, image: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B P D"], Size]:
-        """Tokens, row by row, and the rows and columns of their grid."""
+        """Return the tokens in raster order, and the rows and columns of their grid."""
         patches = self.proj(image)
         return self.norm(cells_of(patches)), (patches.shape[2], patches.shape[3])
 
 
 class Pyramid(nn.Module):
-    """The head of a model of several stages, whose last has a class token.
+    """Base class of models with several stages, the last of which has a class token: final norm and head.
 
     Args:
         img_size: pixels of a side, or (height, width).
         width: channels of the last stage.
         num_classes: classes, or 0 for no head.
         global_pool: ``token`` reads the class token, ``avg`` the mean of the patches of the last stage, ``""`` nothing.
-        eps: of the last LayerNorm.
+        eps: of the final LayerNorm.
     """
 
     def __init__(self, img_size: int | Sequence[int], width: int, num_classes: int, global_pool: str, eps: float) -> None:
@@ -52,17 +52,18 @@ class Pyramid(nn.Module):
         self.head = nn.Linear(width, num_classes) if num_classes else nn.Identity()
 
     def forward_features(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"]:
-        """The tokens of the last stage after the last norm, the class token first."""
+        """Return the tokens of the last stage after the final norm, the class token first."""
         raise NotImplementedError
 
     def embeddings(self) -> list[tuple[PatchEmbed, Size]]:
-        """The patch embedding of each stage, and the grid that it makes of an image of the model's own size."""
+        """Return the patch embedding of each stage, and its grid for an image of the model's own size."""
         raise NotImplementedError
 
     def work_of_ends(self, before: int, after: int, grids: Sequence[Size] | None = None) -> Work:
-        """The work of all but the blocks for one image, of which ``after`` tokens leave the last block (see `laconic.analysis.layer_macs`).
+        """Return the work outside the blocks for one image (see `laconic.analysis.layer_macs`).
 
-        ``grids``: of each stage; None: those of the model's own size.
+        ``before`` and ``after``: tokens that enter the first block and that the last block returns, prefix tokens included.
+        ``grids``: the grid of each stage; None: those for the model's own size.
         """
         ends = layers(self.norm, after) + layers(self.head, 1 if self.global_pool else after)
         own = self.embeddings()
@@ -70,7 +71,7 @@ class Pyramid(nn.Module):
         return sum((layers(embed, prod(grid)) for (embed, _), grid in zip(own, sizes, strict=True)), ends)
 
     def run(self, calls: Sequence[Callable[[Tensor], Tensor]], x: Float[Tensor, "B N C"]) -> Float[Tensor, "B M C"]:
-        """The blocks of a stage, one after the other. How many tokens there are in between is nobody's business."""
+        """Run the blocks of a stage in sequence; a block may change the number of tokens."""
         if self.grad_checkpointing and self.training:
             return checkpoint_seq(calls, x)
         for call in calls:
@@ -78,28 +79,28 @@ class Pyramid(nn.Module):
         return x
 
     def pool(self, x: Float[Tensor, "B N D"], pool_type: str | None = None) -> Tensor:
-        """What the head reads."""
+        """Pool the tokens for the head, as ``pool_type`` (default: the model's ``global_pool``) says."""
         return global_pool_nlc(x, self.global_pool if pool_type is None else pool_type, self.num_prefix_tokens)
 
     def forward_head(self, x: Float[Tensor, "B N D"], pre_logits: bool = False) -> Tensor:
-        """Logits of the tokens of `forward_features`, or what the head reads."""
+        """Map the tokens of `forward_features` to logits, or to the input of the head."""
         x = self.pool(x)
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Tensor:
-        """Logits."""
+        """Map images to logits."""
         return self.forward_head(self.forward_features(x))
 
     def get_classifier(self) -> nn.Module:
-        """The head."""
+        """Return the head."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head, with torch's random weights."""
+        """Replace the head by a new one with torch's default initialization."""
         self.num_classes, self.global_pool = num_classes, self.global_pool if global_pool is None else global_pool
         new = nn.Linear(self.embed_dim, num_classes).to(self.norm.weight) if num_classes else nn.Identity()
         self.head = new.train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute the inside of every block once more in the backward pass, instead of keeping it."""
+        """Recompute the blocks in the backward pass instead of storing their activations."""
         self.grad_checkpointing = enable

@@ -13,7 +13,7 @@ from laconic.models.stems import map_stem
 
 
 def start_points(grid: tuple[int, int], size: tuple[int, int], device: torch.device | None = None) -> Tensor:
-    """The centres of the cells of a grid on a map of ``size`` pixels, [P, 2] as (y, x) in pixels, y running fastest."""
+    """Return the cell centres of a grid on a map of ``size`` pixels: [P, 2] as (y, x) in pixels, column by column."""
     y, x = (
         (torch.arange(cells, device=device, dtype=torch.float32) + 0.5) * (length / cells)
         for cells, length in zip(grid, size, strict=True)
@@ -22,21 +22,21 @@ def start_points(grid: tuple[int, int], size: tuple[int, int], device: torch.dev
 
 
 def sample(maps: Tensor, points: Tensor) -> Tensor:
-    """Bilinear samples of ``maps`` [B, C, H, W] at ``points`` [B, P, 2] as (y, x) in pixels: [B, P, C], zero outside.
+    """Sample ``maps`` [B, C, H, W] bilinearly at ``points`` [B, P, 2] as (y, x) in pixels: [B, P, C], zero outside.
 
-    Points are exact to float32 whatever the type of the maps: in bfloat16 they could not name a place between two pixels.
+    Points stay in float32 for maps of any dtype: bfloat16 cannot represent positions between two pixels.
     """
     last = points.new_tensor([max(1, side - 1) for side in maps.shape[-2:]])
-    places = (2 * points / last - 1).flip(-1).unsqueeze(2)  # grid_sample wants x first, and corners at -1 and 1
+    places = (2 * points / last - 1).flip(-1).unsqueeze(2)  # grid_sample expects x first, and corners at -1 and 1
     found = F.grid_sample(maps.to(places.dtype), places, mode="bilinear", padding_mode="zeros", align_corners=True)
     return found.squeeze(3).transpose(1, 2).to(maps.dtype)
 
 
 class ProgressiveSampling(nn.Module):
-    """Images [B, 3, H, W] -> tokens [B, P, C] of places that the model has chosen.
+    """Turn images [B, 3, H, W] into tokens [B, P, C], sampled at points that the model predicts.
 
-    Tokens are in the order of their start points: y fastest. Points are carried from round to round without their
-    gradient, so that an offset learns from the samples it leads to, and from nothing later.
+    Tokens are in the order of their start points: column by column. Points are detached between rounds, so that an offset
+    gets its gradient from the samples of its own round only.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class ProgressiveSampling(nn.Module):
         self.offsets = nn.ModuleList(nn.Linear(embed_dim, 2) for _ in layers[1:])
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, P, C]."""
+        """Map images [B, 3, H, W] to tokens [B, P, C]."""
         maps = self.stem(x)
         size = (int(maps.shape[-2]), int(maps.shape[-1]))
         points = start_points(self.grid_size, size, maps.device).expand(maps.shape[0], -1, -1)
@@ -69,7 +69,7 @@ class ProgressiveSampling(nn.Module):
         return found
 
     def stay(self) -> None:
-        """Predict no offsets, whatever the image: all rounds then sample the regular grid."""
+        """Set the offset layers to zero, so that all rounds sample the regular grid."""
         for parameter in self.offsets.parameters():
             nn.init.zeros_(parameter)
 

@@ -1,8 +1,8 @@
 """Small DeiT-style models for the generated benchmark: 40 x 40 pixels, 100 patch tokens, a class token, 24 classes.
 
-A stem of four convolutions (as in LV-ViT and many others) instead of one lets them learn from tens of thousands of pictures
-instead of millions; from there on they are timm's VisionTransformer. Their weights come with laconic; the recipes of the
-same names made them (``laconic train --recipe scenes_vit_small``), and the logs of those runs are in results/.
+A stem of four convolutions (as in LV-ViT and many others) instead of one lets them learn from tens of thousands of images
+instead of millions; the rest is timm's VisionTransformer. Their weights ship with laconic. They were trained by the recipes
+of the same names (``laconic train --recipe scenes_vit_small``); the logs of those runs are in results/.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _create(name: str, pretrained: bool, sizes: dict[str, int], **options: Any) 
     )
     embed = partial(HybridEmbed, backbone=stem, proj=False)
     model = build_model_with_cfg(VisionTransformer, name, pretrained, embed_layer=embed, **facts)
-    if not pretrained and model.pos_embed is not None:  # start from places that can be told apart
+    if not pretrained and model.pos_embed is not None:  # start from position embeddings that differ between patches
         grid = model.patch_embed.grid_size
         with torch.no_grad():
             model.pos_embed[0, model.num_prefix_tokens :] = POSITION_SCALE * build_sincos2d_pos_embed(list(grid), dim=width)
@@ -70,21 +70,21 @@ def _create(name: str, pretrained: bool, sizes: dict[str, int], **options: Any) 
 
 
 def has_scorer(name: str, method: str) -> bool:
-    """Whether a trained scorer of a method comes with laconic for the shipped weights of a model."""
+    """Return True if laconic ships a trained scorer of a method for its weights of a model."""
     return (FOLDER / f"{name}.{method}.safetensors").is_file()
 
 
 def load_scorer(model: nn.Module, name: str) -> bool:
-    """Give a reduced model the trained scorer that comes with laconic for its method; False if none does.
+    """Load the trained scorer that laconic ships for a reduced model's method; return False if there is none.
 
-    A scorer was trained with the backbone, which has the shipped weights, left as it is.
+    The scorers were trained with the backbone frozen at its shipped weights.
 
     Args:
         model: a reduced model.
         name: the timm name of its backbone.
 
     Raises:
-        ValueError: the model is not reduced, or the scorer does not fit it (it is reduced at other blocks, say).
+        ValueError: the model is not reduced, or the scorer does not fit it (for example, it is reduced at other blocks).
     """
     method = reduction_of(model).config.info.name
     file = FOLDER / f"{name}.{method}.safetensors"
@@ -98,7 +98,7 @@ def load_scorer(model: nn.Module, name: str) -> bool:
             f"the trained scorer of {method} for {name} does not fit this model; reduce {name} at the blocks of the default "
             f"schedule, or train a scorer of your own (laconic train)\n{difference}"
         )
-    model.load_state_dict(weights, strict=False)  # the backbone's tensors are not in the file
+    model.load_state_dict(weights, strict=False)  # strict=False: the file has no backbone tensors
     return True
 
 
@@ -110,5 +110,5 @@ def scenes_vit_small(pretrained: bool = False, **kwargs: Any) -> VisionTransform
 
 @register_model
 def scenes_vit_tiny(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """The next smaller one, for comparison."""
+    """A smaller model of the generated benchmark, for comparison."""
     return _create("scenes_vit_tiny", pretrained, {"embed_dim": 48, "depth": 6, "num_heads": 2}, **kwargs)

@@ -1,4 +1,4 @@
-"""Stems of convolutions: LV-ViT's, which makes the patch tokens, and PS-ViT's, which makes a map to sample from."""
+"""Convolutional stems: LV-ViT's, which computes the patch tokens, and PS-ViT's, which computes a feature map to sample."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Stem(nn.Module):
-    """Three convolutions at half resolution, then one for each 8 x 8 of that: [B, 3, H, W] -> [B, C, H / 16, W / 16]."""
+    """LV-ViT's stem: three convolutions at half resolution, then an 8 x 8 one of stride 8: [B, C, H / 16, W / 16]."""
 
     def __init__(self, img_size: int | Sequence[int], in_chans: int, embed_dim: int, width: int) -> None:
         super().__init__()
@@ -26,14 +26,14 @@ class Stem(nn.Module):
         self.proj = nn.Conv2d(width, embed_dim, 8, stride=8)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, C, H / 16, W / 16].
+        """Map images [B, 3, H, W] to features [B, C, H / 16, W / 16].
 
         Raises:
-            ValueError: images of another size than the position table is for.
+            ValueError: the images are not of the size that the position embeddings are for.
         """
         if tuple(x.shape[-2:]) != self.img_size:
             raise ValueError(
-                f"this model is for images of {self.img_size} pixels and got {tuple(x.shape[-2:])}; create it with img_size="
+                f"this model expects images of {self.img_size} pixels, got {tuple(x.shape[-2:])}; create it with img_size="
             )
         for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
             x = norm(conv(x)).relu()
@@ -42,7 +42,7 @@ class Stem(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """ResNet's bottleneck at stride 1, [B, C, H, W] -> [B, D, H, W]; the shortcut has a convolution where widths differ."""
+    """ResNet's bottleneck at stride 1, [B, C, H, W] -> [B, D, H, W]; the shortcut has a convolution if the widths differ."""
 
     def __init__(self, in_chans: int, out_chans: int, width: int = 64) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Bottleneck(nn.Module):
         self.downsample = nn.Identity() if in_chans == out_chans else nn.Sequential(*shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, D, H, W]."""
+        """Map [B, C, H, W] to [B, D, H, W]."""
         y = self.bn1(self.conv1(x)).relu()
         y = self.bn2(self.conv2(y)).relu()
         out: Tensor = (self.bn3(self.conv3(y)) + self.downsample(x)).relu()
@@ -64,7 +64,7 @@ class Bottleneck(nn.Module):
 
 
 def map_stem(in_chans: int, middle: int, embed_dim: int) -> nn.Sequential:
-    """PS-ViT's: [B, 3, H, W] -> [B, C, H / 4, W / 4]; ``middle`` is the width between its two bottlenecks."""
+    """Return PS-ViT's stem: [B, 3, H, W] to [B, C, H / 4, W / 4]; ``middle`` is the width between its two bottlenecks."""
     return nn.Sequential(
         nn.Conv2d(in_chans, 64, 7, stride=2, padding=3, bias=False),
         nn.BatchNorm2d(64),
