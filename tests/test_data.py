@@ -152,7 +152,7 @@ def test_floats_are_scaled():
     for top in (1, 255, 4000):
         pixels = np.asarray(decode(as_file(Image.fromarray(ramp * np.float32(top)), "TIFF"), "x"))
         assert np.array_equal(pixels[..., 2].ravel(), np.arange(256))
-    with pytest.raises(Unreadable, match="x: there are pixels in it that are not finite"):
+    with pytest.raises(Unreadable, match="x: it has pixels that are not finite"):
         decode(as_file(Image.fromarray(np.where(ramp > 0.5, np.float32(np.nan), ramp)), "TIFF"), "x")
 
 
@@ -572,7 +572,7 @@ def test_repeats_come_in_a_row_and_the_epoch_is_no_longer():
     ("numbers", "message"),
     [
         ({"batch_size": 10, "world": 4}, "10 images cannot be divided evenly by 4 processes x 1 forwards"),
-        ({"batch_size": 8, "world": 2, "accumulate": 3}, "take a multiple of 6"),
+        ({"batch_size": 8, "world": 2, "accumulate": 3}, "use a multiple of 6"),
         ({"batch_size": 40}, "30 images do not fill one batch of 40"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"batch_size": 8, "repeats": 0}, "repeats must be at least 1"),

@@ -266,7 +266,7 @@ def test_eval_of_a_directory_and_of_a_folder_with_a_broken_file(tmp_path, model)
     assert [row.name for row in report.rows] == ["unreduced", "etps as saved"]
     assert [(row.images, row.unreadable) for row in report.rows] == [(2, 1)] * 2
     text = " ".join(str(report).split())
-    assert "2 of 3 images; 1 could not be read: a/2.png: it is no image that Pillow knows" in text
+    assert "2 of 3 images; 1 could not be read: a/2.png: it is not an image that Pillow can read" in text
     assert "The model answers for 24 classes and the data has 2" in text
     assert "has no folder for the split 'val'" in text
     with pytest.raises(Refusal, match="leave out --weights"):

@@ -232,7 +232,7 @@ def test_the_shared_position_layer_may_be_saved_once():
 
 def test_weights_for_other_points_are_refused():
     model = make("psvit_base_14", grid_size=5)
-    with pytest.raises(ValueError, match="sample 36 points, and the model has a grid of 5 x 5"):
+    with pytest.raises(ValueError, match="sample 36 points, but the model has a grid of 5 x 5"):
         psvit_filter(as_published("psvit_base_14", model.state_dict()), model)
 
 
@@ -382,7 +382,7 @@ def test_dense_training_gives_logits_of_every_patch():
 def test_mixed_images_need_all_their_tokens():
     model = make("lvvit_small", return_dense=True, mix_token=1.0)
     laconic.reduce_(model, "topk", keep=0.5, at=(1,)).train()
-    with pytest.raises(ValueError, match="MixToken is undone on all 36 patch tokens, but a method left 18"):
+    with pytest.raises(ValueError, match="MixToken is undone on all 36 patch tokens, but a method kept 18"):
         model(images("lvvit_small"))
     model.mix_token = 0.0
     assert model(images("lvvit_small")).token_logits.shape == (3, 18, 10)

@@ -449,7 +449,7 @@ def test_a_file_of_the_authors_is_read(name, tmp_path):
 def test_a_table_of_no_grid_is_refused():
     model = small("pvt_tiny")
     weights = {**model.state_dict(), "pos_embed2": torch.zeros(1, 7, 32)}
-    with pytest.raises(ValueError, match="pos_embed2 has 7 positions, which are no square grid"):
+    with pytest.raises(ValueError, match="pos_embed2 has 7 positions, expected a square grid"):
         pvt.checkpoint_filter(weights, model)
 
 

@@ -1,4 +1,4 @@
-"""Images to train and to evaluate on: sets of them by name, prepared for a model, in an order that can be resumed."""
+"""Labelled images for training and evaluation: data sets by name, transforms per model, and a resumable order."""
 
 from laconic.data.opening import find_data, open_images
 from laconic.data.order import Order

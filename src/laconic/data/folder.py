@@ -1,4 +1,4 @@
-"""Images in folders: ``root/<split>/<class>/...`` or ``root/<class>/...``, with the classes that timm finds, empty ones too."""
+"""Images in folders: ``root/<split>/<class>/...`` or ``root/<class>/...``, with classes as in timm; empty ones are kept."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", 
 
 
 def plain_split(split: str) -> str:
-    """train, val or test for any name of one of them, and other names as they are."""
+    """Return train, val or test for any of their aliases, and other names unchanged."""
     return next((plain for plain, names in SPLITS.items() if split.lower() in names), split)
 
 
 def natural(text: str) -> tuple[Any, ...]:
-    """A key to sort by as timm does: numbers in names by their value, capitals as small letters; then by the name itself."""
+    """Return timm's sort key: numbers in names by value, case ignored; ties are ordered by the name itself."""
     pieces = re.split(r"(\d+)", text.lower())
     return [int(piece) if i % 2 else piece for i, piece in enumerate(pieces)], text
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a folder is no class but something that systems and notebooks leave behind."""
+    """Return True for folders that are not classes, such as those that systems and notebooks create."""
     return name.startswith(".") or name in ("__MACOSX", "__pycache__")
 
 
 @dataclass(frozen=True)
 class Found:
-    """What is in a folder: images with their class names, all classes, and files that are neither."""
+    """The contents of a folder: images with their class names, all classes, and ignored files."""
 
     files: tuple[tuple[str, str], ...]  # path below the folder, class name
     classes: tuple[str, ...]
@@ -41,10 +41,10 @@ class Found:
 
 
 def find_images(folder: Path) -> Found:
-    """The images below a folder. The class of one is the name of the folder it is in, as timm has it.
+    """Find the images below a folder. As in timm, the class of an image is the name of the folder that holds it.
 
-    A folder without images in it or in folders below is a class too: it keeps its number, which timm's own reader gives to
-    the next one. Files right in ``folder``, files that are no images, and all in hidden folders are left out.
+    A leaf folder without images is a class too and keeps its number, which timm's own reader would give to the next class.
+    Files directly in ``folder``, files that are not images, and files in hidden folders are ignored.
     """
     files, classes, ignored = list[tuple[str, str]](), set[str](), list[str]()
     for place, folders, names in os.walk(folder, followlinks=True):
@@ -65,10 +65,10 @@ def find_images(folder: Path) -> Found:
 
 
 def split_folder(root: Path, split: str) -> Path:
-    """The folder of a split in ``root``, or ``root`` itself where it has no folder for any split.
+    """Return the folder of a split in ``root``, or ``root`` itself if it has no folder for any split.
 
     Raises:
-        ValueError: there are folders for other splits, so that ``root`` itself cannot be meant.
+        ValueError: ``root`` has folders for other splits only.
     """
     asked = dict.fromkeys([split, *SPLITS.get(plain_split(split), ())])
     there = next((root / name for name in asked if (root / name).is_dir()), None)
@@ -84,11 +84,12 @@ def split_folder(root: Path, split: str) -> Path:
 
 
 class FolderImages(ImageSet):
-    """Images in a folder for each class.
+    """Images with one folder for each class.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: there is no such folder.
-        ValueError: no images, or classes that the training split does not have.
+        FileNotFoundError: the folder does not exist.
+        NotADirectoryError: ``root`` is a file.
+        ValueError: there are no images, or there are classes that the training split does not have.
     """
 
     def __init__(self, root: Path, split: str) -> None:
@@ -129,7 +130,7 @@ class FolderImages(ImageSet):
 
 
 def _with_training(root: Path, folder: Path, own: tuple[str, ...]) -> tuple[str, ...]:
-    """The classes of the training split beside this one, if there is one: a split may lack a folder altogether."""
+    """Return the classes of the training split next to this one, if there is one: a split may lack the folder of a class."""
     training = next((root / name for name in SPLITS["train"] if (root / name).is_dir()), None)
     if training is None or training == folder or folder == root:
         return own
@@ -137,7 +138,7 @@ def _with_training(root: Path, folder: Path, own: tuple[str, ...]) -> tuple[str,
     unknown = [name for name in own if name not in set(classes)]
     if unknown and classes:
         raise ValueError(
-            f"{folder} has class folders that {training} does not have ({', '.join(unknown[:5])}), so its labels would be "
-            "others than those of training; give both splits the same class folders (empty ones count), or move one away"
+            f"{folder} has class folders that {training} does not have ({', '.join(unknown[:5])}), so its labels would "
+            "differ from those of training; give both splits the same class folders (empty ones count), or move one split away"
         )
     return classes or own

@@ -11,8 +11,8 @@ from laconic.data import scenes
 from laconic.data.folder import plain_split
 from laconic.data.pictures import ImageSet
 
-SCENES = {"train": 36000, "val": 2000, "test": 2000}  # how many scenes a split has where no number is asked for
-DIGITS = {"test": 250, "val": 250, "train": 1297}  # in the order in which they are dealt out
+SCENES = {"train": 36000, "val": 2000, "test": 2000}  # scenes in a split by default
+DIGITS = {"test": 250, "val": 250, "train": 1297}  # images per split, in the order in which the splits are filled
 
 
 def _known(split: str, name: str) -> str:
@@ -26,7 +26,7 @@ class Scenes(ImageSet):
     """Scenes of `laconic.data.scenes`, ``size`` pixels a side.
 
     Raises:
-        ValueError: there is no such split.
+        ValueError: the split is unknown.
     """
 
     classes = scenes.CLASSES
@@ -39,10 +39,10 @@ class Scenes(ImageSet):
         return self.length
 
     def scene(self, i: int) -> scenes.Scene:
-        """Scene ``i``: its picture, class, kind of scene, and the mask of its object.
+        """Return scene ``i``: its image, class, kind of scene, and the mask of its object.
 
         Raises:
-            IndexError: there is no such scene.
+            IndexError: ``i`` is out of range.
         """
         if not 0 <= i < self.length:
             raise IndexError(f"there is no scene {i}: this set has {self.length}")
@@ -52,7 +52,7 @@ class Scenes(ImageSet):
         return self[i][0]
 
     def label(self, i: int) -> int:
-        # the first number that a scene draws: a hundred times quicker than to paint it
+        # the label is the first number that a scene draws: a hundred times faster than rendering the scene
         return scenes.Draws(self.seed, scenes.SPLITS[self.split], i).integer(len(self.classes))
 
     def name(self, i: int) -> str:
@@ -68,11 +68,11 @@ class Scenes(ImageSet):
 class Digits(ImageSet):
     """The 1,797 handwritten digits (8 x 8, UCI) that scikit-learn ships, enlarged to ``size`` pixels a side.
 
-    Every class is dealt out to the splits in proportion, in an order that is the same everywhere.
+    Every class is divided among the splits in proportion, in an order that is the same on every machine.
 
     Raises:
-        ImportError: scikit-learn is not there.
-        ValueError: there is no such split.
+        ImportError: scikit-learn is not installed.
+        ValueError: the split is unknown.
     """
 
     classes = tuple("0123456789")
@@ -103,8 +103,10 @@ class Digits(ImageSet):
 
 
 def _dealt(labels: Any) -> list[int]:
-    """The numbers of all images so that any stretch of them has every class in proportion."""
-    draws = np.random.PCG64(np.random.SeedSequence(1797)).random_raw(len(labels))  # a stream that numpy guarantees
+    """Order all image numbers so that every contiguous range of them has the classes in proportion."""
+    draws = np.random.PCG64(np.random.SeedSequence(1797)).random_raw(
+        len(labels)
+    )  # numpy guarantees that this stream never changes
     places = {}
     for label in np.unique(labels):
         own = np.flatnonzero(labels == label)

@@ -1,4 +1,4 @@
-"""Data sets by timm's names: ``hfds/...`` from the hub of Hugging Face, ``torch/...`` of torchvision."""
+"""Data sets by timm's names: ``hfds/...`` from the Hugging Face hub, ``torch/...`` from torchvision."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ STREAMS = ("wds", "hfids", "tfds")
 
 
 def refuse_stream(prefix: str, name: str) -> ValueError:
-    """Why a stream cannot be read here, and what to take instead."""
+    """Return the error that explains why a stream is not supported, and what to use instead."""
     return ValueError(
-        f"{name!r} is a stream ({prefix}/): its images have no fixed order and no numbers, so that a run could not be resumed "
-        "where it stopped, nor every image be counted once; use the same data as hfds/NAME, as a folder of images, or as a tar"
+        f"{name!r} is a stream ({prefix}/): its images have no fixed order and no numbers, so a run could not be resumed where "
+        "it stopped, and images could be counted twice; use the same data as hfds/NAME, as a folder of images, or as a tar"
     )
 
 
 class HubImages(ImageSet):
-    """A data set of the hub, through timm's reader: every image has its number.
+    """A data set from the hub, through timm's reader with random access.
 
     Raises:
-        ImportError: the library ``datasets`` is not there.
-        ValueError: there is no such data set or split.
+        ImportError: the package ``datasets`` is not installed.
+        ValueError: the data set or the split cannot be opened, or the data set does not name its classes.
     """
 
     def __init__(self, name: str, split: str, root: Path | None) -> None:
@@ -51,7 +51,7 @@ class HubImages(ImageSet):
         return self._check(self.reader[i][1], i)
 
     def labels_of_all(self) -> Iterator[int]:
-        return (self._check(label, i) for i, label in enumerate(self.reader.iter_targets()))  # without the images' data
+        return (self._check(label, i) for i, label in enumerate(self.reader.iter_targets()))  # reads the labels only
 
     def name(self, i: int) -> str:
         return f"{self.title} {i}"
@@ -60,7 +60,7 @@ class HubImages(ImageSet):
         try:
             file, label = self.reader[i]
             with file:
-                size = file.seek(0, io.SEEK_END)  # 0 for a device
+                size = file.seek(0, io.SEEK_END)  # 0 if it is a device
                 check_bytes(self.name(i), size)
                 file.seek(0)
                 data = file.read(size)
@@ -75,7 +75,7 @@ class HubImages(ImageSet):
 
 
 def _open_reader(name: str, split: str, root: Path | None) -> Any:
-    """The reader of timm for the first name of the split that the data set knows."""
+    """Open timm's reader with the first alias of the split that the data set knows."""
     create_reader = need("timm.data.readers", "timm").create_reader
     first: Exception | None = None
     for known in dict.fromkeys([split, *SPLITS.get(plain_split(split), ())]):
@@ -89,11 +89,11 @@ def _open_reader(name: str, split: str, root: Path | None) -> Any:
 
 
 class TorchImages(ImageSet):
-    """A data set of torchvision by timm's name for it (``torch/cifar10`` ...), from files that are there already.
+    """A data set of torchvision by timm's name (``torch/cifar10`` ...), from files that are already downloaded.
 
     Raises:
-        ImportError: timm or torchvision is not there.
-        ValueError: there is no such data set or split, or its files are not in ``root``.
+        ImportError: timm or torchvision is not installed.
+        ValueError: the data set or the split is unknown, its files are not in ``root``, or it does not name its classes.
     """
 
     def __init__(self, name: str, split: str, root: Path | None) -> None:

@@ -1,4 +1,4 @@
-"""`open_images`: a set of images by its name."""
+"""`open_images`: open a set of images by its name."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ NAMES = ("scenes", "digits", *(f"{prefix}/" for prefix in PREFIXES))
 
 
 def open_images(name: str, split: str, root: Path | None = None, limit: int = 0, size: int = 40, seed: int = 0) -> ImageSet:
-    """A split of a set of images, in an order that is always the same.
+    """Open a split of a set of images; its order is always the same.
 
     Args:
-        name: ``scenes`` (generated), ``digits`` (of scikit-learn), nothing (a folder of images or a tar at ``root``), or a
-            name as timm has them: ``tar/FILE``, ``hfds/NAME``, ``torch/NAME``.
-        split: train, val or test, or what else the data set has. ``validation`` is val.
+        name: ``scenes`` (generated), ``digits`` (from scikit-learn), ``""`` (a folder of images or a tar at ``root``), or one
+            of timm's names: ``tar/FILE``, ``hfds/NAME``, ``torch/NAME``.
+        split: train, val or test, or another split of the data set. ``validation`` is an alias of val.
         root: folder of the images; ``root/<split>/<class>/...`` if there is such a folder, else ``root/<class>/...``.
-        limit: how many images (scenes: the first; others: evenly spaced), 0 for all there are.
-        size: pixels a side of scenes and digits; others keep their own.
-        seed: of scenes.
+        limit: number of images (scenes: the first ones; other sets: evenly spaced), 0 for all.
+        size: pixels a side of scenes and digits; other sets keep their own sizes.
+        seed: seed of the scenes.
 
     Raises:
-        ValueError: no such data set, split or images; a stream; a negative limit.
-        FileNotFoundError, NotADirectoryError: there is nothing at ``root``.
-        ImportError: the data set needs a library that is not there.
+        ValueError: the data set or the split is unknown, it has no images, it is a stream, or a number is out of range.
+        FileNotFoundError: there is nothing at ``root``.
+        NotADirectoryError: ``root`` is a file that is not a tar.
+        ImportError: the data set needs a package that is not installed.
     """
     if limit < 0 or size < 1:
         raise ValueError(f"limit must be 0 (all) or more, and size at least 1; got limit={limit}, size={size}")
@@ -65,10 +66,10 @@ def _whole(name: str, split: str, root: Path | None, size: int) -> ImageSet:
 
 
 def find_data(text: str) -> tuple[str, Path | None]:
-    """The name and the root for what a user calls the data: a folder, a tar, or a name.
+    """Return the (name, root) of `open_images` for a user's text: a folder, a tar, or the name of a data set.
 
     Raises:
-        FileNotFoundError: it looks like a path, and nothing is there.
+        FileNotFoundError: the text looks like a path, but nothing is there.
     """
     path, (prefix, slash, _) = Path(text), text.partition("/")
     if text in NAMES:

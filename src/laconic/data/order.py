@@ -1,4 +1,4 @@
-"""`Order`: which images make up every step, the same for any number of processes, and resumable at any step."""
+"""`Order`: the images of every step, the same for any number of processes, and resumable at any step."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from laconic.data.prepared import Key
 class Order(Sampler[list[Key]]):
     """A batch sampler: lists of ``(epoch, copy, index)``, one for each forward of this process.
 
-    A step takes ``batch_size`` images of a permutation that seed and epoch decide. They are cut into ``accumulate`` forwards
-    and each of these into an equal part for every process, so that a step has the same images for any number of processes,
-    and forward m of a step too. The images after the last whole step are left out. ``epoch`` and ``start`` may be set
-    between epochs (`begin`): a loader with workers that persist takes the next ones from here.
+    A step takes ``batch_size`` images of a permutation that seed and epoch determine. They are split into ``accumulate``
+    forwards, and each forward into equal parts for the processes, so that a step, and each forward of it, has the same images
+    for any number of processes. Images after the last whole step are skipped. ``epoch`` and ``start`` can be set between
+    epochs (`begin`), which also works for loaders with persistent workers.
 
     Args:
         length: images in the set.
-        batch_size: images in a step, all processes and forwards together.
-        seed: of the permutations.
+        batch_size: images in a step, over all processes and forwards.
+        seed: seed of the permutations.
         epoch: the epoch, from 0.
-        rank: of this process.
-        world: processes.
+        rank: rank of this process.
+        world: number of processes.
         accumulate: forwards in a step.
-        repeats: how often an image appears in a row, with copy 0, 1, ... (repeated augmentation); the epoch has
-            ``length // batch_size`` steps all the same, as DeiT has it, and sees that many images fewer.
-        start: steps of the first epoch that are done already.
+        repeats: number of consecutive copies of an image, numbered 0, 1, ... (repeated augmentation). As in DeiT, an epoch
+            still has ``length // batch_size`` steps, so it sees ``repeats`` times fewer images.
+        start: steps of the first epoch to skip.
 
     Raises:
-        ValueError: the batch cannot be divided like this, there are fewer images than one batch, or a number is too small.
+        ValueError: the batch cannot be divided evenly, there are fewer images than one batch, or a number is out of range.
     """
 
     def __init__(
@@ -56,24 +56,24 @@ class Order(Sampler[list[Key]]):
         if batch_size % (world * accumulate):
             raise ValueError(
                 f"a batch of {batch_size} images cannot be divided evenly by {world} processes x {accumulate} forwards = "
-                f"{world * accumulate}; take a multiple of {world * accumulate}"
+                f"{world * accumulate}; use a multiple of {world * accumulate}"
             )
         if length < batch_size:
-            raise ValueError(f"{length} images do not fill one batch of {batch_size}; take a batch of at most {length}")
+            raise ValueError(f"{length} images do not fill one batch of {batch_size}; use a batch of at most {length}")
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.rank, self.world, self.accumulate, self.repeats = rank, world, accumulate, repeats
         self.begin(epoch, start)
 
     @property
     def steps(self) -> int:
-        """Steps in a whole epoch."""
+        """The number of steps in a whole epoch."""
         return self.length // self.batch_size
 
     def begin(self, epoch: int, start: int = 0) -> None:
-        """Go on with this epoch, after its first ``start`` steps.
+        """Continue with this epoch after its first ``start`` steps.
 
         Raises:
-            ValueError: a negative number, or more steps than an epoch has.
+            ValueError: a number is negative, or ``start`` is more than the steps of an epoch.
         """
         if epoch < 0 or not 0 <= start <= self.steps:
             raise ValueError(f"epoch must be at least 0 and start 0 to {self.steps} steps; got epoch {epoch}, start {start}")

@@ -1,4 +1,4 @@
-"""A set of labelled images, and what every file of one goes through: decoded in full, upright, RGB in 8 bits, or refused."""
+"""`ImageSet`, a set of labelled images, and `decode`, which makes every file a complete, upright 8-bit RGB image or raises."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from laconic.data.sizes import Unreadable, check_size, strict, too_large
 UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> number of the Pillow transposition that undoes it
 ORIENTATION = 0x0112  # the EXIF tag
 LARGEST_16 = 65535
-BAND = 2**22  # pixels that are worked on at a time, where that takes memory
+BAND = 2**22  # pixels converted at a time, to bound the memory of conversions
 ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 
 
 class ImageSet(ABC):
     """Labelled images in a fixed order, read one by one. ``classes[label]`` is the name of a class.
 
-    ``ignored`` are the files that were found and are no images of a class; ``notes`` is what else is to be known of it.
+    ``ignored`` are the files found that are not images of a class; ``notes`` are further remarks for the user.
     """
 
     classes: tuple[str, ...] = ()
@@ -34,31 +34,31 @@ class ImageSet(ABC):
 
     @abstractmethod
     def load(self, i: int) -> Any:
-        """Image ``i``, as a PIL image in RGB.
+        """Return image ``i`` as a PIL image in RGB.
 
         Raises:
-            Unreadable: it is cut off or damaged, or its file cannot be opened.
+            Unreadable: the image is truncated or damaged, or its file cannot be opened.
         """
 
     @abstractmethod
     def label(self, i: int) -> int:
-        """The class of image ``i``, as a number; the image is not decoded."""
+        """Return the class number of image ``i`` without decoding the image."""
 
     @abstractmethod
     def name(self, i: int) -> str:
-        """What to call image ``i`` in a message."""
+        """Return the name of image ``i`` for messages."""
 
     def labels_of_all(self) -> Iterator[int]:
-        """The class of every image, in order; no image is decoded."""
+        """Iterate over the class numbers of all images, in order, without decoding them."""
         return (self.label(i) for i in range(len(self)))
 
     def __getitem__(self, i: int) -> tuple[Any, int]:
-        """Image ``i`` as `load` gives it, and its class."""
+        """Return image ``i`` as `load` does, and its class number."""
         return self.load(i), self.label(i)
 
 
 class Part(ImageSet):
-    """``length`` images of a set, evenly spaced, so that every class of a sorted set has its share."""
+    """``length`` images of a set, evenly spaced, so that every class of a sorted set is represented."""
 
     def __init__(self, whole: ImageSet, length: int) -> None:
         self.whole, self.length = whole, min(length, len(whole))
@@ -69,10 +69,10 @@ class Part(ImageSet):
         return self.length
 
     def place(self, i: int) -> int:
-        """The number of image ``i`` in the whole set.
+        """Return the number of image ``i`` in the whole set.
 
         Raises:
-            IndexError: there is no such image.
+            IndexError: ``i`` is out of range.
         """
         if not 0 <= i < self.length:
             raise IndexError(f"there is no image {i}: this set has {self.length}")
@@ -93,14 +93,14 @@ class Part(ImageSet):
 
 # ------------------------------------------------------------------------------------------------ decoding
 def decode(data: bytes, name: str) -> Any:
-    """The bytes of an image file as a PIL image: RGB, 8 bits a channel, upright as its EXIF says.
+    """Decode an image file to a PIL image: RGB, 8 bits per channel, rotated upright by its EXIF orientation.
 
-    Transparent pixels are laid on white, as a page would show them. Grey of 16 bits is scaled to 8; wider grey and floats
-    are scaled by their largest value. Of several frames it is the first.
+    Transparent pixels are composited on white. 16-bit grey is scaled to 8 bits; wider grey and floats are scaled by their
+    largest value. Of several frames the first is used.
 
     Raises:
-        Unreadable: the data is cut off or damaged, as far as its format can tell, or it is no image; or it has no pixels, or
-            more than `laconic.core.limits` allows (they are not decoded).
+        Unreadable: the data is truncated or damaged, as far as its format can tell, or not an image; or the image has no
+            pixels, or more than `laconic.core.limits` allows (checked before decoding).
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -116,38 +116,38 @@ def decode(data: bytes, name: str) -> Any:
     except Unreadable as error:
         raise Unreadable(name, error.reason) from error
     except UnidentifiedImageError as error:
-        raise Unreadable(name, "it is no image that Pillow knows") from error
+        raise Unreadable(name, "it is not an image that Pillow can read") from error
     except Image.DecompressionBombError as error:
         raise too_large(name, error) from error
     except MemoryError:
         raise
-    except Exception as error:  # whatever a damaged file makes the decoders raise: OSError, SyntaxError, struct.error ...
+    except Exception as error:  # decoders raise many types for damaged files: OSError, SyntaxError, struct.error ...
         raise Unreadable(name, " ".join(str(error).split()) or type(error).__name__) from error
 
 
 def _has_end(data: bytes) -> bool:
-    """Whether the first image of JPEG data has an end marker after its start of scan.
+    """Return True if the first image of JPEG data has an end marker after its start of scan.
 
-    Where the rest of a file is zeros, as after a crash, the decoder itself makes grey of it without a word. The segments
-    before the scan are walked through, since a thumbnail in one of them has an end marker of its own.
+    If the rest of a file is zeros, as after a crash, the decoder silently fills the image with grey. The segments before the
+    scan are skipped one by one, since a thumbnail in one of them has an end marker of its own.
     """
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]
         if marker == 0xFF:  # a fill byte
             at += 1
-        elif marker == 0xDA:  # start of scan: from here on FF is followed by D9 at the end alone
+        elif marker == 0xDA:  # start of scan: from here on, FF D9 occurs only at the end
             return data.find(b"\xff\xd9", at) >= 0
         else:
             at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return True  # not laid out as we know it: for the decoder to judge
+    return True  # unknown layout: leave the decision to the decoder
 
 
 def _upright(image: Any) -> Any:
-    """The image turned as its EXIF data says; as it is where that cannot be read."""
+    """Return the image rotated as its EXIF orientation says; unchanged if the EXIF data cannot be read."""
     try:
         turn = UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # damaged EXIF data, in one of many ways; the pixels are there
+    except Exception:  # damaged EXIF data raises many types of errors; the pixels are still valid
         return image
     return image if turn is None else image.transpose(turn)
 
@@ -156,7 +156,7 @@ def _to_rgb(image: Any) -> Any:
     from PIL import Image
 
     if image.mode == "RGB":
-        return image.copy()  # of a class of its own, without the file behind it
+        return image.copy()  # a plain PIL image that does not keep the file open
     if image.mode == "F" or image.mode.startswith("I"):
         return Image.fromarray(_to_bytes(image)).convert("RGB")
     if image.mode not in ALPHA and "transparency" not in image.info:
@@ -170,19 +170,19 @@ def _to_rgb(image: Any) -> Any:
 
 
 def _bands(size: tuple[int, int]) -> list[tuple[int, int, int, int]]:
-    """Boxes of whole rows, each of about ``BAND`` pixels."""
+    """Return boxes of whole rows, each of about ``BAND`` pixels."""
     width, height = size
     rows = max(1, BAND // width)
     return [(0, top, width, min(height, top + rows)) for top in range(0, height, rows)]
 
 
 def _to_bytes(image: Any) -> NDArray[np.uint8]:
-    """A grey image of 16 or 32 bits or floats as [H, W] of 8 bits. Pillow itself makes white of all that is above 255."""
+    """Scale a grey image of 16 or 32 bits or floats to 8 bits, [H, W]. Pillow itself would clip all values above 255."""
     bands, top = _bands(image.size), 0.0
     for band in bands:
         values = np.asarray(image.crop(band))
         if not np.isfinite(values).all():
-            raise Unreadable("", "there are pixels in it that are not finite")
+            raise Unreadable("", "it has pixels that are not finite")
         top = max(top, float(values.max()))
     if image.mode == "F":
         full = 1.0 if top <= 1 else 255.0 if top <= 255 else top

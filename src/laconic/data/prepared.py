@@ -1,7 +1,7 @@
-"""`Prepared`: images as a model takes them, each with random numbers of its own.
+"""`Prepared`: images after a model's transform, each with its own random numbers.
 
-What is random in an item depends on the seed, the epoch, the image and its copy and on nothing else: not on the number of
-workers or processes, and not on what was read before. So a run can be resumed anywhere and on any machine.
+The random numbers of an item depend only on the seed, the epoch, the image and its copy: not on the number of workers or
+processes, and not on the items read before. So a run can be resumed at any step and on any machine.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from laconic.data.sizes import Unreadable, check_resize
 
 Key = tuple[int, int, int]  # epoch, copy, index
 Item = tuple[Tensor, int, int, int]
-PATIENCE = 100  # unreadable images in a row before one gives up
+PATIENCE = 100  # consecutive unreadable images before reading fails
 
 
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """The generators of python, numpy and torch (on the CPU) seeded for a while, and put back as they were."""
+    """Seed the generators of Python, numpy and torch (CPU) inside the context, and restore their state afterwards."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     words = np.random.SeedSequence([number % 2**64 for number in key]).generate_state(4)
     random.seed(int(words[0]) << 32 | int(words[1]))
@@ -43,15 +43,15 @@ def seeded(*key: int) -> Iterator[None]:
 class Prepared(Dataset[Item]):
     """Images after a transform: ``(tensor, label, index, failed)``. ``failed`` is -1, or the number of an unreadable image.
 
-    Items are asked for by ``(epoch, copy, index)``, as `Order` gives them, or by a plain index (epoch 0, copy 0). In
-    training an unreadable image is replaced by the next readable one, and ``index`` and ``label`` are of that one. With
-    ``replace=False``, for evaluation, they stay as they are, and whoever counts leaves the item out.
+    The key of an item is ``(epoch, copy, index)``, as `Order` yields it, or a plain index (epoch 0, copy 0). In training an
+    unreadable image is replaced by the next readable one, and ``index`` and ``label`` are those of the replacement. With
+    ``replace=False``, for evaluation, they are those of the unreadable image, and the evaluation must skip the item.
 
     Args:
-        images: what to read.
-        transform: from a PIL image in RGB to a tensor [C, H, W].
-        seed: of all that is random in the transform.
-        replace: give the next readable image for an unreadable one.
+        images: the images to read.
+        transform: maps a PIL image in RGB to a tensor [C, H, W].
+        seed: seed of the random numbers in the transform.
+        replace: replace an unreadable image by the next readable one.
     """
 
     def __init__(self, images: ImageSet, transform: Callable[[Any], Tensor], seed: int = 0, *, replace: bool = True) -> None:
@@ -89,12 +89,14 @@ class Prepared(Dataset[Item]):
 
             return Image.new("RGB", (64, 64), "white"), label, index, index
         tried = min(len(self.images), PATIENCE)
-        raise ValueError(f"{tried} images in a row cannot be read, the first is {first}; is the disk still there?") from first
+        raise ValueError(
+            f"{tried} images in a row cannot be read, the first is {first}; check that the disk is still mounted"
+        ) from first
 
     def failure(self, index: int) -> Unreadable:
-        """Why image ``index``, which failed in a worker, cannot be read; it is read once more to find out."""
+        """Return the reason why image ``index``, which failed in a worker, cannot be read; it is read again to find out."""
         try:
             self._one(index)
         except Unreadable as error:
             return error
-        return Unreadable(self.images.name(index), "it could not be read at first, and later it could")
+        return Unreadable(self.images.name(index), "it could not be read the first time, but could be read later")

@@ -1,4 +1,4 @@
-"""What a set of images turned out to hold."""
+"""`Report`: the contents of a set of images, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from laconic.data.pictures import ImageSet
 from laconic.data.sizes import Unreadable
 
-SHOWN = 5  # names that a sentence lists
+SHOWN = 5  # names listed in a sentence
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was read of a set: images in each class, files that are no images, and images that could not be read."""
+    """The contents of a set: images in each class, files that are not images, and images that could not be read."""
 
     classes: tuple[str, ...]
     counts: tuple[int, ...]
@@ -24,7 +24,7 @@ class Report:
 
     @classmethod
     def of(cls, images: ImageSet, unreadable: Sequence[Unreadable] = ()) -> Report:
-        """Of a set of images: its labels are read, its images are not."""
+        """Count the images of a set by class; labels are read, images are not."""
         counts = [0] * len(images.classes)
         for label in images.labels_of_all():
             counts[label] += 1
@@ -36,17 +36,17 @@ class Report:
         return tuple(name for name, count in zip(self.classes, self.counts, strict=True) if count == 0)
 
     def lines(self) -> list[str]:
-        """All of it in sentences."""
+        """Return the report as sentences."""
         total = sum(self.counts)
         out = [f"{total:,} images of {len(self.classes):,} classes, {min(self.counts):,} to {max(self.counts):,} in each"]
         if self.empty:
             out.append(f"{len(self.empty)} classes have no image and keep their numbers: {_some(self.empty)}")
         if self.ignored:
-            out.append(f"{len(self.ignored):,} files are no images of a class: {_some(self.ignored)}")
+            out.append(f"{len(self.ignored):,} files are not images of a class: {_some(self.ignored)}")
         return [*out, *self.notes, *([count_read(total, self.unreadable)] if self.unreadable else [])]
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, as plain JSON; of files that are no images, how many there are."""
+        """Return the report as plain JSON, with the number of ignored files instead of their names."""
         return {
             "classes": dict(zip(self.classes, self.counts, strict=True)),
             "ignored": len(self.ignored),
@@ -56,7 +56,7 @@ class Report:
 
 
 def count_read(total: int, unreadable: Sequence[Unreadable]) -> str:
-    """How many of ``total`` images were read, and why not the others."""
+    """Say how many of ``total`` images were read, and why the others were not."""
     if not unreadable:
         return f"{total:,} images"
     read = f"{total - len(unreadable):,} of {total:,} images; {len(unreadable):,} could not be read"

@@ -1,13 +1,13 @@
-"""A generated benchmark: patterned objects in cluttered scenes, any number of them, the same on every machine.
+"""A generated benchmark: patterned objects in cluttered scenes, in any number, the same on every machine.
 
-A picture shows one large object of 24 classes (4 shapes x 3 patterns x 2 ranges of hue) in front of a textured scene, among
-smaller objects of other classes. Size, place, rotation, colours, light, noise and what stands in the way vary. The scene is
-one of six kinds, and three times in four it is the kind where objects of that class are at home: the background says
-something about the class, as BAT and TPS argue it does in photographs. The object's mask is known, so that one can see how
-much of the object and how much of its surroundings a method keeps.
+An image shows one large object of 24 classes (4 shapes x 3 patterns x 2 ranges of hue) in front of a textured background,
+among smaller objects of random classes. Size, position, rotation, colours, light, noise and occlusion vary. The background is
+one of six kinds, and with probability 0.75 (or by chance) it is the kind assigned to the object's class: the background is
+evidence of the class, as BAT and TPS argue it is in photographs. The object's mask is known, to measure how much of the object
+and how much of the background a method keeps.
 
-Into a pixel go only integers from a bit generator whose stream numpy guarantees, and operations that IEEE 754 rounds exactly
-(no sine, no exponential): the pictures are the same everywhere.
+Pixels are computed only from integers of a bit generator whose stream numpy guarantees, with operations that IEEE 754 rounds
+exactly (no sine, no exponential), so that images are the same everywhere.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PATTERNS = ("plain", "striped", "checked")
 HUES = ("warm", "cold")
 CLASSES = tuple(f"{hue} {pattern} {shape}" for shape in SHAPES for pattern in PATTERNS for hue in HUES)
 KINDS = ("grain", "clouds", "stripes", "tiles", "dots", "rings")
-AT_HOME = 0.75  # how often a scene is of the kind where its object is at home
+AT_HOME = 0.75  # probability that a scene has the kind assigned to its class, before a random kind is drawn
 SPLITS = {"train": 0, "val": 1, "test": 2}
 
 Field = NDArray[np.float64]
@@ -32,7 +32,7 @@ Field = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture [H, W, 3] of bytes, its class, its kind of scene (both numbers), and where the object is, [H, W] of bool."""
+    """An image [H, W, 3] of uint8, the numbers of its class and its kind of scene, and the object's mask, [H, W] of bool."""
 
     picture: NDArray[np.uint8]
     label: int
@@ -41,43 +41,43 @@ class Scene:
 
 
 class Draws:
-    """Random numbers of one picture: the bits of PCG64, whose stream numpy guarantees, and exact arithmetic on them."""
+    """Random numbers of one image: the bits of PCG64, whose stream numpy guarantees, and exact arithmetic on them."""
 
     def __init__(self, *key: int) -> None:
         self.bits = np.random.PCG64(np.random.SeedSequence(key))
 
     def uniform(self, low: float | int, high: float | int) -> float:
-        """A number between two."""
+        """Draw a number from [low, high)."""
         return low + (high - low) * float(int(self.bits.random_raw()) >> 11) * 2.0**-53
 
     def integer(self, below: int) -> int:
-        """A whole number from 0."""
+        """Draw an integer from 0 to ``below`` - 1."""
         return int(self.uniform(0, below))
 
     def field(self, *shape: int) -> Field:
-        """Numbers between 0 and 1."""
+        """Draw an array of numbers from [0, 1)."""
         raw = self.bits.random_raw(int(np.prod(shape))) >> np.uint64(11)
         return (raw.astype(np.float64) * 2.0**-53).reshape(shape)
 
     def turn(self) -> tuple[float, float]:
-        """Cosine and sine of any angle, from the rational points of the circle."""
+        """Draw the cosine and sine of a random angle, as a rational point of the unit circle."""
         t = self.uniform(-1, 1)
         c, s = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
         return (c, s) if self.uniform(0, 1) < 0.5 else (-c, s)
 
     def colour(self, low: float, high: float) -> Field:
-        """A colour."""
+        """Draw an RGB colour with channels from [low, high)."""
         return low + (high - low) * self.field(3)
 
 
 @lru_cache(maxsize=1 << 14)  # 6 kB each
 def scene(index: int, *, split: str = "train", seed: int = 0, size: int = 40) -> Scene:
-    """Picture number ``index`` of a split; the same scene at any ``size`` (pixels a side), but for its grain.
+    """Render image ``index`` of a split. ``size`` (pixels a side) changes the resolution and the noise, not the scene.
 
-    Its arrays cannot be written to: they are kept, and given to whoever asks for the same picture again.
+    The arrays are read-only, because they are cached and returned again for the same arguments.
 
     Raises:
-        ValueError: there is no such split, or a negative number.
+        ValueError: the split is unknown, or a number is negative.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
@@ -102,13 +102,13 @@ def scene(index: int, *, split: str = "train", seed: int = 0, size: int = 40) ->
 
 
 def home(label: int) -> int:
-    """The kind of scene where objects of a class are at home: another one for each coat of a shape."""
+    """Return the kind of scene assigned to a class; it differs between the pattern and hue combinations of a shape."""
     shape, pattern, hue = parts(label)
     return (shape + pattern * len(HUES) + hue) % len(KINDS)
 
 
 def parts(label: int) -> tuple[int, int, int]:
-    """Shape, pattern and hue of a class, as numbers."""
+    """Return the numbers of the shape, the pattern and the hue of a class."""
     rest, hue = divmod(label, len(HUES))
     return *divmod(rest, len(PATTERNS)), hue
 
@@ -122,9 +122,9 @@ def _radius(u: Field, v: Field) -> Field:
     return np.sqrt(u * u + v * v)
 
 
-TINTS = ((1.0, 0.2, -0.6), (-0.6, 0.2, 1.0))  # what warm and cold do to red, green and blue
+TINTS = ((1.0, 0.2, -0.6), (-0.6, 0.2, 1.0))  # shifts of red, green and blue for warm and cold
 
-# How far inside a point is, with the shape in a circle of radius 1.
+# Signed distance inside a shape (positive: inside), for shapes in the unit circle.
 INSIDE: dict[str, Callable[[Field, Field], Field]] = {
     "disc": lambda u, v: 0.9 - _radius(u, v),
     "triangle": _triangle,
@@ -136,13 +136,13 @@ INSIDE: dict[str, Callable[[Field, Field], Field]] = {
 
 
 def _wave(t: Field) -> Field:
-    """A smooth wave of period 1 between 0 and 1, made of a parabola."""
+    """Return a smooth wave of period 1 between 0 and 1, from a cubic (smoothstep)."""
     s = np.abs(t - np.floor(t) - 0.5) * 2
     return s * s * (3 - 2 * s)
 
 
 def _step(t: Field) -> Field:
-    """A wave of period 1 with steep flanks."""
+    """Return a wave of period 1 with steep edges."""
     return np.clip((_wave(t) - 0.5) * 4 + 0.5, 0, 1)
 
 
@@ -158,13 +158,13 @@ def _pattern(name: str, u: Field, v: Field) -> Field:
 def _place(
     draws: Draws, picture: Field, label: int, x: Field, y: Field, sizes: tuple[float, float], room: tuple[float, float]
 ) -> tuple[Field, Field]:
-    """A picture with an object of a class in front, and the object's mask."""
+    """Draw an object of a class over an image; return the new image and the object's mask."""
     (shape, pattern, hue), side = parts(label), len(x)
     radius, (c, s) = draws.uniform(*sizes), draws.turn()
     cx, cy, stretch = draws.uniform(*room), draws.uniform(*room), draws.uniform(0.85, 1.15)
     bright = draws.colour(0.15, 0.75) + draws.uniform(0.25, 0.45) * np.array(TINTS[hue])
     dark = bright * draws.uniform(0.15, 0.6)
-    reach = radius * 1.2 + 1 / side  # no point beyond is inside, however the shape is stretched
+    reach = radius * 1.2 + 1 / side  # bounds the shape for every stretch
     rows, columns = (slice(max(0, int((at - reach) * side)), max(0, int((at + reach) * side) + 1)) for at in (cy, cx))
     dx, dy = (x[rows, columns] - cx) / radius, (y[rows, columns] - cy) / radius
     u, v = (c * dx + s * dy) * stretch, (c * dy - s * dx) / stretch
@@ -177,7 +177,7 @@ def _place(
 
 
 def _occlude(draws: Draws, picture: Field, mask: Field, x: Field, y: Field) -> tuple[Field, Field]:
-    """A strip of one colour across the picture."""
+    """Draw a strip of one colour across the image; return the new image and the visible part of the mask."""
     (c, s), width = draws.turn(), draws.uniform(0.02, 0.05)
     px, py = draws.uniform(0.25, 0.75), draws.uniform(0.25, 0.75)
     strip = np.clip((width - np.abs(c * (x - px) + s * (y - py))) * len(x) + 0.5, 0, 1)
@@ -186,7 +186,7 @@ def _occlude(draws: Draws, picture: Field, mask: Field, x: Field, y: Field) -> t
 
 # ------------------------------------------------------------------------------------------------ scenes
 def _smooth_noise(draws: Draws, cells: int, x: Field, y: Field) -> Field:
-    """Noise on a lattice, smoothly between its points."""
+    """Return value noise: random values on a lattice, smoothly interpolated."""
     lattice = draws.field(cells + 2, cells + 2)
     gx, gy = x * cells, y * cells
     i, j = np.floor(gy).astype(np.int64), np.floor(gx).astype(np.int64)
@@ -198,7 +198,7 @@ def _smooth_noise(draws: Draws, cells: int, x: Field, y: Field) -> Field:
 
 
 def _background(draws: Draws, kind: int, x: Field, y: Field) -> Field:
-    """A scene of a kind, in two colours, with clouds of light."""
+    """Render a background of a kind: a texture between two colours, plus smooth variations of brightness."""
     c, s = draws.turn()
     rate, px, py = draws.uniform(3.5, 6.5), draws.uniform(-0.5, 1.5), draws.uniform(-0.5, 1.5)
     u, v = (c * x + s * y) * rate, (c * y - s * x) * rate

@@ -1,4 +1,4 @@
-"""The sizes of image files: claims are checked before a file is read, and before its pixels are decoded or resized."""
+"""Size limits for image files, checked before a file is read, and before its pixels are decoded or resized."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Unreadable(ValueError):
     """An image that cannot be read: its ``name`` and the ``reason``."""
 
     def __init__(self, name: str, reason: str) -> None:
-        super().__init__(name, reason)  # both, so that it crosses process borders
+        super().__init__(name, reason)  # both arguments, so that the error can be pickled between processes
         self.name, self.reason = name, reason
 
     def __str__(self) -> str:
@@ -27,11 +27,11 @@ class Unreadable(ValueError):
 
 
 def read_bytes(path: Path, name: str) -> bytes:
-    """Return what is in an image file.
+    """Return the content of an image file.
 
     Raises:
-        OSError: there is no such file, or it may not be read.
-        Unreadable: it is a device or a pipe, or longer than `laconic.core.limits` allows.
+        OSError: the file does not exist or cannot be read.
+        Unreadable: it is a device or a pipe, or larger than `laconic.core.limits` allows.
     """
     facts = os.stat(path)
     if not stat.S_ISREG(facts.st_mode):
@@ -41,19 +41,19 @@ def read_bytes(path: Path, name: str) -> bytes:
 
 
 def check_bytes(name: str, size: int) -> None:
-    """Refuse an image file longer than the limit.
+    """Check the size of an image file in bytes.
 
     Raises:
-        Unreadable: it is.
+        Unreadable: the file is larger than the limit.
     """
     _check(name, "its file has", size, limits.PICTURE_BYTES, "bytes")
 
 
 def check_size(name: str, image: Any) -> None:
-    """Refuse an image of PIL, decoded or not, with more pixels than the limit, or with none.
+    """Check the number of pixels of a PIL image, decoded or not.
 
     Raises:
-        Unreadable: it is one of these.
+        Unreadable: the image has no pixels, or more than the limit.
     """
     width, height = image.size
     if min(width, height) < 1:
@@ -62,15 +62,15 @@ def check_size(name: str, image: Any) -> None:
 
 
 def check_resize(name: str, image: Any, transform: Any) -> None:
-    """Refuse an image of PIL that a transform would resize to more pixels than the limit, or to none.
+    """Check the number of pixels that a transform would resize a PIL image to.
 
-    Where the short side is resized to a given length, a picture of 100,000 x 2 pixels becomes one of billions.
+    A transform that resizes the short side to a given length makes billions of pixels of a 100,000 x 2 image.
 
     Raises:
-        Unreadable: it is one of these.
+        Unreadable: the resized image would have no pixels, or more than the limit.
     """
     if not isinstance(getattr(image, "size", None), tuple):
-        return  # no image of PIL: what a set of one's own gives
+        return  # not a PIL image: a user's own set may return other types
     width, height = planned_size(image.size, transform)
     claim = f"it is {image.size[0]:,} x {image.size[1]:,}, which the model's transform resizes to {width:,} x {height:,}"
     if min(width, height) < 1:
@@ -79,7 +79,7 @@ def check_resize(name: str, image: Any, transform: Any) -> None:
 
 
 def planned_size(size: tuple[int, int], transform: Any) -> tuple[int, int]:
-    """Return width and height after the step of a transform (of torchvision or timm) that resizes the image first."""
+    """Return width and height after the first resizing step of a transform (of torchvision or timm)."""
     for step in _steps(transform):
         kind, wanted = type(step).__name__, getattr(step, "size", None)
         if "Crop" in kind:
@@ -115,7 +115,7 @@ def _check(name: str, claim: str, found: int, limit: int, unit: str) -> None:
 
 
 def too_large(name: str, error: Exception) -> Unreadable:
-    """Return what to raise where Pillow itself stopped at the limit (see `strict`)."""
+    """Return the error for an image that Pillow itself refused at the limit (see `strict`)."""
     found = re.search(r"\d+", str(error))
     try:
         _check(name, "it has", int(found[0]) if found else 0, limits.PIXELS, "pixels")
@@ -126,18 +126,19 @@ def too_large(name: str, error: Exception) -> Unreadable:
 
 @contextmanager
 def strict() -> Iterator[None]:
-    """Let Pillow refuse images that are cut off, or larger than the limit; other libraries set this for all.
+    """Make Pillow refuse truncated images and images above the limit inside the context.
 
-    Some formats allocate all their memory when they are opened, before their size can be asked for.
+    These settings are global, and other libraries change them. The limit must be Pillow's own because some formats allocate
+    all their memory on opening, before their size can be checked.
     """
     from PIL import Image, ImageFile
 
     before = ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS
     most = int(min(limits.PIXELS * limits.factor(), sys.maxsize))
-    ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = False, most // 2  # the error comes at twice as many
+    ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = False, most // 2  # Pillow raises at twice this number
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # damaged EXIF data and the like: no damage to the picture
+            warnings.simplefilter("ignore")  # such as damaged EXIF data, which does not affect the pixels
             yield
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = before

@@ -1,7 +1,7 @@
 """Images in tar files, labelled as timm labels them: by the folder in the tar, or by the tar's own name.
 
-A tar is listed once; of every image the place of its bytes is kept. An image is then read by itself from a file opened for
-it, so that processes never share a place in an open file.
+A tar is listed once, and the position of every image's bytes is stored. To read an image, the tar is opened again, so that
+processes never share the position of an open file.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from laconic.data.folder import SPLITS as NAMES
 from laconic.data.pictures import ImageSet, decode
 from laconic.data.sizes import Unreadable, check_bytes
 
-DEEPEST = 8  # tars within tars
+DEEPEST = 8  # levels of tars within tars
 
 
 @dataclass(frozen=True)
 class Member:
-    """A file in a tar, or an empty folder in it (``size`` is -1): the folders it is in, and where its bytes are."""
+    """A file in a tar, or a folder in it (``size`` is -1): its path, and the position of its bytes."""
 
     tar: Path
     path: str
@@ -32,27 +32,27 @@ class Member:
 
     @property
     def label(self) -> str:
-        """The folder it is in (of a folder: its own name)."""
+        """The name of the folder that holds the file; for a folder, its own name."""
         return os.path.basename(self.path if self.size < 0 else os.path.dirname(self.path))
 
 
 def members(tar: Path, inside: str) -> list[Member]:
-    """What is in a tar, and in tars in it, as if it were unpacked in a folder called ``inside``.
+    """List the members of a tar and of tars in it, with paths as if it were unpacked in a folder called ``inside``.
 
     Raises:
-        ValueError: it is no tar file, or cut off; or it holds images as sparse files, or tars within tars without end.
+        ValueError: the file is not a tar or is truncated; it holds images as sparse files, or tars nested too deeply.
     """
     try:
         with open(tar, "rb") as file:
             return list(_members(file, tar, inside))
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(
-            f"{tar} cannot be read as a tar file: {error}; it must be a whole .tar that is not compressed"
+            f"{tar} cannot be read as a tar file: {error}; it must be a complete, uncompressed .tar file"
         ) from error
 
 
 class _Bounded:
-    """A file that is never asked for more than it has: a header of a tar may claim any length, which would be allocated."""
+    """A file whose reads are limited to its length: a tar header may claim any length, which would be allocated."""
 
     def __init__(self, file: Any) -> None:
         self.file, self.length = file, file.seek(0, os.SEEK_END)
@@ -76,7 +76,7 @@ def _members(file: Any, tar: Path, inside: str, start: int = 0, depth: int = 0) 
             path = os.path.normpath(os.path.join(inside, info.name))
             if info.issparse() and info.name.lower().endswith((".tar", *EXTENSIONS)):
                 raise ValueError(
-                    f"{tar} holds {info.name} as a sparse file, whose bytes are not all there; write it without them"
+                    f"{tar} holds {info.name} as a sparse file, whose bytes are not stored in full; write the tar without sparse files"
                 )
             if info.isdir():
                 yield Member(tar, path, 0, -1)
@@ -89,12 +89,12 @@ def _members(file: Any, tar: Path, inside: str, start: int = 0, depth: int = 0) 
 
 
 def find_tars(place: Path, split: str) -> list[tuple[Path, str]]:
-    """The tars that hold a split, each with the folder name that its images are in: its own name, if there are several.
+    """Return the tars of a split, each with the folder name for its images: the tar's own name if there are several.
 
-    ``place`` is a tar, a folder with a tar for each split or a folder for each split, or a folder of tars.
+    ``place`` is a tar, a folder with a tar or a folder for each split, or a folder of tars.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no tar for the split.
     """
     if place.is_file():
         return [(place, "")]
@@ -116,7 +116,7 @@ class TarImages(ImageSet):
     """Images in a tar, or in a folder of tars.
 
     Raises:
-        FileNotFoundError: there is no tar.
+        FileNotFoundError: there is no tar for the split.
         ValueError: a tar is damaged, or there are no images.
     """
 
@@ -138,7 +138,7 @@ class TarImages(ImageSet):
         self.labels = [number[m.label] for m in self.images]
         self.ignored = tuple(m.path for m in found if m.size >= 0 and m.path not in kept)
         if place.is_file() or (tars[0][0].parent == place and tars[0][1]):
-            self.notes = (f"{place} is not divided in splits: all of it was read as {split!r}",)
+            self.notes = (f"{place} is not divided into splits: all of it was read as {split!r}",)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -153,7 +153,7 @@ class TarImages(ImageSet):
         except OSError as error:
             raise Unreadable(self.name(i), f"{member.tar} cannot be read: {error.strerror or error}") from error
         if len(data) < member.size:
-            raise Unreadable(self.name(i), f"{member.tar} ends before it does")
+            raise Unreadable(self.name(i), f"{member.tar} ends before the end of this image")
         return decode(data, self.name(i))
 
     def label(self, i: int) -> int:

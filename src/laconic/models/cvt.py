@@ -93,7 +93,7 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def work(self, at_attention: int, at_mlp: int, shape: StageSpec) -> Work:
-        """Return the work in a stage of this shape, for token counts at attention and at the MLP (see `analysis.layer_macs`)."""
+        """Return the work in a stage of this shape, for token counts at attention and at MLP (see `analysis.layer_macs`)."""
         cells = prod((side + 1) // 2 for side in shape.grid)
         keys = cells + self.attn.prefix
         rows = {"conv_proj_q": shape.patches, "conv_proj_k": cells, "conv_proj_v": cells, "proj_k": keys, "proj_v": keys}

@@ -72,7 +72,7 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def work(self, at_attention: int, at_mlp: int, shape: StageSpec) -> Work:
-        """Return the work in a stage of this shape, for token counts at attention and at the MLP (see `analysis.layer_macs`)."""
+        """Return the work in a stage of this shape, for token counts at attention and at MLP (see `analysis.layer_macs`)."""
         smaller = self.attn.sr_ratio
         keys = at_attention if smaller == 1 else prod(side // smaller for side in shape.grid)
         rows = {**dict.fromkeys(("attn.kv", "attn.sr", "attn.norm"), keys), **dict.fromkeys(LATER, at_mlp)}
