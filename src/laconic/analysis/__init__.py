@@ -1,1 +1,1 @@
-"""What a reduced model costs and does: multiply-adds, time, where patches go, accuracy, diagnosis."""
+"""Analysis of reduced models: multiply-adds, time, memory, provenance of patches, accuracy, diagnosis."""

@@ -1,4 +1,4 @@
-"""Results of an evaluation: the numbers of every image, and the accuracy they add up to."""
+"""Results of an evaluation: the numbers of every image, and the accuracy over all images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COLUMNS = ("read", "top1", "top5", "loss", "finite", "agrees", "divergence", "fa
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that share an evaluation: ``total`` sums a tensor over all of them, and each gets the sum."""
+    """The processes that share an evaluation; ``total`` is an all-reduce that sums a tensor over them."""
 
     rank: int = 0
     world: int = 1
@@ -30,11 +30,11 @@ ALONE = Processes()
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How good the answers were, as shares from 0 to 1, over the images that could be read.
+    """Accuracy over the images that could be read, as shares from 0 to 1.
 
-    ``interval`` is the 95 % interval of top1 (Wilson). ``agreement`` (the share of images with the reference's first class)
-    and ``divergence`` (mean KL(reference || model), nats) are None without a reference. Answers that are not finite count
-    as wrong, and make the loss NaN.
+    ``interval`` is the 95 % interval of top1 (Wilson). ``agreement`` (the share of images whose top class is that of the
+    reference) and ``divergence`` (mean KL(reference || model), nats) are None without a reference. Images whose logits are
+    not finite (``not_finite`` of them) count as wrong and make the loss NaN.
     """
 
     images: int
@@ -49,11 +49,11 @@ class Accuracy:
 
     @property
     def line(self) -> str:
-        """How many images were read, and why not the others."""
+        """The number of images that were read, and the reasons for the others."""
         return count_read(self.images + len(self.unreadable), self.unreadable)
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, as plain JSON; null for what is not known or not finite."""
+        """Return all fields as plain JSON; unknown and non-finite numbers are null."""
         numbers = {name: getattr(self, name) for name in ("top1", "top5", "loss", "agreement", "divergence")}
         shares = {name: value if value is not None and math.isfinite(value) else None for name, value in numbers.items()}
         failures = [{"name": error.name, "reason": error.reason} for error in self.unreadable]
@@ -63,36 +63,36 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model answered, image by image; ``table [N, COLUMNS]`` is of all images, ``logits`` are of this process's."""
+    """The outputs of a model per image: ``table`` [N, COLUMNS] for all images, ``logits`` for this process's images."""
 
     table: Tensor
-    rows: Tensor  # [n], the numbers of this process's images
-    logits: Tensor | None  # [n, classes], if they were to be kept
+    rows: Tensor  # [n], image numbers of this process
+    logits: Tensor | None  # [n, classes], None unless keep_logits was set
     unreadable: tuple[Unreadable, ...]
     compared: bool
 
     def column(self, name: str) -> Tensor:
-        """One number for every image, [N], 0 where it was not read."""
+        """Return one column of the table, [N]; it is 0 for images that were not read."""
         return self.table[:, COLUMNS.index(name)]
 
     @property
     def read(self) -> Tensor:
-        """Which images were read, [N] of bool."""
+        """Mask of the images that were read, [N] of bool."""
         return self.column("read") > 0
 
     @property
     def correct(self) -> Tensor:
-        """For which images the first answer was right, [N] of bool."""
+        """Mask of the images whose top class was right, [N] of bool."""
         return self.column("top1") > 0
 
     @cached_property
     def place(self) -> dict[int, int]:
-        """Where in ``logits`` the answer for an image is."""
+        """The row of ``logits`` for each image number."""
         return {int(row): place for place, row in enumerate(self.rows)}
 
     @property
     def accuracy(self) -> Accuracy:
-        """All in all.
+        """The accuracy over all images that were read.
 
         Raises:
             ValueError: no image could be read.

@@ -1,8 +1,8 @@
-"""Does a reduction pay? By multiply-adds in closed form, and by the time that a method's own steps take on this machine.
+"""Check that a reduction pays: by multiply-adds in closed form, and by the time of the method's own steps on this machine.
 
-Multiply-adds say nothing of sorting, of merging one pair after the other or of many small operations. So one reduced forward
-is timed, and in it the steps of the method. Only where these may take as long as the blocks are spared is the unreduced
-model timed as well. Below `LEAST_MACS` nothing is timed: there Python's overhead decides, not the method.
+Multiply-adds do not count sorting, merging one pair after the other, or the overhead of many small operations. So one reduced
+forward is timed, and the method's steps in it. The unreduced model is timed only if these steps may take as long as the time
+that the blocks save. Below `LEAST_MACS` nothing is timed: there Python's overhead dominates, not the method.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from laconic.core.token_reduction import TokenReduction, reduction_of
 
 log = logging.getLogger(__name__)
 
-LEAST_MACS = 1e9  # of the unreduced blocks on the whole batch
-CLEAR = 1.1  # so many times as fast as unreduced, by the share of its steps, a model is not measured further
-ROUNDS, PATIENCE = (2, 5), 2.0  # of the measurement, and the seconds after which only the fewest are run
+LEAST_MACS = 1e9  # multiply-adds of the unreduced blocks on the whole batch; below, nothing is timed
+CLEAR = 1.1  # expected speed relative to the unreduced model from which no further measurement is needed
+ROUNDS, PATIENCE = (2, 5), 2.0  # fewest and most rounds; seconds after which no more than the fewest are run
 ADVICE = (
-    "Reduce in fewer or in earlier blocks, keep fewer tokens, or take a method whose cost grows less with their number "
+    "Reduce in fewer or in earlier blocks, keep fewer tokens, or use a method whose cost grows more slowly with their number "
     "(topk, evit, etps)"
 )
 
 _quiet = ContextVar("quiet", default=False)
-# what was found of each reduction: times are of this machine, so they are no part of the model
-_found: WeakKeyDictionary[TokenReduction, tuple[Any, TimeBalance | None]] = WeakKeyDictionary()
+# measurements by reduction; they are not saved with the model, because times depend on the machine
+_measured: WeakKeyDictionary[TokenReduction, tuple[Any, TimeBalance | None]] = WeakKeyDictionary()
 
 
 class Balance(NamedTuple):
-    """Multiply-adds of one image: those that the blocks are spared, those of the reducers, those of the unreduced blocks."""
+    """Multiply-adds of one image: ``spared`` by the blocks, ``spent`` by the reducers, and the ``whole`` unreduced blocks."""
 
     spared: int
     spent: int
@@ -52,25 +52,25 @@ class Balance(NamedTuple):
 
 
 def balance(host: nn.Module, entry: ModelSpec, config: Method, schedule: Schedule, size: InputSize | None = None) -> Balance:
-    """Return what a schedule spares and what its reducers cost, for an image of this size (None: the model's own)."""
+    """Return the savings of a schedule and the cost of its reducers, for an image of this size (None: the model's own)."""
     weights, blocks = CONVENTIONS["matmul"], entry.blocks(host)
     shapes = entry.shapes(host) if size is None else size.shapes
-    staging = Stages(config, schedule, shapes)
-    counts, sites, spared, spent, unreduced, index = staging.counts(), staging.sites(), 0, 0, 0, 0
+    stages = Stages(config, schedule, shapes)
+    counts, sites, spared, spent, unreduced, index = stages.counts(), stages.sites(), 0, 0, 0, 0
     for shape in shapes:
         before = shape.patches
         for _ in range(shape.depth):
-            left = counts[index]
+            kept = counts[index]
             whole = block_cost(index, blocks[index], shape, None, None, shape.patches, shape.patches, weights)
-            now = block_cost(index, blocks[index], shape, config, sites.get(index), before, left, weights)
+            now = block_cost(index, blocks[index], shape, config, sites.get(index), before, kept, weights)
             spared, spent = spared + whole.macs - now.macs, spent + now.reducer_macs
-            before, index, unreduced = left, index + 1, unreduced + whole.macs
+            before, index, unreduced = kept, index + 1, unreduced + whole.macs
     return Balance(spared, spent, unreduced)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Neither measure nor warn: for models that are reduced only to be compared or tried."""
+    """Disable measurements and warnings inside the context: for models that are reduced only for comparison."""
     token = _quiet.set(True)
     try:
         yield
@@ -81,25 +81,25 @@ def quiet() -> Iterator[None]:
 def warn_unless_it_pays(
     host: nn.Module, entry: ModelSpec, config: Method, schedule: Schedule, example: Tensor | None = None
 ) -> None:
-    """Warn where choosing and merging tokens takes more than the blocks are spared: multiply-adds, or else time.
+    """Warn if selecting and merging tokens costs more than it saves in the blocks: in multiply-adds, or else in time.
 
-    It speaks of inputs such as ``example`` (None: one image of the model's own size), which the reduced model runs on.
-    Methods that decide for every image are left out: what they spare depends on the images. It never fails, since the model
-    is reduced already.
+    The costs are for inputs such as ``example`` (None: one image of the model's own size); the reduced model runs on it.
+    Methods with a token count per image are skipped, because their savings depend on the images. Errors are logged, not
+    raised, since the model is reduced already.
     """
     if config.info.count == "variable" or _quiet.get():
         return
     try:
         macs = balance(host, entry, config, schedule, InputSize.of(host, entry, example))
-        dear = macs.spared > 0 and macs.spent >= macs.spared
-        found = None if dear else timed(reduction_of(host), example, macs)
-    except (RuntimeError, ValueError) as error:  # no memory for a second model, layers that cannot be counted
-        log.info("whether %s pays here is not known: %s", config.info.name, error)
+        costly = macs.spared > 0 and macs.spent >= macs.spared
+        found = None if costly else timed(reduction_of(host), example, macs)
+    except (RuntimeError, ValueError) as error:  # for example no memory for a second model, or layers that cannot be counted
+        log.info("could not check that %s saves time here: %s", config.info.name, error)
         return
-    if dear:
+    if costly:
         log.warning(
-            "%s costs more than it saves with this schedule: its reducers take %.3g multiply-adds an image, and the blocks are "
-            "spared %.3g. %s",
+            "%s costs more than it saves with this schedule: its reducers take %.3g multiply-adds per image, and the blocks save "
+            "%.3g. %s",
             config.info.name,
             macs.spent,
             macs.spared,
@@ -111,38 +111,38 @@ def warn_unless_it_pays(
 
 
 def timed(reduction: TokenReduction, example: Tensor | None, macs: Balance | None = None) -> TimeBalance | None:
-    """Return what a reduced model takes beside the unreduced one, where its steps may take as long as they save; else None.
+    """Return the measured times of the reduced and the unreduced model; None if the method's steps are clearly cheap.
 
-    Without an example it is what is known already, if the caller gives no ``macs``. Each input is measured once.
+    Without ``example`` and ``macs``, return the last measurement, if it is still valid. Each input size is measured once.
     """
     host, schedule = reduction.model, reduction.schedule
     entry, device = HOSTS[reduction.host_path], next(host.parameters()).device
     if example is None and macs is None:
-        known, found = _found.get(reduction, (None, None))
+        known, found = _measured.get(reduction, (None, None))
         return found if known is not None and known[1:] == (schedule, device) else None
     if device.type == "meta":
         return None
     batch = entry.example(host) if example is None else batch_for(host, example)
     key = (batch.shape, schedule, device)
-    known, found = _found.get(reduction, (None, None))
+    known, found = _measured.get(reduction, (None, None))
     if known == key:
         return found
     macs = macs or balance(host, entry, reduction.config, schedule, InputSize.of(host, entry, example))
     with aside(host), torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        host(batch)  # it may refuse the size; and a first forward takes longer than others
+        host(batch)  # raises if the size is not accepted; also a warm-up: a first forward takes longer than others
         found = time_balance(reduction, batch, macs)
-    _found[reduction] = key, found
+    _measured[reduction] = key, found
     return found
 
 
 def time_balance(reduction: TokenReduction, batch: Tensor, macs: Balance, watch: Stopwatch | None = None) -> TimeBalance | None:
-    """Time a forward of the reduced model; and, where it may be no faster, of the unreduced model beside it, in turn."""
+    """Time forwards of the reduced model and, if it may be no faster, of the unreduced model in alternation; else None."""
     fixed = reduction.config.info.count == "constant" and macs.spared > 0
     if not fixed or batch.device.type not in ("cpu", "cuda") or macs.whole * len(batch) < LEAST_MACS:
         return None
     watch = watch or stopwatch(batch.device)
     reduced = list[tuple[float, float]]()
-    for _ in range(2):  # again, before a moment in which the machine was busy makes a slow method of a quick one
+    for _ in range(2):  # twice, because a busy machine can make a fast method look slow
         reduced.append(time_reduced(reduction, batch, watch))
         if expected(*reduced[-1], macs) >= CLEAR:
             return None
@@ -151,20 +151,20 @@ def time_balance(reduction: TokenReduction, batch: Tensor, macs: Balance, watch:
     while len(unreduced) < ROUNDS[0] or (len(unreduced) < ROUNDS[1] and sum(map(sum, reduced)) + sum(unreduced) < PATIENCE):
         unreduced.append(seconds(lambda: plain(batch), watch))
         reduced.append(time_reduced(reduction, batch, watch))
-    # the least of several: what else the machine does can only slow one down
+    # the minimum of several runs: other load on the machine can only slow a run down
     return TimeBalance(min(unreduced), *min(reduced), tuple(batch.shape), batch.device.type)
 
 
 def expected(forward: float, steps: float, macs: Balance) -> float:
-    """How many times as fast as unreduced a model is whose forward and whose method's steps take so many seconds.
+    """Estimate the speed relative to the unreduced model from the seconds of a forward and of the method's steps in it.
 
-    The rest of the forward is taken to grow as the multiply-adds of the blocks do.
+    The time of the rest of the forward is assumed to be proportional to the multiply-adds of the blocks.
     """
     return (forward - steps) / forward * macs.whole / (macs.whole - macs.spared)
 
 
 def time_reduced(reduction: TokenReduction, batch: Tensor, watch: Stopwatch) -> tuple[float, float]:
-    """Seconds of one forward of a reduced model, and of its method's steps in it."""
+    """Return the seconds of one forward of a reduced model, and of its method's steps in it."""
     marks = list[tuple[Any, Any]]()
 
     def step(own: Callable[..., Any], *arguments: Any) -> Any:
@@ -180,7 +180,7 @@ def time_reduced(reduction: TokenReduction, batch: Tensor, watch: Stopwatch) -> 
 
 @contextmanager
 def stepping(reduction: Any, step: Callable[..., Any]) -> Iterator[None]:
-    """Call ``step(own, *arguments)`` for a while wherever a reducer works; ``own(*arguments)`` is what it would do."""
+    """Inside the context, call ``step(own, *arguments)`` in place of each reducer step ``own(*arguments)``."""
     before, reduction.around = reduction.around, step
     try:
         yield
@@ -189,15 +189,15 @@ def stepping(reduction: Any, step: Callable[..., Any]) -> Iterator[None]:
 
 
 def seconds(run: Run, watch: Stopwatch) -> float:
-    """Time one run."""
+    """Return the seconds of one run."""
     begin = watch.mark()
     run()
     return watch.between(begin, watch.mark())
 
 
 def _unreduced(host: nn.Module) -> nn.Module:
-    """A copy without the reduction, with the very weights of the original."""
+    """Return an unreduced copy that shares the weights of the original."""
     from laconic.analysis.diagnose import twin
-    from laconic.api import restore_  # both stand on this module
+    from laconic.api import restore_  # imported here: both import this module
 
     return restore_(twin(host))

@@ -1,4 +1,4 @@
-"""What works on a model, and why the rest does not: every method is tried on a copy of it."""
+"""`doctor`: try every method on a copy of a model, and report which work and why the others do not."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from laconic.core.backbone import ModelSpec, block_spec, find_host, path_of
 from laconic.core.method import METHODS, MethodInfo, methods
 from laconic.core.token_reduction import TokenReduction, find_reduction, reduction_of
 
-KEEP = 0.7  # the keep rate every method is tried with
-IDENTITY = "dynamicvit"  # reduces before a block, so that it runs on every host; with keep=1 nothing may change
+KEEP = 0.7  # the keep rate for trying methods
+IDENTITY = "dynamicvit"  # reduces before a block, so it runs on every backbone; with keep=1 outputs must not change
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One method on this model: does it work, with which options, and if not why."""
+    """The result of one method on this model: the options it works with, or the reason why it does not work."""
 
     method: str
     works: bool
     options: dict[str, str]
     reason: str  # empty if it works
-    tokens: tuple[int, ...]  # patch tokens each reducing block leaves of the model's own input, at most
+    tokens: tuple[int, ...]  # patch tokens that each reducing block keeps at the model's own input size, at most
 
     @property
     def example(self) -> str:
-        """A line that reduces this model, or nothing."""
+        """A line of code that reduces this model; empty if the method does not work."""
         if not self.works:
             return ""
         options = "".join(f", {name}={value!r}" for name, value in self.options.items())
@@ -42,7 +42,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Report:
-    """What `doctor` found. Where the model is refused, ``refusal`` says why and there is nothing else to say."""
+    """The findings of `doctor`. For an unsupported model, ``refusal`` is the reason, and the other fields are empty."""
 
     model: str
     refusal: str = ""
@@ -55,16 +55,16 @@ class Report:
     dim: int = 0
     heads: int = 0
     pooling: str = ""
-    self_test: str = ""  # "passed", or what went wrong
+    self_test: str = ""  # "passed", or the error
     trials: tuple[Trial, ...] = ()
 
     @property
     def supported(self) -> bool:
-        """Whether laconic knows this model and its proof succeeds."""
+        """True if laconic knows this model and its self-test passes."""
         return not self.refusal and self.self_test == "passed"
 
     def facts(self) -> dict[str, str]:
-        """What there is to know about the model, as words."""
+        """Return the properties of the model as text, by name."""
         kinds = dict.fromkeys(self.blocks)
         return {
             "model": self.model,
@@ -79,7 +79,7 @@ class Report:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, as JSON."""
+        """Return the report as plain JSON."""
         trials = [{**dataclasses.asdict(t), "tokens": list(t.tokens), "example": t.example} for t in self.trials]
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {**fields, "supported": self.supported, "blocks": list(self.blocks), "grid": list(self.grid), "trials": trials}
@@ -92,13 +92,13 @@ class Report:
 
 
 def doctor(model: nn.Module) -> Report:
-    """Examine a model: what kind of host it is, and for every method whether it works on it or the reason why not.
+    """Examine a model: its properties as a backbone and, for every method, a working call or the reason why it fails.
 
-    The model is not touched: all is tried on copies that share its weights. A model that is reduced already is examined
-    as it was before. A model that is refused gets a report that says why.
+    The model is not changed: methods are tried on copies that share its weights. A reduced model is examined as it was
+    before the reduction. For an unsupported model the report has the reason.
 
     Raises:
-        TypeError: not a torch.nn.Module.
+        TypeError: ``model`` is not a torch.nn.Module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}; create the model first (timm.create_model)")
@@ -126,42 +126,43 @@ def doctor(model: nn.Module) -> Report:
         heads=entry.heads(host),
         pooling=f"{pool}{', prefix tokens included' if with_prefix else ''}",
         self_test=identity if isinstance(identity, str) else "passed",
-        trials=tuple(_try(model, row) for row in methods().values()),
+        trials=tuple(_try(model, info) for info in methods().values()),
     )
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """A copy with modules of its own and the very weights of the original: it can be reduced, and costs no memory."""
+    """Return a copy with its own modules that shares the weights: reducing it does not change the original, or copy weights."""
     shared = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
 def _positions(host: Any, entry: ModelSpec, blocks: list[nn.Module]) -> str:
-    rotary = any(halves is not None and halves.rope is not None for halves in map(block_spec, blocks))
+    rotary = any(spec is not None and spec.rope is not None for spec in map(block_spec, blocks))
     kinds = ["absolute"] * (entry.positions(host) is not None)
     tables = (getattr(host, name, None) for name in ("rope", "rope_embeddings"))  # timm's, transformers'
     kinds += ["rotary"] * (rotary and any(table is not None for table in tables))
     return " and ".join(kinds) or "none"
 
 
-def _try(model: nn.Module, row: MethodInfo) -> Trial:
+def _try(model: nn.Module, info: MethodInfo) -> Trial:
     options: dict[str, Any] = {}
-    keep = KEEP if row.count == "constant" else None  # the others decide for every image
-    reduced = _attempt(model, row.name, keep, options)
-    if isinstance(reduced, str) and "score" in (f.name for f in dataclasses.fields(row.config)):
-        stand_in = {"score": "mean-query"}  # for hosts without a class token
-        again = _attempt(model, row.name, keep, stand_in)
-        reduced, options = (reduced, options) if isinstance(again, str) else (again, stand_in)
+    keep = KEEP if info.count == "constant" else None  # the others choose the count per image
+    reduced = _attempt(model, info.name, keep, options)
+    if isinstance(reduced, str) and "score" in (f.name for f in dataclasses.fields(info.config)):
+        fallback = {"score": "mean-query"}  # for backbones without a class token
+        again = _attempt(model, info.name, keep, fallback)
+        reduced, options = (reduced, options) if isinstance(again, str) else (again, fallback)
     if isinstance(reduced, str):
-        return Trial(row.name, False, {}, reduced, ())
+        return Trial(info.name, False, {}, reduced, ())
     counts = reduced.counts()
-    return Trial(row.name, True, options, "", tuple(counts[block] for block in reduced.schedule.at))
+    return Trial(info.name, True, options, "", tuple(counts[block] for block in reduced.schedule.at))
 
 
 def _attempt(model: nn.Module, method: str, keep: float | None, options: dict[str, Any]) -> TokenReduction | str:
-    """Reduce a copy: its reduction, or the reason why the method does not work on this model."""
+    """Reduce a copy; return its reduction, or the reason why the method does not work on this model."""
     try:
-        with quiet(), torch.random.fork_rng(devices=[]):  # a learned scorer draws its first weights; nobody else is to notice
+        # a learned scorer draws its initial weights: fork the generator so that the caller's random state does not change
+        with quiet(), torch.random.fork_rng(devices=[]):
             return reduction_of(reduce_(twin(model), method, keep=keep, **options))
     except (TypeError, ValueError, LookupError, RuntimeError) as error:
         return str(error)

@@ -1,4 +1,4 @@
-"""How different the tokens of an image are from one another (BAT eq. 4)."""
+"""The diversity of the tokens of an image (BAT eq. 4)."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ Norm = Literal["l1", "l1_induced", "linf_induced", "composite", "fro"]
 
 
 def diversity_score(tokens: Float[Tensor, "B L C"], norm: Norm = "l1", relative: bool = True) -> Float[Tensor, B]:
-    """r(Z) = ||Z - 1 z^T||, with the z that makes it smallest: how far the tokens are from all being the same.
+    """Return r(Z) = min over z of ||Z - 1 z^T||, the distance of the tokens from all being equal.
 
     BAT (arXiv:2211.11315, eq. 4) says "l1 norm" and plots values between .68 and .92, which fits r(Z) / ||Z||.
 
     Args:
-        tokens: patch tokens of each image; BAT takes them right after the last reducing stage, class token left out.
+        tokens: patch tokens of each image, without the class token; BAT takes them right after the last reducing block.
         norm: ``l1`` sum of absolute entries; ``l1_induced`` largest column sum; ``linf_induced`` largest row sum;
             ``composite`` sqrt(l1_induced * linf_induced); ``fro`` Frobenius. z is the median of each channel, which is exact
             for the first two and an upper bound for the next two; for ``fro`` it is the mean, exact.
         relative: divide by the same norm of Z.
 
     Raises:
-        ValueError: tokens are not [B, L, C], or there is no such norm.
+        ValueError: tokens are not [B, L, C], or the norm is unknown.
     """
     if norm not in _NORMS:
         raise ValueError(f"norm must be one of {', '.join(map(repr, _NORMS))}, not {norm!r}")

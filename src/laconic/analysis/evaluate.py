@@ -1,7 +1,7 @@
-"""Evaluation: what a model answers for every image of a set, and how often it is right.
+"""Evaluation: the outputs of a model for every image of a set, and its accuracy.
 
-Every image is prepared as timm says the model wants it, at the model's own input size, and counted once, however many
-processes share the work: the numbers of all images meet in one table, which is summed over the processes.
+Images are transformed as timm's data config of the model says, at the model's own input size. Each image counts once for any
+number of processes: the numbers of all images are in one table, which is summed over the processes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["ALONE", "Accuracy", "Answers", "Processes", "answers", "evaluate", "
 
 
 def evaluate(model: nn.Module, images: ImageSet | DataLoader[Any], **how: Any) -> Accuracy:
-    """How often the model is right. What it takes, and what is raised, as `answers`.
+    """Return the accuracy of a model. The options are those of `answers`.
 
     Raises:
         ValueError: as `answers`; no image could be read.
@@ -45,23 +45,23 @@ def answers(
     keep_logits: bool = False,
     title: str = "",
 ) -> Answers:
-    """What the model answers for all images, in evaluation mode; its modes are put back afterwards.
+    """Run the model on all images in evaluation mode and return its outputs; its modes are restored afterwards.
 
     Args:
-        model: on its device, in its dtype; it may be wrapped (DDP, torch.compile).
-        images: a set, or a loader over `Prepared` with ``replace=False`` (then batch_size, workers and crop are its own).
-        batch_size: images in a forward of one process.
+        model: the model; it runs on its device and in its dtype, and may be wrapped (DDP, torch.compile).
+        images: a set, or a loader over `Prepared` with ``replace=False`` (then batch_size, workers and crop are ignored).
+        batch_size: images per forward of one process.
         workers: processes that read images.
-        reference: what to compare with: a model, which gets the very same pixels, or its answers with their logits.
-        processes: who shares the work.
-        autocast: run in this dtype, by torch.autocast.
-        crop: share of the resized image that is left by the centre crop (default: what timm says of the model).
-        keep_logits: keep the logits, as a reference for others.
-        title: show the progress under this title.
+        reference: a model to compare with, which gets the same pixels, or its `Answers` with logits.
+        processes: the processes that share the evaluation.
+        autocast: run in this dtype with torch.autocast.
+        crop: share of the resized image that the centre crop keeps (default: timm's value for the model).
+        keep_logits: keep the logits, for use as a reference.
+        title: title of the progress bar; empty for none.
 
     Raises:
-        ValueError: more classes in the set than the model knows, a loader that replaces images, or a reference without
-            logits or with other classes.
+        ValueError: the set has more classes than the model, the loader replaces images, or the reference has no logits or
+            another number of classes.
     """
     own = None if isinstance(images, DataLoader) else make_loader(model, images, batch_size, workers, processes, crop)
     loader: DataLoader[Any] = images if own is None else own  # type: ignore[assignment]
@@ -69,7 +69,7 @@ def answers(
     if not isinstance(prepared, Prepared) or prepared.replace:
         raise ValueError("evaluate takes a set of images, or a loader over laconic.data.Prepared(..., replace=False)")
     if isinstance(reference, Answers) and reference.logits is None:
-        raise ValueError("the answers of the reference came without logits; ask for them with keep_logits=True")
+        raise ValueError("the reference answers have no logits; create them with keep_logits=True")
     table = torch.zeros(len(prepared), len(COLUMNS), dtype=torch.float64)
     rows, kept = list[Tensor](), list[Tensor]()
     run = Run(model, reference, autocast, len(prepared.images.classes))
@@ -83,7 +83,7 @@ def answers(
                 rows.append(index[good])
                 kept += [logits] if keep_logits else []
     table = processes.total(table.to(run.device)).cpu()
-    seen = (table[:, 0:1] + table[:, -1:]).clamp_min(1)  # a loader of one's own may give an image to two processes
+    seen = (table[:, 0:1] + table[:, -1:]).clamp_min(1)  # a user's own loader may give an image to two processes
     failures = table[:, COLUMNS.index("failed")].nonzero().flatten().tolist()
     unreadable = tuple(prepared.failure(number) for number in failures)
     numbers = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.long)
@@ -91,19 +91,19 @@ def answers(
 
 
 class Run:
-    """One model at work on batches, beside a reference."""
+    """Runs a model, and a reference if there is one, on batches."""
 
     def __init__(
         self, model: nn.Module, reference: nn.Module | Answers | None, autocast: torch.dtype | None, classes: int
     ) -> None:
-        # the wrapper of DDP would wait for the others at every forward, of which they may have one less
+        # DDP's wrapper would wait for the other processes at every forward, and they may have one batch less
         self.model = model.module if isinstance(model, DistributedDataParallel) else model
         self.reference, self.autocast, self.classes = reference, autocast, classes
         weights = next(model.parameters(), torch.zeros(()))
         self.device, self.dtype = weights.device, weights.dtype
 
     def logits(self, model: nn.Module, pixels: Tensor) -> Tensor:
-        """The answers to a batch, [B, C] in float32 on the CPU."""
+        """Return the logits of a batch, [B, C], in float32 on the CPU."""
         pixels = pixels.to(self.device, torch.float32 if self.autocast else self.dtype, non_blocking=True)
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             out = model(pixels)
@@ -111,13 +111,13 @@ class Run:
             raise ValueError(f"expected logits [images, classes] from the model, got {tuple(getattr(out, 'shape', ()))}")
         if out.shape[1] < self.classes:
             raise ValueError(
-                f"the images have {self.classes} classes, but the model answers for {out.shape[1]}; take the data that it was "
+                f"the images have {self.classes} classes, but the model has {out.shape[1]} outputs; use the data that it was "
                 f"trained on, or a model with num_classes={self.classes}"
             )
         return out.float().cpu()
 
     def batch(self, pixels: Tensor, labels: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """A batch's rows of the table, [B, COLUMNS], and its logits [B, C]."""
+        """Return the table rows [B, COLUMNS] and the logits [B, C] of a batch."""
         logits = self.logits(self.model, pixels)
         finite = logits.isfinite().all(1)
         hits = logits.topk(min(5, logits.shape[1])).indices.eq(labels[:, None]) & finite[:, None]
@@ -126,7 +126,7 @@ class Run:
         if self.reference is not None:
             full = self._reference(pixels, index)
             if full.shape != logits.shape:
-                raise ValueError(f"the reference answers for {full.shape[1]} classes, and the model for {logits.shape[1]}")
+                raise ValueError(f"the reference has {full.shape[1]} classes, but the model has {logits.shape[1]}; use the same classes for both")
             own, other = logits.double().log_softmax(1), full.double().log_softmax(1)
             agrees = (logits.argmax(1) == full.argmax(1)) & finite
             divergence = (other.exp() * (other - own)).sum(1)
@@ -141,7 +141,7 @@ class Run:
         try:
             return known.logits[[known.place[number] for number in index.tolist()]]
         except KeyError as error:
-            raise ValueError(f"the reference was not asked about image {error.args[0]}; take the same images") from error
+            raise ValueError(f"the reference has no answer for image {error.args[0]}; use the same images for both") from error
 
 
 def _progress(loader: DataLoader[Any], title: str) -> Iterable[Any]:
@@ -162,30 +162,30 @@ def make_loader(
     processes: Processes = ALONE,
     crop: float | None = None,
 ) -> DataLoader[Any]:
-    """A loader of this process's share of the images, as the model wants them."""
+    """Return a loader over this process's share of the images, transformed for the model."""
     prepared = Prepared(images, transform_for(model, crop), replace=False)
     share: Sequence[int] = range(processes.rank, len(images), processes.world)
     cuda = next(model.parameters(), torch.zeros(())).is_cuda
-    own = torch.Generator()  # without one of its own, a loader takes a number from the generator of the training
+    own = torch.Generator()  # without its own generator, a loader would advance the generator of a training run
     settings: dict[str, Any] = {"num_workers": workers, "pin_memory": cuda, "generator": own}
     return DataLoader(prepared, batch_size, sampler=share, **settings)
 
 
 def transform_for(model: nn.Module, crop: float | None = None) -> Callable[[Any], Tensor]:
-    """Timm's transform for evaluation, at the input size that the model has now."""
+    """Return timm's evaluation transform at the current input size of the model."""
     from timm.data import create_transform  # type: ignore[attr-defined]
 
     return create_transform(**config_for(model, crop), is_training=False)
 
 
 def config_for(model: nn.Module, crop: float | None = None) -> dict[str, Any]:
-    """How timm prepares images for this model: input_size, interpolation, mean, std, crop_pct, crop_mode.
+    """Return timm's data config for this model: input_size, interpolation, mean, std, crop_pct, crop_mode.
 
-    At the input size that the model has now: timm itself goes by the size of the pretrained weights, also for a model made
-    for another one. ``crop`` takes the place of crop_pct.
+    input_size is the current input size of the model; timm itself would use that of the pretrained weights, also for a model
+    created with another size. ``crop`` replaces crop_pct.
 
     Raises:
-        ValueError: a crop that is not above 0 and at most 1.
+        ValueError: ``crop`` is not above 0 and at most 1.
     """
     from timm.data import resolve_model_data_config  # type: ignore[attr-defined]
 

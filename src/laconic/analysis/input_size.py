@@ -1,4 +1,4 @@
-"""The size of the images that costs are for: how many patches each stage of a model makes of an example."""
+"""The image size that costs are for: the patch grid of each stage of a model for an example."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from laconic.core.backbone import ModelSpec, StageSpec
 from laconic.core.eval_mode import aside
 
 
-class _Enough(Exception):
-    """No error: the blocks after this one need not run."""
+class _StopForward(Exception):
+    """Stops a forward whose remaining blocks are not needed; not an error."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,10 +26,10 @@ class InputSize:
 
     @classmethod
     def of(cls, host: nn.Module, entry: ModelSpec, example: Tensor | None) -> InputSize:
-        """Return the size of ``example``. The model makes tokens of one image of it; its blocks run only if it has stages.
+        """Return the input size of ``example``. The model embeds one image of it; blocks run only if it has several stages.
 
         Raises:
-            ValueError: no image batch, or the model takes none of this size.
+            ValueError: ``example`` is not an image batch, or the model does not accept its size.
         """
         shapes = entry.shapes(host)
         if example is None:
@@ -53,7 +53,7 @@ def batch_for(host: nn.Module, example: Any) -> Tensor:
     """Return an example batch on the device of a model and in its dtype.
 
     Raises:
-        ValueError: no image batch.
+        ValueError: ``example`` is not an image batch.
     """
     if not isinstance(example, Tensor) or example.dim() != 4 or not len(example):
         found = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
@@ -63,7 +63,7 @@ def batch_for(host: nn.Module, example: Any) -> Tensor:
 
 
 def _tokens(host: nn.Module, entry: ModelSpec, image: Tensor) -> list[int]:
-    """Run the model up to the first block of its last stage: tokens that come into the first block of each stage."""
+    """Run the model up to the first block of its last stage; return the token count at the first block of each stage."""
     blocks, starts, found = entry.blocks(host), [0], list[int]()
     for shape in entry.shapes(host)[:-1]:
         starts.append(starts[-1] + shape.depth)
@@ -72,17 +72,17 @@ def _tokens(host: nn.Module, entry: ModelSpec, image: Tensor) -> list[int]:
         x = args[0] if args else next(iter(kwargs.values()))
         found.append(x.shape[1])
         if len(found) == len(starts):
-            raise _Enough
+            raise _StopForward
 
     hooks = [blocks[start].register_forward_pre_hook(enter, with_kwargs=True) for start in starts]
     try:
         with aside(host), torch.no_grad():
             host(image)
-    except _Enough:
+    except _StopForward:
         pass
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         raise ValueError(
-            f"the model does not run on an image of shape {tuple(image.shape)}: {error}; pass an input that fits as example="
+            f"the model does not run on an image of shape {tuple(image.shape)}: {error}; pass an input of a size that it accepts as example="
         ) from error
     finally:
         for hook in hooks:
@@ -91,16 +91,16 @@ def _tokens(host: nn.Module, entry: ModelSpec, image: Tensor) -> list[int]:
 
 
 def _grid(shape: StageSpec, own: torch.Size, size: torch.Size, patches: int) -> tuple[int, int]:
-    """The rows and columns that a stage makes of an image, where it has ``shape.grid`` of its ``own`` size.
+    """Return the rows and columns of a stage for images of ``size``, given its ``shape.grid`` for images of ``own`` size.
 
     Raises:
-        ValueError: its patches are no grid that follows from the two sizes.
+        ValueError: no grid in proportion to the two sizes has this number of patches.
     """
     sides = [(side * n // whole, -(-side * n // whole)) for n, whole, side in zip(shape.grid, own, size, strict=True)]
     grid = next(((rows, columns) for rows in sides[0] for columns in sides[1] if rows * columns == patches), None)
     if grid is None:
         raise ValueError(
-            f"the model makes {patches} patches of an image of {size[0]} x {size[1]} pixels, which is no grid of rows and "
-            f"columns such as the {shape.grid[0]} x {shape.grid[1]} of its own {own[0]} x {own[1]}; take another size"
+            f"the model makes {patches} patches of an image of {size[0]} x {size[1]} pixels, which is not a grid in "
+            f"proportion to the {shape.grid[0]} x {shape.grid[1]} of its own {own[0]} x {own[1]}; use another size"
         )
     return grid

@@ -104,9 +104,8 @@ class Digits(ImageSet):
 
 def _dealt(labels: Any) -> list[int]:
     """Order all image numbers so that every contiguous range of them has the classes in proportion."""
-    draws = np.random.PCG64(np.random.SeedSequence(1797)).random_raw(
-        len(labels)
-    )  # numpy guarantees that this stream never changes
+    # numpy guarantees that this stream never changes
+    draws = np.random.PCG64(np.random.SeedSequence(1797)).random_raw(len(labels))
     places = {}
     for label in np.unique(labels):
         own = np.flatnonzero(labels == label)

@@ -2,7 +2,7 @@
 
 An image shows one large object of 24 classes (4 shapes x 3 patterns x 2 ranges of hue) in front of a textured background,
 among smaller objects of random classes. Size, position, rotation, colours, light, noise and occlusion vary. The background is
-one of six kinds, and with probability 0.75 (or by chance) it is the kind assigned to the object's class: the background is
+one of six kinds: with probability 0.75 the kind assigned to the object's class, otherwise a random one. So the background is
 evidence of the class, as BAT and TPS argue it is in photographs. The object's mask is known, to measure how much of the object
 and how much of the background a method keeps.
 
@@ -24,7 +24,7 @@ PATTERNS = ("plain", "striped", "checked")
 HUES = ("warm", "cold")
 CLASSES = tuple(f"{hue} {pattern} {shape}" for shape in SHAPES for pattern in PATTERNS for hue in HUES)
 KINDS = ("grain", "clouds", "stripes", "tiles", "dots", "rings")
-AT_HOME = 0.75  # probability that a scene has the kind assigned to its class, before a random kind is drawn
+AT_HOME = 0.75  # probability that a scene has the kind assigned to its class; otherwise its kind is random
 SPLITS = {"train": 0, "val": 1, "test": 2}
 
 Field = NDArray[np.float64]

@@ -76,7 +76,8 @@ def _members(file: Any, tar: Path, inside: str, start: int = 0, depth: int = 0) 
             path = os.path.normpath(os.path.join(inside, info.name))
             if info.issparse() and info.name.lower().endswith((".tar", *EXTENSIONS)):
                 raise ValueError(
-                    f"{tar} holds {info.name} as a sparse file, whose bytes are not stored in full; write the tar without sparse files"
+                    f"{tar} holds {info.name} as a sparse file, whose bytes are not stored in full; "
+                    "write the tar without sparse files"
                 )
             if info.isdir():
                 yield Member(tar, path, 0, -1)
