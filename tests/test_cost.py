@@ -384,7 +384,7 @@ def test_a_method_with_work_of_an_unknown_kind_is_refused():
         def macs(self, before, after, site):
             return {"matmul": 1, "magic": 2}
 
-    with pytest.raises(ValueError, match=f"unknown kind: magic; there are: {', '.join(work.KINDS)}"):
+    with pytest.raises(ValueError, match=f"unknown kind: magic; known kinds: {', '.join(work.KINDS)}"):
         estimate(make("plain"), Odd(), Schedule.rates(0.5, AT))
 
 

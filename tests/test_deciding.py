@@ -184,7 +184,7 @@ def test_a_summary_says_what_single_images_cost():
     assert found.macs.least == singles[0].macs
     assert found.macs.most == singles[2].macs
     assert found.macs.mean == pytest.approx(sum(s.macs for s in singles) / 3)
-    assert "GMACs an image" in str(laconic.summary(model, images=x))
+    assert "GMACs per image" in str(laconic.summary(model, images=x))
     with pytest.raises(ValueError, match="no images to observe"):
         laconic.summary(model, images=[])
 

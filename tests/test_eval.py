@@ -153,9 +153,9 @@ def test_wilson():
 
 def test_what_cannot_be_evaluated_is_refused():
     fixed = Fixed([0, 1], classes=4)
-    with pytest.raises(ValueError, match="have 4 classes, but the model answers for 3.*num_classes=4"):
+    with pytest.raises(ValueError, match="have 4 classes, but the model has 3 outputs.*num_classes=4"):
         told([[1.0, 2, 3]] * 2, fixed)
-    with pytest.raises(ValueError, match="reference answers for 5 classes, and the model for 4"):
+    with pytest.raises(ValueError, match="reference has 5 classes, but the model has 4"):
         told([[1.0] * 4] * 2, fixed, reference=Told([[1.0] * 5] * 2))
     with pytest.raises(ValueError, match="replace=False"):
         evaluate(Told([[1.0] * 4] * 2), DataLoader(Prepared(fixed, number), 1))
@@ -288,7 +288,7 @@ def test_eval_with_weights_of_a_file(tmp_path, model):
 def test_eval_refuses(tmp_path):
     with pytest.raises(Refusal, match="name of a .csv file"):
         eval_(TINY, data="scenes", output=tmp_path / "x.json")
-    with pytest.raises(ValueError, match="the images have 24 classes, but the model answers for 5"):
+    with pytest.raises(ValueError, match="the images have 24 classes, but the model has 5 outputs"):
         eval_(TINY, data="scenes", reading=READING, model_args=(*MODEL_ARGS[:-1], "num_classes=5"))
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         Reading(batch_size=0)

@@ -84,8 +84,8 @@ def warn_unless_it_pays(
     """Warn if selecting and merging tokens costs more than it saves in the blocks: in multiply-adds, or else in time.
 
     The costs are for inputs such as ``example`` (None: one image of the model's own size); the reduced model runs on it.
-    Methods with a token count per image are skipped, because their savings depend on the images. Errors are logged, not
-    raised, since the model is reduced already.
+    Methods that choose the token count per image are skipped, because their savings depend on the images. Errors are logged
+    and not raised, since the model is reduced already.
     """
     if config.info.count == "variable" or _quiet.get():
         return
@@ -98,8 +98,8 @@ def warn_unless_it_pays(
         return
     if costly:
         log.warning(
-            "%s costs more than it saves with this schedule: its reducers take %.3g multiply-adds per image, and the blocks save "
-            "%.3g. %s",
+            "%s costs more than it saves with this schedule: its reducers take %.3g multiply-adds per image, and the blocks "
+            "save %.3g. %s",
             config.info.name,
             macs.spent,
             macs.spared,

@@ -126,7 +126,10 @@ class Run:
         if self.reference is not None:
             full = self._reference(pixels, index)
             if full.shape != logits.shape:
-                raise ValueError(f"the reference has {full.shape[1]} classes, but the model has {logits.shape[1]}; use the same classes for both")
+                raise ValueError(
+                    f"the reference has {full.shape[1]} classes, but the model has {logits.shape[1]}; use models with the "
+                    "same classes"
+                )
             own, other = logits.double().log_softmax(1), full.double().log_softmax(1)
             agrees = (logits.argmax(1) == full.argmax(1)) & finite
             divergence = (other.exp() * (other - own)).sum(1)

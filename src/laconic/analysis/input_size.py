@@ -82,7 +82,7 @@ def _tokens(host: nn.Module, entry: ModelSpec, image: Tensor) -> list[int]:
         pass
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         raise ValueError(
-            f"the model does not run on an image of shape {tuple(image.shape)}: {error}; pass an input of a size that it accepts as example="
+            f"the model does not run on an image of shape {tuple(image.shape)}: {error}; pass an input that fits as example="
         ) from error
     finally:
         for hook in hooks:

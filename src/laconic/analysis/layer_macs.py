@@ -1,11 +1,11 @@
-"""How much work a host's layers do, in closed form: from the shapes of its modules and how many tokens pass through each.
+"""The work of a backbone's layers in closed form, from the shapes of its modules and the token count at each.
 
-Work is a `Counter` of multiply-adds (or elements) by kind; which kinds make a cost is a convention (`laconic.analysis.macs`):
+Work is a `Counter` of multiply-adds (or elements) by kind; a convention weighs the kinds (`laconic.analysis.macs`):
 
 * ``matmul``: multiply-adds of matrix products and convolutions.
-* ``pairwise``: multiply-adds of a reducer's similarity or distance matrices that profilers of the time did not see (BAT).
-* ``layernorm``, ``batchnorm``: elements that pass through one. ``scores``: attention logits that are scaled.
-* ``elementwise``: elements a reducer multiplies by a weight. ``head_mean``: attention weights averaged over heads.
+* ``pairwise``: multiply-adds of a reducer's similarity or distance matrices that the paper's profiler did not count (BAT).
+* ``layernorm``, ``batchnorm``: elements normalized by one. ``scores``: attention logits that are scaled.
+* ``elementwise``: elements that a reducer multiplies by a weight. ``head_mean``: attention weights averaged over heads.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ COUNTED = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.BatchNorm2d)
 
 
 def layers(module: nn.Module, rows: int | Callable[[str], int]) -> Work:
-    """The layers of ``module`` on so many rows (cells that a convolution makes), or as many as the name of the layer says."""
+    """Return the work of the layers in ``module`` on ``rows`` rows (output cells of a convolution), or ``rows(name)`` rows."""
     work = Work()
     for name, layer in module.named_modules():
         count = rows(name) if callable(rows) else rows
         if isinstance(layer, nn.Linear | nn.Conv2d):
             work["matmul"] += count * layer.weight.numel()
         elif getattr(layer, "in_proj_weight", None) is not None:
-            work["matmul"] += count * layer.in_proj_weight.numel()  # its output projection is a layer of its own
+            work["matmul"] += count * layer.in_proj_weight.numel()  # its output projection is a separate layer
         elif isinstance(layer, nn.LayerNorm):
             work["layernorm"] += count * prod(layer.normalized_shape)
         elif isinstance(layer, nn.BatchNorm2d):
@@ -46,46 +46,46 @@ def layers(module: nn.Module, rows: int | Callable[[str], int]) -> Work:
 
 
 def attention(attn: Any, queries: int, keys: int) -> Work:
-    """The two matrix products of an attention: logits, and the weighted sum of values."""
+    """Return the work of the two matrix products of an attention: logits, and the weighted sum of values."""
     heads, head = heads_of(attn), getattr(attn, "head_dim", getattr(attn, "attention_head_size", None))
-    width = attn.proj.in_features if head is None else heads * head  # EvaAttention says nothing of it in older timm
+    width = attn.proj.in_features if head is None else heads * head  # EvaAttention of older timm has no head_dim
     return Work(matmul=2 * queries * keys * width, scores=queries * keys * heads)
 
 
 def heads_of(attn: Any) -> int:
-    """The query heads of an attention module."""
+    """Return the number of query heads of an attention module."""
     count: int = attn.num_heads if hasattr(attn, "num_heads") else attn.num_attention_heads
     return count
 
 
 def attention_in(block: nn.Module) -> Any:
-    """The attention of a block: ``attn``, or the last module in it that has heads (parallel blocks are their own)."""
+    """Return a block's attention: ``attn``, or the last module with heads (a parallel block is its own attention)."""
     if hasattr(block, "attn"):
         return block.attn
     return [m for m in block.modules() if hasattr(m, "num_heads") or hasattr(m, "num_attention_heads")][-1]
 
 
 def block(module: Any, at_attention: int, at_mlp: int, shape: StageSpec | None = None) -> Work:
-    """One block of a stage on so many tokens, prefix tokens among them; a block may have a method ``work`` that knows."""
+    """Return the work of a block for its token counts, prefix tokens included; the block's own method ``work`` comes first."""
     if hasattr(module, "work"):
         return Work(module.work(at_attention, at_mlp, shape))
-    attn, halves = attention_in(module), block_spec(module)
+    attn, spec = attention_in(module), block_spec(module)
     heads = heads_of(attn)
     per_head = {"q_norm": heads, "k_norm": getattr(attn, "num_kv_heads", heads)}
 
     def rows(name: str) -> int:
-        fixed = halves.rows(module, name)
+        fixed = spec.rows(module, name)
         if fixed is not None:
             return fixed
-        tokens = at_mlp if name.partition(".")[0] in halves.after else at_attention
+        tokens = at_mlp if name.partition(".")[0] in spec.after else at_attention
         return tokens * per_head.get(name.rpartition(".")[2], 1)
 
     return layers(module, rows) + attention(attn, at_attention, at_attention)
 
 
 def pooling(pool: Any, tokens: int) -> Work:
-    """An attention pool over so many tokens: one with latent queries (SigLIP's), or self-attention without weights."""
-    if isinstance(getattr(pool, "attention", None), nn.MultiheadAttention):  # transformers': one probe
+    """Return the work of an attention pool over ``tokens``: with latent queries (SigLIP), or self-attention of all tokens."""
+    if isinstance(getattr(pool, "attention", None), nn.MultiheadAttention):  # transformers' pool has one probe
         attn = pool.attention
         return layers(pool, 1) + Work(matmul=2 * (tokens - 1) * attn.embed_dim**2) + attention(attn, 1, tokens)
     latents = getattr(pool, "latent_len", None)
@@ -96,18 +96,18 @@ def pooling(pool: Any, tokens: int) -> Work:
 
 
 def stem(model: Any, host: ModelSpec, image: Tensor | None = None) -> Work:
-    """The patch embedding of one image (None: of the model's own size): run on the meta device, where nothing is computed."""
+    """Return the work of the patch embedding for one image (None: of the model's own size), counted on the meta device."""
     work, embed = Work(), host.patch_embed(model)
 
-    def note(layer: Any, _: Any, out: Tensor) -> None:
+    def count(layer: Any, _: Any, out: Tensor) -> None:
         if isinstance(layer, nn.LayerNorm | nn.BatchNorm2d):
             work["layernorm" if isinstance(layer, nn.LayerNorm) else "batchnorm"] += out.numel()
         else:
             work["matmul"] += out.numel() * layer.weight[0].numel()
 
-    hooks = [m.register_forward_hook(note) for m in embed.modules() if isinstance(m, COUNTED)]
+    hooks = [m.register_forward_hook(count) for m in embed.modules() if isinstance(m, COUNTED)]
     state = {name: t.to("meta") for name, t in [*embed.named_parameters(), *embed.named_buffers()]}
-    calls: list[dict[str, Any]] = []  # PS-ViT's has attention in it
+    calls: list[dict[str, Any]] = []  # PS-ViT's patch embedding has attention in it
     try:
         with torch.no_grad(), AttentionTap(calls):
             torch.func.functional_call(embed, state, ((host.example(model) if image is None else image).to("meta"),))
@@ -121,10 +121,12 @@ def stem(model: Any, host: ModelSpec, image: Tensor | None = None) -> Work:
 
 
 def ends(model: Any, host: ModelSpec, before: int, after: int, size: InputSize | None = None) -> Work:
-    """All but the blocks, for one image: ``before`` tokens enter them and ``after`` leave, prefix tokens among them.
+    """Return the work outside the blocks for one image.
+
+    ``before`` and ``after``: tokens that enter the first block and that the last block returns, prefix tokens included.
 
     Raises:
-        ValueError: the model has layers of its own, and how often they run is not known.
+        ValueError: the model has additional layers whose token count is unknown.
     """
     if hasattr(model, "work_of_ends"):
         grids = () if size is None or size.image is None else ([shape.grid for shape in size.shapes],)
@@ -143,14 +145,14 @@ def ends(model: Any, host: ModelSpec, before: int, after: int, size: InputSize |
             work += layers(child, rows[name])
         elif child is pool or (name == "head" and kind == "map"):
             work += pooling(child, after if with_prefix else after - prefix)
-        elif any(module is first for module in child.modules()):  # the blocks, and what there is beside them
-            beside = [(f"{name}.{part}", layer) for part, layer in child.named_children()]
-            work += sum((layers(layer, rows[part]) for part, layer in beside if part in rows), Work())
+        elif any(module is first for module in child.modules()):  # the module with the blocks, and other layers in it
+            inner = [(f"{name}.{part}", layer) for part, layer in child.named_children()]
+            work += sum((layers(layer, rows[part]) for part, layer in inner if part in rows), Work())
         elif child is embed or name == "laconic":
             continue
         elif any(isinstance(m, COUNTED) for m in child.modules()):
             raise ValueError(
-                f"{type(model).__name__}.{name} is no part of the vision transformers laconic knows, so how many tokens pass "
-                "through it is not known; count the work of this model yourself (torch.utils.flop_counter)"
+                f"{type(model).__name__}.{name} is not part of the vision transformers that laconic knows, so the number of "
+                "tokens at this layer is unknown; count the work of this model yourself (torch.utils.flop_counter)"
             )
     return work

@@ -1,4 +1,4 @@
-"""The environment of a measurement: hardware, versions, settings; and the process prepared for it."""
+"""The environment of a measurement: hardware, versions and settings; and the setup of the process for it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from laconic.analysis.timing import Setting
 
 @contextmanager
 def prepared(setting: Setting) -> Iterator[None]:
-    """The process made ready to measure in; its number of threads is put back afterwards."""
+    """Set up the process for measurements inside the context; the number of threads is restored afterwards."""
     keep_pages()
     threads = torch.get_num_threads()
     torch.set_num_threads(setting.threads or threads)
@@ -29,20 +29,20 @@ def prepared(setting: Setting) -> Iterator[None]:
 
 
 def keep_pages() -> bool:
-    """Tell glibc to keep freed memory, or every forward pays for thousands of page faults. For the rest of the process.
+    """Make glibc keep freed memory for the rest of the process; otherwise every forward causes thousands of page faults.
 
-    False where the C library is another one, or refuses.
+    Return False if the C library is not glibc or rejects the setting.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-    large = any(mallopt(mmap_threshold, size) for size in (1 << 30, 1 << 25))  # older ones take 32 MiB at most
+    large = any(mallopt(mmap_threshold, size) for size in (1 << 30, 1 << 25))  # older versions accept at most 32 MiB
     return bool(mallopt(trim_threshold, (1 << 31) - 1)) and large
 
 
 def environment(setting: Setting) -> dict[str, Any]:
-    """What a measured number depends on besides the code."""
+    """Return the hardware, versions and settings that a measurement depends on."""
     import timm
 
     import laconic
@@ -65,7 +65,7 @@ def environment(setting: Setting) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The name of the processor."""
+    """Return the name of the processor."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

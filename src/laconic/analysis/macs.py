@@ -1,18 +1,19 @@
-"""What a model costs: parameters, and multiply-adds in closed form under a stated convention.
+"""The cost of a model: parameters, and multiply-adds in closed form under a named convention.
 
-"GFLOPs" in this field are multiply-adds (MACs). Papers count different things, so a convention has a name:
+"GFLOPs" in this field are multiply-adds (MACs). Papers count different operations, hence the named conventions:
 
-* ``matmul``: matrix products and convolutions, the reducer's own among them. The default.
-* ``fvcore``: what fvcore's default handlers count: that, 5 for each element of a LayerNorm and 2 for each of a BatchNorm
-  (TPS, DynamicViT).
-* ``torchprofile``: what torchprofile 0.0.4 counts, 1 for each element of a LayerNorm, each scaled attention logit, each
-  element a reducer weighs and each averaged attention weight; it does not see pairwise distances (EViT, BAT).
+* ``matmul``: matrix products and convolutions, the reducers' included. The default.
+* ``fvcore``: the count of fvcore's default handlers: as ``matmul``, plus 5 for each element of a LayerNorm and 2 for each of
+  a BatchNorm (TPS, DynamicViT).
+* ``torchprofile``: the count of torchprofile 0.0.4: matrix products and convolutions, plus 1 for each element of a LayerNorm,
+  each scaled attention logit, each element that a reducer multiplies by a weight and each averaged attention weight; pairwise
+  distances are not counted (EViT, BAT).
 
-A reducer is counted as its paper's code does it, and what `counted` sees may differ: on a CPU Laconic merges by index_add, so
-of the two products of TPS only the similarities run as one (elsewhere every merge is a one-hot product). Attention rows
-that a method reads once more are in no convention; of these `counted` sees those of ``similarity="previous-attention"``.
-Compute that are not computed since nobody needs them (see `laconic.reduce_`) are counted all the same: costs are of the method
-as published.
+A reducer is counted as in its paper's code, so `counted` may differ: on a CPU Laconic merges by index_add, so of the two
+products of TPS only the similarities run as a matrix product (on other devices every merge is a one-hot product). No
+convention counts attention rows that a method computes again; `counted` includes those of
+``similarity="previous-attention"``. Rows that Laconic skips because nothing reads them (see `laconic.reduce_`) are counted
+nevertheless: the costs are those of the published method.
 """
 
 from __future__ import annotations
@@ -51,34 +52,35 @@ def summary(
     images: Iterable[Tensor] | Tensor | None = None,
     example: Tensor | None = None,
 ) -> Summary:
-    """Return what a supported model costs, reduced or not, at inference: at the size of ``example``, or else at its own.
+    """Return the inference cost of a supported model, reduced or not, at the size of ``example`` (default: its own size).
 
-    Of a module with a supported model inside, parameters are of the whole, MACs and tokens of the model inside.
+    For a module that contains a supported model, parameters are of the whole module, MACs and tokens of the model inside.
 
     Args:
         model: the model.
-        batch_size: images that ``macs`` are for (default: as many as ``example`` has, or 1).
-        convention: what counts as a multiply-add: ``matmul``, ``fvcore`` or ``torchprofile`` (see `laconic.analysis.macs`).
-        count: also run one image, and say in ``counted_macs`` what torch counts (see `counted`).
-        images: batches of images to run, for ``observed``: mean and spread over them of tokens and MACs of one image. Of a
-            method that decides for every image, ``tokens`` and ``macs`` are the most that it may leave and cost.
-        example: an input [B, channels, height, width] of the size that counts. A reduced model runs on it, and where its
-            method's own steps may take as long as they save, ``timed`` says what was measured (see `laconic.analysis.break_even`).
+        batch_size: number of images that ``macs`` are for (default: that of ``example``, or 1).
+        convention: ``matmul``, ``fvcore`` or ``torchprofile`` (see `laconic.analysis.macs`).
+        count: also run one image and set ``counted_macs`` to torch's count (see `counted`).
+        images: batches of images to run, for ``observed``: mean and spread of the tokens and MACs per image. For a method
+            that chooses the token count per image, ``tokens`` and ``macs`` are upper bounds.
+        example: an input [B, channels, height, width] of the size that costs are for. A reduced model runs on it; if the
+            method's own steps may take as long as they save, ``timed`` has the measured times
+            (see `laconic.analysis.break_even`).
 
     Raises:
-        TypeError: no supported model. ValueError: an unknown convention, a batch size below one, a model with layers of
-            its own that laconic cannot count, an example that the model does not take.
+        TypeError: the model is not supported. ValueError: the convention is unknown, the batch size is below one, the model
+            has layers that laconic cannot count, or it does not accept the example.
     """
     reduction = find_reduction(model) if isinstance(model, nn.Module) else None
     config, schedule = (reduction.config, reduction.schedule) if reduction else (None, None)
     batch_size = batch_size if batch_size is not None else len(example) if isinstance(example, Tensor) else 1
     out = estimate(model, config, schedule, convention, batch_size, example=example)
     if reduction is not None:
-        from laconic.analysis.break_even import timed  # it stands on this module
+        from laconic.analysis.break_even import timed  # imported here: it imports this module
 
         out = dataclasses.replace(out, timed=timed(reduction, example))
     if images is not None:
-        from laconic.analysis.per_image_cost import observe  # it stands on this module
+        from laconic.analysis.per_image_cost import observe  # imported here: it imports this module
 
         out = dataclasses.replace(out, observed=observe(model, images, convention))
     return dataclasses.replace(out, counted_macs=counted(model, example=example)) if count else out
@@ -93,14 +95,15 @@ def estimate(
     *,
     example: Tensor | InputSize | None = None,
 ) -> Summary:
-    """What ``model`` would cost under this method and schedule; nothing is attached and no forward is finished.
+    """Return the cost of ``model`` under this method and schedule, without reducing it or running a complete forward.
 
-    It is at the size of ``example`` if that is given: an input, or what `InputSize.of` found. The model may be on the meta
-    device. It may be reduced already, and what by does not matter. Without config and schedule it is the cost of the
-    unreduced model.
+    Costs are at the size of ``example``: an input, or the result of `InputSize.of` (default: the model's own size). The model
+    may be on the meta device. It may be reduced already; its own reduction is ignored. Without config and schedule the result
+    is the cost of the unreduced model.
 
     Raises:
-        TypeError: no supported model. ValueError: as `summary`; config without schedule; a schedule that does not fit.
+        TypeError: the model is not supported. ValueError: as `summary`; config without schedule, or the reverse; a schedule
+            that does not fit.
     """
     weights = weights_of(convention)
     if (config is None) != (schedule is None):
@@ -113,18 +116,18 @@ def estimate(
     size = example if isinstance(example, InputSize) else InputSize.of(host, entry, example)
     blocks, shapes = entry.blocks(host), size.shapes
     starts, sites = {sum(s.depth for s in shapes[:i]): shape for i, shape in enumerate(shapes)}, dict[int, BlockContext]()
-    own_sites = sites  # parameters are learned for the model's own size
+    own_sites = sites  # parameters belong to the model's own size
     tokens = tuple(shape.patches for shape in shapes for _ in range(shape.depth))
     if config is not None and schedule is not None:
-        staging = Stages(config, schedule, shapes)
-        tokens, sites = staging.counts(), staging.sites()
+        stages = Stages(config, schedule, shapes)
+        tokens, sites = stages.counts(), stages.sites()
         own_sites = sites if size.image is None else Stages(config, schedule, entry.shapes(host)).sites()
     rows, before, shape = list[BlockCost](), shapes[0].patches, shapes[0]
-    for index, (block, left) in enumerate(zip(blocks, tokens, strict=True)):
+    for index, (block, kept) in enumerate(zip(blocks, tokens, strict=True)):
         if index in starts:
             shape, before = starts[index], starts[index].patches
-        rows.append(block_cost(index, block, shape, config, sites.get(index), before, left, weights, batch_size))
-        before = left
+        rows.append(block_cost(index, block, shape, config, sites.get(index), before, kept, weights, batch_size))
+        before = kept
     ends = weigh(work.ends(host, entry, shapes[0].patches + shapes[0].prefix, before + shape.prefix, size), weights)
     macs = ends * batch_size + sum(row.macs + row.reducer_macs for row in rows)
     baseline = macs if config is None else estimate(model, None, None, convention, batch_size, example=size).macs
@@ -140,33 +143,33 @@ def block_cost(
     config: Method | None,
     site: BlockContext | None,
     before: int,
-    left: int,
+    kept: int,
     weights: Mapping[str, int],
     batch_size: int = 1,
 ) -> BlockCost:
-    """What one block of a stage costs that gets ``before`` patch tokens and leaves ``left``, its reducer included."""
-    at_attention, at_mlp = (n + shape.prefix for n in _inside(block, config, site, before, left))
+    """Return the cost of a block and its reducer, for ``before`` patch tokens that come in and ``kept`` that remain."""
+    at_attention, at_mlp = (n + shape.prefix for n in _inside(block, config, site, before, kept))
     own, reducer = weigh(work.block(block, at_attention, at_mlp, shape), weights), 0
-    works = left < before or (config is not None and config.info.count == "variable")
-    if config is not None and site is not None and (works or config.tokens_inside(before, left, site) != (before, before)):
-        reducer = weigh(config.macs(before, left, site), weights)
+    works = kept < before or (config is not None and config.info.count == "variable")
+    if config is not None and site is not None and (works or config.tokens_inside(before, kept, site) != (before, before)):
+        reducer = weigh(config.macs(before, kept, site), weights)
     return BlockCost(index, at_attention, at_mlp, own * batch_size, reducer * batch_size)
 
 
 def counted(model: nn.Module, compute: Compute = "all", example: Tensor | None = None) -> int:
-    """Multiply-adds that torch's FlopCounterMode counts (half its FLOPs) while the model really runs on one image.
+    """Return the multiply-adds (half the FLOPs) that torch's FlopCounterMode counts while the model runs on one image.
 
-    The model runs in evaluation mode, on the first image of ``example`` or on noise of its own input size; the ledger of its
-    last forward stays as it was. By default all rows are computed, as the closed forms of `summary` have it; with ``needed``
-    those that the model computes as it was reduced (see `laconic.reduce_`).
+    The model runs in evaluation mode, on the first image of ``example`` or on noise of its own input size; the history of its
+    last forward does not change. By default all rows are computed, as the closed forms of `summary` assume; ``needed``
+    computes only the rows that are read (see `laconic.reduce_`).
 
     Raises:
-        TypeError: no supported model.
+        TypeError: the model is not supported.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # it loads triton: not at import
+    from torch.utils.flop_counter import FlopCounterMode  # imported here because it loads triton
 
     host, entry = find_host(model)
-    # with gradients: without, the counter fails on a pool that starts from an expanded parameter (SigLIP's)
+    # gradients on: without, the counter fails on a pool that starts from an expanded parameter (SigLIP's)
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = _NoModules()  # type: ignore[assignment]
     with aside(host, compute), torch.inference_mode(False), torch.enable_grad(), counter:
@@ -175,7 +178,7 @@ def counted(model: nn.Module, compute: Compute = "all", example: Tensor | None =
 
 
 class _NoModules:
-    """In place of a counter's tracker of modules, whose global hooks would switch the fast path off."""
+    """Replacement for the counter's module tracker, whose global hooks would disable the fast path."""
 
     parents: ClassVar[set[str]] = {"Global"}
 
@@ -186,21 +189,21 @@ class _NoModules:
         pass
 
 
-def _inside(block: nn.Module, config: Method | None, site: BlockContext | None, before: int, left: int) -> tuple[int, int]:
-    """Patch tokens at the attention and at the MLP of a block that gets ``before`` and leaves ``left``."""
+def _inside(block: nn.Module, config: Method | None, site: BlockContext | None, before: int, kept: int) -> tuple[int, int]:
+    """Return the patch tokens at attention and at MLP of a block, of ``before`` that come in and ``kept`` that remain."""
     if config is None or site is None:
         return before, before
-    moment, halves = config.info.phase, block_spec(block)
-    if left < before and moment == "between" and halves is not None and halves.mlp is None:
+    phase, spec = config.info.phase, block_spec(block)
+    if kept < before and phase == "between" and spec is not None and spec.mlp is None:
         raise ValueError(
-            f"block {site.block} ({path_of(type(block))}) computes attention and MLP side by side, so there is no place "
-            f"between them for {config.info.name}; take a method that reduces before a block (dtps, dynamicvit)"
+            f"block {site.block} ({path_of(type(block))}) computes attention and MLP side by side, so {config.info.name} "
+            "cannot reduce between them; use a method that reduces before a block (dtps, dynamicvit)"
         )
-    return config.tokens_inside(before, left, site)
+    return config.tokens_inside(before, kept, site)
 
 
 def _parameters(model: nn.Module, config: Method | None, sites: Mapping[int, BlockContext]) -> int:
-    """Parameters of the model, without those of the reducers it may have, and with those of ``config``'s reducers."""
+    """Count the parameters of the model, without those of its present reducers, and with those of ``config``'s reducers."""
     reduction = find_reduction(model)
     present = 0 if reduction is None else sum(p.numel() for p in reduction.parameters())
     own = sum(p.numel() for p in model.parameters()) - present
@@ -211,10 +214,10 @@ def _parameters(model: nn.Module, config: Method | None, sites: Mapping[int, Blo
 
 
 def weights_of(convention: str) -> dict[str, int]:
-    """What each kind of work counts under a convention.
+    """Return the weight of each kind of work under a convention.
 
     Raises:
-        ValueError: there is no such convention.
+        ValueError: the convention is unknown.
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"convention must be one of {', '.join(map(repr, CONVENTIONS))}, not {convention!r}")
@@ -222,12 +225,12 @@ def weights_of(convention: str) -> dict[str, int]:
 
 
 def weigh(kinds: Mapping[str, int], weights: Mapping[str, int]) -> int:
-    """Work by kind, as one number.
+    """Return the weighted sum of work by kind.
 
     Raises:
-        ValueError: work of an unknown kind.
+        ValueError: a kind is unknown.
     """
     unknown = sorted(set(kinds) - set(work.KINDS))
     if unknown:
-        raise ValueError(f"work of an unknown kind: {', '.join(unknown)}; there are: {', '.join(work.KINDS)}")
+        raise ValueError(f"work of an unknown kind: {', '.join(unknown)}; known kinds: {', '.join(work.KINDS)}")
     return sum(count * weights.get(kind, 0) for kind, count in kinds.items())

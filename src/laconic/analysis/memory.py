@@ -1,4 +1,4 @@
-"""Peak memory of a forward: from the allocator on CUDA; on the CPU from the storages that operations allocate and free."""
+"""Peak memory of a forward: on CUDA from the allocator, on the CPU from the storages that operations allocate and free."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While active, ``peak`` is the most bytes that tensors made since then held at one time, after any operation.
+    """Track the memory of tensors created while active; ``peak`` is its maximum in bytes, sampled after each operation.
 
-    What an operation needs inside itself (and gives back before it ends) is not seen.
+    Temporary memory inside an operation is not counted.
     """
 
     def __init__(self) -> None:
@@ -25,33 +25,33 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        mine = {storage_of(t) for t in tensors_in((args, kwargs))}  # those of the arguments are not new
+        mine = {storage_of(t) for t in tensors_in((args, kwargs))}  # storages of the arguments are not new
         out = func(*args, **(kwargs or {}))
         for tensor in tensors_in(out):
             key = storage_of(tensor)
             if key not in mine and key not in self.known:
-                self._enter(key, tensor)
+                self._add(key, tensor)
         self.peak = max(self.peak, self.live)
         return out
 
-    def _enter(self, key: int, tensor: Tensor) -> None:
+    def _add(self, key: int, tensor: Tensor) -> None:
         size = tensor.untyped_storage().nbytes()
         self.known[key] = size
         self.live += size
-        # the storage goes with its last tensor: views hold their base, so the first tensor of a storage is not the last
-        weakref.finalize(tensor.untyped_storage(), self._leave, key)
+        # a storage lives until its last tensor is freed: views share it, so finalize the storage, not its first tensor
+        weakref.finalize(tensor.untyped_storage(), self._release, key)
 
-    def _leave(self, key: int) -> None:
+    def _release(self, key: int) -> None:
         self.live -= self.known.pop(key, 0)
 
 
 def storage_of(tensor: Tensor) -> int:
-    """What tells a storage from others that are there at the same time."""
+    """Return the identity of a tensor's storage among the live ones."""
     return int(tensor.untyped_storage()._cdata)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested tuples, lists and dicts."""
+    """Iterate over the tensors in nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
@@ -62,7 +62,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
-    """The most that one run held at a time of what it made itself, in bytes."""
+    """Return the peak memory of the tensors that one run creates, in bytes."""
     gc.collect()
     with torch.no_grad(), LiveBytes() as mode:
         kept = run()
@@ -71,7 +71,7 @@ def peak_bytes(run: Callable[[], Any]) -> int:
 
 
 def peak_of(model: Any, images: Tensor) -> int:
-    """The most that one forward of a model holds at a time beside its weights and the images, in bytes; not compiled."""
+    """Return the peak memory of one uncompiled forward in addition to weights and images, in bytes."""
     if images.device.type != "cuda":
         return peak_bytes(lambda: model(images))
     torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""What single images really left and cost, where a method decides for every image."""
+"""Kept tokens and cost of single images, for methods that choose the token count per image."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from laconic.core.tokens import Tokens
 
 
 class Observer:
-    """Notes how many patch tokens every image has after each block, while a reduced model runs (see `observing`)."""
+    """Record the patch tokens of every image after each block while a reduced model runs (see `observing`)."""
 
     def __init__(self, model: nn.Module, convention: str = "matmul") -> None:
         self.reduction, self.weights = reduction_of(model), weights_of(convention)
@@ -29,17 +29,17 @@ class Observer:
         self.counts = list[list[int]]()
         self.known = dict[tuple[int, int, int], int]()
 
-    def note(self) -> None:
+    def record(self) -> None:
         """Add the images of the last forward."""
         entries = [self.reduction.entry(index) for index in range(self.reduction.depth + 1)]
-        self.counts += torch.stack([_live(tokens) for tokens in entries], 1).tolist()
+        self.counts += torch.stack([_num_active(tokens) for tokens in entries], 1).tolist()
 
     @cached_property
     def _sites(self) -> dict[int, BlockContext]:
         return self.reduction.staging.sites()
 
     def _cost(self, index: int, before: int, after: int) -> int:
-        """MACs of a block, or of all that is no block for index -1."""
+        """Return the MACs of a block; for index -1, of the layers outside the blocks."""
         if (index, before, after) not in self.known:
             config, staging = self.reduction.config, self.reduction.staging
             if index < 0:
@@ -54,10 +54,10 @@ class Observer:
 
     @property
     def result(self) -> Observed:
-        """Mean and spread over the images so far.
+        """Mean and spread over the images recorded so far.
 
         Raises:
-            ValueError: there were none.
+            ValueError: no images were recorded.
         """
         if not self.counts:
             raise ValueError("there are no images to observe; pass batches of them, [B, channels, height, width]")
@@ -70,15 +70,15 @@ class Observer:
             + sum(self._cost(i, starts.get(i, before), after) for i, (before, after) in enumerate(pairwise(row)))
             for row in self.counts
         ]
-        left = zip(*(row[1:] for row in self.counts), strict=True)
-        return Observed(len(macs), tuple(Spread.of(column) for column in left), Spread.of(macs))
+        kept = zip(*(row[1:] for row in self.counts), strict=True)
+        return Observed(len(macs), tuple(Spread.of(column) for column in kept), Spread.of(macs))
 
 
 @contextmanager
 def observing(model: nn.Module, convention: str = "matmul") -> Iterator[Observer]:
-    """Observe every forward of a reduced model."""
+    """Observe every forward of a reduced model inside the context."""
     observer = Observer(model, convention)
-    handle = observer.host.register_forward_hook(lambda *_: observer.note())
+    handle = observer.host.register_forward_hook(lambda *_: observer.record())
     try:
         yield observer
     finally:
@@ -86,9 +86,9 @@ def observing(model: nn.Module, convention: str = "matmul") -> Iterator[Observer
 
 
 def observe(model: nn.Module, images: Iterable[Tensor] | Tensor, convention: str = "matmul") -> Observed:
-    """Tokens and multiply-adds of single images, over batches of them.
+    """Run batches of images; return the mean and spread of their tokens and multiply-adds per image.
 
-    The model runs in evaluation mode; the ledger of its last forward stays as it was.
+    The model runs in evaluation mode; the history of its last forward does not change.
 
     Raises:
         ValueError: the model is not reduced, or there are no images.
@@ -99,8 +99,8 @@ def observe(model: nn.Module, images: Iterable[Tensor] | Tensor, convention: str
     return observer.result
 
 
-def _live(tokens: Tokens) -> Tensor:
-    """Patch tokens of each image that are run from here on, [B]."""
+def _num_active(tokens: Tokens) -> Tensor:
+    """Return the number of patch tokens of each image that the following blocks process, [B]."""
     if tokens.keep_mask is None:
         return torch.full_like(tokens.origin_index[:, 0], len(tokens))
     return (tokens.keep_mask > 0).sum(1)

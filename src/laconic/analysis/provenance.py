@@ -1,4 +1,4 @@
-"""Follow every patch through the last forward, or that of given features; give features back to all patches."""
+"""Track every patch through a forward of a reduced model, and map token features back to all patches."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from laconic.core.token_reduction import TokenReduction, reduction_of
 
 @dataclass(frozen=True)
 class Stage:
-    """The tokens that one reducing block left.
+    """The tokens after one reducing block.
 
-    ``where[b, p]`` is the patch token that holds patch p (-1: dropped), ``size[b, j]`` the patches token j holds,
-    ``kept[b, j]`` the patch in whose place token j stands. ``alive`` is set where some tokens are hidden from the others:
-    softly removed ones in training, and what fills up the images of a batch that have fewer tokens (their size is 0).
-    Patches that are parked for a while (Evo-ViT) are -1 until they are back. ``grid``: rows and columns of the patches or None.
+    ``where[b, p]`` is the patch token that contains patch p (-1: dropped), ``size[b, j]`` the number of patches in token j,
+    ``kept[b, j]`` the patch at whose position token j is. ``alive`` is the keep mask, set only if some tokens are hidden from
+    the others: tokens that are dropped softly in training, and padding tokens of images with fewer tokens than others in the
+    batch (their size is 0). Parked patches (Evo-ViT) are -1 until they return. ``grid``: rows and columns of the patches, or
+    None.
     """
 
     block: int
@@ -36,7 +37,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Provenance:
-    """The stages of one forward, first to last, and the patch grid (rows, columns) of its images (None: not known)."""
+    """The reducing blocks of one forward, first to last, and the patch grid (rows, columns) of its images (None: unknown)."""
 
     stages: tuple[Stage, ...]
     grid: tuple[int, int] | None
@@ -44,26 +45,27 @@ class Provenance:
 
     @property
     def final(self) -> Stage:
-        """The last stage."""
+        """The tokens after the last reducing block."""
         return self.stages[-1]
 
 
 def provenance(of: nn.Module | Tensor | Mapping[str, Any] | tuple[Any, ...]) -> Provenance:
-    """Return where every patch of a batch went, stage by stage.
+    """Return the token that contains each patch of a batch, after every reducing block.
 
     Args:
-        of: a reduced model: the last complete forward of this thread, or, inside of a running one (a hook), that one as far
-            as it got. Or what a forward has returned (logits, features; a view of them along the batch): that forward.
+        of: a reduced model, for the last complete forward of this thread or, inside a running forward (in a hook), for the
+            running one up to this point. Or an output of a forward (logits, features, or a view of them along the batch), for
+            that forward.
 
     Raises:
-        ValueError: the model is not reduced, or the tensor comes from no forward of a reduced model (it is a copy, or the
-            result of an operation). RuntimeError: the model has not run forward yet.
+        ValueError: the model is not reduced, or the tensor is not a known output of a reduced model (it is a copy, or the
+            result of an operation). RuntimeError: the model has not run a forward yet.
     """
     if isinstance(of, nn.Module):
         reduction = reduction_of(of)
         history = reduction.last()
         if history is None:
-            reduction.entry(0)  # says so
+            reduction.entry(0)  # raises the RuntimeError
             raise AssertionError
     else:
         history = _of_output(of)
@@ -77,8 +79,8 @@ def _of_output(of: Any) -> History:
     found = next((h for value in values if isinstance(value, Tensor) and (h := find(value)) is not None), None)
     if found is None:
         raise ValueError(
-            "this comes from no forward of a reduced model that is known: it is a copy, or the result of an operation. Pass "
-            "what the model (or one of its blocks) returned, a view of it along the batch, or the model itself"
+            "this is not a known output of a reduced model: it is a copy, or the result of an operation. Pass what the model "
+            "(or one of its blocks) returned, a view of it along the batch, or the model itself"
         )
     return found
 
@@ -96,16 +98,17 @@ def _provenance(history: History) -> Provenance:
 
 
 def losses(of: nn.Module | Tensor | Mapping[str, Any] | tuple[Any, ...]) -> dict[str, Tensor]:
-    """The method's own training losses by name, each a mean over stages; empty if it has none.
+    """Return the method's own training losses by name, each a mean over the reducing blocks; empty if it has none.
 
     DynamicViT and dTPS have "ratio", which their papers add with weight 2.
 
     Args:
-        of: a reduced model: its last forward of this thread in training mode (or its last, if there was none). Or what a
-            forward has returned: that forward.
+        of: a reduced model, for its last forward of this thread in training mode (or its last forward, if there was none).
+            Or an output of a forward, for that forward.
 
     Raises:
-        ValueError: the model is not reduced, or the tensor is of no forward that is known. RuntimeError: it has not run yet.
+        ValueError: the model is not reduced, or the tensor is not an output of a known forward. RuntimeError: the model has
+            not run a forward yet.
     """
     history = reduction_of(of).last(training=True) if isinstance(of, nn.Module) else _of_output(of)
     if history is None:
@@ -124,31 +127,32 @@ def losses(of: nn.Module | Tensor | Mapping[str, Any] | tuple[Any, ...]) -> dict
 def restore_dense(
     of: nn.Module | Provenance, features: Float[Tensor, "B N C"], *, layout: str = "NLC", fill: str | float = 0.0
 ) -> Tensor:
-    """Give the features of the tokens that are left back to every patch they stand for.
+    """Return dense features: every patch gets the features of the token that contains it.
 
     Args:
-        of: the reduced model that made the features; they may be of any of its forwards. Inside of a running forward (a hook)
-            features that are not known otherwise are that forward's. Or a `Provenance`: that forward, whatever the features
-            are (a gradient, a result of operations on each token).
-        features: [B, prefix + L, C] as ``forward_features`` or a block returns them, or [B, L, C] without the prefix tokens;
-            a view of them along the batch will do.
+        of: the reduced model that computed the features, in any of its forwards; inside a running forward (in a hook),
+            features that are not known otherwise are taken as that forward's. Or a `Provenance`, for its forward; the features
+            may then be any tensor with one row per token (a gradient, the result of operations on each token).
+        features: [B, prefix + L, C] as ``forward_features`` or a block returns them, or [B, L, C] without the prefix tokens,
+            or a view of them along the batch.
         layout: ``NLC`` for [B, P, C] in raster order, ``NCHW`` for [B, C, rows, columns].
-        fill: what dropped patches get: a number, ``zeros``, ``nearest``, ``mean``, or ``last`` (see `laconic.core.dense.restored`).
+        fill: the features of dropped patches: a number, ``zeros``, ``nearest``, ``mean``, or ``last``
+            (see `laconic.core.dense.restored`).
 
     Raises:
-        ValueError: the features are of no forward that is known, or not of those tokens; the grid is not known.
+        ValueError: the features are not from a known forward or do not match its tokens, or the grid is unknown.
     """
     if isinstance(of, Provenance):
-        history = _of_shape(of._history, features)
+        history = _entry_of_shape(of._history, features)
         reduction: TokenReduction = of._history.reduction  # type: ignore[union-attr]
     else:
         reduction = reduction_of(of)
         found = current(features, reduction.ref) if isinstance(features, Tensor) and features.dim() == 3 else None
         if found is None:
             raise ValueError(
-                f"features of shape {tuple(features.shape)} come from no forward of this model that is known: they are a copy, "
-                "the result of an operation, or another model's. Pass them as the model returned them (a view along the batch "
-                "will do), or say which forward they are of: restore_dense(laconic.provenance(model), features)"
+                f"features of shape {tuple(features.shape)} are not a known output of this model: they are a copy, the result "
+                "of an operation, or another model's. Pass them as the model returned them (or a view along the batch), or "
+                "name their forward: restore_dense(laconic.provenance(model), features)"
             )
         history = found
     tokens = history.tokens
@@ -156,7 +160,7 @@ def restore_dense(
     prefix = tokens.prefix if features.dim() == 3 and features.shape[1] == count else 0
     if features.dim() != 3 or features.shape[0] != images or features.shape[1] - prefix != len(tokens):
         raise ValueError(
-            f"features of shape {tuple(features.shape)} do not fit their forward, which left {images} images of "
+            f"features of shape {tuple(features.shape)} do not fit their forward, which kept {images} images of "
             f"{tokens.prefix} prefix and {len(tokens)} patch tokens"
         )
     if history.given_back:
@@ -165,14 +169,14 @@ def restore_dense(
     return laid_out(restored(tokens, features[:, prefix:], fill, norm), tokens, layout)
 
 
-def _of_shape(history: History | None, features: Tensor) -> History:
-    """The entry of a forward that has as many tokens as the features, last first.
+def _entry_of_shape(history: History | None, features: Tensor) -> History:
+    """Return the last history entry of a forward that has as many tokens as the features.
 
     Raises:
-        ValueError: none has.
+        ValueError: no entry has.
     """
     for entry in [] if history is None or features.dim() != 3 else history.chain():
         images, count = entry.tokens.shape
         if features.shape[0] == images and features.shape[1] in (count, count - entry.tokens.prefix):
             return entry
-    raise ValueError(f"features of shape {tuple(features.shape)} fit no block of this forward")
+    raise ValueError(f"features of shape {tuple(features.shape)} do not match the tokens of any block of this forward")

@@ -1,4 +1,4 @@
-"""Clocks for forwards: by the wall clock, or on CUDA by events on the device."""
+"""Stopwatches for forwards: by the wall clock, or on CUDA by events on the device."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ Run = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Time:
-    """Seconds of one forward: by the clock (on CUDA: of the device), and of all CPU threads together."""
+    """Seconds of one forward: wall time (on CUDA: device time), and CPU time summed over all threads."""
 
     wall: float
     cpu: float
 
 
 class Stopwatch(ABC):
-    """Marks points of a run, and tells the seconds between two of them."""
+    """Mark points in a run, and measure the seconds between two marks."""
 
     @abstractmethod
     def mark(self) -> Any:
-        """Now."""
+        """Return a mark for the present point of the run."""
 
     @abstractmethod
     def between(self, begin: Any, end: Any) -> float:
-        """Seconds."""
+        """Return the seconds between two marks."""
 
     def time(self, run: Run) -> Time:
-        """Time a whole run."""
+        """Time a whole run; its CPU time is not measured and set to the wall time."""
         begin = self.mark()
         run()
         wall = self.between(begin, self.mark())
@@ -41,7 +41,7 @@ class Stopwatch(ABC):
 
 
 class WallStopwatch(Stopwatch):
-    """By the clock on the wall."""
+    """Measure wall time."""
 
     def mark(self) -> float:
         return time.perf_counter()
@@ -51,7 +51,7 @@ class WallStopwatch(Stopwatch):
 
 
 class CudaStopwatch(Stopwatch):
-    """By events on the device."""
+    """Measure device time with CUDA events."""
 
     def mark(self) -> torch.cuda.Event:
         event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

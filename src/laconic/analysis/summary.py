@@ -1,4 +1,4 @@
-"""`Summary`: the numbers of `laconic.analysis.macs`, as JSON and as a table."""
+"""`Summary`: the results of `laconic.analysis.macs`, as JSON and as a table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class BlockCost:
-    """One block: tokens at its attention and at its MLP (prefix tokens among them), MACs of its layers and of its reducer."""
+    """The cost of a block: tokens at attention and at MLP (prefix tokens included), MACs of its layers and of its reducer."""
 
     block: int
     attention_tokens: int
@@ -25,7 +25,7 @@ class BlockCost:
 
 @dataclass(frozen=True)
 class Spread:
-    """What a number is over images: its mean, its standard deviation, its least and its greatest."""
+    """The distribution of a number over images: mean, standard deviation, minimum and maximum."""
 
     mean: float
     deviation: float
@@ -34,13 +34,13 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[int]) -> Spread:
-        """Over these values."""
+        """Return the spread of these values."""
         return cls(statistics.fmean(values), statistics.pstdev(values), min(values), max(values))
 
 
 @dataclass(frozen=True)
 class Observed:
-    """What single images left and cost: patch tokens after each block, and MACs."""
+    """Measured costs of single images: patch tokens after each block, and MACs."""
 
     images: int
     tokens: tuple[Spread, ...]
@@ -49,7 +49,7 @@ class Observed:
 
 @dataclass(frozen=True)
 class TimeBalance:
-    """Seconds of one forward of a batch of this shape: unreduced, reduced, and of that the method's own steps."""
+    """Seconds of one forward of a batch of this shape: unreduced, reduced, and the part of the method's own steps in it."""
 
     unreduced: float
     reduced: float
@@ -59,7 +59,7 @@ class TimeBalance:
 
     @property
     def ratio(self) -> float:
-        """How many times as fast as the unreduced model the reduced one is."""
+        """The speedup over the unreduced model."""
         return self.unreduced / self.reduced
 
     def __str__(self) -> str:
@@ -67,7 +67,7 @@ class TimeBalance:
         faster, slower = f"{self.ratio:.2f}x as fast as unreduced", f"SLOWER than unreduced ({self.ratio:.2f}x)"
         batch, _, height, width = self.shape
         here = f"measured on {self.device} at batch {batch} of {height} x {width}"
-        times = f"{new} a forward instead of {old}, and {steps} of it are the method's own steps"
+        times = f"{new} per forward instead of {old}, of which the method's own steps take {steps}"
         return f"{faster if self.ratio >= 1 else slower}, {here}: {times}"
 
 
@@ -77,11 +77,11 @@ def _seconds(value: float) -> str:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a model costs at inference. MACs are of ``batch_size`` images of ``image_size`` (None: the model's own).
+    """The cost of a model at inference. MACs are for ``batch_size`` images of ``image_size`` (None: the model's own size).
 
-    ``macs`` is the whole model, patch embedding, head and reducers included; ``baseline_macs`` the same model unreduced.
-    ``tokens`` are the patch tokens each block leaves. ``counted_macs``, of one image, is None unless it was asked for.
-    ``timed`` is None unless the method's own steps take so long that its speed was measured (see `laconic.analysis.break_even`).
+    ``macs`` is for the whole model, patch embedding, head and reducers included; ``baseline_macs`` for the unreduced model.
+    ``tokens`` are the patch tokens after each block. ``counted_macs``, for one image, is None unless it was requested.
+    ``timed`` is None unless the method's own steps are slow enough for a measurement (see `laconic.analysis.break_even`).
     """
 
     model: str
@@ -99,7 +99,7 @@ class Summary:
     timed: TimeBalance | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """All fields, as plain JSON."""
+        """Return all fields as plain JSON."""
         fields: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return fields
 
@@ -116,22 +116,22 @@ class Summary:
         if self.timed is not None:
             lines.append(str(self.timed))
         if self.observed is not None:
-            cost, left = self.observed.macs, self.observed.tokens[-1]
+            cost, kept = self.observed.macs, self.observed.tokens[-1]
             lines.append(
-                f"{cost.mean / 1e9:.4f} ± {cost.deviation / 1e9:.4f} GMACs an image ({cost.least / 1e9:.4f} to "
-                f"{cost.most / 1e9:.4f}) over {self.observed.images} images; patches left: {left.mean:.1f} ± "
-                f"{left.deviation:.1f} ({left.least} to {left.most})"
+                f"{cost.mean / 1e9:.4f} ± {cost.deviation / 1e9:.4f} GMACs per image ({cost.least / 1e9:.4f} to "
+                f"{cost.most / 1e9:.4f}) over {self.observed.images} images; patch tokens kept: {kept.mean:.1f} "
+                f"± {kept.deviation:.1f} ({kept.least} to {kept.most})"
             )
-        header = ["block", "tokens at attention", "at MLP", "patches left", "MMACs", "reducer MMACs"]
+        header = ["block", "tokens at attention", "at MLP", "patches kept", "MMACs", "reducer MMACs"]
         rows = [
-            [*map(str, (b.block, b.attention_tokens, b.mlp_tokens, left)), f"{b.macs / 1e6:.2f}", f"{b.reducer_macs / 1e6:.2f}"]
-            for b, left in zip(self.blocks, self.tokens, strict=True)
+            [*map(str, (b.block, b.attention_tokens, b.mlp_tokens, kept)), f"{b.macs / 1e6:.2f}", f"{b.reducer_macs / 1e6:.2f}"]
+            for b, kept in zip(self.blocks, self.tokens, strict=True)
         ]
         return "\n".join([*lines, table(header, rows)])
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of text, right-aligned; drawn by rich where it is installed."""
+    """Format a right-aligned text table, with rich if it is installed."""
     if importlib.util.find_spec("rich") is None:
         widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
         return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in [header, *rows])

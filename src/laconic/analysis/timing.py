@@ -1,9 +1,9 @@
 """Time variants in one process, interleaved round by round, as ratios to the unreduced model.
 
-Absolute times depend on the machine and on what else it does; the ratio of two forwards that follow each other hardly does.
-So a round runs every variant once and the unreduced model between them, every few variants; each variant is divided into
-the mean of the unreduced runs before and after it; every other round goes backwards; and what is reported is the median
-and the quartiles of the ratios of all rounds.
+Absolute times depend on the machine and its load; the ratio of two consecutive forwards hardly does. So a round runs every
+variant once, with a run of the unreduced model after every few variants. The ratio of a variant is the mean time of the
+unreduced runs before and after it, divided by its own time. Every other round runs in reverse order. The results are the
+median and the quartiles of the ratios over all rounds.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Setting:
-    """How to measure.
+    """The settings of a measurement.
 
     Args:
-        rounds: rounds; each runs every variant once, and the unreduced model around every few of them.
-        threads: CPU threads (default: as many as torch takes by itself).
-        compile: torch.compile all models, the unreduced one too.
-        device: cuda where there is one, else cpu.
-        dtype: of weights and images.
+        rounds: number of rounds; each runs every variant once, and the unreduced model before and after every few of them.
+        threads: CPU threads (default: torch's default).
+        compile: use torch.compile for all models, the unreduced one included.
+        device: ``auto`` uses cuda if available, else cpu.
+        dtype: dtype of weights and images.
     """
 
     rounds: int = 10
@@ -49,11 +49,11 @@ class Setting:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("torch sees no CUDA device here; use --device cpu, or install a build of torch with CUDA")
+            raise ValueError("torch finds no CUDA device; use --device cpu, or install a build of torch with CUDA")
 
     @property
     def place(self) -> torch.device:
-        """The device."""
+        """The device to measure on."""
         cuda = self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
         return torch.device("cuda" if cuda else "cpu")
 
@@ -68,7 +68,7 @@ class Quartiles:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Quartiles:
-        """Of one value or more."""
+        """Return the quartiles of one or more values."""
         if len(values) == 1:
             return cls(values[0], values[0], values[0])
         return cls(*statistics.quantiles(values, n=4, method="inclusive"))
@@ -76,7 +76,7 @@ class Quartiles:
 
 @dataclass(frozen=True)
 class Sample:
-    """One forward, and what the unreduced model took around it."""
+    """The time of one forward, and the mean time of the unreduced forwards before and after it."""
 
     own: Time
     base: Time
@@ -93,7 +93,7 @@ def cpu_clock(run: Run) -> Time:
 
 
 def cuda_clock(run: Run) -> Time:
-    """Time one run on the GPU, by events; CPU time is what it takes to hand the work over."""
+    """Time one run on the GPU with events; the CPU time is that of launching the work."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     cpu = time.process_time()
@@ -106,7 +106,7 @@ def cuda_clock(run: Run) -> Time:
 
 
 def interleave(runs: Mapping[str, Run], rounds: int, clock: Clock, tick: Run = lambda: None) -> dict[str, list[Sample]]:
-    """Run everything once a round, every other round backwards, and the first, the base, again after every `APART` others."""
+    """Run each once a round, in reverse order every other round, and the first (the base) again after every `APART` others."""
     base, *others = runs
     samples: dict[str, list[Sample]] = {name: [] for name in runs}
 
@@ -131,32 +131,32 @@ def interleave(runs: Mapping[str, Run], rounds: int, clock: Clock, tick: Run = l
 
 
 def ratios(samples: Sequence[Sample]) -> tuple[Quartiles, Quartiles]:
-    """How many times quicker than the base, by the clock and in CPU time: quartiles over the rounds."""
+    """Return the speedup over the base in wall time and in CPU time, as quartiles over the rounds."""
     wall = [s.base.wall / max(s.own.wall, TINY) for s in samples]
     return Quartiles.of(wall), Quartiles.of([s.base.cpu / max(s.own.cpu, TINY) for s in samples])
 
 
 def forward(model: Any, images: Tensor, *, compiled: bool) -> Run:
-    """One forward, ready to be run."""
+    """Return a function that runs one forward."""
 
     def call(images: Tensor) -> Any:
         return model(images)
 
-    # torch.compile keeps its graphs by code object, eight of them, and after that runs uncompiled without a word: so every
-    # model gets a code object of its own, and every batch size a graph of its own
+    # torch.compile caches eight graphs per code object and then silently runs uncompiled: so every model gets its own code
+    # object, and every batch size its own graph
     call.__code__ = call.__code__.replace()
     run = torch.compile(call, dynamic=False) if compiled else call
     return lambda: run(images)
 
 
 def time_models(models: Mapping[str, tuple[Any, Tensor]], setting: Setting, warmup: int = 2) -> dict[str, list[Sample]]:
-    """Time one forward of each (model, images) in every round, after ``warmup`` rounds that do not count."""
+    """Time one forward of each (model, images) in every round, after ``warmup`` rounds that are discarded."""
     runs = {name: forward(model, images, compiled=setting.compile) for name, (model, images) in models.items()}
     return time_runs(runs, setting, warmup)
 
 
 def time_runs(runs: Mapping[str, Run], setting: Setting, warmup: int = 2) -> dict[str, list[Sample]]:
-    """Time everything in every round, after ``warmup`` rounds that do not count."""
+    """Time each run once in every round, after ``warmup`` rounds that are discarded."""
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     clock = cuda_clock if setting.place.type == "cuda" else cpu_clock
