@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 import laconic
 from laconic.analysis.accuracy import Accuracy
-from laconic.analysis.diagnose import twin
+from laconic.analysis.diagnose import shared_copy
 from laconic.analysis.evaluate import Processes, answers, config_for, evaluate, make_loader, transform_for
 from laconic.analysis.intervals import wilson
 from laconic.analysis.timing import Setting
@@ -185,7 +185,7 @@ def test_an_image_that_two_processes_got_counts_once(model, images):
 
 
 def test_modes_and_generators_stay_as_they_are(model, images):
-    copy = twin(model)
+    copy = shared_copy(model)
     copy.train()
     copy.blocks[1].eval()
     modes, state = [m.training for m in copy.modules()], torch.get_rng_state()
@@ -198,10 +198,10 @@ def test_modes_and_generators_stay_as_they_are(model, images):
 def test_the_input_size_is_that_of_the_model_and_not_of_its_weights(model):
     assert config_for(model)["input_size"] == (3, 32, 32)
     assert transform_for(model)(Image.new("RGB", (50, 70))).shape == (3, 32, 32)
-    small = twin(model)
+    small = shared_copy(model)
     small.set_input_size(img_size=16)
     assert config_for(small)["input_size"] == (3, 16, 16)
-    assert config_for(laconic.reduce_(twin(model), "topk", keep=0.5), 1.0)["crop_pct"] == 1.0
+    assert config_for(laconic.reduce_(shared_copy(model), "topk", keep=0.5), 1.0)["crop_pct"] == 1.0
     with pytest.raises(ValueError, match="crop must be a share"):
         config_for(model, 1.5)
 
@@ -261,7 +261,7 @@ def test_eval_of_a_directory_and_of_a_folder_with_a_broken_file(tmp_path, model)
         (tmp_path / "images" / name).mkdir(parents=True)
         Image.new("RGB", (40, 30), (name == "a" and "red") or "blue").save(tmp_path / "images" / name / "1.png")
     (tmp_path / "images" / "a" / "2.png").write_bytes(b"broken")
-    laconic.save(laconic.reduce_(twin(model), "etps", keep=0.5), tmp_path / "saved")
+    laconic.save(laconic.reduce_(shared_copy(model), "etps", keep=0.5), tmp_path / "saved")
     report = eval_(str(tmp_path / "saved"), data=str(tmp_path / "images"), reading=Reading(workers=0))
     assert [row.name for row in report.rows] == ["unreduced", "etps as saved"]
     assert [(row.images, row.unreadable) for row in report.rows] == [(2, 1)] * 2
@@ -411,7 +411,7 @@ def test_the_next_smaller_model_has_weights_of_the_same_kind_or_no_row(tmp_path)
 
 
 def test_the_digest_is_of_the_weights(model):
-    assert digest(model) == digest(twin(model))
+    assert digest(model) == digest(shared_copy(model))
     assert digest(model) != digest(timm.create_model(TINY, **ARGS))
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 import laconic
 from laconic.analysis import machine, timing
-from laconic.analysis.diagnose import doctor, twin
+from laconic.analysis.diagnose import doctor, shared_copy
 from laconic.analysis.timing import Quartiles, Sample, Setting, Time
 from laconic.cli import agreement, compare, draw, image_io, models, variants, weights
 from laconic.cli.bench import bench
@@ -99,7 +99,7 @@ def test_doctor_gives_the_reason_why_not():
 
 @pytest.mark.usefixtures("few_methods")
 def test_doctor_examines_a_reduced_model_as_it_was(small):
-    assert doctor(laconic.reduce_(twin(small), "bat", keep=0.5)).to_json() == doctor(small).to_json()
+    assert doctor(laconic.reduce_(shared_copy(small), "bat", keep=0.5)).to_json() == doctor(small).to_json()
 
 
 def test_doctor_on_an_unknown_model():
@@ -115,7 +115,7 @@ def test_doctor_wants_a_module():
 
 
 def test_a_twin_shares_weights_and_nothing_else(small):
-    copy = twin(small)
+    copy = shared_copy(small)
     assert all(a is b for a, b in zip(copy.parameters(), small.parameters(), strict=True))
     assert not {id(m) for m in copy.modules()} & {id(m) for m in small.modules()}
 
@@ -319,7 +319,7 @@ def test_a_dozen_models_are_all_compiled(small):
 
     torch._dynamo.reset()
     counters.clear()
-    models_ = [laconic.reduce_(twin(small), "topk", keep=keep / 20) for keep in range(8, 18)]
+    models_ = [laconic.reduce_(shared_copy(small), "topk", keep=keep / 20) for keep in range(8, 18)]
     compile_ = torch.compile
     with pytest.MonkeyPatch.context() as patch, config.patch(fail_on_recompile_limit_hit=True):
         patch.setattr(torch, "compile", lambda call, dynamic: compile_(call, dynamic=dynamic, backend="eager"))
@@ -381,7 +381,7 @@ def test_the_next_smaller_model(name, smaller):
 
 
 def test_the_smaller_model_gets_a_row(small):
-    found, notes = variants.alternatives("deit_small_patch16_224", small, [0.5], lambda name: twin(small))
+    found, notes = variants.alternatives("deit_small_patch16_224", small, [0.5], lambda name: shared_copy(small))
     assert [v.label for v in found] == ["random 0.5", "avg-pool 0.5", "input 64x64 0.5", TINY]
     assert notes == []
 
@@ -534,7 +534,7 @@ def stage(holder, block=3):
 
 
 def test_maps_say_which_patches_share_a_token(small):
-    reduced = laconic.reduce_(twin(small), "bat", keep=0.5)
+    reduced = laconic.reduce_(shared_copy(small), "bat", keep=0.5)
     reduced(torch.randn(2, 3, 96, 96))
     ledger = laconic.provenance(reduced)
     for number in range(2):

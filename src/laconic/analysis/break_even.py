@@ -197,7 +197,7 @@ def seconds(run: Run, watch: Stopwatch) -> float:
 
 def _unreduced(host: nn.Module) -> nn.Module:
     """Return an unreduced copy that shares the weights of the original."""
-    from laconic.analysis.diagnose import twin
+    from laconic.analysis.diagnose import shared_copy
     from laconic.api import restore_  # imported here: both import this module
 
-    return restore_(twin(host))
+    return restore_(shared_copy(host))

@@ -103,7 +103,7 @@ def doctor(model: nn.Module) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}; create the model first (timm.create_model)")
     name = path_of(type(model))
-    model = twin(model)
+    model = shared_copy(model)
     if find_reduction(model) is not None:
         restore_(model)
     try:
@@ -130,7 +130,7 @@ def doctor(model: nn.Module) -> Report:
     )
 
 
-def twin(model: nn.Module) -> nn.Module:
+def shared_copy(model: nn.Module) -> nn.Module:
     """Return a copy with its own modules that shares the weights: reducing it does not change the original, or copy weights."""
     shared = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
@@ -163,6 +163,6 @@ def _attempt(model: nn.Module, method: str, keep: float | None, options: dict[st
     try:
         # a learned scorer draws its initial weights: fork the generator so that the caller's random state does not change
         with quiet(), torch.random.fork_rng(devices=[]):
-            return reduction_of(reduce_(twin(model), method, keep=keep, **options))
+            return reduction_of(reduce_(shared_copy(model), method, keep=keep, **options))
     except (TypeError, ValueError, LookupError, RuntimeError) as error:
         return str(error)

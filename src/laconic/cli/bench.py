@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from laconic.analysis import machine
-from laconic.analysis.diagnose import twin
+from laconic.analysis.diagnose import shared_copy
 from laconic.analysis.timing import Setting
 from laconic.api import restore_
 from laconic.cli import compare
@@ -129,7 +129,7 @@ def collect(
     """The unreduced model first (then without rows that nobody needs), what a directory holds, methods, and alternatives."""
     model = open_model(name)
     saved = find_reduction(model)
-    base = model if saved is None else restore_(twin(model))
+    base = model if saved is None else restore_(shared_copy(model))
     variants = [row for row in (unreduced("unreduced", base), class_row_only(base)) if row is not None]
     if saved is not None:
         variants.append(as_reduced(f"{saved.config.info.name} as saved", model, None))

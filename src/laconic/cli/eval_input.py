@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from laconic.analysis.diagnose import twin
+from laconic.analysis.diagnose import shared_copy
 from laconic.analysis.evaluate import config_for
 from laconic.api import restore_
 from laconic.cli.models import create, open_model
@@ -87,7 +87,7 @@ def open_subject(model: str, data: str, reading: Reading, weights: Path | None, 
             raise Refusal(f"{model} is a directory with weights and arguments of its own; leave out --weights and --model-args")
         opened = open_model(model)
         saved = opened if find_reduction(opened) is not None else None
-        base = opened if saved is None else restore_(twin(saved))
+        base = opened if saved is None else restore_(shared_copy(saved))
         loaded, pretrained = Loaded(base, f"the weights come from {model}", False), False
     else:
         saved = None

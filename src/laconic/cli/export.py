@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from laconic.analysis import machine
-from laconic.analysis.diagnose import twin
+from laconic.analysis.diagnose import shared_copy
 from laconic.analysis.timing import Setting
 from laconic.api import restore_
 from laconic.cli.export_speed import INT8, Quantized, Speed, measure_formats, quantized, table
@@ -152,7 +152,7 @@ def collect(name: str, methods: Sequence[str], keeps: Sequence[float], options: 
     """The unreduced model first, then what a directory holds or every method at every keep rate."""
     model = open_model(name)
     saved = find_reduction(model)
-    base = model if saved is None else restore_(twin(model))
+    base = model if saved is None else restore_(shared_copy(model))
     variants = [unreduced("unreduced", base)]
     if saved is not None:
         variants.append(as_reduced(saved.config.info.name, model, None))

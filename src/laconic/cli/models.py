@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from laconic.analysis.diagnose import twin
+from laconic.analysis.diagnose import shared_copy
 from laconic.core.files import Refusal
 
 SIZES = ("giant", "huge", "large", "base", "medium", "small", "tiny")  # a word of timm's names, from large to small
@@ -64,7 +64,7 @@ def lower_resolution(model: Any, patches: float) -> Any | None:
     if not hasattr(model, "set_input_size") or not grid or not size:
         return None
     factor = math.sqrt(patches / (grid[0] * grid[1]))
-    small: Any = twin(model)
+    small: Any = shared_copy(model)
     smaller = tuple(max(1, round(cells * factor)) * (pixels // cells) for cells, pixels in zip(grid, size, strict=True))
     try:
         small.set_input_size(img_size=smaller)

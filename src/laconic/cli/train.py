@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from laconic.analysis.accuracy import Accuracy
-from laconic.analysis.diagnose import twin
+from laconic.analysis.diagnose import shared_copy
 from laconic.analysis.macs import summary
 from laconic.api import reduce_
 from laconic.cli.models import create
@@ -134,7 +134,7 @@ def prepare(recipe: Recipe, data: str, output: Path, running: Running) -> tuple[
     base, line = _base(recipe, len(images.classes))
     # a teacher shares no weights with the student, whose training would change it
     teacher = copy.deepcopy(base) if recipe.loss.logits or recipe.loss.tokens else None
-    student = _reduced(twin(base), recipe) if recipe.method.name else base
+    student = _reduced(shared_copy(base), recipe) if recipe.method.name else base
     if recipe.optimization.grad_checkpointing:
         _checkpoint_gradients(student, recipe)
     return Run(recipe, student, teacher, images, val, train_transform(student, recipe.augmentation), output, running), line

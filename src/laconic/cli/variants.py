@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from laconic.analysis.diagnose import twin
+from laconic.analysis.diagnose import shared_copy
 from laconic.analysis.macs import counted, summary
 from laconic.analysis.per_image_cost import observe
 from laconic.analysis.summary import Observed
@@ -133,7 +133,7 @@ def class_row_only(model: nn.Module) -> Variant | None:
     host, entry = find_host(model)
     if not entry.head_reads_prefix_only or entry.pooling(host)[0] != "token":
         return None
-    copy = reduce_(twin(model), "random", keep=1.0, compute="needed")
+    copy = reduce_(shared_copy(model), "random", keep=1.0, compute="needed")
     plain = unreduced("unreduced, class row only", copy, "plain")
     return dataclasses.replace(plain, macs=counted(copy, compute="needed"))
 
@@ -149,7 +149,7 @@ def reduced(
     """A copy of the model (with its very weights) under a method, as a row."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        copy = reduce_(twin(model), config, keep=keep, compute=compute)
+        copy = reduce_(shared_copy(model), config, keep=keep, compute=compute)
     return as_reduced(config.info.name, copy, keep, kind)
 
 

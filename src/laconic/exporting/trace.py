@@ -96,7 +96,7 @@ def copied(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: weights that are not float32, a method of variable counts.
     """
-    from laconic.analysis.diagnose import twin
+    from laconic.analysis.diagnose import shared_copy
 
     strange = {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}
     if strange:
@@ -110,7 +110,7 @@ def copied(model: nn.Module) -> nn.Module:
             "only hold it masked: it would run every token and save nothing, so nothing is exported. Use a method of constant "
             "counts (laconic list names them), or run this one in PyTorch"
         )
-    return twin(model).cpu().eval() if all(p.device.type == "cpu" for p in model.parameters()) else _on_cpu(model)
+    return shared_copy(model).cpu().eval() if all(p.device.type == "cpu" for p in model.parameters()) else _on_cpu(model)
 
 
 def _on_cpu(model: nn.Module) -> nn.Module:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from laconic.analysis.diagnose import twin
+from laconic.analysis.diagnose import shared_copy
 from laconic.analysis.input_size import InputSize, batch_for
 from laconic.analysis.macs import estimate
 from laconic.analysis.summary import Summary
@@ -47,7 +47,7 @@ class Space:
 
     def __init__(self, model: nn.Module, config: Method, price: Price = macs_of, example: Tensor | None = None) -> None:
         refuse_deciding(config)
-        self.model = twin(model)
+        self.model = shared_copy(model)
         if find_reduction(self.model) is not None:
             restore_(self.model)
         self.config, self.price = config, price

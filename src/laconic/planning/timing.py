@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from laconic.analysis.break_even import quiet
-from laconic.analysis.diagnose import twin
+from laconic.analysis.diagnose import shared_copy
 from laconic.analysis.stopwatch import Stopwatch, stopwatch
 from laconic.analysis.timing import Quartiles, Sample, interleave, ratios
 from laconic.api import reduce_
@@ -93,7 +93,7 @@ def reduced(space: Space, schedule: Schedule) -> nn.Module:
     example = None if space.example is None else space.example[:1]
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return reduce_(twin(space.model), space.config, schedule=schedule, example=example)
+        return reduce_(shared_copy(space.model), space.config, schedule=schedule, example=example)
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def time_all(space: Space, schedules: Sequence[Schedule], measuring: Measuring) 
     watch = measuring.stopwatch(device)
     images = space.batch(measuring.batch_size)
     settle(space.host, space.entry)  # the unreduced model too runs fused attention
-    models = {BASE: twin(space.model), **{str(i): reduced(space, schedule) for i, schedule in enumerate(schedules)}}
+    models = {BASE: shared_copy(space.model), **{str(i): reduced(space, schedule) for i, schedule in enumerate(schedules)}}
     runs = {name: Timed(model.eval(), images, watch) for name, model in models.items()}
     with torch.inference_mode():
         begin = time.perf_counter()

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from laconic.analysis.diagnose import twin
+from laconic.analysis.diagnose import shared_copy
 from laconic.api import reduce_, restore_
 from laconic.core.token_reduction import reduction_of
 from laconic.training.diffrate_search import DiffRateSearch, found_in
@@ -59,5 +59,5 @@ class RateSearch(Step):
 
     def product(self, model: nn.Module) -> nn.Module:
         """The model with the counts as they are; it shares its weights with the one that is searched."""
-        found, out = found_in(model, self.search.score), twin(model)
+        found, out = found_in(model, self.search.score), shared_copy(model)
         return reduce_(restore_(out), found)
