@@ -211,7 +211,7 @@ JPEG, PNG = as_file(noise(), "JPEG"), as_file(noise())
     ("data", "reason"),
     [
         (b"", "the file is empty"),
-        (b"hello, this is text", "no image that Pillow knows"),
+        (b"hello, this is text", "not an image that Pillow can read"),
         (JPEG[: len(JPEG) // 2], "no end marker"),
         (JPEG[:-2], "no end marker"),
         (JPEG[: len(JPEG) // 2] + bytes(len(JPEG) // 2), "no end marker"),
@@ -418,7 +418,7 @@ def test_hub_data_sets(monkeypatch):
     assert Report.of(images).counts == (1, 2)
     image, label = images[1]
     assert (image.mode, label) == ("RGB", 1)
-    with pytest.raises(Unreadable, match="hfds/Some/Name 2: it is no image"):
+    with pytest.raises(Unreadable, match="hfds/Some/Name 2: it is not an image"):
         images.load(2)
     monkeypatch.setattr("timm.data.readers.create_reader", lambda *a, **k: FakeReader((0, 7, -1)))
     with pytest.raises(ValueError, match="image 1 of hfds/x has the label 7; expected 0 to 1"):

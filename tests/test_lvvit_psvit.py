@@ -559,11 +559,11 @@ def test_training_knobs(name):
 
 @pytest.mark.unchecked
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="images of \\(96, 96\\) pixels and got \\(64, 64\\)"):
+    with pytest.raises(ValueError, match="images of \\(96, 96\\) pixels, got \\(64, 64\\)"):
         make("lvvit_small")(torch.randn(1, 3, 64, 64))
     with pytest.raises(ValueError, match="multiples of 16 pixels; got \\(100, 100\\)"):
         make("lvvit_small", img_size=100)
-    with pytest.raises(ValueError, match="needs return_dense=True"):
+    with pytest.raises(ValueError, match="set return_dense=True"):
         make("lvvit_small", mix_token=1.0)
     with pytest.raises(ValueError, match="multiple of num_heads; got 48 and 5"):
         make("lvvit_small", num_heads=5)

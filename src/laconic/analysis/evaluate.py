@@ -91,7 +91,7 @@ def answers(
 
 
 class Run:
-    """Runs a model, and a reference if there is one, on batches."""
+    """Run a model, and a reference if there is one, on batches."""
 
     def __init__(
         self, model: nn.Module, reference: nn.Module | Answers | None, autocast: torch.dtype | None, classes: int
