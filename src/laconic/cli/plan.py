@@ -26,7 +26,7 @@ from laconic.core.schedule import Schedule
 from laconic.planning.budget import Target
 from laconic.planning.planner import Planner
 from laconic.planning.result import Plan, remarks
-from laconic.planning.space import Space
+from laconic.planning.space import ScheduleSpace
 from laconic.planning.timing import Measured, Measuring, measure
 
 
@@ -103,7 +103,7 @@ def plan(
         measuring = Measuring(batch_size, rounds)
         facts: dict[str, Any] = {"budget": budget, "at": at or None, "measuring": measuring}
         if subject is None:
-            found = Planner(Space(base, config), budget, at or None, measuring).plain()
+            found = Planner(ScheduleSpace(base, config), budget, at or None, measuring).plain()
         else:
             read = {"data": data, "split": split, "limit": limit, "seed": seed, "weights": digest(base)}
             scores = Scores(None if output is None else output.with_suffix(".search.jsonl"), {**question, **here, **read})
@@ -141,7 +141,7 @@ def searched(
     if subject.random:
         raise Refusal(f"{subject.weights}; a search by them would find nothing. Give --weights, or plan without --data")
     images, labels = pixels_of(base, subject, reading)
-    planner = Planner(Space(base, config), budget, at, measuring, scores.table)
+    planner = Planner(ScheduleSpace(base, config), budget, at, measuring, scores.table)
     scores.begin(planner.table)
     return planner.searched(images, labels, steps, seed, scores.remember)
 
@@ -166,7 +166,7 @@ def timed(plan: Plan, base: nn.Module, config: Method, measuring: Measuring) -> 
     """The plan with its time measured, if that has not been done: a budget of multiply-adds may cost time."""
     if plan.measured is not None:
         return plan
-    measured = measure(Space(base, config), [plan.schedule], measuring)[0]
+    measured = measure(ScheduleSpace(base, config), [plan.schedule], measuring)[0]
     return dataclasses.replace(plan, measured=measured, notes=(*plan.notes, *remarks(measured, plan.target)))
 
 
@@ -190,7 +190,7 @@ def checked_again(path: Path, others: Sequence[str], rounds: int | None, output:
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in given["options"].items()}
     with machine.prepared(setting):
         model = opened(*named).to(setting.place, DTYPES[setting.dtype]).eval()
-        space = Space(model, resolve(given["name"], options))
+        space = ScheduleSpace(model, resolve(given["name"], options))
         now = measure(space, [schedule], Measuring(before.batch_size, rounds))[0]
         summary = space.summary(schedule)
         environment = {name: fact for name, fact in machine.environment(setting).items() if name not in ("rounds", "compiled")}

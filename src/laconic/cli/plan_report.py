@@ -11,7 +11,7 @@ from laconic.cli.output import NONE, Report, Table
 from laconic.core.files import Refusal
 from laconic.planning.budget import Target
 from laconic.planning.fidelity import Judged
-from laconic.planning.result import Plan, off_target
+from laconic.planning.result import Plan, relative_error
 from laconic.planning.timing import Measured
 
 TOLERANCE = 0.1  # of a plan that is measured again
@@ -121,12 +121,12 @@ class CheckReport(Report):
     @property
     def off(self) -> float | None:
         """How far the plan is from its target now; milliseconds as they would be if the unreduced model took what it took."""
-        return off_target(self.target, self.now, self.base)
+        return relative_error(self.target, self.now, self.base)
 
     @property
     def raw(self) -> float | None:
         """How far it is by this machine's clock alone."""
-        return off_target(self.target, self.now)
+        return relative_error(self.target, self.now)
 
     @property
     def line(self) -> str:

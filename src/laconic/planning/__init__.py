@@ -1,7 +1,7 @@
-"""Budgets: multiply-adds, a speed-up or milliseconds, turned into the schedule that just meets them.
+"""Find the schedule that just meets a budget: multiply-adds, a speed-up or milliseconds.
 
-`space` knows which schedules there are and what they cost, `latency` what that is in time on this machine, `search` which of
-them changes a model's answers least; `planner` brings them together.
+`space` enumerates schedules and computes their cost, `latency` predicts their time on this machine, `search` finds the
+schedule that changes a model's outputs least; `planner` combines them.
 """
 
 from laconic.planning.budget import Target as Target

@@ -1,4 +1,4 @@
-"""What a plan has to meet: multiply-adds of one image, a speed-up, or milliseconds of one forward."""
+"""The target of a plan: multiply-adds of one image, a speed-up, or milliseconds of one forward."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class Target:
 
     @classmethod
     def parse(cls, text: str) -> Target:
-        """A budget from words such as 2.3G, 230M, 1.6x, 1.6x-macs and 12ms.
+        """Parse a budget such as 2.3G, 230M, 1.6x, 1.6x-macs or 12ms.
 
         Raises:
-            TypeError: no text. ValueError: none of these, zero, or a ratio that asks for nothing.
+            TypeError: not a string. ValueError: another form, zero, or a ratio of at most 1.
         """
         check_budget(text)
         found = PATTERN.fullmatch(text.strip())
@@ -46,27 +46,27 @@ class Target:
         kind, unit = UNITS[found[2]]
         value = float(found[1]) * unit
         if value <= 0:
-            raise ValueError(f"budget {text!r} is nothing at all; expected {FORMS}")
+            raise ValueError(f"budget {text!r} must be greater than 0; expected {FORMS}")
         if kind in ("macs-ratio", "speedup") and value <= 1:
             raise ValueError(f"budget {text!r}: the unreduced model is 1x, so there is nothing to do; give a ratio above 1")
         return cls(kind, value, text.strip())
 
     @property
     def measured(self) -> bool:
-        """Whether it speaks of time, which must be measured."""
+        """True if the budget is a time or a speed-up, which must be measured."""
         return self.kind in ("speedup", "time")
 
     def limit(self, base: float) -> float:
-        """The most that a schedule may cost, where the unreduced model costs ``base`` (multiply-adds, or seconds)."""
+        """Return the highest cost allowed if the unreduced model costs ``base`` (multiply-adds, or seconds)."""
         return base / self.value if self.kind in ("macs-ratio", "speedup") else self.value
 
     def nearest(self, cost: float, base: float) -> str:
-        """A budget of this kind that a schedule of this cost meets, in words that `parse` reads; rounded to the safe side."""
+        """Return the tightest budget of this kind that ``cost`` meets, as text for `parse`, rounded so that it is met."""
         if self.kind in ("macs-ratio", "speedup"):
             return f"{math.floor(base / cost * 1000) / 1000:g}{'x' if self.kind == 'speedup' else 'x-macs'}"
         name, unit = ("ms", 1e-3) if self.kind == "time" else ("G", 1e9) if cost >= 1e9 else ("M", 1e6)
         return f"{math.ceil(cost / unit * 1000) / 1000:g}{name}"
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, as plain JSON."""
+        """Return all fields as plain JSON."""
         return {"text": self.text, "kind": self.kind, "value": self.value}

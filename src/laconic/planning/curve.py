@@ -1,4 +1,4 @@
-"""Fits to a few noisy points: a curve that never falls, and a sum of costs none of which is negative."""
+"""Least-squares fits to a few noisy points: a non-decreasing curve, and a linear model with non-negative weights."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 
 @dataclass(frozen=True)
 class Curve:
-    """Straight lines between points by rising ``x``; to the left of the first on along its line, but never below zero."""
+    """Piecewise linear curve through points of ascending ``x``; extrapolated linearly at both ends, never below zero."""
 
     x: tuple[float | int, ...]
     y: tuple[float, ...]
 
     @classmethod
     def through(cls, points: Mapping[float | int, tuple[float, float]]) -> Curve:
-        """The curve that never falls and is nearest to the points, x -> (y, how much it counts); in least squares."""
-        pools = list[tuple[float, float, int]]()  # mean, weight, points in it: neighbours that fall are pooled
+        """Fit a non-decreasing curve to points, x -> (y, weight), by weighted least squares (isotonic regression)."""
+        pools = list[tuple[float, float, int]]()  # mean, weight, number of points: decreasing neighbours are pooled
         for _, (y, weight) in sorted(points.items()):
             pools.append((y, weight, 1))
             while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
@@ -29,7 +29,7 @@ class Curve:
         return cls(tuple(sorted(points)), tuple(mean for mean, _, count in pools for _ in range(count)))
 
     def __call__(self, x: float | int) -> float:
-        """The height at x."""
+        """Return y at ``x``."""
         if len(self.x) == 1:
             return self.y[0]
         right = min(max(1, bisect.bisect_left(self.x, x)), len(self.x) - 1)
@@ -38,7 +38,7 @@ class Curve:
 
 
 def not_negative(rows: Sequence[Sequence[float | int]], values: Sequence[float | int], width: int) -> tuple[float, ...]:
-    """Least-squares weights of the columns, none below zero: the best of all choices of columns whose own fit is such."""
+    """Return non-negative least-squares weights of the columns, by trying every subset of columns."""
     best, least = (0.0,) * width, float("inf")
     matrix, wanted = torch.tensor(rows, dtype=torch.float64).reshape(-1, width), torch.tensor(values, dtype=torch.float64)
     for size in range(width + 1):

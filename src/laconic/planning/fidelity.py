@@ -1,4 +1,4 @@
-"""How near a reduced model's answers are to those of the unreduced one, image by image."""
+"""Fidelity: the distance between the outputs of a reduced model and the unreduced one, image by image."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch import Tensor, nn
 
 from laconic.analysis.intervals import NORMAL, wilson
 from laconic.core.schedule import Schedule
-from laconic.planning.space import Space
+from laconic.planning.space import ScheduleSpace
 from laconic.planning.timing import reduced
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Of one model, for each image: the distance to the unreduced model's answer, whether the first class is the same, and
-    whether it is right (None without labels).
+    """Results of one model for each image: the distance to the unreduced model's output, whether the top class agrees with
+    it, and whether the top class is correct (None without labels).
 
-    The distance is KL(unreduced || reduced) of class probabilities in nats, or of a model without a head 1 - cosine.
+    The distance is KL(unreduced || reduced) of class probabilities in nats, or 1 - cosine for a model without a head.
     """
 
     distance: tuple[float, ...]
@@ -31,7 +31,7 @@ class Answers:
     correct: tuple[bool, ...] | None
 
     def judged(self, name: str, schedule: Schedule, macs: int, share: float | None) -> Judged:
-        """All in all; ``share`` is the predicted share of the unreduced model's time, if that is known."""
+        """Average over the images; ``share`` is the predicted share of the unreduced model's time, None if unknown."""
         count = len(self.distance)
         agreement = sum(self.agrees) / count
         top1 = None if self.correct is None else sum(self.correct) / count
@@ -42,21 +42,24 @@ class Answers:
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over images, with half the width of its 95 % interval (normal)."""
+    """A mean over images, with half the width of its 95 % confidence interval (normal approximation)."""
 
     mean: float
     half: float
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Mean:
-        """Of one value or more."""
+        """Compute the mean and interval of one or more values."""
         deviation = statistics.stdev(values) if len(values) > 1 else math.inf
         return cls(statistics.fmean(values), NORMAL * deviation / math.sqrt(len(values)))
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A schedule's fidelity on some images, with 95 % intervals (Wilson's of shares); ``share`` is its predicted time."""
+    """A schedule's fidelity on some images, with 95 % confidence intervals (Wilson's for agreement and top-1).
+
+    ``share`` is its predicted time as a share of the unreduced model's.
+    """
 
     name: str
     schedule: Schedule
@@ -70,33 +73,34 @@ class Judged:
     top1_interval: tuple[float, float] | None
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, as plain JSON."""
+        """Return all fields as plain JSON."""
         fields = {**vars(self), "schedule": self.schedule.to_json(), "distance": vars(self.distance)}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
 
 def difference(one: Answers, other: Answers) -> tuple[Mean, Mean | None]:
-    """How much farther from the unreduced model, and how much more often right, ``one`` is than ``other``: image by image."""
-    farther = Mean.of([a - b for a, b in zip(one.distance, other.distance, strict=True)])
+    """Return the mean differences ``one`` - ``other``, paired by image: of the distance, and of top-1 (None without labels)."""
+    distance = Mean.of([a - b for a, b in zip(one.distance, other.distance, strict=True)])
     if one.correct is None or other.correct is None:
-        return farther, None
-    return farther, Mean.of([float(a) - float(b) for a, b in zip(one.correct, other.correct, strict=True)])
+        return distance, None
+    return distance, Mean.of([float(a) - float(b) for a, b in zip(one.correct, other.correct, strict=True)])
 
 
-class Judge:
-    """Runs reduced copies of a model on images, and compares with what the unreduced model says of them.
+class Fidelity:
+    """Run reduced copies of a model on images, and compare their outputs with those of the unreduced model.
 
     Args:
         space: the model and the method.
-        images: [N, channels, height, width], as the model takes them.
-        labels: [N], the numbers of their classes.
-        batch_size: images in a forward.
+        images: [N, channels, height, width], preprocessed for the model; at least two.
+        labels: [N], class indices.
+        batch_size: images per forward.
 
     Raises:
-        ValueError: no images, as many labels as images there are not, a model that gives no logits or features [N, C].
+        ValueError: fewer than two images, another number of labels than images, or a model whose output is not
+            logits or features [N, C].
     """
 
-    def __init__(self, space: Space, images: Tensor, labels: Tensor | None = None, batch_size: int = 64) -> None:
+    def __init__(self, space: ScheduleSpace, images: Tensor, labels: Tensor | None = None, batch_size: int = 64) -> None:
         if not isinstance(images, Tensor) or images.dim() != 4 or len(images) < 2:
             found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise ValueError(f"images must be a batch of two or more [N, channels, height, width], not {found}")
@@ -122,7 +126,7 @@ class Judge:
         return torch.cat(out)
 
     def __call__(self, schedule: Schedule) -> Answers:
-        """What the model answers under a schedule.
+        """Run the model under a schedule, and compare it with the unreduced model.
 
         Raises:
             ValueError, LookupError: as `laconic.reduce_`.

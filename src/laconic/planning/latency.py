@@ -1,9 +1,9 @@
-"""How long a schedule will take on this machine: a table of what blocks and reducers take, measured in real forwards.
+"""Predict the time of a schedule on this machine, from a table of block and reducer times measured in real forwards.
 
-A few reduced models and the unreduced one run in turn, and every block is timed where it stands, with all that reduction
-costs around it. Everything is in shares of the unreduced forward that ran beside it, so that what else the machine does
-falls out; and a share is a median over the rounds. From it come, for each stage of the host, how a block's time falls with
-its tokens (a curve), what is spent outside of the blocks, and what a reducer costs on top.
+The unreduced model and a few reduced ones run in turn, and every block is timed inside the forward, with all overhead of
+the reduction around it. Every time is a share of the unreduced forward of the same round, so that other load on the machine
+cancels; each share is the median over the rounds. The table holds, for each stage of the backbone, the time of a block as a
+function of its tokens (a curve), the time spent outside the blocks, and the extra cost of a reducer.
 """
 
 from __future__ import annotations
@@ -20,27 +20,28 @@ from laconic.analysis.summary import BlockCost, Summary
 from laconic.core.backbone import StageSpec
 from laconic.core.schedule import Schedule
 from laconic.planning.curve import Curve, not_negative
-from laconic.planning.space import Family, Space
+from laconic.planning.space import ScheduleFamily, ScheduleSpace
 from laconic.planning.timing import BASE, Measuring, Times, time_all
 
-RATES = (0.9, 0.75, 0.6, 0.45, 0.3)  # of each of three reducing blocks; of more blocks, as many tokens in the end
-FEATURES = 3  # that the cost of a reducer depends on, see `features`
+RATES = (0.9, 0.75, 0.6, 0.45, 0.3)  # keep rates at each of three reducing blocks; with another number of blocks they are
+# changed so that as many tokens are kept in the end
+FEATURES = 3  # number of features that the cost of a reducer depends on, see `features`
 
 
 @dataclass(frozen=True)
 class Table:
-    """What the parts of a forward take, in shares of the unreduced one.
+    """Times of the parts of a forward, as shares of the unreduced forward.
 
     Args:
-        seconds: of the unreduced forward of a batch, when the table was measured.
-        outside: what is spent outside of the blocks: patch embedding, head, and the housekeeping of reduction.
-        blocks: each block with all tokens.
-        attention: of each block, the share of its first half.
+        seconds: time of the unreduced forward of a batch when the table was measured.
+        outside: time outside the blocks: patch embedding, head, and overhead of the reduction.
+        blocks: time of each block with all tokens.
+        attention: share of each block's multiply-adds that comes before its MLP.
         stages: the stage of each block.
-        starts: block -> patch tokens that come into it, for the first block of each stage.
-        curves: for each stage, tokens -> a block's time as a share of that with all tokens.
-        reducer: what a reducer costs: once, for all tokens that the first stage starts with, and for as many multiply-adds
-            as the unreduced model has.
+        starts: block -> patch tokens entering it, for the first block of each stage.
+        curves: for each stage, tokens -> a block's time as a share of its time with all tokens.
+        reducer: weights of the cost of a reducer: a constant, the cost if it gets all patch tokens of the first stage, and
+            the cost of as many multiply-adds as the unreduced model has (see `features`).
     """
 
     seconds: float
@@ -53,19 +54,19 @@ class Table:
     reducer: tuple[float, ...]
 
     def __call__(self, summary: Summary) -> float:
-        """The predicted share of the unreduced forward."""
-        passing = sum(self.block(cost) for cost in summary.blocks)
+        """Return the predicted time as a share of the unreduced forward."""
+        layers = sum(self.block(cost) for cost in summary.blocks)
         rows = list(features(summary, self.starts).values())
-        return self.outside + passing + sum(_times(self.reducer, row) for row in rows)
+        return self.outside + layers + sum(_times(self.reducer, row) for row in rows)
 
     def block(self, cost: BlockCost) -> float:
-        """What the layers of a block take, without its reducer."""
+        """Return the time of a block's layers, without its reducer."""
         curve, first = self.curves[self.stages[cost.block]], self.attention[cost.block]
         both = first * curve(cost.attention_tokens) + (1 - first) * curve(cost.mlp_tokens)
         return self.blocks[cost.block] * both
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, as plain JSON."""
+        """Return all fields as plain JSON."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         curves = [{"tokens": list(curve.x), "share": list(curve.y)} for curve in self.curves]
         starts = {str(block): patches for block, patches in self.starts.items()}
@@ -74,30 +75,30 @@ class Table:
 
     @classmethod
     def of_json(cls, fields: Mapping[str, Any]) -> Table:
-        """What `to_json` wrote."""
+        """Build a table from the output of `to_json`."""
         given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
         curves = tuple(Curve(tuple(curve["tokens"]), tuple(curve["share"])) for curve in fields["curves"])
         starts = {int(block): patches for block, patches in fields["starts"].items()}
         return cls(**{**given, "curves": curves, "starts": starts})
 
 
-def measure_table(space: Space, family: Family, measuring: Measuring) -> Table:
-    """Measure the table on this machine, by schedules of this family that leave many, some and few tokens."""
+def measure_table(space: ScheduleSpace, family: ScheduleFamily, measuring: Measuring) -> Table:
+    """Measure the table on this machine, with schedules of this family that keep many, some and few tokens."""
     schedules = sampled(space, family)
     times = time_all(space, schedules, measuring)
     summaries = [summary for schedule in schedules if (summary := space.summary(schedule)) is not None]
     return table_of(space, summaries, times)
 
 
-def sampled(space: Space, family: Family) -> list[Schedule]:
-    """The schedules that are measured."""
+def sampled(space: ScheduleSpace, family: ScheduleFamily) -> list[Schedule]:
+    """Return the schedules to measure."""
     count, least = len(family(1.0).at), space.least(family)
     rates = [max(least, rate ** (3 / count)) for rate in RATES]
     return list(dict.fromkeys(family(rate) for rate in rates))
 
 
-def table_of(space: Space, summaries: Sequence[Summary], times: Mapping[str, Times]) -> Table:
-    """The table from what was measured of the unreduced model and of one model for each summary."""
+def table_of(space: ScheduleSpace, summaries: Sequence[Summary], times: Mapping[str, Times]) -> Table:
+    """Build the table from the times of the unreduced model and of one reduced model for each summary."""
     base = times[BASE]
     own = tuple(statistics.median(shares) for shares in zip(*_shares(base), strict=True))
     stages = tuple(stage for stage, shape in enumerate(space.shapes) for _ in range(shape.depth))
@@ -119,7 +120,7 @@ def table_of(space: Space, summaries: Sequence[Summary], times: Mapping[str, Tim
 
 
 def _shares(times: Times) -> list[list[float]]:
-    """What each block took of the unreduced forward beside it, for each run."""
+    """Return each block's time as a share of the unreduced forward of the same round, for each run."""
     return [[s / sample.base.wall for s in row] for sample, row in zip(times.samples, times.blocks, strict=True)]
 
 
@@ -131,7 +132,7 @@ def _curve(
     summaries: Sequence[Summary],
     shares: Sequence[Sequence[Sequence[float]]],
 ) -> Curve:
-    """How the time of a stage's blocks falls with their tokens, from the blocks that reduce nothing."""
+    """Fit the time of a stage's blocks as a function of their tokens, from the blocks that do not reduce."""
     found = dict[float, list[tuple[float, int]]]()
     for summary, measured in zip(summaries, shares, strict=True):
         groups = dict[int, list[int]]()
@@ -151,25 +152,28 @@ def _curve(
 
 
 def features(summary: Summary, starts: Mapping[int, int]) -> dict[int, tuple[float, ...]]:
-    """What the cost of a reducer may depend on, for each block that reduces: it being there, its tokens, its arithmetic."""
+    """Return the features that predict a reducer's cost, for each reducing block: [1, its tokens, its multiply-adds].
+
+    Tokens are relative to the patch tokens of the first stage, multiply-adds to those of the unreduced model.
+    """
     return {block: row for block, row in _features(summary, starts) if row}
 
 
 def _features(summary: Summary, starts: Mapping[int, int]) -> Iterator[tuple[int, tuple[float, ...]]]:
     before = 0
-    for cost, left in zip(summary.blocks, summary.tokens, strict=True):
+    for cost, kept in zip(summary.blocks, summary.tokens, strict=True):
         before = starts.get(cost.block, before)
-        works = left < before or cost.reducer_macs > 0
-        yield cost.block, (1.0, before / starts[0], cost.reducer_macs / summary.baseline_macs) if works else ()
-        before = left
+        reduces = kept < before or cost.reducer_macs > 0
+        yield cost.block, (1.0, before / starts[0], cost.reducer_macs / summary.baseline_macs) if reduces else ()
+        before = kept
 
 
 def _times(weights: Sequence[float], row: Sequence[float]) -> float:
     return sum(weight * value for weight, value in zip(weights, row, strict=True))
 
 
-def first_half(space: Space, index: int) -> float:
-    """The share of a block's multiply-adds before its MLP."""
+def first_half(space: ScheduleSpace, index: int) -> float:
+    """Return the share of a block's multiply-adds that comes before its MLP."""
     shape = next(s for start, s in zip(reversed(space.starts), reversed(space.shapes), strict=True) if index >= start)
     whole, weights = shape.patches + shape.prefix, CONVENTIONS["matmul"]
     few = max(1, whole // 2)

@@ -1,4 +1,4 @@
-"""Progress of what takes long, where tqdm is installed; planning itself needs torch alone."""
+"""Progress bars of long computations, if tqdm is installed; planning itself needs only torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def ticking(total: int, title: str, unit: str) -> Iterator[Callable[[], object]]:
-    """A progress bar for a while; gives what is to be called after each unit of work."""
+    """Show a progress bar inside the context; yield the function to call after each unit of work."""
     if importlib.util.find_spec("tqdm") is None:
         yield lambda: None
         return

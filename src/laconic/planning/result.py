@@ -1,4 +1,4 @@
-"""`Plan`: a budget as a schedule, with what it costs, how it was measured and how faithful it is; as JSON and back."""
+"""`Plan`: the schedule for a budget, with its cost, its measured time and its fidelity; convertible to JSON."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from laconic.planning.budget import Target
 from laconic.planning.fidelity import Judged, Mean
 from laconic.planning.timing import Measured
 
-NEAR = 0.03  # a measured time that is farther from its target is corrected, or remarked on
+NEAR = 0.03  # a plan with a larger relative error of its measured time is corrected, or gets a note
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The searched schedule less the papers' uniform one at the same cost, image by image on held-out images.
+    """Searched schedule minus the papers' uniform one at the same cost, paired by image on held-out images.
 
-    ``distance`` is how much farther its answers are from the unreduced model's (below zero: nearer), ``top1`` how much
-    more often they are right. With 95 % intervals.
+    ``distance`` is the difference of the distances to the unreduced model (below zero: the searched one is closer), ``top1``
+    the difference of the accuracies. With 95 % confidence intervals.
     """
 
     distance: Mean
@@ -29,37 +29,38 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """In words, and plainly."""
+        """The comparison as one sentence."""
         if self.distance.mean + self.distance.half < 0:
-            return "the searched schedule is nearer to the unreduced model than the uniform one at equal cost"
+            return "the searched schedule is closer to the unreduced model than the uniform one at equal cost"
         if self.distance.mean - self.distance.half > 0:
             return "the searched schedule is WORSE than the uniform one at equal cost"
         return "the searched schedule is not clearly better than the uniform one at equal cost"
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, as plain JSON."""
+        """Return all fields as plain JSON."""
         top1 = None if self.top1 is None else vars(self.top1)
         return {"distance": vars(self.distance), "top1": top1, "verdict": self.verdict}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What was planned.
+    """The result of `plan`.
 
     Args:
-        method: name and options.
+        method: name and options of the method.
         target: the budget.
-        schedule: what `laconic.reduce_` takes.
-        macs: multiply-adds of one image, and those of the unreduced model.
-        predicted: how many times quicker than the unreduced model it should be; None where nothing was measured.
-        measured: how quick the real reduced model was; None where nothing was measured.
-        judged: fidelity on held-out images: the searched schedule, and the papers' uniform one.
-        comparison: of these two; None where nothing was searched.
-        front: fidelity at other costs, of both shapes, on the same images.
-        evaluated: schedules that the search looked at.
-        base_seconds: the least that the unreduced model took in any measurement (others can only slow it down): a time is
-            planned, and judged, as if it always took that.
-        notes: what is to be known besides.
+        schedule: the schedule, for `laconic.reduce_`.
+        macs: multiply-adds of one image.
+        baseline_macs: multiply-adds of one image in the unreduced model.
+        predicted: predicted speed-up over the unreduced model; None if nothing was measured.
+        measured: measured time of the reduced model; None if nothing was measured.
+        judged: fidelity on held-out images of the searched schedule and of the papers' uniform one.
+        comparison: comparison of these two; None without a search.
+        front: fidelity of both shapes at other costs, on the same images.
+        evaluated: number of schedules that the search evaluated.
+        base_seconds: fastest time of the unreduced model in any measurement (other load only adds time); times are
+            planned and checked as if the unreduced model always took this long.
+        notes: further remarks for the user.
     """
 
     method: Mapping[str, Any]
@@ -78,12 +79,12 @@ class Plan:
 
     @property
     def off(self) -> float | None:
-        """How far the measured time is from the target, as a share of it; None where the target speaks of no time."""
-        return None if self.measured is None else off_target(self.target, self.measured, self.base_seconds)
+        """Relative error of the measured time; None if the target is not a time or a speed-up."""
+        return None if self.measured is None else relative_error(self.target, self.measured, self.base_seconds)
 
     @property
     def recipe(self) -> str:
-        """The method's part of a recipe for ``laconic train``, in TOML."""
+        """The ``[method]`` table of a recipe for ``laconic train``, in TOML."""
         at, values = (json.dumps(list(part)) for part in (self.schedule.at, self.schedule.values))
         lines = [f'name = "{self.method["name"]}"', f"schedule = {{ at = {at}, {self.schedule.unit} = {values} }}"]
         usual = resolve(self.method["name"], {}).describe()["options"]
@@ -93,7 +94,7 @@ class Plan:
         return "\n".join(["[method]", *lines])
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, as plain JSON."""
+        """Return all fields as plain JSON."""
         fields = {**vars(self), "method": dict(self.method), "target": self.target.to_json(), "off": self.off}
         for name in ("schedule", "measured", "comparison"):
             value = getattr(self, name)
@@ -104,10 +105,11 @@ class Plan:
         return plain
 
 
-def off_target(target: Target, measured: Measured, base: float | None = None) -> float | None:
-    """How far what was measured is from a target of time, as a share of it: above zero, too slow.
+def relative_error(target: Target, measured: Measured, base: float | None = None) -> float | None:
+    """Return the relative error of a measured time or speed-up against its target; above zero is too slow.
 
-    ``base``: seconds that the unreduced model takes where nothing disturbs; None: by the clock as it was.
+    ``base`` is the time in seconds of the unreduced model on an idle machine, which scales the measured ratio to seconds;
+    None uses the measured seconds as they are.
     """
     if target.kind == "speedup":
         return target.value / measured.ratio.median - 1
@@ -116,26 +118,27 @@ def off_target(target: Target, measured: Measured, base: float | None = None) ->
 
 
 def remarks(measured: Measured | None, target: Target, base: float | None = None) -> list[str]:
-    """What is to be said of a measured time."""
+    """Return notes on a measured time, for the user."""
     if measured is None:
         return []
-    off, clock, notes = off_target(target, measured, base), off_target(target, measured), list[str]()
+    off, clock, notes = relative_error(target, measured, base), relative_error(target, measured), list[str]()
     if off is not None and abs(off) > NEAR:
-        notes.append(f"measured, it is {abs(off):.1%} {'slower' if off > 0 else 'quicker'} than the target")
+        notes.append(f"measured, it is {abs(off):.1%} {'slower' if off > 0 else 'faster'} than the target")
     if clock is not None and off is not None and abs(clock - off) > NEAR:
-        calm, now = 1e3 * (base or 0), 1e3 * measured.base_seconds.median
+        fastest, now = 1e3 * (base or 0), 1e3 * measured.base_seconds.median
         notes.append(
-            f"by the clock alone it is {clock:+.1%} off: the unreduced model has taken {calm:.1f} ms, and now took {now:.1f}"
+            f"in raw milliseconds it is {clock:+.1%} off: the unreduced model took {now:.1f} ms now, and {fastest:.1f} ms "
+            "at its fastest"
         )
     if measured.ratio.median < 1:
-        clear = "it is SLOWER" if measured.ratio.high < 1 else "it is no quicker"
+        verdict = "it is SLOWER" if measured.ratio.high < 1 else "it is no faster"
         notes.append(
-            f"at batch {measured.batch_size} {clear} than the unreduced model ({measured.ratio.median:.2f}x): here the reducer "
-            "costs as much as it saves, or more; larger batches, larger models and longer inputs gain"
+            f"at batch {measured.batch_size} {verdict} than the unreduced model ({measured.ratio.median:.2f}x): here the "
+            "reducer costs as much as it saves, or more; larger batches, larger models and larger images gain"
         )
     if measured.base_seconds.high > 1.25 * measured.base_seconds.low:
         low, high = (1e3 * seconds for seconds in (measured.base_seconds.low, measured.base_seconds.high))
         notes.append(
-            f"the unreduced model itself took {low:.1f} to {high:.1f} ms (quartiles): the machine had other things to do"
+            f"the unreduced model itself took {low:.1f} to {high:.1f} ms (quartiles): other load disturbed the measurement"
         )
     return notes

@@ -1,4 +1,4 @@
-"""The schedules that a method may follow on a model: what each costs, and the one that just meets a budget."""
+"""The schedules that a method can follow on a model: the cost of each, and the one that just meets a budget."""
 
 from __future__ import annotations
 
@@ -21,28 +21,29 @@ from laconic.core.schedule import Schedule
 from laconic.core.stages import Stages
 from laconic.core.token_reduction import find_reduction
 
-Price = Callable[[Summary], float]  # what a schedule costs, from its tokens and multiply-adds
-Family = Callable[[float], Schedule]  # schedules by a rate in (0, 1]: the greater, the more tokens they leave
-FINE = 1e-6  # how finely a keep rate is solved
-STEPS = 10  # into which the rates are cut, to see where between two of them the budget is met
+Price = Callable[[Summary], float]  # the cost of a schedule, from its tokens and multiply-adds
+ScheduleFamily = Callable[[float], Schedule]  # schedules by a rate in (0, 1]: the higher, the more tokens they keep
+FINE = 1e-6  # precision to which a keep rate is solved
+STEPS = 10  # number of intervals of the rate in which the solution is looked for first
 
 
 def macs_of(summary: Summary) -> float:
-    """Multiply-adds of one image."""
+    """Return the multiply-adds of one image."""
     return float(summary.macs)
 
 
-class Space:
-    """All schedules of a method on a model. Nothing of the model is changed: a reduced one is planned as it was before.
+class ScheduleSpace:
+    """All schedules of a method on a model. The model is not changed; a reduced model is planned as if unreduced.
 
     Args:
         model: a supported vision transformer, or a module with one inside.
         config: the method.
-        price: what a schedule costs; multiply-adds of one image by default.
-        example: a batch of the images that costs are for; None: images of the model's own size.
+        price: returns the cost of a schedule; by default the multiply-adds of one image.
+        example: a batch of images of the size that costs are for; None: images of the model's own size.
 
     Raises:
-        ValueError: the method decides for every image how many tokens it keeps; no such images. TypeError: no supported model.
+        ValueError: the method keeps a different number of tokens for every image, or the model does not accept ``example``.
+        TypeError: the model is not supported.
     """
 
     def __init__(self, model: nn.Module, config: Method, price: Price = macs_of, example: Tensor | None = None) -> None:
@@ -58,15 +59,15 @@ class Space:
         self.depth = sum(shape.depth for shape in self.shapes)
         self.known: dict[Schedule, Summary | None] = {}
 
-    def priced(self, price: Price) -> Space:
-        """The same schedules at another price."""
-        other = object.__new__(Space)
+    def priced(self, price: Price) -> ScheduleSpace:
+        """Return the same schedules with another cost function."""
+        other = object.__new__(ScheduleSpace)
         other.__dict__.update(self.__dict__, price=price)
         return other
 
-    # -------------------------------------------------------------------------------------------- what it costs
+    # -------------------------------------------------------------------------------------------- costs
     def summary(self, schedule: Schedule) -> Summary | None:
-        """Tokens and multiply-adds under a schedule; None where the method cannot follow it."""
+        """Return tokens and multiply-adds under a schedule; None if the method cannot follow it."""
         if schedule not in self.known:
             try:
                 self.known[schedule] = estimate(self.host, self.config, schedule, example=self.size)
@@ -75,26 +76,28 @@ class Space:
         return self.known[schedule]
 
     def cost(self, schedule: Schedule) -> float:
-        """The price of a schedule; infinite where the method cannot follow it."""
+        """Return the cost of a schedule; infinite if the method cannot follow it."""
         found = self.summary(schedule)
         return math.inf if found is None else self.price(found)
 
     def unreduced(self) -> Summary:
-        """The unreduced model."""
+        """Return tokens and multiply-adds of the unreduced model."""
         return estimate(self.host, example=self.size)
 
     def batch(self, count: int) -> Tensor:
-        """So many images to measure with: those of the example, or noise of the model's own size, as often as it takes."""
+        """Return ``count`` images to measure with: the example, or noise of the model's own size, repeated as needed."""
         images = self.entry.example(self.host) if self.example is None else self.example
         return images.repeat(-(-count // len(images)), *[1] * (images.dim() - 1))[:count]
 
-    # -------------------------------------------------------------------------------------------- which there are
-    def usual(self, at: Sequence[int] | None = None) -> Family:
-        """One keep rate at the method's usual blocks (or at these), in counts wherever counts say the same."""
+    # -------------------------------------------------------------------------------------------- families of schedules
+    def usual(self, at: Sequence[int] | None = None) -> ScheduleFamily:
+        """Return the family with one keep rate at the method's usual blocks (or at ``at``).
+
+        Schedules are given as counts if counts have the same effect as keep rates.
+        """
         probe = planned(self.config, self.entry, self.host, 0.5, at)
-        estimate(
-            self.host, self.config, probe, example=self.size
-        )  # what is wrong with the method here is said now, not found infeasible
+        # raises if the method does not fit the model; later, the same error would count as an infeasible schedule
+        estimate(self.host, self.config, probe, example=self.size)
         exact = self._as_counts(probe)
         same = exact is not None and self.summary(exact) == self.summary(probe)
 
@@ -109,8 +112,11 @@ class Space:
         counts = Stages(self.config, schedule, self.shapes).counts()
         return Schedule.keep_counts({block: counts[block] for block in schedule.at})
 
-    def weighted(self, weights: Mapping[int, float]) -> Family:
-        """At each block the tokens fall to rate ** weight of what there is; at most by half where the method can no more."""
+    def weighted(self, weights: Mapping[int, float]) -> ScheduleFamily:
+        """Return the family in which a block keeps the share rate ** weight of its tokens (rounded down).
+
+        If the method removes at most half of the tokens, a block keeps at least half.
+        """
         starts = self.starts
 
         def family(rate: float) -> Schedule:
@@ -130,38 +136,45 @@ class Space:
 
     @property
     def starts(self) -> dict[int, int]:
-        """The first block of each stage, and the patches that it gets."""
+        """The first block of each stage -> the patch tokens entering it."""
         offsets = itertools.accumulate((shape.depth for shape in self.shapes), initial=0)
         return {offset: shape.patches for offset, shape in zip(offsets, self.shapes, strict=False)}
 
     def arriving(self, schedule: Schedule) -> tuple[int, ...]:
-        """Patch tokens that come into each block of a schedule of counts."""
+        """Return the patch tokens entering each reducing block of a schedule of counts."""
         counts, starts = Stages(self.config, schedule, self.shapes).counts(), self.starts
         return tuple(starts.get(block) or counts[block - 1] for block in schedule.at)
 
-    # -------------------------------------------------------------------------------------------- which meets a budget
-    def least(self, family: Family) -> float:
-        """The smallest rate that the method can follow."""
+    # -------------------------------------------------------------------------------------------- meeting a budget
+    def least(self, family: ScheduleFamily) -> float:
+        """Return the smallest rate of a family that the method can follow.
+
+        Raises:
+            ValueError: the method can follow none.
+        """
         rates = (FINE, *(step / 100 for step in range(1, 100)))
         found = next((rate for rate in rates if self._follows(family, rate)), None)
         if found is None:
-            raise ValueError(f"{self.config.info.name} with these options can follow no schedule at these blocks")
+            raise ValueError(
+                f"{self.config.info.name} with these options can follow no schedule at these blocks; choose other blocks or "
+                "options"
+            )
         return found
 
-    def _follows(self, family: Family, rate: float) -> bool:
+    def _follows(self, family: ScheduleFamily, rate: float) -> bool:
         try:
             return math.isfinite(self.cost(family(rate)))
-        except ValueError:  # a block would keep less than the method can
+        except ValueError:  # a block would keep fewer tokens than the method allows
             return False
 
-    def fit(self, family: Family, limit: float) -> Schedule | None:
-        """The schedule of a family that costs as much as it may, and never more; None where all cost more.
+    def fit(self, family: ScheduleFamily, limit: float) -> Schedule | None:
+        """Return the costliest schedule of a family within the limit; None if all cost more.
 
-        Of counts none can be one larger without costing more than the limit.
+        If it is given as counts, no count can be one higher without exceeding the limit.
         """
         if self.cost(family(1.0)) <= limit:
             return family(1.0)
-        # from many tokens to few, since with very few some methods do something else, and cost less all of a sudden
+        # from many tokens to few: with very few, some methods switch to another computation and their cost drops suddenly
         least, high = self.least(family), 1.0
         for low in [*(step / STEPS for step in range(STEPS - 1, 0, -1) if step / STEPS > least), least]:
             if self.cost(family(low)) <= limit:
@@ -175,25 +188,25 @@ class Space:
         return self._filled(family(low), limit)
 
     def _filled(self, schedule: Schedule, limit: float) -> Schedule:
-        """Give back single tokens, always where they cost most, for as long as the budget lasts."""
+        """Keep one more token at a time, always at the block where it costs most, as long as the budget allows."""
         while schedule.unit == "keep_counts":
-            grown = [(self.cost(more), number, more) for number, more in enumerate(self.larger(schedule))]
-            fits = [entry for entry in grown if entry[0] <= limit]
+            larger = [(self.cost(more), number, more) for number, more in enumerate(self.larger(schedule))]
+            fits = [entry for entry in larger if entry[0] <= limit]
             if not fits:
                 break
             schedule = max(fits, key=lambda entry: entry[:2])[2]
         return schedule
 
     def larger(self, schedule: Schedule) -> list[Schedule]:
-        """All schedules of one token more at one block, where a block can leave one more."""
+        """Return all schedules that keep one more token at one block."""
         values, out = schedule.values, list[Schedule]()
         for number, (value, n) in enumerate(zip(values, self.arriving(schedule), strict=True)):
             if value < n:
                 out.append(dataclasses.replace(schedule, values=(*values[:number], int(value) + 1, *values[number + 1 :])))
         return out
 
-    def tidy(self, schedule: Schedule) -> Schedule:
-        """The same without the blocks that take nothing away."""
+    def simplify(self, schedule: Schedule) -> Schedule:
+        """Return the schedule without the blocks that keep all their tokens."""
         if schedule.unit != "keep_counts":
             return schedule
         facts = zip(schedule.at, schedule.values, self.arriving(schedule), strict=True)
@@ -202,15 +215,15 @@ class Space:
 
 
 def refuse_deciding(config: Method) -> None:
-    """Refuse a method for which no schedule can be planned.
+    """Raise if no schedule can be planned for a method.
 
     Raises:
-        ValueError: it takes no keep rate, or every image has a number of tokens of its own.
+        ValueError: the method accepts no keep rate, or keeps a different number of tokens for every image.
     """
     if config.accepts_keep and config.info.count == "constant":
         return
     others = ", ".join(sorted(name for name, row in METHODS.items() if row.count == "constant" and not row.trained))
     raise ValueError(
-        f"{config.info.name} decides for every image how many tokens it keeps, so no schedule fixes what it costs; "
-        f"laconic.summary(model, images=...) says what it spends on yours. These can be planned: {others}"
+        f"{config.info.name} decides for every image how many tokens it keeps, so no schedule fixes its cost; "
+        f"laconic.summary(model, images=...) measures it on your images. These can be planned: {others}"
     )

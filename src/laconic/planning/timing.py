@@ -1,4 +1,4 @@
-"""Time on this machine: models side by side with the unreduced one, and what each of their blocks takes."""
+"""Time measurements on this machine: reduced models and the unreduced one in turn, and the time of each block."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from laconic.core.backbone import find_host
 from laconic.core.patching import settle
 from laconic.core.schedule import Schedule
 from laconic.planning.progress import ticking
-from laconic.planning.space import Space
+from laconic.planning.space import ScheduleSpace
 
 BASE = "unreduced"
-WARMUP = 2  # rounds that do not count
-LEAST, MOST, PATIENCE = 10, 100, 12.0  # rounds, and the seconds that all of them together may take if more than the least
+WARMUP = 2  # rounds before the measurement
+LEAST, MOST, PATIENCE = 10, 100, 12.0  # fewest and most rounds; in between, as many as fit in this many seconds
 
 
 @dataclass(frozen=True)
 class Measuring:
-    """How time is measured: images in a forward, rounds (None: as many as a few seconds allow), and by which stopwatch."""
+    """Settings of time measurements: images per forward, rounds (None: as many as a few seconds allow), and stopwatch."""
 
     batch_size: int = 1
     rounds: int | None = None
@@ -41,13 +41,13 @@ class Measuring:
                 raise ValueError(f"{name} must be at least 1, not {value}")
 
     def stopwatch(self, device: torch.device) -> Stopwatch:
-        """The one for a device."""
+        """Return the stopwatch for a device."""
         return self.watch or stopwatch(device)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A reduced model beside the unreduced one: how many times quicker, and the seconds of a forward of each."""
+    """Measured speed-up of a reduced model over the unreduced one, and the seconds of a forward of each."""
 
     ratio: Quartiles
     seconds: Quartiles
@@ -56,19 +56,19 @@ class Measured:
     rounds: int
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, as plain JSON."""
+        """Return all fields as plain JSON."""
         spans = {name: list(vars(getattr(self, name)).values()) for name in ("ratio", "seconds", "base_seconds")}
         return {**spans, "batch_size": self.batch_size, "rounds": self.rounds}
 
     @classmethod
     def of_json(cls, fields: Mapping[str, Any]) -> Measured:
-        """What `to_json` wrote."""
+        """Build a measurement from the output of `to_json`."""
         ratio, seconds, base = (Quartiles(*fields[name]) for name in ("ratio", "seconds", "base_seconds"))
         return cls(ratio, seconds, base, fields["batch_size"], fields["rounds"])
 
 
 class Timed:
-    """One model at work on a batch, that notes when each of its blocks began and ended."""
+    """A model and a batch; each call runs one forward and records when each block began and ended."""
 
     def __init__(self, model: nn.Module, images: Tensor, watch: Stopwatch) -> None:
         self.host, entry = find_host(model)
@@ -79,17 +79,17 @@ class Timed:
             block.register_forward_hook(lambda *_: self.marks[-1].append(watch.mark()))
 
     def __call__(self) -> None:
-        """One forward."""
+        """Run one forward."""
         self.marks.append([])
         self.host(self.images)
 
     def rows(self, skip: int) -> list[list[float]]:
-        """Seconds of each block, for every forward but the first ones."""
+        """Return the seconds of each block, for every forward after the first ``skip``."""
         return [[self.watch.between(a, b) for a, b in zip(marks[::2], marks[1::2], strict=True)] for marks in self.marks[skip:]]
 
 
-def reduced(space: Space, schedule: Schedule) -> nn.Module:
-    """A copy of the model, with its very weights, under a schedule."""
+def reduced(space: ScheduleSpace, schedule: Schedule) -> nn.Module:
+    """Return a copy of the model that shares its weights, reduced by a schedule."""
     example = None if space.example is None else space.example[:1]
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -98,18 +98,21 @@ def reduced(space: Space, schedule: Schedule) -> nn.Module:
 
 @dataclass(frozen=True)
 class Times:
-    """What was measured of one model: whole forwards, and the seconds of each block in each of them."""
+    """Measured times of one model: whole forwards, and the seconds of each block in each forward."""
 
     samples: Sequence[Sample]
     blocks: Sequence[Sequence[float]]
 
 
-def time_all(space: Space, schedules: Sequence[Schedule], measuring: Measuring) -> dict[str, Times]:
-    """Time the unreduced model (`BASE`) and one for each schedule (by its number), interleaved; in evaluation mode."""
+def time_all(space: ScheduleSpace, schedules: Sequence[Schedule], measuring: Measuring) -> dict[str, Times]:
+    """Time the unreduced model (key `BASE`) and one reduced model per schedule (key: its index as text), interleaved.
+
+    All models run in evaluation mode.
+    """
     device = next(space.host.parameters()).device
     watch = measuring.stopwatch(device)
     images = space.batch(measuring.batch_size)
-    settle(space.host, space.entry)  # the unreduced model too runs fused attention
+    settle(space.host, space.entry)  # fused attention for the unreduced model as well
     models = {BASE: shared_copy(space.model), **{str(i): reduced(space, schedule) for i, schedule in enumerate(schedules)}}
     runs = {name: Timed(model.eval(), images, watch) for name, model in models.items()}
     with torch.inference_mode():
@@ -128,8 +131,8 @@ def _nothing() -> None:
     pass
 
 
-def measure(space: Space, schedules: Sequence[Schedule], measuring: Measuring) -> list[Measured]:
-    """Real reduced models beside the unreduced one, each in turn in one process."""
+def measure(space: ScheduleSpace, schedules: Sequence[Schedule], measuring: Measuring) -> list[Measured]:
+    """Time reduced models against the unreduced one, interleaved in one process."""
     times = time_all(space, schedules, measuring)
     base = Quartiles.of([sample.own.wall for sample in times[BASE].samples])
     out = []
