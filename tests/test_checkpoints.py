@@ -77,7 +77,7 @@ def test_every_family_is_built_again_or_refused(family, tmp_path):
             save(model, tmp_path / "a")
         assert not (tmp_path / "a").exists()
         save(model, tmp_path / "a", model_args="omit")
-        with pytest.raises(ValueError, match="does not say how to build"):
+        with pytest.raises(ValueError, match="does not tell how to build"):
             load(tmp_path / "a")
         again = load(tmp_path / "a", model=make(family))
     else:
@@ -353,7 +353,7 @@ def cut(directory):
         (edited(model__args={"wings": 1}), ValueError, "laconic.json: timm .* cannot build.*wings"),
         (edited(model__args=3), ValueError, "laconic.json: "),
         (edited(model={"library": "timm"}), ValueError, "laconic.json: 'architecture'"),
-        (edited(model={"library": "jax"}), ValueError, "laconic.json does not say how to build"),
+        (edited(model={"library": "jax"}), ValueError, "laconic.json does not tell how to build"),
         (edited(model__args__depth=5), ValueError, "(?s)does not fit.*12 missing from the file"),
     ],
 )
@@ -542,7 +542,7 @@ def test_whatever_does_not_fit_is_listed_and_nothing_is_loaded(change, found):
 
 
 def test_a_learned_score_needs_a_method_that_has_one():
-    with pytest.raises(ValueError, match=r"30 in the file but not in the model(?s:.*)learned score, which evit has not"):
+    with pytest.raises(ValueError, match=r"30 in the file but not in the model(?s:.*)learned score, and evit does not use one"):
         import_checkpoint(official(reduced("dtps", "plain")), "evit", model=make("plain"), keep=0.6, at=AT)
 
 
@@ -577,7 +577,7 @@ def test_other_shapes_need_a_model(shape):
 @pytest.mark.parametrize(
     ("content", "ema", "found"),
     [
-        ([1, 2], False, "holds a list, where a dict of weights was expected"),
+        ([1, 2], False, "holds a list; expected a dict of weights"),
         ({}, False, "has no weights under model, net, state_dict; it has nothing"),
         ({"model": {}}, False, "has no weights"),
         ({"model_ema": {"a": torch.zeros(1)}, "epoch": 3}, False, "it has model_ema, epoch.*change ema="),

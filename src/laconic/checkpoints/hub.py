@@ -1,6 +1,6 @@
-"""Reduced models in repositories on the Hugging Face Hub: a directory of `laconic.save`, and a model card.
+"""Reduced models on the Hugging Face Hub: a repository holds the files that `laconic.save` writes, and a model card.
 
-Needs the extra ``hub`` (huggingface_hub), imported where it is used.
+Needs the extra ``hub`` (huggingface_hub), which is imported on use.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ def save_pretrained(
     repo_id: str | None = None,
     model_args: Mapping[str, Any] | Literal["omit"] | None = None,
 ) -> None:
-    """`laconic.save`, and a model card where there is none yet: a directory that is ready to be a repository.
+    """Save a model with `laconic.save`, and add a model card if there is none: a directory ready to be uploaded.
 
     Args:
         model: a reduced model.
-        directory: made if it is not there.
-        repo_id: what the card says to load the model by; by default the name of the directory.
+        directory: created if it does not exist.
+        repo_id: the name that the card's example loads; by default the name of the directory.
         model_args: see `laconic.save`.
 
     Raises:
@@ -73,21 +73,21 @@ def push_to_hub(
     token: str | None = None,
     **upload: Any,
 ) -> str:
-    """Save a reduced model and upload it to a repository, in one commit; returns the address of the commit.
+    """Save a reduced model and upload it to a repository in one commit; return the URL of the commit.
 
-    A model card that is in the repository already is left as it is.
+    A model card that the repository already has is not changed.
 
     Args:
         model: a reduced model.
-        repo_id: ``"user/name"``; the repository is made if it is not there.
+        repo_id: ``"user/name"``; the repository is created if it does not exist.
         model_args: see `laconic.save`.
-        private: whether a new repository is private; None: as the account says.
-        token: of the account; by default the one that is logged in.
-        upload: more for ``HfApi.upload_folder``: ``commit_message``, ``revision``, ``create_pr`` ...
+        private: whether a new repository is private; None: the account's default.
+        token: access token; by default that of the logged-in account.
+        upload: further arguments of ``HfApi.upload_folder``: ``commit_message``, ``revision``, ``create_pr`` ...
 
     Raises:
         ImportError: huggingface_hub is not installed. ValueError: the model cannot be saved, see `laconic.save`; nothing
-            was sent. Errors of the Hub come as they are.
+            was uploaded. Errors of the Hub are passed through.
     """
     api = need("huggingface_hub", "hub").HfApi(token=token)
     with TemporaryDirectory() as directory:
@@ -108,18 +108,18 @@ def from_pretrained(
     token: str | None = None,
     **download: Any,
 ) -> nn.Module:
-    """`laconic.load` from a repository on the Hub, or from a directory (which goes first), in eval mode.
+    """Load a model with `laconic.load` from a repository on the Hub or from a directory, in eval mode.
 
     Args:
-        repo_id_or_directory: ``"user/name"``, or a path.
+        repo_id_or_directory: ``"user/name"``, or a path; an existing directory takes precedence.
         model: see `laconic.load`.
         device: see `laconic.load`.
         revision: branch, tag or commit.
-        token: of an account that may read the repository; by default the one that is logged in.
-        download: more for ``snapshot_download``: ``cache_dir``, ``force_download``, ``local_files_only`` ...
+        token: access token that can read the repository; by default that of the logged-in account.
+        download: further arguments of ``snapshot_download``: ``cache_dir``, ``force_download``, ``local_files_only`` ...
 
     Raises:
-        ImportError: huggingface_hub is not installed. Errors of the Hub come as they are, the others are `laconic.load`'s.
+        ImportError: huggingface_hub is not installed. Errors of the Hub are passed through; otherwise as `laconic.load`.
     """
     if Path(repo_id_or_directory).is_dir():
         return load(repo_id_or_directory, model=model, device=device)
@@ -131,7 +131,7 @@ def from_pretrained(
 
 
 def _card(model: nn.Module, directory: Path, repo_id: str) -> str:
-    """The card as its authors would begin it: what the record says, and how to load it."""
+    """Return the text of a new model card: method, schedule and options from the record, and how to load the model."""
     record = json.loads((directory / RECORD).read_text(encoding="utf-8"))
     row = reduction_of(model).config.info
     architecture = record["model"].get("architecture") or record["model"]["class"].rpartition(".")[2]

@@ -1,7 +1,7 @@
 """A reduced model with huggingface_hub's mixin: ``save_pretrained``, ``push_to_hub`` and ``from_pretrained`` as methods.
 
-Import it yourself (``from laconic.checkpoints.hub_mixin import HubModel``): it needs the extra ``hub``, and `laconic` does not load it. The
-functions of the same names in `laconic` do the same without a wrapper.
+`laconic` does not import this module, since it needs the extra ``hub``; use
+``from laconic.checkpoints.hub_mixin import HubModel``. The functions of the same names in `laconic` need no wrapper.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from laconic.checkpoints.save_load import load, save
 
 
 class HubModel(nn.Module, ModelHubMixin, library_name="laconic", tags=["token-reduction"]):
-    """Wraps a reduced model, ``.model``; called like it."""
+    """Wrapper of a reduced model (``.model``) that is called with the same arguments."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A model that a file asks for is built on the meta device first, where nothing is allocated, and its sizes are checked."""
+"""Build the model that a file describes, first on the meta device, which allocates nothing, to check its size."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def build_within(
     """Build a model on the meta device, check its sizes, then build it on the CPU.
 
     Args:
-        build: builds the model on a device.
-        source: the file that asks for it, for messages.
-        held: the bytes of its file of weights.
-        tensors: the tensors in that.
-        method: what it is to be reduced by; the parameters of the method are checked too.
+        build: builds the model on the given device.
+        source: the file that describes the model, for messages.
+        held: size of the weights file in bytes.
+        tensors: number of tensors in the weights file.
+        method: method and schedule that will reduce the model; the parameters of the method are checked too.
 
     Raises:
         TooLarge: the model, its input or its attention takes far more memory than the file accounts for.
-        TypeError, ValueError: it is no model that laconic knows, or the schedule does not fit it.
+        TypeError, ValueError: laconic does not support the model, or the schedule does not fit it.
     """
     with limits.building(source, held, tensors):
         trial = build("meta")
@@ -46,11 +46,11 @@ def build_within(
 
 
 def check_reducers(model: nn.Module, config: Method, schedule: Schedule, source: str, held: int, tensors: int) -> None:
-    """Build the parameters that a method adds to a model on the meta device.
+    """Build the parameters that a method adds to a model on the meta device, to check their size.
 
     Raises:
-        TooLarge: they take far more memory than the file accounts for.
-        TypeError, ValueError: it is no model that laconic knows, or the schedule does not fit it.
+        TooLarge: the parameters take far more memory than the file accounts for.
+        TypeError, ValueError: laconic does not support the model, or the schedule does not fit it.
     """
     host, entry = find_host(model)
     sites = Stages(config, schedule, entry.shapes(host)).sites()
@@ -60,13 +60,13 @@ def check_reducers(model: nn.Module, config: Method, schedule: Schedule, source:
 
 
 def check_input(model: nn.Module, source: str, held: int) -> None:
-    """Refuse a model for images so large that the proof by one of them (`laconic.core.verify`) would take gigabytes.
+    """Raise if the model's input is so large that verifying the blocks with one image (`laconic.core.verify`) takes gigabytes.
 
-    In a model of several stages the keys of every stage are about as many as the patches of the last one.
+    In a model with several stages, the number of keys in every stage is about the number of patches of the last stage.
 
     Raises:
-        TooLarge: it is one of these.
-        TypeError, ValueError: it is no model that laconic knows.
+        TooLarge: the input or the attention weights are too large.
+        TypeError, ValueError: laconic does not support the model.
     """
     host, entry = find_host(model)
     with _NoNoise():
@@ -80,7 +80,7 @@ def check_input(model: nn.Module, source: str, held: int) -> None:
 
 
 class _NoNoise(TorchFunctionMode):
-    """Make noise on the meta device."""
+    """Create the tensors of `torch.randn` on the meta device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.randn:

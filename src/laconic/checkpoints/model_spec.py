@@ -1,7 +1,8 @@
-"""How to build a timm model again: its name and arguments, read off the model and proved before anything is written.
+"""Describe a timm model by its name and arguments, so that it can be rebuilt.
 
-Most of what a timm model was created with shows in its modules. What is read off is put to the test: the model that
-timm builds from it must have the same keys, shapes, module classes and plain attributes (heads, eps, pooling, ...).
+Most arguments that a timm model was created with can be read from its modules. They are verified before anything is written:
+the model that timm builds from them must have the same keys, shapes, module classes and plain attributes (heads, eps,
+pooling, ...).
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from laconic.core.limits import TooLarge
 from laconic.core.optional_deps import need
 from laconic.core.token_reduction import TokenReduction
 
-LISTED = 10  # names listed of each kind of difference
+LISTED = 10  # at most this many names of each kind of difference are listed
 REFUSED = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "scriptable"}
-HARMLESS = ("train", "drop", "init", "fused", "checkpoint")  # parts of attribute names that inference does not depend on
+HARMLESS = ("train", "drop", "init", "fused", "checkpoint")  # attributes with these in their names do not affect inference
 FILLING = {"uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_"}
 USUAL: dict[str, Callable[[Any], Any]] = {
     "num_classes": lambda m: m.num_classes,
@@ -45,11 +46,11 @@ UNUSUAL: dict[str, Callable[[Any], Any]] = {
 
 
 def describe_model(model: nn.Module, reduction: TokenReduction, model_args: Mapping[str, Any] | Literal["omit"] | None) -> Any:
-    """What `laconic.json` says of the model: timm's name and arguments, or only its class when it is not timm's.
+    """Return the entry of a model in `laconic.json`: timm's name and arguments, or only its class if it is not timm's.
 
     Raises:
         TypeError: ``model_args`` is neither a dict nor "omit".
-        ValueError: timm does not build this model from what could be read off it and ``model_args``.
+        ValueError: timm does not build this model from the arguments read from it and ``model_args``.
     """
     if not (model_args is None or model_args == "omit" or isinstance(model_args, Mapping)):
         raise TypeError(f"model_args must be a dict of arguments of timm.create_model, 'omit' or None, not {model_args!r}")
@@ -61,14 +62,14 @@ def describe_model(model: nn.Module, reduction: TokenReduction, model_args: Mapp
         return {"library": None, "class": path_of(type(model))}
     tag = config.get("tag") or ""
     if not need("timm", "timm").is_model_pretrained(f"{architecture}.{tag}"):
-        tag = ""  # someone else's: timm could not look it up
+        tag = ""  # not one of timm's pretrained tags, so timm could not look it up
     try:
         given = json.loads(json.dumps(dict(model_args or {})))
     except TypeError as error:
         raise ValueError(f"model_args must be plain JSON values ({error}); or pass model_args='omit'") from error
     args = {**_read(model, USUAL), **given}
     difference, usual = "not built", dict[str, Any]()
-    with suppress(ValueError):  # perhaps timm needs an unusual one to build it at all
+    with suppress(ValueError):  # timm may need an argument of UNUSUAL to build it at all
         fresh = build(architecture, tag, args, "meta")
         difference, usual = compare(model, reduction, fresh), _read(fresh, UNUSUAL)
     if difference:
@@ -77,14 +78,14 @@ def describe_model(model: nn.Module, reduction: TokenReduction, model_args: Mapp
     if difference:
         raise ValueError(
             f"nothing was saved: timm.create_model({architecture!r}, {_shown(args)}) is not this model.\n{difference}\n"
-            "Pass what it was created with as model_args={...}; or model_args='omit', and give load a model to fill: "
-            "laconic.load(directory, model=your_model)"
+            "Pass the arguments it was created with as model_args={...}; or pass model_args='omit', and load it into a model "
+            "that you build: laconic.load(directory, model=your_model)"
         )
     return {"library": "timm", "architecture": architecture, "tag": tag, "args": args}
 
 
 def build(architecture: str, tag: str, args: Mapping[str, Any], device: str) -> nn.Module:
-    """The timm model, with random weights (none on the meta device).
+    """Build a timm model with random weights (without values on the meta device).
 
     Raises:
         ValueError: timm has no such architecture, or does not take these arguments.
@@ -92,22 +93,22 @@ def build(architecture: str, tag: str, args: Mapping[str, Any], device: str) -> 
     timm = need("timm", "timm")
     if REFUSED & args.keys():
         raise ValueError(f"model arguments {sorted(REFUSED & args.keys())} are not accepted: weights come from the directory")
-    if not timm.is_model(architecture):  # also keeps names such as hf-hub:... from reaching out to the network
+    if not timm.is_model(architecture):  # also rejects names such as hf-hub:..., which would access the network
         raise ValueError(
             f"timm {timm.__version__} knows no model {architecture!r}; import the module that registers it, install a newer "
-            "timm, or give the model to fill: laconic.load(directory, model=your_model)"
+            "timm, or build the model yourself: laconic.load(directory, model=your_model)"
         )
     try:
         with torch.device(device), NothingToFill():
             return timm.create_model(f"{architecture}.{tag}" if tag else architecture, pretrained=False, **args)
     except TooLarge:
         raise
-    except Exception as error:  # whatever timm makes of arguments it does not take
+    except Exception as error:  # timm raises many types of errors for wrong arguments
         raise ValueError(f"timm {timm.__version__} cannot build {architecture!r} with {_shown(args)}: {error}") from error
 
 
 class NothingToFill(TorchFunctionMode):
-    """Passes over the initialisation of meta tensors, which have no values but take long over it."""
+    """Skip the initialisation of meta tensors: they have no values, but the calls take long."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if args and isinstance(args[0], Tensor) and args[0].is_meta and getattr(func, "__name__", "") in FILLING:
@@ -116,7 +117,7 @@ class NothingToFill(TorchFunctionMode):
 
 
 def compare(model: nn.Module, reduction: TokenReduction, fresh: nn.Module) -> str:
-    """In what a model (its reduction aside) differs from a fresh one; nothing if they are alike."""
+    """Return how a model, without its reduction, differs from a fresh one, as text; empty if they are the same."""
     own = next(f"{name}." for name, module in model.named_modules() if module is reduction)
     weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(own)}
     difference = mismatch(fresh.state_dict(), weights, "this model", "timm's")
@@ -140,7 +141,7 @@ def _traits(model: nn.Module, fresh: nn.Module) -> list[str]:
 
 
 def mismatch(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str, whose: str) -> str:
-    """Which tensors are missing, unexpected or of another shape, as lines of text; nothing if all fit."""
+    """Return the tensors that are missing, unexpected or of another shape, as lines of text; empty if all fit."""
     shape = {name: list(tensor.shape) for name, tensor in {**expected, **found}.items()}
     missing = [f"{name} {shape[name]}" for name in expected if name not in found]
     extra = [f"{name} {shape[name]}" for name in found if name not in expected]
@@ -164,7 +165,7 @@ def _read(model: Any, table: Mapping[str, Callable[[Any], Any]]) -> dict[str, An
         try:
             value = look(model)
         except (AttributeError, StopIteration, IndexError):
-            continue  # this class has no such thing; should it matter, the comparison will say so
+            continue  # this class has no such attribute; if it matters, the comparison finds the difference
         if value is not None:
             values[name] = value
     return values

@@ -1,7 +1,7 @@
-"""Weights as the authors of EViT, DynamicViT and TPS publish them, put into a reduced model.
+"""Load the weights that the authors of EViT, DynamicViT and TPS publish into a reduced model.
 
-Their files hold timm's names for the backbone; DynamicViT and TPS add ``score_predictor.{stage}``. EViT's weights say
-nothing of the keep rate, but the training arguments beside them do. Files are read without running anything in them.
+Their files use timm's parameter names for the backbone; DynamicViT and TPS add ``score_predictor.{stage}``. EViT's weights
+do not tell the keep rate, but the training arguments in the same file do. No code in a file is executed.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _scalar: Any = np.float64(0).__reduce__()[0]
 
 
 def _number(dtype: Any, data: Any) -> Any:
-    """Return a numpy scalar of a file. Without its bytes, numpy would allocate as many as its dtype claims."""
+    """Return a numpy scalar of a file; ``data`` is required, since without it numpy allocates the size of any dtype."""
     return _scalar(dtype, data)
 
 
-SAFE: list[Any] = [  # beside what torch itself lets through: training arguments, and accuracies that are numpy scalars
+SAFE: list[Any] = [  # allowed in addition to torch's own list: training arguments, and accuracies stored as numpy scalars
     Namespace,
     np.dtype,
     *{type(np.dtype(kind)) for kind in "?bhilqBHILQefd"},
@@ -60,26 +60,26 @@ def import_checkpoint(
     ema: bool = False,
     **options: Any,
 ) -> nn.Module:
-    """A model reduced by ``method``, with the weights its authors published, in eval mode.
+    """Return a model reduced by ``method`` with the weights that its authors published, in eval mode.
 
     Args:
-        path_or_dict: a file of torch or safetensors, or what torch.load makes of it. The weights may lie under ``model``,
-            ``net`` or ``state_dict``, with or without a ``module.`` prefix.
+        path_or_dict: a torch or safetensors file, or the object that torch.load returns for it. The weights may be under
+            ``model``, ``net`` or ``state_dict``, with or without a ``module.`` prefix.
         method: a name with ``options``, or a config, as for `laconic.reduce_`.
         model: an unreduced model to reduce and fill in place; the weights are those of the vision transformer in it. Without
-            it a DeiT-T, -S or -B is built by timm, plain or distilled, with the input size and classes of the weights.
-        keep: as for `laconic.reduce_`. For ``evit`` and ``topk`` what is not given of ``keep`` and ``at``, and EViT's ``fuse``
-            when the method is given by name, comes from the training arguments in the file, if there are any.
+            it timm builds a DeiT-T, -S or -B, plain or distilled, with the input size and classes of the weights.
+        keep: as for `laconic.reduce_`. For ``evit`` and ``topk``, if ``keep`` or ``at`` is not given, it is taken from the
+            training arguments in the file, if there are any; so is EViT's ``fuse`` if the method is given by name.
         at: as for `laconic.reduce_`.
-        schedule: instead of ``keep`` and ``at``.
-        ema: take the averaged weights (``model_ema`` or ``state_dict_ema``).
-        options: of the method, when it is given by name.
+        schedule: a schedule in place of ``keep`` and ``at``.
+        ema: load the averaged weights (``model_ema`` or ``state_dict_ema``).
+        options: options of the method, if it is given by name.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is damaged, is not a checkpoint or holds other objects than tensors; a tensor is missing,
-            unexpected or of another shape (they are listed); or the tensors, or the model they call for, take far more
-            memory than the file (see `laconic.core.limits`). A given ``model`` is then as it was.
+            unexpected or of another shape (they are listed); or the tensors, or the model that they need, take far more
+            memory than the file (see `laconic.core.limits`). A given ``model`` is then restored.
         TypeError, LookupError: as `laconic.reduce_`.
     """
     config = resolve(method, options)
@@ -110,7 +110,7 @@ def import_checkpoint(
 
 
 def _content(place: Place | Mapping[str, Any]) -> tuple[Any, str, int | None]:
-    """What a file or a dict holds, what to call it, and the bytes of the file."""
+    """Return the content of a file or a dict, its name for messages, and the size of the file in bytes (None for a dict)."""
     if isinstance(place, Mapping):
         return place, "the given dict", None
     path = Path(place)
@@ -119,9 +119,9 @@ def _content(place: Place | Mapping[str, Any]) -> tuple[Any, str, int | None]:
 
 def _read(path: Path) -> Any:
     if not path.exists():
-        raise FileNotFoundError(f"there is no file {path}; download it first, from where the authors of the method point to")
+        raise FileNotFoundError(f"there is no file {path}; download it first, from the link of the method's authors")
     if path.is_dir():
-        raise ValueError(f"{path} is a directory; what laconic.save wrote is read by laconic.load")
+        raise ValueError(f"{path} is a directory, not a file; read a directory that laconic.save wrote with laconic.load")
     limits.check_file(path)
     if path.suffix == ".safetensors":
         return read_safetensors(path)
@@ -129,7 +129,7 @@ def _read(path: Path) -> Any:
         try:
             with torch.serialization.safe_globals(SAFE):
                 return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a parser makes of bytes that are not a checkpoint
+        except Exception as error:  # parsers raise many types of errors for bytes that are not a checkpoint
             raise ValueError(f"{path} {_fault(error, path.suffix)}") from error
 
 
@@ -152,7 +152,7 @@ def _fault(error: Exception, suffix: str) -> str:
 def _unwrap(content: Any, source: str, ema: bool) -> dict[str, Tensor]:
     wanted = ("model_ema", "state_dict_ema") if ema else ("model", "net", "state_dict")
     if not isinstance(content, Mapping):
-        raise ValueError(f"{source} holds a {type(content).__name__}, where a dict of weights was expected")
+        raise ValueError(f"{source} holds a {type(content).__name__}; expected a dict of weights")
     inner = next((content[name] for name in wanted if isinstance(content.get(name), Mapping)), None)
     weights = content if inner is None and not ema else inner
     if not weights or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()):
@@ -166,7 +166,7 @@ def _unwrap(content: Any, source: str, ema: bool) -> dict[str, Tensor]:
 
 
 def _said_by_evit(args: Any, source: str) -> dict[str, Any]:
-    """keep, at and fuse from the training arguments, as far as they are there."""
+    """Return keep, at and fuse from EViT's training arguments, as far as they are present."""
     args = vars(args) if isinstance(args, Namespace) else args if isinstance(args, Mapping) else {}
     said: dict[str, Any] = {}
     try:
@@ -196,7 +196,7 @@ def _blocks(said: Any) -> tuple[int, ...]:
 def _advice(weights: Mapping[str, Tensor], reduction: TokenReduction) -> str:
     name, learned = reduction.config.info.name, any(key.startswith(("laconic.", "score_predictor.")) for key in weights)
     if learned and not any(True for _ in reduction.parameters()):
-        return f"\nThe file has a learned score, which {name} has not; dynamicvit and dtps have."
+        return f"\nThe file has a learned score, and {name} does not use one; dynamicvit and dtps do."
     if reduction.config.info.learns and not learned:
         return f"\nThe file has no learned score, which {name} needs: load the weights first, then laconic.reduce_ and train."
     ours = any(".predictor." in key for key in reduction.state_dict(prefix="."))
@@ -206,7 +206,7 @@ def _advice(weights: Mapping[str, Tensor], reduction: TokenReduction) -> str:
 
 
 def _deit(weights: Mapping[str, Tensor], source: str, more: Mapping[str, Any], held: int) -> nn.Module:
-    """The DeiT that the shapes call for; what else is in the weights shows when they are loaded."""
+    """Build the DeiT that fits the shapes; any other difference is found when the weights are loaded."""
     shape, distilled = list(weights["pos_embed"].shape) if "pos_embed" in weights else [], "dist_token" in weights
     _, length, width = shape if len(shape) == 3 else (0, 0, 0)
     side = math.isqrt(max(0, length - 1 - distilled))

@@ -1,6 +1,7 @@
-"""Reduced models on disk: ``model.safetensors`` with all weights, ``laconic.json`` with what it takes to build the model.
+"""Reduced models on disk: ``model.safetensors`` with all weights, ``laconic.json`` with how to build and reduce the model.
 
-The weights of the papers' authors are read by `laconic.checkpoints.official_weights`; repositories on a hub by `laconic.checkpoints.hub`.
+`laconic.checkpoints.official_weights` reads the weights of the papers' authors, `laconic.checkpoints.hub` repositories on
+the Hugging Face Hub.
 """
 
 from __future__ import annotations
@@ -37,22 +38,22 @@ Place = str | os.PathLike[str]
 
 
 def save(model: nn.Module, directory: Place, *, model_args: Mapping[str, Any] | Literal["omit"] | None = None) -> None:
-    """Write a reduced model to a directory, which `load` reads again.
+    """Write a reduced model to a directory that `load` can read.
 
-    The weights keep their dtype; what only training knows (drop path, frozen parameters) is not written. Both files are
-    written in full beside their place before either takes it, so that a save that fails leaves what was there. Wrappers
-    (DataParallel, DDP, averaged models, torch.compile) are taken off.
+    The weights keep their dtype; training state (drop path, frozen parameters) is not written. Both files are written in full
+    to a temporary directory and then moved, so that a failed write does not change the existing files. Wrappers
+    (DataParallel, DDP, averaged models, torch.compile) are removed.
 
     Args:
         model: a reduced model, or a wrapper of one.
-        directory: made if it is not there; the two files in it are replaced.
-        model_args: arguments of ``timm.create_model`` (of the constructor, for a model of transformers) beyond those that can
-            be read off the model; ``"omit"`` does not write how to build the model, and then `load` needs ``model=``. Of
-            models of other libraries it is never written.
+        directory: created if it does not exist; the two files in it are replaced.
+        model_args: arguments of ``timm.create_model`` (of the constructor, for a transformers model) in addition to those
+            that can be read from the model. With ``"omit"`` the file does not tell how to build the model, and `load` needs
+            ``model=``; this is always so for models of other libraries.
 
     Raises:
-        ValueError: the model is not reduced, timm does not build it from its name and ``model_args``, or an option is not
-            JSON; nothing is written.
+        ValueError: the model is not reduced, timm does not build it from its name and ``model_args``, or an option cannot be
+            written as JSON; nothing is written.
         NotADirectoryError: the path is a file.
     """
     from laconic import __version__
@@ -61,8 +62,8 @@ def save(model: nn.Module, directory: Place, *, model_args: Mapping[str, Any] | 
     reduction = find_reduction(model)
     if reduction is None:
         raise ValueError(
-            f"nothing was saved to {directory}: this {type(model).__name__} is not reduced. laconic.reduce_ it first; the "
-            "weights of a plain model are saved with torch.save(model.state_dict(), file)"
+            f"nothing was saved to {directory}: this {type(model).__name__} is not reduced. Call laconic.reduce_ first; save "
+            "the weights of a plain model with torch.save(model.state_dict(), file)"
         )
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"{directory} is a file; laconic.save takes a directory")
@@ -88,19 +89,19 @@ def save(model: nn.Module, directory: Place, *, model_args: Mapping[str, Any] | 
 
 
 def load(directory: Place, *, model: nn.Module | None = None, device: str | torch.device = "cpu") -> nn.Module:
-    """The reduced model that `save` wrote, in eval mode.
+    """Load the reduced model that `save` wrote, in eval mode.
 
     Args:
-        directory: what `save` was given.
-        model: an unreduced model to reduce and fill in place, on its own device and in its own dtype; without it the
-            model is built by timm, in the dtype it was saved in.
-        device: where a model that is built here is put.
+        directory: a directory written by `save`.
+        model: an unreduced model to reduce and fill in place, on its own device and in its own dtype; without it timm or
+            transformers builds the model, in the dtype it was saved in.
+        device: device of the model, if it is built here.
 
     Raises:
         FileNotFoundError, NotADirectoryError: no such directory, or a file is missing in it.
         LookupError: an unknown method.
         ValueError: a file is damaged or of a newer format, the model cannot be built without ``model``, it takes far more
-            memory than its weights (see `laconic.core.limits`), or the weights do not fit. A given ``model`` is then as it was.
+            memory than its weights (see `laconic.core.limits`), or the weights do not fit. A given ``model`` is then restored.
     """
     directory = _existing(directory)
     record = _read_record(directory / RECORD)
@@ -129,11 +130,11 @@ def load(directory: Place, *, model: nn.Module | None = None, device: str | torc
 
 
 def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], source: str, advice: str = "") -> None:
-    """Load weights if all of them fit, and none if one does not.
+    """Load weights if all of them fit; otherwise load none.
 
     Raises:
-        ValueError: tensors are missing, unexpected or of another shape (they are listed, then ``advice`` follows), or one is
-            of another kind (see `laconic.core.limits.check_kinds`).
+        ValueError: tensors are missing, unexpected or of another shape (they are listed, then ``advice`` follows), or a
+            tensor is of another kind (see `laconic.core.limits.check_kinds`).
     """
     own = model.state_dict()
     difference = mismatch(own, weights, "the file", "the model")
@@ -144,10 +145,10 @@ def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], source: str, 
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU.
+    """Read the tensors of a safetensors file, on the CPU.
 
     Raises:
-        FileNotFoundError: it is missing. ValueError: it is damaged.
+        FileNotFoundError: the file is missing. ValueError: the file is damaged.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; copy it there, or save the model again")
@@ -163,8 +164,8 @@ def _existing(directory: Place) -> Path:
         return path
     if path.exists():
         raise NotADirectoryError(
-            f"{path} is a file; laconic.load takes the directory that laconic.save wrote. Weights published by a paper's "
-            "authors are read by laconic.import_checkpoint"
+            f"{path} is a file; laconic.load takes the directory that laconic.save wrote. To load weights published by a "
+            "paper's authors, use laconic.import_checkpoint"
         )
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory)):
         raise FileNotFoundError(
@@ -182,7 +183,7 @@ def _read_record(path: Path) -> dict[str, Any]:
         check_nesting(record)
     except limits.TooLarge:
         raise
-    except ValueError as error:  # not JSON, or not even text
+    except ValueError as error:  # not JSON, or not text
         raise ValueError(f"{path} is damaged ({error}); copy or download it again, or save the model again") from error
     found = record.get("format") if isinstance(record, dict) else None
     if is_whole(found) and found > FORMAT:
@@ -213,7 +214,7 @@ def _read_method(path: Path, record: dict[str, Any]) -> tuple[Method, Schedule]:
     try:
         return resolve(name, {option: _tuples(value) for option, value in options.items()}), Schedule.of(record["schedule"])
     except LookupError as error:
-        raise LookupError(f"{path}: {error} (a method of your own must be imported before its models are loaded)") from error
+        raise LookupError(f"{path}: {error} (a custom method must be imported before its models are loaded)") from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -229,15 +230,15 @@ def _build(path: Path, record: dict[str, Any], device: str) -> nn.Module:
         except limits.TooLarge:
             raise
         except ValueError as error:
-            raise ValueError(f"{path}: {error}; or give a model to fill: laconic.load(directory, model=your_model)") from error
+            raise ValueError(f"{path}: {error}; or build it yourself: laconic.load(directory, model=your_model)") from error
     if record.get("library") != "timm":
         raise ValueError(
-            f"{path} does not say how to build its model ({record.get('class', 'of an unknown class')}); build it yourself "
-            "and have it filled: laconic.load(directory, model=your_model)"
+            f"{path} does not tell how to build its model ({record.get('class', 'of an unknown class')}); build the model "
+            "yourself and pass it: laconic.load(directory, model=your_model)"
         )
     try:
         return build(record["architecture"], record.get("tag") or "", record["args"], device)
     except limits.TooLarge:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: {error}; or give the model to fill: laconic.load(directory, model=your_model)") from error
+        raise ValueError(f"{path}: {error}; or build it yourself: laconic.load(directory, model=your_model)") from error

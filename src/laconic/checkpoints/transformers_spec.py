@@ -1,7 +1,7 @@
-"""How to build a transformers model again: its class, its config, and what its constructor takes beside the config.
+"""Describe a transformers model by its class, its config and further constructor arguments, so that it can be rebuilt.
 
-Only classes of transformers itself are built, never code that came with a model. What is read off a model is put to the test: a
-model built from it must have the same keys, shapes, module classes and plain attributes.
+Only classes of transformers itself are built, never code that came with a model. The description is verified: a model built
+from it must have the same keys, shapes, module classes and plain attributes.
 """
 
 from __future__ import annotations
@@ -37,15 +37,17 @@ FLAGS: dict[str, Callable[[Any], bool]] = {
 
 
 def knows(model: nn.Module) -> bool:
-    """Whether a model is one of transformers' own, with a config."""
+    """Return True if a model is of one of transformers' own classes and has a config."""
     return CLASS.fullmatch(path_of(type(model))) is not None and hasattr(model, "config")
 
 
 def describe(model: Any, reduction: TokenReduction, model_args: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What ``laconic.json`` says of a transformers model; ``model_args`` are those of its constructor beside the config.
+    """Return the entry of a transformers model in ``laconic.json``.
+
+    ``model_args`` are arguments of its constructor in addition to the config.
 
     Raises:
-        ValueError: the model that is built from it is another one, or something of it is not plain JSON.
+        ValueError: the model built from the entry differs from this one, or a value is not plain JSON.
     """
     args = {**_flags(model), **dict(model_args or {})}
     record = {"library": LIBRARY, "class": path_of(type(model)), "args": args, "config": model.config.to_dict()}
@@ -54,27 +56,27 @@ def describe(model: Any, reduction: TokenReduction, model_args: Mapping[str, Any
     except TypeError as error:
         raise ValueError(f"nothing was saved: the config of this model is not plain JSON ({error})") from error
     fresh = build(record, "meta")
-    fresh.name_or_path = model.name_or_path  # where it came from makes no difference
+    fresh.name_or_path = model.name_or_path  # ignore where the model was loaded from
     difference = compare(model, reduction, fresh)
     if difference:
         raise ValueError(
             f"nothing was saved: {record['class']} with this model's config is not this model.\n{difference}\n"
-            "Pass what its constructor was given beside the config as model_args={...}; or model_args='omit', and give load a "
-            "model to fill: laconic.load(directory, model=your_model)"
+            "Pass the constructor's arguments other than the config as model_args={...}; or pass model_args='omit', and load "
+            "it into a model that you build: laconic.load(directory, model=your_model)"
         )
     return record
 
 
 def build(record: Mapping[str, Any], device: str) -> Any:
-    """The model of a record, with random weights (none on the meta device).
+    """Build the model of a record, with random weights (without values on the meta device).
 
     Raises:
         ImportError: transformers is not installed.
-        ValueError: the class is none of transformers', this version has no such class, or it cannot be built so.
+        ValueError: the class is not one of transformers', this version has no such class, or building it fails.
     """
     path, version = str(record.get("class")), need("transformers", "transformers").__version__
     if CLASS.fullmatch(path) is None:
-        raise ValueError(f"{path!r} is no model class of transformers; nothing else is built")
+        raise ValueError(f"{path!r} is not a model class of transformers; laconic builds no other classes")
     module, _, name = path.rpartition(".")
     try:
         cls = getattr(importlib.import_module(module), name)
@@ -83,7 +85,7 @@ def build(record: Mapping[str, Any], device: str) -> Any:
             model: Any = cls(config, **record["args"])
     except TooLarge:
         raise
-    except Exception as error:  # whatever this version makes of a config of another
+    except Exception as error:  # a config of another version can raise any error
         raise ValueError(f"transformers {version} cannot build {path}: {error}") from error
     return model
 
@@ -98,11 +100,11 @@ def _flags(model: Any) -> dict[str, bool]:
 
 
 def from_directory(directory: str) -> Any:
-    """The model that ``save_pretrained`` wrote to a directory, in evaluation mode; the network is not asked.
+    """Load a model that ``save_pretrained`` wrote to a directory, in evaluation mode, without network access.
 
     Raises:
         ImportError: transformers is not installed.
-        ValueError: there is no such model in it, or not one of transformers' own classes.
+        ValueError: the directory holds no such model, or its class is not one of transformers' own.
     """
     library = need("transformers", "transformers")
     try:
@@ -113,13 +115,13 @@ def from_directory(directory: str) -> Any:
         model: Any = getattr(library, name).from_pretrained(directory, local_files_only=True)
     except TooLarge:
         raise
-    except Exception as error:  # there are many ways to be no such directory
+    except Exception as error:  # transformers raises many types of errors for a wrong directory
         raise ValueError(f"transformers {library.__version__} cannot load {directory}: {error}") from error
     return model.eval()
 
 
 def _check_size(cls: Any, config: Any, directory: str) -> None:
-    """Build a model without weights, within the limits that the files of weights in its directory set."""
+    """Build a model on the meta device and check its size against the weights files in its directory."""
     files = [file for ending in (".safetensors", ".bin") for file in Path(directory).glob(f"*{ending}")]
     held, tensors = sum(map(limits.check_file, files)), sum(map(limits.tensors_in, files))
     with limits.building(directory, held, tensors), torch.device("meta"):
@@ -128,5 +130,5 @@ def _check_size(cls: Any, config: Any, directory: str) -> None:
         check_input(trial, directory, held)
     except TooLarge:
         raise
-    except (TypeError, ValueError) as error:  # one that laconic does not reduce: reduce_ says so
+    except (TypeError, ValueError) as error:  # a model that laconic does not support: reduce_ raises a clear error later
         LOG.debug("%s", error)
