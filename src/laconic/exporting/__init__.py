@@ -1,8 +1,8 @@
-"""`export`: a model as a file for another runtime, proved against eager PyTorch before it takes its place.
+"""`export`: write a model as a file for another runtime, and verify it against eager PyTorch.
 
-All formats start from one `torch.export` program with static token counts and a batch of any size. What a file has to
-show before it is moved to its path: on whole batches of several sizes, in the runtime that is to read it, the answers of
-the eager model. If it fails, no file is left.
+All formats start from one `torch.export` program with static token counts and a batch of any size. A file is moved to its
+path only after the target runtime reproduces the outputs of the eager model, on batches of several sizes. If the check
+fails, no file is written.
 """
 
 from __future__ import annotations
@@ -52,24 +52,24 @@ def export(
     example: Tensor | None = None,
     tolerance: float = TOLERANCE,
 ) -> ExportReport:
-    """Write a model, reduced or not, as a file for another runtime, after proof that it answers as the model does.
+    """Write a model, reduced or not, as a file for another runtime, after verifying that both give the same outputs.
 
-    The model is not touched: a copy that shares its weights is exported, in evaluation mode, in float32 on the CPU.
+    The model is not changed: a copy that shares its weights is exported, in evaluation mode, in float32 on the CPU.
 
     Args:
-        model: a model that `reduce_` takes or has taken; any other module with ``example``.
-        path: the file to write: ``.onnx``, ``.pt2`` for torch-export, ``.xml`` for openvino (its ``.bin`` beside it).
+        model: a model that `reduce_` supports, reduced or not; any other module if ``example`` is given.
+        path: the file to write: ``.onnx``, ``.pt2`` for torch-export, ``.xml`` for openvino (plus a ``.bin`` next to it).
         to: onnx, torch-export or openvino.
-        batch: images in a batch; None is any number.
-        opset: version of ONNX's operators, for onnx and openvino.
+        batch: images per batch; None allows any number.
+        opset: ONNX operator set version, for onnx and openvino.
         example: an input [B, channels, height, width] of the size to export for; by default the model's own size.
-        tolerance: the greatest difference from the eager model allowed, as a share of its largest output.
+        tolerance: the largest difference from the eager model that is allowed, as a share of its largest output.
 
     Raises:
         TypeError: not a module.
         LookupError: an unknown format.
         ValueError: a wrong suffix, batch or tolerance, weights that are not float32, a method of variable counts, a model
-            that torch cannot trace, an answer that differs. No file is written then, and one that was there stays.
+            that torch cannot trace, or outputs that differ. No file is written then, and an existing file is not changed.
         ImportError: a library of the format is missing; the message names the extra.
     """
     _check(path, to)
@@ -79,7 +79,7 @@ def export(
 def write(
     traced: Traced, path: str | os.PathLike[str], to: str, *, opset: int = OPSET, tolerance: float = TOLERANCE
 ) -> ExportReport:
-    """Write one format of a traced model, prove it, and put it in its place; the rest as `export`."""
+    """Write one format of a traced model, verify it, and move it to its path; arguments and errors as `export`."""
     path = _check(path, to)
     if not tolerance > 0:
         raise ValueError(f"tolerance must be above 0 (it is a share of the largest output), not {tolerance}")
@@ -96,7 +96,7 @@ def write(
                 write_onnx(traced, Path(between, "model.onnx"), opset)
                 write_openvino(traced, Path(between, "model.onnx"), file, opset)
         parities = prove(traced, runner(file, to), RUNTIMES[to], tolerance)
-        written = sorted(Path(unfinished).iterdir(), key=lambda file: file.name == path.name)  # the one that is opened last
+        written = sorted(Path(unfinished).iterdir(), key=lambda file: file.name == path.name)  # ``path`` last
         for part in written:
             os.replace(part, path.parent / part.name)
     paths = tuple(str(path.parent / part.name) for part in written)

@@ -1,4 +1,4 @@
-"""ONNX: written from a traced program, and looked through for what TensorRT is known to stumble over."""
+"""Write ONNX from a traced program, and inspect the file for constructs that are known to fail in TensorRT."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from laconic.exporting.trace import Traced
 
 OPSET = 20
 OPSETS = (18, 23)  # the range that torch's exporter and onnxruntime share
-TOPK_LIMIT = 3840  # the most that TensorRT's TopK takes
-# shapes that hang on the data, control flow, and noise
+TOPK_LIMIT = 3840  # the largest k of TensorRT's TopK
+# data-dependent shapes, control flow, and random numbers
 UNWANTED = ("NonZero", "Loop", "If", "Scan", "Unique", "Compress", "NonMaxSuppression", "RandomUniform", "RandomUniformLike")
 
 
 @dataclass(frozen=True)
 class Graph:
-    """What is in an ONNX file that matters to other runtimes. ``problems`` is empty where none was found.
+    """Properties of an ONNX file that matter to other runtimes. ``problems`` is empty if none were found.
 
-    ``topk`` are the constant numbers of its TopK nodes; ``dynamic`` the names of dimensions that are not constant.
+    ``topk`` holds the constant k of its TopK nodes; ``dynamic`` the names of the dimensions that are not constant.
     """
 
     operators: dict[str, int]
@@ -40,7 +40,7 @@ class Graph:
     problems: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, as plain JSON."""
+        """Return all fields as plain JSON."""
         fields = dataclasses.asdict(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
@@ -49,16 +49,16 @@ class Graph:
             return f"for TensorRT: {'; '.join(self.problems)}"
         topk = f"{len(self.topk)} TopK, each with a constant k of at most {max(self.topk)}" if self.topk else "no TopK"
         return (
-            f"for TensorRT: {len(self.operators)} standard operators; {topk}; no control flow, no shape that hangs on the "
-            "data, nothing dynamic but the batch"
+            f"for TensorRT: {len(self.operators)} standard operators; {topk}; no control flow, no data-dependent shape, "
+            "no dynamic dimension but the batch"
         )
 
 
 def write_onnx(traced: Traced, path: Path, opset: int = OPSET) -> None:
-    """Write a traced model as ONNX, with the facts as ``metadata_props``, checked by ``onnx.checker``.
+    """Write a traced model as ONNX, with its metadata as ``metadata_props``, checked by ``onnx.checker``.
 
     Raises:
-        ValueError: an opset out of range, or a model that torch cannot translate. ImportError: a library is missing.
+        ValueError: the opset is out of range, or torch cannot translate the model. ImportError: a library is missing.
     """
     if not OPSETS[0] <= opset <= OPSETS[1]:
         raise ValueError(f"opset must be from {OPSETS[0]} to {OPSETS[1]}, not {opset}")
@@ -87,7 +87,7 @@ def write_onnx(traced: Traced, path: Path, opset: int = OPSET) -> None:
 
 
 def _sorts(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Sort as TopK of the whole row, its length a constant: of equal values ONNX's TopK puts the one of lower index first."""
+    """Translate sort to TopK over the whole axis with a constant k; it is stable: ONNX's TopK puts lower indices first."""
     script = need("onnxscript", "export")
     op = getattr(script, f"opset{opset}")
 
@@ -102,7 +102,7 @@ def _sorts(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
 
 
 def _name_batch(model: Any) -> None:
-    """Give the one dynamic dimension its name."""
+    """Name the only dynamic dimension "batch"."""
     symbol = model.graph.inputs[0].shape[0]
     if isinstance(symbol, int):
         return
@@ -116,7 +116,7 @@ def _name_batch(model: Any) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter talks to everybody; what matters comes as errors."""
+    """Suppress the exporter's logs, prints and warnings; real problems are raised as errors."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -128,7 +128,7 @@ def _quiet() -> Iterator[None]:
 
 
 def inspect(path: Path) -> Graph:
-    """Look through an ONNX file."""
+    """Inspect an ONNX file: its operators, domains, TopK sizes, dynamic dimensions and problems for TensorRT."""
     onnx = need("onnx", "export")
     model = onnx.load(str(path), load_external_data=False)
     graph, domains = model.graph, {node.domain or "ai.onnx" for node in model.graph.node}

@@ -1,8 +1,8 @@
-"""int8 on top of an ONNX file: dynamic quantization of its matrix products by ONNX Runtime.
+"""int8 from an ONNX file: dynamic quantization of its matrix products by ONNX Runtime.
 
-Weights become int8, a scale for each output channel; activations are quantized as they come, so that no pictures are needed
-to calibrate on. Softmax, norms, scores and the choice of tokens stay in float32. ``reduce_range`` (7 bits) keeps CPUs
-without VNNI from overflowing in 16 bits.
+Weights become int8 with a scale for each output channel; activations are quantized at run time, so that no calibration
+images are needed. Softmax, norms, scores and the selection of tokens remain in float32. ``reduce_range`` (7 bits) avoids
+overflow in 16 bits on CPUs without VNNI.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from laconic.core.optional_deps import need
 
 
 def quantize(source: Path, target: Path) -> None:
-    """Write the int8 model of an ONNX file to another.
+    """Quantize the ONNX file ``source`` to int8, and write it to ``target``.
 
     Raises:
         ImportError: onnxruntime is not installed.

@@ -1,4 +1,4 @@
-"""OpenVINO: converted from the ONNX file, so that one translation of the model has to be right, not two."""
+"""OpenVINO: converted from the ONNX file, so that only one translation of the model has to be correct."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from laconic.exporting.trace import Traced
 
 
 def write_openvino(traced: Traced, onnx: Path, path: Path, opset: int) -> None:
-    """Write ``.xml`` and ``.bin`` in float32 from an ONNX file, with the facts as runtime information.
+    """Write ``.xml`` and ``.bin`` in float32 from an ONNX file, with the metadata as runtime information.
 
     Raises:
         ImportError: openvino is not installed.

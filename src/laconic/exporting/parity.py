@@ -1,4 +1,4 @@
-"""The proof: a file answers as the eager model does, on whole batches, in the runtime that is to read it."""
+"""Parity check: compare the outputs of an exported file in its runtime with those of the eager model, batch by batch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from torch.utils._pytree import tree_leaves
 from laconic.exporting.runtimes import Runner
 from laconic.exporting.trace import Traced
 
-TOLERANCE = 1e-4  # float32 sums in another order; a token that goes elsewhere differs by far more
+TOLERANCE = 1e-4  # allows for float32 sums in another order; a different selection of tokens differs by far more
 
 
 @dataclass(frozen=True)
 class Parity:
-    """One batch: the greatest difference as a share of the largest output, and how many images have the same first class."""
+    """Parity of one batch: the largest difference as a share of the largest output, and the share of equal top classes.
+
+    ``agreement`` is None if the output is not class scores.
+    """
 
     batch: int
     difference: float
@@ -26,27 +29,27 @@ class Parity:
 
 
 def tensors(output: Any) -> list[Tensor]:
-    """All tensors that a model gives."""
+    """Return all tensors in a model's output."""
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def compare(batch: int, found: Sequence[Tensor], expected: Sequence[Tensor]) -> Parity:
-    """The parity of outputs; infinite where they are not even of the same shape, or not finite."""
+    """Return the parity of two outputs; its difference is infinite if shapes differ or a value is not finite."""
     if [out.shape for out in found] != [out.shape for out in expected]:
         return Parity(batch, float("inf"), None)
     scale = [out.abs().max().clamp_min(torch.finfo(torch.float32).tiny) for out in expected]
-    far = max(float((f - e).abs().max() / s) for f, e, s in zip(found, expected, scale, strict=True))
+    worst = max(float((f - e).abs().max() / s) for f, e, s in zip(found, expected, scale, strict=True))
     first, other = expected[0], found[0]
     classes = first.dim() == 2 and first.shape[1] > 1
     agreement = float((first.argmax(1) == other.argmax(1)).float().mean()) if classes else None
-    return Parity(batch, far if far == far else float("inf"), agreement)
+    return Parity(batch, worst if worst == worst else float("inf"), agreement)
 
 
 def prove(traced: Traced, run: Runner, runtime: str, tolerance: float) -> list[Parity]:
-    """Compare a file with the eager model on every batch.
+    """Compare a file with the eager model on batches of all sizes in ``traced.batches``.
 
     Raises:
-        ValueError: it differs by more than ``tolerance``.
+        ValueError: the outputs differ by more than ``tolerance``.
     """
     parities = []
     for batch in traced.batches:
@@ -57,8 +60,8 @@ def prove(traced: Traced, run: Runner, runtime: str, tolerance: float) -> list[P
         if not parity.difference <= tolerance:
             raise ValueError(
                 f"in {runtime} the exported model differs from the eager one by {parity.difference:.1e} of its largest output "
-                f"at batch {batch}; at most {tolerance:g} is allowed, so no file was written. Another opset or a larger "
-                "tolerance may do, if you know why they differ"
+                f"at batch {batch}; at most {tolerance:g} is allowed, so no file was written. Try another opset, or a larger "
+                "tolerance if you know why they differ"
             )
         parities.append(parity)
     return parities

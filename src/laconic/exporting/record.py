@@ -1,4 +1,4 @@
-"""What an export says of itself."""
+"""The report of an export: files, sizes, metadata and parity."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from laconic.exporting.parity import Parity
 
 @dataclass(frozen=True)
 class ExportReport:
-    """A written file: where, with what in it, and what was proved.
+    """Report of a written file: its paths, size, metadata and parity with the eager model.
 
-    ``batch`` None is any number of images. ``metadata`` stands in the file too. ``graph`` is of ONNX files only.
+    ``batch`` is None for any number of images. ``metadata`` is also stored in the file. ``graph`` is set for ONNX files only.
     """
 
     to: str
@@ -31,21 +31,21 @@ class ExportReport:
 
     @property
     def difference(self) -> float:
-        """The greatest difference from eager over all batches, as a share of the largest output."""
+        """The largest difference from the eager model over all batches, as a share of the largest output."""
         return max(parity.difference for parity in self.parities)
 
     @property
     def agreement(self) -> float | None:
-        """The least share of images with the same first class; None where the model has no classes."""
+        """The smallest share of images with the same top class over all batches; None if the model has no classes."""
         shares = [parity.agreement for parity in self.parities if parity.agreement is not None]
         return min(shares) if shares else None
 
     def moved(self, to: Path) -> ExportReport:
-        """The same, with its files in another directory."""
+        """Return the report with its files in another directory."""
         return dataclasses.replace(self, paths=tuple(str(to / Path(path).name) for path in self.paths))
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, as plain JSON."""
+        """Return all fields as plain JSON."""
         fields: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         graph = None if self.graph is None else self.graph.to_json()
         return {**fields, "graph": graph, "difference": self.difference, "agreement": self.agreement}
@@ -53,8 +53,8 @@ class ExportReport:
     def __str__(self) -> str:
         sizes = ", ".join(str(parity.batch) for parity in self.parities)
         any_ = "any batch" if self.batch is None else f"batch {self.batch}"
-        agreed = "" if self.agreement is None else f", the same first class for {self.agreement:.0%} of the images"
-        proof = f"proved at batch {sizes}: difference {self.difference:.1e} (at most {self.tolerance:g}){agreed}"
+        agreed = "" if self.agreement is None else f", the same top class for {self.agreement:.0%} of the images"
+        proof = f"verified at batch {sizes}: difference {self.difference:.1e} (at most {self.tolerance:g}){agreed}"
         opset = "" if self.opset is None else f", opset {self.opset}"
         line = f"{self.paths[-1]}: {self.to}{opset}, {any_}, {self.bytes / 1e6:.1f} MB; {proof}"
         return line if self.graph is None else f"{line}\n  {self.graph}"

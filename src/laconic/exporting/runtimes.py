@@ -1,4 +1,4 @@
-"""Files run in the runtime that they are for, on the CPU, with images and answers as tensors."""
+"""Run exported files in their runtimes on the CPU, with tensors as input and output."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ Runner = Callable[[Tensor], list[Tensor]]
 
 
 def runner(path: Path, to: str, threads: int | None = None) -> Runner:
-    """Load a file; what comes back takes images [B, channels, height, width] and gives all outputs.
+    """Load a file; return a function from images [B, channels, height, width] to all outputs.
 
-    ``threads`` are CPU threads for one forward (default: the runtime's own choice; torch has its own setting).
+    ``threads`` is the number of CPU threads for one forward (default: the runtime's own choice). It is ignored for
+    torch-export; use `torch.set_num_threads`.
 
     Raises:
         ImportError: the runtime is not installed.

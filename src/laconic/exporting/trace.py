@@ -1,4 +1,4 @@
-"""One program for all formats: `torch.export` of a copy, with static token counts and a batch of any size."""
+"""Trace a copy of a model with `torch.export`, with static token counts and a batch of any size, for all formats."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from laconic.core.backbone import find_host, path_of, unwrapped
 from laconic.core.token_reduction import find_reduction
 
-BATCHES = (1, 3)  # images in the batches of the proof, where any number is allowed
-TRACED = 2  # images in the batch that is traced: torch takes 1 for a constant
+BATCHES = (1, 3)  # batch sizes of the parity check, if any batch size is allowed
+TRACED = 2  # batch size of the trace: torch would specialise a batch of 1 as a constant
 
 
 @dataclass(frozen=True)
 class Traced:
-    """A traced copy of a model, and what it was traced from."""
+    """A traced copy of a model, with the shape of its input."""
 
     model: nn.Module
     program: Any  # torch.export.ExportedProgram
@@ -28,16 +28,16 @@ class Traced:
     batch: int | None
 
     def images(self, batch: int, seed: int = 0) -> Tensor:
-        """Noise, [batch, channels, height, width]; the same each time."""
+        """Return noise images [batch, channels, height, width]; the same for the same arguments."""
         return torch.randn(batch, *self.shape, generator=torch.Generator().manual_seed(1000 * seed + batch))
 
     @property
     def batches(self) -> tuple[int, ...]:
-        """Batch sizes to prove it at."""
+        """Batch sizes of the parity check."""
         return BATCHES if self.batch is None else (self.batch,)
 
     def facts(self) -> dict[str, str]:
-        """What the file says of itself: model, method, schedule, versions."""
+        """Return the metadata that is written to the file: model, method, schedule, versions."""
         from laconic import __version__
 
         reduction = find_reduction(self.model)
@@ -56,7 +56,7 @@ class Traced:
 
 
 def trace(model: nn.Module, example: Tensor | None = None, batch: int | None = None) -> Traced:
-    """Trace a copy of a model; the arguments and what is raised as in `laconic.export`."""
+    """Trace a copy of a model; arguments and errors as `laconic.export`."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if batch is not None and batch < 1:
@@ -69,16 +69,19 @@ def trace(model: nn.Module, example: Tensor | None = None, batch: int | None = N
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(copy, (images,), dynamic_shapes=dynamic, strict=False)
-    except Exception as error:  # torch raises its own kinds here
+    except Exception as error:  # torch.export raises many types of errors
         said = " ".join(str(error).split())[:400]
-        any_ = "a batch of any size; batch=1 may do" if batch is None else f"batch {batch}"
+        any_ = "a batch of any size; try batch=1" if batch is None else f"batch {batch}"
         raise ValueError(f"torch cannot trace this {type(model).__name__} with {any_}: {said}") from error
     _portable(program)
     return Traced(copy, program, shape, batch)
 
 
 def _portable(program: Any) -> None:
-    """Leave out paths of this machine, and strides of attention that are others where it is taken apart."""
+    """Remove stack traces, which hold paths of this machine, and make views of transposed tensors contiguous.
+
+    The copies are needed since attention has other strides once it is decomposed.
+    """
     aten, graph = torch.ops.aten, program.graph
     for node in list(graph.nodes):
         node.meta.pop("stack_trace", None)
@@ -91,24 +94,24 @@ def _portable(program: Any) -> None:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode on the CPU, which shares the weights if they are there already.
+    """Return a copy in evaluation mode on the CPU; it shares the weights if they are on the CPU already.
 
     Raises:
-        ValueError: weights that are not float32, a method of variable counts.
+        ValueError: weights are not float32, or the method keeps a variable number of tokens.
     """
     from laconic.analysis.diagnose import shared_copy
 
     strange = {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}
     if strange:
         raise ValueError(
-            f"export takes weights in float32, and this model has {', '.join(sorted(strange))}; model.float() first"
+            f"export needs weights in float32, and this model has {', '.join(sorted(strange))}; call model.float() first"
         )
     reduction = find_reduction(model)
     if reduction is not None and reduction.config.info.count == "variable":
         raise ValueError(
-            f"{reduction.config.info.name} decides for every image how many tokens it keeps. A file of constant shapes could "
-            "only hold it masked: it would run every token and save nothing, so nothing is exported. Use a method of constant "
-            "counts (laconic list names them), or run this one in PyTorch"
+            f"{reduction.config.info.name} decides for every image how many tokens it keeps. With constant shapes, a file "
+            "could only mask tokens: it would compute every token and save nothing, so nothing is exported. Use a method of "
+            "constant counts (see laconic list), or run this one in PyTorch"
         )
     return shared_copy(model).cpu().eval() if all(p.device.type == "cpu" for p in model.parameters()) else _on_cpu(model)
 
@@ -129,7 +132,7 @@ def _example(model: nn.Module, example: Tensor | None) -> Tensor:
 
 
 def write_program(traced: Traced, path: Path) -> None:
-    """Save the program as ``.pt2``, with the facts in ``laconic.json`` inside."""
+    """Save the program as ``.pt2``, with the metadata in its extra file ``laconic.json``."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.export.save(traced.program, path, extra_files={"laconic.json": json.dumps(traced.facts())})
