@@ -15,7 +15,7 @@ from laconic.training.consistency import (
     consistency_losses,
     consistency_step,
     lessened,
-    taking_less,
+    removing_less,
     teacher_pass,
 )
 
@@ -113,7 +113,7 @@ def test_the_schedule_comes_back_whatever_happens(wrong):
     with pytest.raises((IndexError, AssertionError, RuntimeError)):
         consistency_step(model, *broken)
     assert model.laconic.schedule is schedule
-    with pytest.raises(RuntimeError, match=r"on purpose with \(4, 4, 4\)"), taking_less(model, 0.5):
+    with pytest.raises(RuntimeError, match=r"on purpose with \(4, 4, 4\)"), removing_less(model, 0.5):
         raise RuntimeError(f"on purpose with {model.laconic.schedule.values}")
     assert model.laconic.schedule is schedule
 
@@ -139,7 +139,7 @@ def test_every_kind_of_schedule(schedule, share, expected):
 def test_a_teacher_that_takes_nothing_is_the_model_itself():
     x, plain = images("plain"), make("plain")
     model = laconic.reduce_(copy.deepcopy(plain), "mctf", r=8)
-    with torch.no_grad(), taking_less(model, 0.0):
+    with torch.no_grad(), removing_less(model, 0.0):
         torch.testing.assert_close(model(x), plain(x))
 
 
@@ -214,7 +214,7 @@ def test_consistency_brings_the_passes_together():
     model, x = with_r(8), images("plain")
     optimizer, found = torch.optim.SGD(model.parameters(), lr=0.02), []
     for _ in range(12):
-        with taking_less(model, 0.0):
+        with removing_less(model, 0.0):
             teacher = Answer.of(model, model.forward_features(x))
         loss = consistency_losses(Answer.of(model, model.forward_features(x)), teacher, LABELS, confidence=0.0)["consistency"]
         optimizer.zero_grad()

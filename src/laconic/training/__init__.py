@@ -1,1 +1,1 @@
-"""Training: our own short loop over accelerate, with timm's augmentation, optimisers and schedules."""
+"""Training: a short loop on accelerate, with timm's augmentation, optimisers and learning-rate schedules."""

@@ -1,4 +1,4 @@
-"""What every step of a run gets: its images in micro-batches, the same whatever was read before."""
+"""The micro-batches of each training step; they depend only on the step, not on what was read before."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from laconic.training.run_config import Run
 from laconic.training.token_labels import patch_labels
 
 LOG = logging.getLogger(__name__)
-Batch = tuple[Tensor, Tensor, Tensor | None]  # images, class numbers, and what their patches show
+Batch = tuple[Tensor, Tensor, Tensor | None]  # images, class indices, and the classes of their patches
 
 
 class Batches:
     """The training images of a run, for one process.
 
     Args:
-        run: says which images, and how they are changed and divided.
-        rank: of this process.
-        world: processes.
-        pinned: put them where a GPU reads them fastest.
-        grid: of patches, where their classes are wanted too.
+        run: the run: its images, their augmentation and the batch size.
+        rank: index of this process.
+        world: number of processes.
+        pinned: use pinned memory, for faster transfer to a GPU.
+        grid: rows and columns of patches, if the classes of patches are needed.
 
     Raises:
-        ValueError: the batch cannot be divided, or there are fewer images than one batch.
+        ValueError: the batch cannot be divided evenly, or there are fewer images than one batch.
     """
 
     def __init__(self, run: Run, rank: int, world: int, *, pinned: bool = False, grid: tuple[int, int] | None = None) -> None:
@@ -49,7 +49,7 @@ class Batches:
         )
 
     def of_steps(self, epoch: int, start: int) -> Iterator[list[Batch]]:
-        """The micro-batches of one step after the other, from a step of an epoch to its end."""
+        """Yield the micro-batches of each step, from step ``start`` of an epoch to its end."""
         images = Prepared(self.run.train, self.run.train_transform, seed=self.run.recipe.seed)
         order, workers = self._order(epoch, start), self.run.running.workers
         loader = DataLoader(images, batch_sampler=order, num_workers=workers, pin_memory=self.pinned)
@@ -67,4 +67,4 @@ class Batches:
         name = self.run.train.name(index)
         if name not in self.run.unreadable:
             self.run.unreadable.add(name)
-            LOG.warning("%s cannot be read; the next image stands in for it, in every epoch", name)
+            LOG.warning("%s cannot be read; the next image replaces it in every epoch", name)

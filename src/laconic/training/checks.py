@@ -1,4 +1,4 @@
-"""What the parts of a recipe must have to do with each other; checked before anything is loaded."""
+"""Consistency checks between the sections of a recipe, made before anything is loaded."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from laconic.training.steps import asked_for
 
 
 def check(recipe: Recipe) -> None:
-    """Refuse a recipe whose parts contradict each other.
+    """Raise if sections of a recipe contradict each other.
 
     Raises:
-        LookupError: no such method or kind of step. TypeError: no such option of it. ValueError: keys that do not go together.
+        LookupError: no such method or kind of step. TypeError: no such option of it. ValueError: keys exclude each other.
     """
     method, part, loss = recipe.method, recipe.optimization, recipe.loss
     learns = False
@@ -42,40 +42,46 @@ def check(recipe: Recipe) -> None:
     apart["backbone_lr_cap"] = part.backbone_lr_cap is not None
     for name, wanted in apart.items():
         if wanted and not learns:
-            raise ValueError(f"optimization.{name} is for methods that add parameters; {_named(method.name)} adds none")
+            raise ValueError(
+                f"optimization.{name} is for methods that add parameters; {_named(method.name)} adds none; leave it out"
+            )
     if recipe.model.weights and not recipe.model.pretrained:
         raise ValueError("model.weights is set, but model.pretrained is false: the weights would not be used")
     moved = [name for name in ("crop", "hflip", "vflip", "mixup", "cutmix") if getattr(recipe.augmentation, name)]
     if loss.token_labels and moved:
-        raise ValueError(f"loss.token_labels knows what is where in an image, and augmentation.{moved[0]} moves it; drop one")
+        raise ValueError(
+            f"loss.token_labels needs the positions of objects in the image, and augmentation.{moved[0]} moves them; remove one"
+        )
     for name in ("logits", "tokens"):
         if getattr(loss, name) and not method.name:
-            raise ValueError(f"loss.{name} distils from the unreduced model, and there is no method; set one of them")
+            raise ValueError(
+                f"loss.{name} distils from the unreduced model, and there is no method; set method.name, or loss.{name}=0"
+            )
         if getattr(loss, name) and not recipe.model.pretrained:
             raise ValueError(f"loss.{name} distils from the unreduced model, which would be random; set model.pretrained")
     asked_for(recipe)
 
 
 def _check_changes(recipe: Recipe) -> None:
-    """The options of every time of the run are options of the method, and all have their time."""
+    """Raise if options in ``later`` or ``ramps`` are not options of the method, or an epoch in ``later`` is not in the run."""
     method, epochs = recipe.method, recipe.optimization.epochs
     changes = in_order(method)
     for start, _ in changes:
         if not 0 <= start < epochs:
-            raise ValueError(f"method.later: options are to change in epoch {start:g}, and optimization.epochs is {epochs}")
+            raise ValueError(f"method.later changes options in epoch {start:g}, and optimization.epochs is {epochs}")
     for count in range(len(changes) + 1):
         for share in (0.0, 1.0):
             options_at(method, [options for _, options in changes[:count]], share)
 
 
 def _check_schedule(recipe: Recipe) -> None:
-    """A schedule stands alone, and only keep rates can be warmed in."""
+    """Raise if ``schedule`` is combined with ``keep`` or ``at``, or counts are combined with a warm-in."""
     method = recipe.method
     if not method.schedule:
         return
     given = [name for name, value in (("keep", method.keep), ("at", method.at)) if value not in (None, ())]
     if given:
-        raise ValueError(f"method.schedule says where and how much, and method.{given[0]} is set too; leave one of them out")
+        raise ValueError(f"method.schedule replaces keep and at, and method.{given[0]} is set too; leave one of them out")
     try:
         unit = Schedule.of(method.schedule).unit
     except (ValueError, TypeError) as error:

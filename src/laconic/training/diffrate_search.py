@@ -1,15 +1,15 @@
-"""DiffRate's own training (arXiv:2305.17997): how many tokens each block prunes and merges is learned, the model is not.
+"""DiffRate's search (arXiv:2305.17997): learn how many tokens each block prunes and merges; the model is not trained.
 
-Every count is the mean of candidates under a softmax of learned logits, rounded up. During the search no token leaves: those
-beyond the count are hidden, with the probability of staying as their straight-through gradient. The loss is the cross-entropy
+Every count is the mean of candidates under a softmax of learned logits, rounded up. The search removes no token: those beyond
+the count are hidden, with the probability of being kept as their straight-through gradient. The loss is the cross-entropy
 plus weight * (GMACs - target)^2. Published: AdamW at 1e-2 on the logits alone, weight 5, a candidate every 4 tokens, 3 epochs.
 
     found = search(model, batches, gmacs=2.9)          # batches of (images, labels)
     laconic.reduce_(model, found)
 
-In ``laconic train`` it is the step ``rate-search`` (`laconic.training.rate_search_step`). As in the published code a merged token
-weighs at least one patch in the search; afterwards it may weigh less. How logits start is not published: here, high for the
-candidates that keep much.
+In ``laconic train`` use the step ``rate-search`` (`laconic.training.rate_search_step`). As in the published code a merged token
+weighs at least one patch in the search; afterwards it may weigh less. The initial logits are not published; here they are
+higher for candidates that keep more tokens.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from laconic.core.tokens import Tokens
 from laconic.methods import DiffRate
 from laconic.methods.ops import SCORES, Score, ScoreName, cosine, topk_split
 
-SLOPE = 10.0  # by how much the logit of keeping all starts above that of keeping none
+SLOPE = 10.0  # initial difference between the logit of keeping all tokens and that of keeping none
 
 
 class Count(nn.Module):
@@ -50,17 +50,17 @@ class Count(nn.Module):
         self.logits = nn.Parameter(SLOPE * self.candidates / patches)
 
     def forward(self) -> tuple[Float[Tensor, ""], Float[Tensor, " P"]]:
-        """The count, and for every place in the line whether it is within; both with straight-through gradients."""
+        """Return the count, and for every rank 1 if it is within the count, else 0; both with straight-through gradients."""
         probability = self.logits.softmax(0)
         mean = (probability * self.candidates).sum()
         count = mean + ((mean - 1e-3).ceil().clamp(1, self.patches) - mean).detach()
-        place = torch.arange(self.patches, device=mean.device)
-        stays = (probability * (place.unsqueeze(1) < self.candidates)).sum(1)
-        return count, (place < count.detach().round()) + stays - stays.detach()
+        rank = torch.arange(self.patches, device=mean.device)
+        keep = (probability * (rank.unsqueeze(1) < self.candidates)).sum(1)
+        return count, (rank < count.detach().round()) + keep - keep.detach()
 
 
 class SearchReducer(Reducer):
-    """`DiffRateReducer` with learned counts, hiding where that one removes."""
+    """`DiffRateReducer` with learned counts; it hides tokens instead of removing them."""
 
     def __init__(self, score: Score, patches: int, every: int) -> None:
         super().__init__()
@@ -70,11 +70,11 @@ class SearchReducer(Reducer):
         return True
 
     def between(self, tokens: Tokens, seen: AttentionView, n: int) -> Tokens:
-        alive = tokens.keep_mask_or_ones
-        # those that are hidden already stand at the end of the line
-        line, _ = topk_split(self.score(tokens, seen) + 2 * alive.detach(), len(tokens))
-        rank = torch.empty_like(line).scatter(1, line, arange_like(line))
-        kept = alive * self.prune()[1][rank]
+        keep_mask = tokens.keep_mask_or_ones
+        # hidden tokens rank last
+        order, _ = topk_split(self.score(tokens, seen) + 2 * keep_mask.detach(), len(tokens))
+        rank = torch.empty_like(order).scatter(1, order, arange_like(order))
+        kept = keep_mask * self.prune()[1][rank]
         within = self.merge()[1][rank]
         head, tail = kept * within, kept * (1 - within)
         others = torch.eye(len(tokens), dtype=torch.bool, device=head.device) | (head == 0).unsqueeze(1)
@@ -91,14 +91,17 @@ class SearchReducer(Reducer):
 
 
 class DiffRateSearch:
-    """An unreduced model that is being searched; `finish` gives it back as it was, with what was found.
+    """A search of the counts for one model; `finish` restores the model and returns the method with the counts found.
 
     Args:
-        model: a supported model with trained weights; it is put into evaluation mode, and its parameters are frozen.
-        gmacs: what the reduced model is to cost, in billions of multiply-adds (matrix products; the matching not counted).
-        weight: of the squared distance to ``gmacs`` in the loss.
-        every: tokens between two candidates of a count.
-        score: what tokens are sorted by.
+        model: an unreduced, supported model with trained weights; it is put into evaluation mode, its parameters are frozen.
+        gmacs: target cost of the reduced model in billions of multiply-adds (matrix products, without the matching).
+        weight: weight of the squared distance to ``gmacs`` in the loss.
+        every: number of tokens between two candidates of a count.
+        score: the score that tokens are sorted by.
+
+    Raises:
+        ValueError: ``weight`` or ``every`` is too small, or ``gmacs`` is not below the cost of the unreduced model.
     """
 
     def __init__(
@@ -108,7 +111,7 @@ class DiffRateSearch:
             raise ValueError(f"weight must be positive and every at least 1; got weight={weight}, every={every}")
         whole = summary(model).macs / 1e9
         if not 0 < gmacs < whole:
-            raise ValueError(f"gmacs must be less than the {whole:.4g} of the unreduced model, and more than 0; got {gmacs}")
+            raise ValueError(f"gmacs must be above 0 and below the {whole:.4g} of the unreduced model; got {gmacs}")
         self.model, self.gmacs, self.weight, self.score = model, gmacs, weight, score
         self.frozen = [p for p in model.parameters() if p.requires_grad]
         host, entry = find_host(model)
@@ -125,29 +128,29 @@ class DiffRateSearch:
         self.reducers: dict[int, Any] = {int(block): reducer for block, reducer in reduction.reducers.items()}
 
     def parameters(self) -> list[nn.Parameter]:
-        """What is learned: the logits."""
+        """Return the learned parameters: the logits of all counts."""
         return [p for reducer in self.reducers.values() for p in reducer.parameters()]
 
     def cost(self) -> Float[Tensor, ""]:
-        """GMACs of the model with the counts as they are, with a gradient."""
-        left, total = (self.parameters()[0].new_tensor(value) for value in (float(self.patches), self.rest))
+        """Return the GMACs of the model with the current counts, with gradients."""
+        kept, total = (self.parameters()[0].new_tensor(value) for value in (float(self.patches), self.rest))
         for index, block in enumerate(self.blocks):
-            at_attention = left + self.prefix
+            at_attention = kept + self.prefix
             if index in self.reducers:
-                left = torch.minimum(left, torch.minimum(self.reducers[index].prune()[0], self.reducers[index].merge()[0]))
-            total = total + _block_macs(block, at_attention, left + self.prefix) / 1e9
+                kept = torch.minimum(kept, torch.minimum(self.reducers[index].prune()[0], self.reducers[index].merge()[0]))
+            total = total + _block_macs(block, at_attention, kept + self.prefix) / 1e9
         return total
 
     def loss(self, images: Tensor, labels: Tensor) -> Float[Tensor, ""]:
-        """Cross-entropy, and how far the cost is from the target."""
+        """Return the cross-entropy plus the weighted squared distance of the cost to the target."""
         return F.cross_entropy(self.model(images).float(), labels) + self.weight * (self.cost() - self.gmacs).square()
 
     def found(self) -> DiffRate:
-        """The method with the counts as they are."""
+        """Return the method with the current counts."""
         return found_in(self.model, self.score)
 
     def finish(self) -> DiffRate:
-        """Give the model back, unreduced and trainable, and say what was found."""
+        """Restore the model, unreduced and trainable, and return the method with the counts found."""
         found = self.found()
         restore_(self.model)
         for parameter in self.frozen:
@@ -157,24 +160,27 @@ class DiffRateSearch:
 
 @torch.no_grad()
 def found_in(model: nn.Module, score: ScoreName) -> DiffRate:
-    """DiffRate with the counts of a model that is being searched, or of a copy of it."""
+    """Return DiffRate with the current counts of a model in a search, or of a copy of it."""
     reduction = reduction_of(model)
     reducers: Any = reduction.reducers
-    prune_kept, merge_kept, left = list[int](), list[int](), math.prod(reduction.grid)
+    prune_kept, merge_kept, kept = list[int](), list[int](), math.prod(reduction.grid)
     for block in range(reduction.depth):
-        pruned = left
+        after_pruning = kept
         if str(block) in reducers:
-            pruned = min(left, round(float(reducers[str(block)].prune()[0])))
-            left = min(pruned, round(float(reducers[str(block)].merge()[0])))
-        prune_kept.append(pruned + 1)
-        merge_kept.append(left + 1)
+            after_pruning = min(kept, round(float(reducers[str(block)].prune()[0])))
+            kept = min(after_pruning, round(float(reducers[str(block)].merge()[0])))
+        prune_kept.append(after_pruning + 1)  # DiffRate's counts include the class token
+        merge_kept.append(kept + 1)
     return DiffRate(prune_kept=tuple(prune_kept), merge_kept=tuple(merge_kept), score=score)
 
 
 def search(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], gmacs: float, lr: float = 1e-2, **options: Any
 ) -> DiffRate:
-    """Learn the counts in one step for each of ``batches``; ``options`` are those of `DiffRateSearch`."""
+    """Learn the counts with one step for each batch (images, labels); ``options`` are those of `DiffRateSearch`.
+
+    Return the method with the counts found; the model is restored.
+    """
     run = DiffRateSearch(model, gmacs, **options)
     optimizer = torch.optim.AdamW(run.parameters(), lr=lr, weight_decay=0.0)
     for images, labels in batches:
@@ -185,7 +191,7 @@ def search(
 
 
 def _block_macs(block: nn.Module, at_attention: Tensor, at_mlp: Tensor) -> Tensor:
-    """`work.block` for counts that have gradients: quadratic in the tokens at the attention, linear in those at the MLP."""
+    """Compute `work.block` for counts with gradients: quadratic in the tokens at attention, linear in those at the MLP."""
     one, two, mlp = (work.block(block, *counts)["matmul"] for counts in ((1, 0), (2, 0), (0, 1)))
     square = (two - 2 * one) / 2
     return square * at_attention.square() + (one - square) * at_attention + mlp * at_mlp

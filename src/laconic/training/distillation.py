@@ -1,4 +1,4 @@
-"""Losses against the unreduced model, as DynamicViT and TPS train with them (beside cross-entropy and `laconic.losses`)."""
+"""Distillation losses from the unreduced model, as in DynamicViT and TPS; cross-entropy and `laconic.losses` come on top."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from laconic.core.shape_types import Float
 
 
 def logit_distillation(student: Float[Tensor, "B C"], teacher: Float[Tensor, "B C"]) -> Tensor:
-    """KL(teacher || student) of the class probabilities, mean over images, temperature 1."""
+    """Return KL(teacher || student) of the class probabilities, mean over images, temperature 1."""
     return F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True)
 
 
@@ -22,10 +22,11 @@ def token_distillation(
     alive: Float[Tensor, "B L"],
     kind: Literal["mse", "kl"] = "mse",
 ) -> Tensor:
-    """Distance of the features of kept tokens to the teacher's at the same places, mean over kept tokens of the batch.
+    """Return the distance of kept tokens' features to the teacher's at the same positions, mean over the batch's kept tokens.
 
-    Features after the final norm, patch tokens only. ``mse`` is DynamicViT's on DeiT (mean over channels too), ``kl`` is
-    TPS's: features as distributions over channels. Zero where hardly anything is kept.
+    Features are taken after the final norm, patch tokens only. ``alive`` is the keep mask; tokens above 0.5 are kept. ``mse``
+    is DynamicViT's loss on DeiT (mean over channels too), ``kl`` that of TPS: features as distributions over channels. The
+    loss is zero if no token is kept.
     """
     kept = alive.detach() > 0.5
     if kind == "mse":

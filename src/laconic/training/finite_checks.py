@@ -1,4 +1,4 @@
-"""Where a run stops by itself: numbers that are not finite, before they reach the weights or a checkpoint."""
+"""Stop a run when the loss or the weights are not finite, before they reach a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from laconic.training.state import CHECKPOINT
 
 
 def check_loss(row: Mapping[str, float], step: int, folder: Path) -> None:
-    """Refuse to go on from a loss that is not finite; the weights are still those of the step before.
+    """Raise if the loss is not finite; the weights are not updated yet.
 
     Raises:
-        Refusal: says which part of the loss it is, and where the last checkpoint is.
+        Refusal: names the part of the loss, and the last checkpoint.
     """
     wrong = [f"{name} {value}" for name, value in row.items() if not math.isfinite(value)]
     if wrong:
@@ -25,10 +25,10 @@ def check_loss(row: Mapping[str, float], step: int, folder: Path) -> None:
 
 
 def check_weights(model: nn.Module, step: int, folder: Path) -> None:
-    """Refuse to go on from weights that are not finite (a finite loss can have gradients that are not).
+    """Raise if a weight is not finite (a finite loss can have gradients that are not).
 
     Raises:
-        Refusal: says which is the first, and where the last checkpoint is.
+        Refusal: names the first such parameter, and the last checkpoint.
     """
     names, weights = zip(*model.named_parameters(), strict=True)
     finite = torch.stack([weight.detach().isfinite().all() for weight in weights])

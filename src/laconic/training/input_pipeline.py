@@ -1,4 +1,4 @@
-"""What the model is fed: how images are changed before, how batches are mixed, and where their randomness comes from."""
+"""The input pipeline of training: augmentation of images, mixing of batches, and their random seeds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from laconic.training.recipe import AugmentationPart
 
 
 def seed_everything(*key: int) -> None:
-    """Seed Python's, numpy's and torch's generators from a few whole numbers."""
+    """Seed Python's, numpy's and torch's generators from integers."""
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
@@ -22,10 +22,10 @@ def seed_everything(*key: int) -> None:
 
 
 def train_transform(model: nn.Module, part: AugmentationPart) -> Callable[[Any], Tensor]:
-    """The augmentation of a recipe, timm's, for images of the model's own size; without crops flips alone.
+    """Return timm's augmentation for a recipe, for images of the model's own size; without ``crop`` only flips.
 
     Raises:
-        ValueError: the recipe wants augmentation that timm applies to crops, and no crop.
+        ValueError: the recipe has augmentation that timm applies to crops only, and no crop.
     """
     from timm.data import create_transform, resolve_model_data_config  # type: ignore[attr-defined]
     from torchvision.transforms import (  # type: ignore[import-untyped]
@@ -63,10 +63,12 @@ def train_transform(model: nn.Module, part: AugmentationPart) -> Callable[[Any],
 
 
 def mixer(part: AugmentationPart, classes: int, share: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """What is done to ``share`` images and class numbers at a time: timm's mixup and cutmix, or smoothed labels, or neither.
+    """Return the function that mixes ``share`` images and class indices at a time.
+
+    It applies timm's mixup and cutmix, or only label smoothing, or nothing.
 
     Raises:
-        ValueError: images to be mixed in pairs, and an odd number of them.
+        ValueError: images are mixed in pairs, and ``share`` is odd.
     """
     if not (part.mixup or part.cutmix):
         if not part.smoothing:

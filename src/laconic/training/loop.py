@@ -1,8 +1,8 @@
-"""The training loop: one process or many, reduced model or not, and it goes on exactly where it was stopped.
+"""The training loop, for one or several processes, with or without token reduction; a stopped run resumes exactly.
 
-Everything random in a step (Gumbel noise, drop path, mixup) is drawn from generators seeded by the recipe's seed, the step
-and the process; every image's augmentation by the seed, the epoch and the image. So a run that was killed and resumed gives
-the same numbers as one that was not, and the checkpoint needs no random states.
+The randomness of a step (Gumbel noise, drop path, mixup) comes from generators seeded by the recipe's seed, the step and the
+process; the augmentation of an image is seeded by the seed, the epoch and the image. A run that was killed and resumed
+therefore gives the same numbers as an uninterrupted one, and the checkpoint needs no random states.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from laconic.training.token_labels import head_for
 
 
 class Loop:
-    """Trains one `Run`; made for one call of `go`. When it is made, all processes are there."""
+    """Trainer of one `Run`, for one call of `go`. The constructor waits for all processes."""
 
     def __init__(self, run: Run, resume: bool) -> None:
         self.run, self.part = run, run.recipe.optimization
-        # a softly dropped token weighs 1e-30: times a small gradient that is a denormal number, and a CPU multiplies those
-        # so slowly that a step takes three times as long
+        # a softly dropped token has weight 1e-30; multiplied by a small gradient it gives denormal numbers, which CPUs
+        # process so slowly that a step takes three times as long
         torch.set_flush_denormal(True)
         kind, options = asked_for(run.recipe)
         reduction = find_reduction(run.model)
         learns = reduction is not None and next(reduction.parameters(), None) is not None
-        unused = learns and run.recipe.method.warms_in  # while all tokens are kept nobody is scored
+        unused = learns and run.recipe.method.warms_in  # while all tokens are kept, the scorers are not used
         self.accelerator = join(run.recipe, run.running, run.output, unused=unused or options.unused)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.model = run.model.to(self.accelerator.device)
@@ -49,7 +49,7 @@ class Loop:
             run.teacher.to(self.accelerator.device).eval().requires_grad_(False)
         seed_everything(run.recipe.seed, 2)
         self.labelled = head_for(self.model, run.recipe.loss.token_labels, len(run.train.classes))
-        self.way: Step = kind.make(Objective(self.model, run.teacher, run.recipe.loss, self.labelled), options)
+        self.step_module: Step = kind.make(Objective(self.model, run.teacher, run.recipe.loss, self.labelled), options)
         self.optimizer = make_optimizer(self.model, self.part)
         if self.labelled is not None:
             facts = {"lr": self.optimizer.param_groups[0]["lr"], "lr_scale": 1.0, "backbone": False, "weight_decay": 0.0}
@@ -59,7 +59,7 @@ class Loop:
         self.batches = Batches(run, self.rank, self.world, pinned=pinned, grid=grid)
         self.steps = self.batches.steps
         self.rate = LearningRate(self.optimizer, self.part, self.steps)
-        self.objective = self.accelerator.prepare(self.way)
+        self.objective = self.accelerator.prepare(self.step_module)
         self.prepared = self.accelerator.prepare(self.optimizer)
         self.ema = self._averages()
         share = self.part.batch_size // (self.world * run.running.accumulate)
@@ -74,12 +74,12 @@ class Loop:
         return ModelEmaV3(self.model, decay=self.part.ema) if self.part.ema else None
 
     def _changes(self) -> list[Change]:
-        """What changes from step to step, in the model and in its moving average."""
+        """Return all per-step changes of the run, for the model and its moving average."""
         models = [self.model] if self.ema is None else [self.model, self.ema.module]
         found = [one for model in models if (one := find_reduction(model)) is not None]
         method, epochs = self.run.recipe.method, self.part.epochs
         own: list[Change] = [KeepRate(found, method, self.steps), Options(found, method, self.steps, epochs)]
-        return [*own, *self.way.changes(models, self.steps, epochs)]
+        return [*own, *self.step_module.changes(models, self.steps, epochs)]
 
     def _states(self) -> dict[str, Any]:
         states = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -105,7 +105,7 @@ class Loop:
 
     # -------------------------------------------------------------------------------------------- the steps
     def go(self) -> dict[str, Accuracy]:
-        """Train to the end of the recipe; the last validation, of the model ("val") and its moving average ("val_ema")."""
+        """Train to the end of the recipe; return the last accuracies of the model ("val") and its moving average ("val_ema")."""
         metrics = Metrics(self.run.output, self.progress.step) if self.accelerator.is_main_process else None
         total, accuracies, running = self.rate.epochs * self.steps, dict[str, Accuracy](), self.run.running
         with self._bar(total) as bar:
@@ -161,17 +161,17 @@ class Loop:
         return {"step": step + 1, "epoch": step // self.steps, "lr": rate, **row}
 
     def _synchronised(self, last: bool) -> Any:
-        """Gradients meet those of the other processes at the last micro-batch only."""
+        """Return the context that synchronises gradients between processes at the last micro-batch only."""
         return contextlib.nullcontext() if last else self.accelerator.no_sync(self.objective)
 
     def _mean(self, parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-        """Each part of the loss, mean over micro-batches and processes; here the step waits for the device, once."""
+        """Return each part of the loss, mean over micro-batches and processes; waits for the device, once per step."""
         names = list(parts[0])
         values = torch.stack([torch.stack([part[name].float() for part in parts]).mean() for name in names])
         values = self.accelerator.reduce(values, "mean")
         return dict(zip(names, values.tolist(), strict=True))
 
-    # -------------------------------------------------------------------------------------------- now and then
+    # -------------------------------------------------------------------------------------------- logging, validation, saving
     def _log(self, metrics: Metrics | None, row: dict[str, Any]) -> None:
         plain = {name: value.item() if isinstance(value, Tensor) else value for name, value in row.items()}
         if metrics is not None:
@@ -180,12 +180,12 @@ class Loop:
             self.accelerator.log(plain, step=plain["step"])
 
     def _validate(self, images: Any, metrics: Metrics | None, epoch: int) -> dict[str, Accuracy]:
-        """Accuracy on the validation images; the best so far is saved, once the method is as it will be in the end."""
+        """Compute the accuracy on the validation images; save the best weights so far, once all changes are complete."""
         models = {"val": self.model} if self.ema is None else {"val": self.model, "val_ema": self.ema.module}
         agree(self.accelerator, *models.values())
         out = dict[str, Accuracy]()
         for name, trained in models.items():
-            model = self.way.product(trained)
+            model = self.step_module.product(trained)
             out[name] = found = evaluate(
                 model,
                 images,
@@ -209,13 +209,16 @@ class Loop:
         self.accelerator.wait_for_everyone()
 
     def save(self) -> Path:
-        """Write the trained model: its moving average where there is one, and then the model itself beside it; the path."""
+        """Write the trained model and return its path.
+
+        If there is a moving average, it is written as ``model``, and the model itself as ``unaveraged``.
+        """
         for change in self.changes:
             change.finish()
-        self.run.model = self.way.product(self.model)
+        self.run.model = self.step_module.product(self.model)
         models = {"model": self.run.model}
         if self.ema is not None:
-            models = {"model": self.way.product(self.ema.module), "unaveraged": self.run.model}
+            models = {"model": self.step_module.product(self.ema.module), "unaveraged": self.run.model}
         if self.accelerator.is_main_process:
             for name, model in models.items():
                 save_weights(model, self.run.output / name, self.run.recipe.model.options)

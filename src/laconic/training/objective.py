@@ -1,4 +1,4 @@
-"""What is minimised: cross-entropy, the method's own losses, and distillation from the unreduced model."""
+"""The training objective: cross-entropy, the method's own losses, and distillation from the unreduced model."""
 
 from __future__ import annotations
 
@@ -22,58 +22,61 @@ from laconic.training.token_labels import TokenLabels
 
 @runtime_checkable
 class Change(Protocol):
-    """What changes in a run from step to step, as a function of the step alone."""
+    """A setting that changes over the steps of a run, as a function of the step alone."""
 
     def set(self, step: int) -> None:
-        """As it is in a step (from 0)."""
+        """Set the value of a step (from 0)."""
 
     def arrived(self, step: int) -> bool:
-        """Whether it is in that step as it will be in the end."""
+        """Return True if the value at that step is the final one."""
 
     def finish(self) -> None:
-        """As it is in the end, whatever the step."""
+        """Set the final value."""
 
 
 @dataclass(frozen=True)
 class StepOptions:
-    """What a recipe may say under ``step.options``; the ordinary step has none."""
+    """The options of a step, from a recipe's ``step.options``; the ordinary step has none."""
 
     @property
     def unused(self) -> bool:
-        """Whether parameters may have no part in a step: processes that train together must know."""
+        """True if a step may not use all parameters; data-parallel training needs to know."""
         return False
 
     def check(self, recipe: Recipe) -> None:
-        """Refuse what of the recipe does not go with them (ValueError)."""
+        """Raise ValueError if the recipe does not fit these options."""
 
 
 class Step(nn.Module):
-    """How a step is made: called with images, targets and (or None) the classes of patches, it gives the loss and its parts."""
+    """The computation of a training step: maps images, targets and patch classes (or None) to the loss and its parts."""
 
     def changes(self, models: Sequence[nn.Module], steps: int, epochs: int) -> list[Change]:
-        """What it changes in the course of a run, in the model and in its moving average: ``steps`` in each of ``epochs``."""
+        """Return the changes over a run of ``epochs`` with ``steps`` each, for the model and its moving average."""
         return []
 
     def product(self, model: nn.Module) -> nn.Module:
-        """What has come out for a trained model (or its moving average): what is validated, and written."""
+        """Return the model to validate and write, from the trained model or its moving average."""
         return model
 
 
 class Answer(NamedTuple):
-    """What a model says: features after the last block, and logits in float32."""
+    """The output of a model: features after the last block, and logits in float32."""
 
     features: Tensor
     logits: Tensor
 
 
 class Objective(Step):
-    """A model with its loss, as one module, so that data-parallel wrappers see the whole forward.
+    """A model and its loss as one module, so that data-parallel wrappers cover the whole forward.
 
     Args:
         student: the model that is trained, reduced or not.
-        teacher: the unreduced model, where the weights ask for distillation; it is not trained and not saved.
-        weights: what each part of the loss counts.
-        token_labels: the head for token labelling, where the recipe wants it.
+        teacher: the unreduced model, if the weights include distillation; it is neither trained nor saved.
+        weights: the weight of each part of the loss.
+        token_labels: the head for token labelling, if the recipe uses it.
+
+    Raises:
+        ValueError: the weights include distillation, and there is no teacher.
     """
 
     def __init__(
@@ -86,20 +89,20 @@ class Objective(Step):
         object.__setattr__(self, "teacher", teacher)  # not a child: neither trained nor synchronised
 
     def forward(self, images: Tensor, target: Tensor, patches: Tensor | None = None) -> dict[str, Tensor]:
-        """The loss and its parts, each a mean over the images.
+        """Return the loss and its parts, each a mean over the images.
 
-        ``target`` is class numbers [B] or shares [B, classes]; ``patches`` the classes of the patches [B, P].
+        ``target`` is class indices [B] or probabilities [B, classes]; ``patches`` the classes of the patches [B, P].
         """
         return self.losses(images, self.answer(images), target, patches)
 
     def answer(self, images: Tensor) -> Answer:
-        """What the model says of images [B, channels, height, width]."""
+        """Run the model on images [B, channels, height, width]."""
         model: Any = self.student
         features = model.forward_features(images)
         return Answer(features, model.forward_head(features).float())
 
     def losses(self, images: Tensor, answer: Answer, target: Tensor, patches: Tensor | None) -> dict[str, Tensor]:
-        """As `forward`, for an answer that has just been given."""
+        """Return the loss and its parts as `forward`, for an output that the model has just computed."""
         model: Any = self.student
         features, logits = answer
         parts = {"cross_entropy": cross_entropy(logits, target)}
@@ -136,20 +139,20 @@ class Objective(Step):
         return out
 
     def _tokens(self, features: Tensor, wanted: Tensor) -> Tensor:
-        """Token distillation: every token that is left and has a place of its own, against the teacher's in that place."""
+        """Return the token distillation: each kept token that has a position, against the teacher's token at that position."""
         reduction = find_reduction(self.student)
         prefix = 0 if reduction is None else reduction.prefix
         own, wanted = features[:, prefix:], wanted[:, prefix:]
         alive = torch.ones_like(own[..., 0])
         if reduction is not None and not reduction.restore:
-            left = reduction.entry(reduction.depth)
-            wanted = wanted if left.origin is None else gather_rows(wanted, left.origin_index)
-            alive = alive if left.keep_mask is None else left.keep_mask
-            if PACKAGE in left.per_token:  # they have no place of their own
-                alive = alive * (1 - left.per_token[PACKAGE])
+            last = reduction.entry(reduction.depth)
+            wanted = wanted if last.origin is None else gather_rows(wanted, last.origin_index)
+            alive = alive if last.keep_mask is None else last.keep_mask
+            if PACKAGE in last.per_token:  # package tokens have no position
+                alive = alive * (1 - last.per_token[PACKAGE])
         return token_distillation(own, wanted, alive, self.weights.token_kind)
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy with class numbers [B], or with shares of the classes [B, C] as mixup and smoothing make them."""
+    """Return the cross-entropy with class indices [B], or with class probabilities [B, C] as mixup and smoothing make them."""
     return F.cross_entropy(logits, target)

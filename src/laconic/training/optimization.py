@@ -1,4 +1,4 @@
-"""Which parameters are trained, how fast, and how that changes over time: timm's optimisers and schedules for a recipe."""
+"""Parameter groups, optimiser and learning-rate schedule of a recipe, by timm."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ OWN = "laconic."  # the parameters that a method adds to a model
 
 
 def parameter_groups(model: nn.Module, part: OptimizationPart) -> list[dict[str, Any]]:
-    """Parameter groups: backbone and method's own, with and without weight decay, by layer where the recipe says so.
+    """Return the parameter groups: backbone and method's own, with and without weight decay, per layer with ``layer_decay``.
 
-    Parameters that ``part.fixed`` names stop requiring gradients.
+    Parameters named in ``part.fixed`` are set to require no gradients.
 
     Raises:
-        ValueError: nothing is left to train, or ``fixed`` names something that the model does not have.
+        ValueError: no parameter remains to be trained, or ``fixed`` or ``lr_scales`` matches no parameter of the model.
     """
     names = dict(model.named_parameters())
     for name in part.fixed:
@@ -44,7 +44,7 @@ def parameter_groups(model: nn.Module, part: OptimizationPart) -> list[dict[str,
         facts = {"params": [], "weight_decay": decay, "lr_scale": scale, "backbone": backbone}
         groups.setdefault((backbone, decay, scale), facts)["params"].append(parameter)
     if not groups:
-        raise ValueError("there is nothing to train: no parameter of the model requires gradients")
+        raise ValueError("there is nothing to train: no parameter of the model requires gradients; see optimization.fixed")
     return list(groups.values())
 
 
@@ -56,7 +56,7 @@ def _layer_scales(model: nn.Module, part: OptimizationPart) -> dict[int, float]:
 
 
 def make_optimizer(model: nn.Module, part: OptimizationPart) -> Optimizer:
-    """The optimiser of the recipe, as timm makes it.
+    """Create the optimiser of a recipe with timm.
 
     Raises:
         ValueError: timm has no such optimiser, or there is nothing to train.
@@ -76,7 +76,7 @@ def make_optimizer(model: nn.Module, part: OptimizationPart) -> Optimizer:
 
 
 class LearningRate:
-    """timm's cosine schedule, with its warm-up; a function of the step alone, so that a run can go on from any step."""
+    """timm's cosine schedule with warm-up; a function of the step alone, so that a run can resume at any step."""
 
     def __init__(self, optimizer: Optimizer, part: OptimizationPart, steps: int) -> None:
         from timm.scheduler import create_scheduler_v2  # type: ignore[attr-defined]
@@ -98,7 +98,7 @@ class LearningRate:
         )
 
     def set(self, step: int) -> float:
-        """Set the learning rates for a step (from 0, over all epochs); the one of the first group unscaled."""
+        """Set the learning rates for a step (from 0, over all epochs); return the unscaled rate."""
         epoch, schedule = step // self.steps, self.schedule
         if self.part.update == "step":
             schedule.step_update(step)

@@ -1,13 +1,13 @@
-"""How IA-RED2's interpreters learn (Pan et al., NeurIPS 2021, arXiv:2106.12620, sec. 3.3): by REINFORCE, group after group.
+"""REINFORCE for IA-RED2's interpreters, one group after another (Pan et al., NeurIPS 2021, arXiv:2106.12620, sec. 3.3).
 
-An image is answered twice: with tokens drawn by the interpreters' probabilities, and with those of inference. For each
-group, where a share u of the patches stays, the reward is 1 - u^2 if the answer is right, else -penalty; what the first
-answer is rewarded with beyond the second multiplies the gradient of the log-probability of its draws (self-critical
-baseline). The baseline does not depend on the draws, so the gradient's expectation is that of the expected reward.
+The model runs twice on each image: with tokens drawn from the interpreters' probabilities, and with the decisions of
+inference. For a group that keeps a share u of the patches, the reward is 1 - u^2 if the prediction is correct, else -penalty.
+The reward of the first run minus that of the second (self-critical baseline) multiplies the gradient of the log-probability
+of the draws. The baseline does not depend on the draws, so the expected gradient is that of the expected reward.
 
-The authors' training code is not public. Here all groups in training share in the sum of their rewards: whether the answer
-is right, each of them has a part in. ``penalty`` is the 1 that their tool for inference leaves behind. ``laconic train``
-makes steps of iared so (`laconic.training.reinforce`).
+The authors' training code is not public. Here every group in training gets the sum of their rewards, since each of them
+contributes to a correct prediction. The default ``penalty`` of 1 is the value in their inference tool. ``laconic train`` uses
+these steps for iared (`laconic.training.reinforce`).
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from laconic.core.token_reduction import TokenReduction, reduction_of
 from laconic.methods.iared import IARED, KEPT, LOG_PROBABILITY
 
 Part = Literal["interpreter", "blocks"]
-Phase = tuple[int | None, Part]  # a group (None: all), and what of it learns
-WORKS = 0.5  # any keep rate but 1 says that a group works
+Phase = tuple[int | None, Part]  # a group (None: all), and which part of it learns
+WORKS = 0.5  # any keep rate but 1 turns a group on
 
 
 @dataclass(frozen=True)
 class PolicyStep:
-    """A loss whose gradient is the policy gradient, and what it was made of."""
+    """A loss whose gradient is the policy gradient, with its rewards."""
 
     loss: Tensor
-    logits: Tensor  # of the answer by draws, [B, classes], for a cross-entropy beside it
-    reward: Tensor  # of the draws, [B, groups]
-    baseline: Tensor  # of the decisions of inference, [B, groups]
+    logits: Tensor  # with drawn tokens, [B, classes], for an additional cross-entropy
+    reward: Tensor  # with drawn tokens, [B, groups]
+    baseline: Tensor  # with the decisions of inference, [B, groups]
 
 
 def policy_step(
@@ -48,17 +48,19 @@ def policy_step(
     penalty: float | Sequence[float] = 1.0,
     groups: Sequence[int] | None = None,
 ) -> PolicyStep:
-    """One self-critical step on a model in training mode that `iared` reduces; the ledger is that of the draws.
+    """Compute one self-critical step on a model that `iared` reduces, in training mode.
+
+    Afterwards the model holds the history of the run with drawn tokens.
 
     Args:
         model: the reduced model.
         images: [B, channels, height, width].
-        labels: class numbers [B].
-        penalty: what a wrong answer costs, for all groups or for each of those in training.
-        groups: those in training, counted from 0 (default: all that are not switched off).
+        labels: class indices [B].
+        penalty: the cost of a wrong prediction, for all groups or for each group in training.
+        groups: groups in training, counted from 0 among those turned on (default: all of these).
 
     Raises:
-        ValueError: the model is not reduced by iared, or in evaluation mode; no such group works.
+        ValueError: the model is not reduced by iared or is in evaluation mode, or a group is not turned on.
     """
     greedy = by_inference(model, images)
     return self_critical(model, greedy, _answer(model, images), labels, penalty=penalty, groups=groups)
@@ -66,14 +68,14 @@ def policy_step(
 
 @dataclass(frozen=True)
 class Greedy:
-    """What a model answers by the decisions of inference, and the share of the patches that each group keeps."""
+    """The output of a model with the decisions of inference, and the share of patches that each group keeps."""
 
     logits: Tensor
     kept: Tensor  # [B, groups]
 
 
 def by_inference(model: nn.Module, images: Tensor) -> Greedy:
-    """The answer that a model in training mode would give in evaluation mode.
+    """Return the output that a model in training mode would give in evaluation mode.
 
     Raises:
         ValueError: as `policy_step`.
@@ -94,19 +96,19 @@ def self_critical(
     penalty: float | Sequence[float] = 1.0,
     groups: Sequence[int] | None = None,
 ) -> PolicyStep:
-    """As `policy_step`, with the ``logits`` [B, classes] that the model has just answered by its draws."""
+    """Compute `policy_step` from the ``logits`` [B, classes] that the model has just computed with drawn tokens."""
     reduction = reduced_by_iared(model)
     kept, log_probability = _noted(reduction, KEPT), _noted(reduction, LOG_PROBABILITY)
     chosen, working = list(range(kept.shape[1]) if groups is None else groups), kept.shape[1]
     if not chosen or any(group not in range(working) for group in chosen):
-        raise ValueError(f"groups {chosen} are to be trained, and {working} groups are at work, counted from 0")
+        raise ValueError(f"groups must be among the {working} groups that are turned on, counted from 0, not {chosen}")
     reward = rewards(logits.argmax(1) == labels, kept[:, chosen], penalty)
     baseline = rewards(greedy.logits.argmax(1) == labels, greedy.kept[:, chosen], penalty)
     return PolicyStep(policy_loss(log_probability[:, chosen], reward, baseline), logits, reward, baseline)
 
 
 def rewards(correct: Tensor, share: Tensor, penalty: float | Sequence[float]) -> Tensor:
-    """What answers [B] that kept these shares of the patches [B, groups] are rewarded with, [B, groups]."""
+    """Return the rewards [B, groups] of predictions: ``correct`` [B] with the kept shares of patches ``share`` [B, groups]."""
     wrong = torch.as_tensor(penalty, dtype=share.dtype, device=share.device)
     if wrong.dim() and len(wrong) != share.shape[1]:
         raise ValueError(f"penalty has {len(wrong)} values, and {share.shape[1]} groups are in training")
@@ -114,19 +116,19 @@ def rewards(correct: Tensor, share: Tensor, penalty: float | Sequence[float]) ->
 
 
 def policy_loss(log_probability: Tensor, reward: Tensor, baseline: Tensor) -> Tensor:
-    """Minus (what is gained over the baseline, by all groups together) times the log-probability of all draws; a mean."""
+    """Return -(reward - baseline, summed over groups) * (log-probability of all draws), mean over images."""
     gain = (reward - baseline).sum(1, keepdim=True).detach()
     return -(gain * log_probability).sum(1).mean()
 
 
 def curriculum(model: nn.Module, group: int | None, part: Part = "interpreter") -> None:
-    """Set a model up for one phase: groups up to ``group`` work, and only that group's interpreter, or its blocks, learn.
+    """Set up one phase of training: turn on the groups up to ``group``; train only its interpreter, or only its blocks.
 
-    The paper trains the groups one after the other, each interpreter for 10 epochs and then attention and MLPs for 20. None:
-    all groups work and everything learns, as before.
+    The paper trains the groups one after another, each interpreter for 10 epochs and then attention and MLPs for 20. With
+    ``group=None`` all groups are turned on and all parameters are trained.
 
     Raises:
-        ValueError: the model is not reduced by iared; there is no such group or part.
+        ValueError: the model is not reduced by iared, or has no such group or part.
     """
     reduction = reduced_by_iared(model)
     at, blocks = reduction.schedule.at, HOSTS[reduction.host_path].blocks(reduction.model)
@@ -146,10 +148,10 @@ def curriculum(model: nn.Module, group: int | None, part: Part = "interpreter") 
 
 
 def reduced_by_iared(model: nn.Module) -> TokenReduction:
-    """The reduction of a model that iared reduces.
+    """Return the reduction of a model that iared reduces.
 
     Raises:
-        ValueError: another method does, or none.
+        ValueError: the model is reduced by another method, or is not reduced.
     """
     reduction = reduction_of(model)
     if not isinstance(reduction.config, IARED):
@@ -159,12 +161,12 @@ def reduced_by_iared(model: nn.Module) -> TokenReduction:
 
 def _answer(model: Any, images: Tensor) -> Tensor:
     out = model(images)
-    logits: Tensor = torch.stack(out).mean(0) if isinstance(out, tuple) else out  # of two heads: as at inference
+    logits: Tensor = torch.stack(out).mean(0) if isinstance(out, tuple) else out  # mean of two heads, as at inference
     return logits.float()
 
 
 def _noted(reduction: TokenReduction, name: str) -> Tensor:
     notes = reduction.entry(reduction.depth).per_image
     if name not in notes:
-        raise ValueError("no group of this model is at work: all keep rates are 1; see curriculum(model, None)")
+        raise ValueError("no group of this model is turned on: all keep rates are 1; call curriculum(model, None)")
     return notes[name]

@@ -1,4 +1,4 @@
-"""The processes that train together, through accelerate: how they find each other, and what they must agree on."""
+"""Data-parallel processes, through accelerate: starting them, and synchronising their state."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from laconic.training.run_config import Running
 
 
 def join(recipe: Recipe, running: Running, output: Path, *, unused: bool = False) -> Any:
-    """The accelerator of this process; returns once all processes are there.
+    """Create the accelerator of this process; return once all processes have started.
 
     Args:
-        recipe: what decides the precision.
-        running: how the run is carried out.
-        output: where trackers that write files put them.
-        unused: some parameters have no part in some steps.
+        recipe: the recipe; it sets the precision.
+        running: settings of the run: device and trackers.
+        output: directory for trackers that write files.
+        unused: some steps do not use all parameters.
 
     Raises:
         ImportError: accelerate is not installed.
-        ValueError: no such tracker. Refusal: a tracker that is not installed, or settings of the launcher that do not fit.
+        ValueError: no such tracker. Refusal: a tracker is not installed, or settings of the launcher are not supported.
     """
     try:
         from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState  # type: ignore[import-untyped]
@@ -36,7 +36,7 @@ def join(recipe: Recipe, running: Running, output: Path, *, unused: bool = False
         raise ImportError(missing("accelerate", "train"), name="accelerate") from error
     _check_trackers(running.trackers)
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        AcceleratorState._reset_state(reset_partial_state=True)  # else an earlier run in this process decides the precision
+        AcceleratorState._reset_state(reset_partial_state=True)  # otherwise an earlier run in this process sets the precision
     precision, cpu = recipe.optimization.precision, running.device == "cpu"
     device = PartialState(cpu=cpu).device.type
     if precision == "fp16" and device == "cpu":
@@ -55,18 +55,18 @@ def _check_launcher(accelerator: Any) -> None:
     kind = str(accelerator.distributed_type.value)
     if kind != "NO" and not kind.startswith("MULTI_"):
         raise Refusal(
-            f"the launcher asks for {kind}; laconic train runs in one process or data-parallel in several. Start it with "
-            "torchrun, or with an accelerate config without that"
+            f"the launcher asks for {kind}; laconic train runs in one process, or data-parallel in several. Start it with "
+            "torchrun, or with an accelerate config for data-parallel training"
         )
     if accelerator.gradient_accumulation_steps != 1:
         raise Refusal(
-            f"the launcher asks for {accelerator.gradient_accumulation_steps} gradient accumulation steps; leave that out and "
-            f"give laconic train --accumulate {accelerator.gradient_accumulation_steps} (the batch size stays what it is)"
+            f"the launcher asks for {accelerator.gradient_accumulation_steps} gradient accumulation steps; remove that and "
+            f"run laconic train --accumulate {accelerator.gradient_accumulation_steps} (the batch size does not change)"
         )
 
 
 def _check_trackers(names: tuple[str, ...]) -> None:
-    """Refuse what accelerate would pass over without a word."""
+    """Raise for trackers that accelerate would ignore silently."""
     if not names:
         return
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers  # type: ignore[import-untyped]
@@ -85,7 +85,7 @@ def _check_trackers(names: tuple[str, ...]) -> None:
 
 
 def flat(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """Nested tables as one, keys joined by dots; what trackers may not take as a value becomes JSON."""
+    """Flatten nested tables, keys joined by dots; values that trackers may not accept are converted to JSON."""
     out = dict[str, Any]()
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -96,7 +96,7 @@ def flat(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
 
 
 def agree(accelerator: Any, *models: nn.Module) -> None:
-    """Give all processes the buffers of the main one: each has made batch statistics of its own images."""
+    """Copy the main process's buffers to all processes: each has batch statistics of its own images."""
     if accelerator.num_processes > 1:
         for model in models:
             for buffer in model.buffers():
@@ -104,7 +104,7 @@ def agree(accelerator: Any, *models: nn.Module) -> None:
 
 
 def gather_names(accelerator: Any, names: set[str]) -> list[str]:
-    """The names that any process has, in order, in every process."""
+    """Return, in every process, the sorted union of the names of all processes."""
     if accelerator.num_processes == 1:
         return sorted(names)
     from accelerate.utils import gather_object  # type: ignore[import-untyped]

@@ -1,4 +1,4 @@
-"""Steps that search for DiffRate's counts: see `laconic.training.diffrate_search`."""
+"""The training step ``rate-search``, which learns DiffRate's counts: see `laconic.training.diffrate_search`."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from laconic.training.recipe import Recipe
 
 @dataclass(frozen=True)
 class RateSearchOptions(StepOptions):
-    """Options of ``rate-search``: the cost to find, and as `DiffRateSearch` has them."""
+    """Options of ``rate-search``: the target cost ``gmacs``, and ``weight`` and ``every`` of `DiffRateSearch`."""
 
     gmacs: float = 0.0
     weight: float = 5.0
     every: int = 4
 
     def check(self, recipe: Recipe) -> None:
-        """Refuse what would not be the search of a trained model as it is."""
+        """Raise ValueError for settings under which the search would not see the trained model as it is."""
         method, part = recipe.method, recipe.optimization
         if self.gmacs <= 0:
-            raise ValueError("step.options.gmacs must say what the model is to cost, in billions of multiply-adds")
+            raise ValueError("step.options.gmacs must be the target cost of the model, in billions of multiply-adds")
         if method.keep != 1 or "merge_kept" in method.options:
             raise ValueError(
                 "the rate search starts from all tokens: set method.keep to 1.0, without merge_kept and prune_kept"
             )
         if not part.eval_mode:
-            raise ValueError("the rate search looks at the model as it answers: set optimization.eval_mode to true")
+            raise ValueError("the rate search needs the model in evaluation mode: set optimization.eval_mode to true")
         if part.ema:
             raise ValueError(
-                "the rate search trains counts and no weights, which have no moving average: set optimization.ema to 0"
+                "the rate search trains counts and no weights, so there is no moving average: set optimization.ema to 0"
             )
 
 
 class RateSearch(Step):
-    """The ordinary objective of a model whose counts, and nothing else, are learned, and the distance of its cost."""
+    """The ordinary objective plus the squared distance of the cost to its target; only the counts are learned."""
 
     def __init__(self, objective: Objective, options: RateSearchOptions) -> None:
         super().__init__()
@@ -52,12 +52,12 @@ class RateSearch(Step):
         self.search = DiffRateSearch(model, options.gmacs, **facts)
 
     def forward(self, images: Tensor, target: Tensor, patches: Tensor | None = None) -> dict[str, Tensor]:
-        """The loss and its parts, as `Objective`; "gmacs" is what the model would cost."""
+        """Return the loss and its parts, as `Objective`; "gmacs" is the cost of the model with the current counts."""
         parts, cost = self.objective(images, target, patches), self.search.cost()
         loss = parts["loss"] + self.search.weight * (cost - self.search.gmacs).square()
         return {**parts, "loss": loss, "gmacs": cost.detach()}
 
     def product(self, model: nn.Module) -> nn.Module:
-        """The model with the counts as they are; it shares its weights with the one that is searched."""
+        """Return the model reduced with the current counts; it shares its weights with the searched model."""
         found, out = found_in(model, self.search.score), shared_copy(model)
         return reduce_(restore_(out), found)

@@ -1,4 +1,4 @@
-"""Recipes: everything a training run depends on, as one TOML file; what it may hold is the fields of these dataclasses."""
+"""Recipes: everything a training run depends on, as one TOML file; its keys are the fields of these dataclasses."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Recipe:
-    """A training run, but for where the data are and where the results go."""
+    """All settings of a training run except the locations of its data and results."""
 
     about: About = field(default_factory=About)
     model: ModelPart = field(default_factory=ModelPart)
@@ -59,15 +59,15 @@ class Recipe:
             raise ValueError(f"seed must be 0 or more, not {shown(self.seed)}")
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, as plain JSON."""
+        """Return all fields as plain JSON."""
         plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return plain
 
     def replaced(self, settings: Sequence[str]) -> Recipe:
-        """This recipe with settings such as ``optimization.lr=1e-4`` (values as in TOML; words need no quotes).
+        """Return the recipe with settings such as ``optimization.lr=1e-4`` (values as in TOML; words need no quotes).
 
         Raises:
-            ValueError: a setting that is not of that form, an unknown key, a value of the wrong type.
+            ValueError: a setting is not of that form, a key is unknown, or a value has the wrong type.
         """
         tree = self.to_json()
         for text in settings:
@@ -95,7 +95,7 @@ def _value(text: str) -> Any:
 
 # ------------------------------------------------------------------------------------------------ reading
 def names() -> list[str]:
-    """The recipes that come with laconic."""
+    """Return the names of the recipes that come with laconic."""
     folder = resources.files("laconic") / "recipes"
     if not folder.is_dir():
         return []
@@ -103,10 +103,10 @@ def names() -> list[str]:
 
 
 def read(name: str) -> Recipe:
-    """A recipe by its name, or from a .toml file, or from the recipe.json of an earlier run.
+    """Read a recipe by its name, from a .toml file, or from the recipe.json of an earlier run.
 
     Raises:
-        LookupError: there is none of that name. ValueError: the file is not a recipe; says which key is wrong.
+        LookupError: no recipe or file has that name. ValueError: the file is not a recipe; the message names the wrong key.
     """
     text, is_toml = _text(name)
     try:
@@ -118,7 +118,7 @@ def read(name: str) -> Recipe:
 
 
 def _text(name: str) -> tuple[str, bool]:
-    """What a recipe's file holds, and whether that is TOML."""
+    """Return the text of a recipe's file, and True if it is TOML."""
     path = Path(name)
     if path.suffix in (".toml", ".json"):
         try:
@@ -139,10 +139,10 @@ def _text(name: str) -> tuple[str, bool]:
 
 
 def from_json(tree: Mapping[str, Any]) -> Recipe:
-    """A recipe from nested tables.
+    """Build a recipe from nested tables.
 
     Raises:
-        ValueError: an unknown key (and the nearest one), or a value of the wrong type.
+        ValueError: a key is unknown (the message names the nearest one), or a value has the wrong type.
     """
     check_nesting(tree)
     return build(Recipe, tree)

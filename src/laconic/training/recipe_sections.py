@@ -1,4 +1,4 @@
-"""The parts of a recipe: dataclasses whose fields are its keys, each with the checks that need nothing but itself."""
+"""The sections of a recipe: dataclasses whose fields are its keys; each checks its own values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import Any, Literal
 
 
 def _refuse_unless(good: Callable[[Any], bool], words: str, **values: int | float | None) -> None:
-    """Raise ValueError for the first number that is not what the words say; a name has __ for its dot."""
+    """Raise ValueError for the first value that is not ``good``; ``words`` describe what it must be.
+
+    In the names of values, ``__`` stands for a dot.
+    """
     for name, value in values.items():
         if value is not None and not (math.isfinite(value) and good(value)):
             raise ValueError(f"{name.replace('__', '.')} must be {words}, not {value}")
@@ -36,15 +39,15 @@ def _is_number(text: str) -> bool:
 
 @dataclass(frozen=True)
 class About:
-    """Whose row it is, and what was published for it. Not used in training."""
+    """The origin of a recipe and its published results. Not used in training."""
 
     title: str = ""
-    paper: str = ""  # arXiv number, and table
-    source: str = ""  # where the settings come from, and what is guessed
-    top1: float | None = None  # per cent, published
-    gmacs: float | None = None  # published, in the paper's own way of counting
-    hours: str = ""  # how long it takes, on what
-    measured: str = ""  # our own result, and the command
+    paper: str = ""  # arXiv number and table
+    source: str = ""  # the source of the settings; settings that are guessed
+    top1: float | None = None  # published, in per cent
+    gmacs: float | None = None  # published, as the paper counts
+    hours: str = ""  # training time and hardware
+    measured: str = ""  # our own result and its command
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,11 @@ class ModelPart:
 
 @dataclass(frozen=True)
 class MethodPart:
-    """The reduction; no name: none. Epochs of the keep-rate warm-in may be fractions.
+    """The token reduction; without a name there is none. The epochs of the keep-rate warm-in may be fractions.
 
-    Options may change in training: ``later`` has for an epoch (counted from 0) those that are others from there on, ``ramps``
-    those that go linearly from one number to another, over all steps. ``schedule`` takes the place of ``keep`` and ``at``: a
-    table such as {at = [3, 6], leave = [98, 49]} (see `laconic.Schedule.of`, and ``laconic plan``, which makes one).
+    Options may change during training: ``later`` maps an epoch (from 0) to the options that change there, ``ramps`` maps an
+    option to two numbers, between which it changes linearly over all steps. ``schedule`` replaces ``keep`` and ``at``: a
+    table such as {at = [3, 6], keep_counts = [98, 49]} (see `laconic.Schedule.of`; ``laconic plan`` prints one).
     """
 
     name: str = ""
@@ -91,15 +94,15 @@ class MethodPart:
 
     @property
     def warms_in(self) -> bool:
-        """Whether the keep rate changes in training."""
+        """True if the keep rate changes during training."""
         return bool(self.warm_in_start or self.warm_in_epochs)
 
 
 @dataclass(frozen=True)
 class DataPart:
-    """The images: "scenes", "digits", "" for an image folder, or a name that timm's readers know; 0 images: all.
+    """The images: "scenes", "digits", "" for an image folder, or a name of one of timm's readers; 0 images means all.
 
-    ``val_crop`` is the share of the resized image that validation looks at (default: what timm says of the model).
+    ``val_crop`` is the share of the resized image that is cropped for validation (default: the model's setting in timm).
     """
 
     name: str = "scenes"
@@ -118,9 +121,9 @@ class DataPart:
 
 @dataclass(frozen=True)
 class AugmentationPart:
-    """timm's augmentation. The defaults change nothing but the size: what a recipe uses, it says."""
+    """timm's augmentation. By default images are only resized; a recipe names every augmentation that it uses."""
 
-    crop: tuple[float, float] | None = None  # share of the area, for random resized crops; none: resized and centred
+    crop: tuple[float, float] | None = None  # shares of the area, for random resized crops; None: resize and centre crop
     hflip: float = 0.0
     vflip: float = 0.0
     color_jitter: float = 0.0
@@ -132,7 +135,7 @@ class AugmentationPart:
     mixup_prob: float = 1.0
     switch: float = 0.5
     smoothing: float = 0.0
-    repeats: int = 1  # repeated augmentation: how often an image comes in a row
+    repeats: int = 1  # repeated augmentation: number of consecutive copies of an image
 
     def __post_init__(self) -> None:
         _shares(augmentation__hflip=self.hflip, augmentation__vflip=self.vflip, augmentation__erase=self.erase)
@@ -147,14 +150,14 @@ class AugmentationPart:
 
 @dataclass(frozen=True)
 class OptimizationPart:
-    """The optimiser, the learning rate over time, and what is trained.
+    """The optimiser, the learning-rate schedule, and the parameters to train.
 
-    ``batch_size`` is of one step, over all processes. ``lr`` is multiplied by batch_size / lr_base_size (0: it is absolute).
-    ``warmup``: the cosine has begun ``within`` the warm-up (as timm has it), or begins where the warm-up ends (``before``).
-    ``update``: the learning rate changes with every step, with every epoch, or with every epoch but one epoch late (as the
-    published code of EViT does). The backbone's learning rate is ``backbone_lr_scale`` times that of the scorers, at most
-    ``backbone_lr_cap``, and 0 in the first ``freeze_backbone_epochs``. ``lr_scales`` are factors for parameters whose names
-    end so. ``fixed`` names parameters that are never trained; ``eval_mode`` trains with the model in evaluation mode (no
+    ``batch_size`` is the size of one step's batch over all processes. ``lr`` is multiplied by batch_size / lr_base_size (0:
+    ``lr`` is absolute). ``warmup``: the cosine starts with the warm-up (``within``, as in timm) or after it (``before``).
+    ``update``: the learning rate changes with every step, with every epoch, or with every epoch but one epoch late (as in
+    the published code of EViT). The backbone's learning rate is ``backbone_lr_scale`` times that of the scorers, at most
+    ``backbone_lr_cap``, and 0 in the first ``freeze_backbone_epochs``. ``lr_scales`` maps endings of parameter names to
+    factors. ``fixed`` names parameters that are never trained; ``eval_mode`` trains with the model in evaluation mode (no
     drop path).
     """
 
@@ -210,13 +213,15 @@ class OptimizationPart:
 
 @dataclass(frozen=True)
 class LossPart:
-    """Weights of what is added to the cross-entropy: the method's own ratio loss, and distillation from the full model."""
+    """Weights of the losses added to the cross-entropy: the method's ratio loss, distillation from the unreduced model, and
+    token labelling.
+    """
 
     ratio: float = 2.0
     logits: float = 0.0
     tokens: float = 0.0
     token_kind: Literal["mse", "kl"] = "mse"
-    token_labels: float = 0.0  # every patch says what it shows, where the images know that
+    token_labels: float = 0.0  # classify every patch, if the images have patch labels
 
     def __post_init__(self) -> None:
         _not_negative(loss__ratio=self.ratio, loss__logits=self.logits, loss__tokens=self.tokens)
@@ -225,7 +230,7 @@ class LossPart:
 
 @dataclass(frozen=True)
 class StepPart:
-    """How a step is made, by a name in `laconic.training.steps`, with options of its own; none: as the method is trained."""
+    """The kind of training step, a name in `laconic.training.steps`, and its options; by default the method's own kind."""
 
     kind: str = ""
     options: dict[str, Any] = field(default_factory=dict)
