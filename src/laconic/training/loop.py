@@ -105,7 +105,7 @@ class Loop:
 
     # -------------------------------------------------------------------------------------------- the steps
     def go(self) -> dict[str, Accuracy]:
-        """Train to the end of the recipe; return the last accuracies of the model ("val") and its moving average ("val_ema")."""
+        """Train to the end of the recipe; return the last accuracies of the model ("val") and its average ("val_ema")."""
         metrics = Metrics(self.run.output, self.progress.step) if self.accelerator.is_main_process else None
         total, accuracies, running = self.rate.epochs * self.steps, dict[str, Accuracy](), self.run.running
         with self._bar(total) as bar:

@@ -1,4 +1,4 @@
-"""Steps by the policy gradient, and the order in which IA-RED2's groups learn: see `laconic.training.policy_gradient`."""
+"""The training step ``policy-gradient`` and the curriculum of IA-RED2's groups: see `laconic.training.policy_gradient`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ class PolicyGradientOptions(StepOptions):
     """Options of ``policy-gradient``.
 
     Args:
-        penalty: what a wrong answer costs, for all groups or for each.
-        interpreter_epochs: that the interpreter of each group is trained for, group after group (published: 10).
-        blocks_epochs: that the group's blocks are trained for afterwards (published: 20). Both 0: everything at once.
+        penalty: the cost of a wrong prediction, for all groups or for each group.
+        interpreter_epochs: epochs of training for the interpreter of each group, one group after another (published: 10).
+        blocks_epochs: epochs of training for the group's blocks afterwards (published: 20). If both are 0, everything is
+            trained at once.
     """
 
     penalty: float | tuple[float, ...] = 1.0
@@ -34,19 +35,19 @@ class PolicyGradientOptions(StepOptions):
 
     @property
     def unused(self) -> bool:
-        """Where groups learn one after the other, what is not their turn has no part."""
+        """True if groups are trained one after another, so that steps do not use all parameters."""
         return bool(self.interpreter_epochs or self.blocks_epochs)
 
     def check(self, recipe: Recipe) -> None:
-        """Refuse what sets the schedule as well."""
+        """Raise ValueError if the recipe has a keep-rate warm-in, which sets the schedule too."""
         if self.unused and recipe.method.warms_in:
             raise ValueError("the keep-rate warm-in and step.options.interpreter_epochs both set the schedule; leave one out")
 
 
 class PolicyGradient(Step):
-    """The ordinary objective of the answer by draws, and the policy gradient of the interpreters that are in training.
+    """The ordinary objective with drawn tokens, plus the policy gradient of the interpreters in training.
 
-    An image mixed of several is answered rightly by the class that it has most of.
+    For a mixed image the correct class is the one with the largest share.
     """
 
     def __init__(self, objective: Objective, options: PolicyGradientOptions) -> None:
@@ -57,7 +58,7 @@ class PolicyGradient(Step):
             raise ValueError(f"step.options.penalty has {len(options.penalty)} values, and this model {len(at)} groups")
 
     def forward(self, images: Tensor, target: Tensor, patches: Tensor | None = None) -> dict[str, Tensor]:
-        """The loss and its parts, as `Objective`; "policy" has the gradient, "reward" and "baseline" are what it is made of."""
+        """Return the loss and its parts, as `Objective`, with "policy" (the policy-gradient loss), "reward" and "baseline"."""
         model, groups = self.objective.student, self.learning()
         if not groups:
             return self.objective(images, target, patches)
@@ -71,7 +72,7 @@ class PolicyGradient(Step):
         return {**parts, "loss": parts["loss"] + out.loss, **{name: value.detach() for name, value in policy.items()}}
 
     def learning(self) -> dict[int, int]:
-        """The groups whose interpreters learn: numbers among those at work -> among all."""
+        """Return the groups whose interpreters are trained: index among the groups turned on -> index among all groups."""
         reduction = reduction_of(self.objective.student)
         reducers: list[Any] = [reduction.reducers[str(block)] for block in reduction.schedule.at]
         working = [group for group, reducer in enumerate(reducers) if reducer.site.keep != 1]
@@ -82,10 +83,10 @@ class PolicyGradient(Step):
 
 
 class Curriculum:
-    """Group after group, first its interpreter and then its blocks; what is left of the run, everything.
+    """Train one group after another, first its interpreter and then its blocks; for the rest of the run, everything.
 
     Raises:
-        ValueError: the run is too short.
+        ValueError: the run has too few epochs for all groups.
     """
 
     def __init__(self, models: Sequence[nn.Module], options: PolicyGradientOptions, steps: int, epochs: int) -> None:
@@ -94,7 +95,7 @@ class Curriculum:
         self.final = self.compressions[0].schedule
         self.fixed = [p for p in self.model.parameters() if not p.requires_grad]
         self.now: Phase | None = None
-        self.phases, end = dict[int, Phase](), 0.0  # first step -> what learns
+        self.phases, end = dict[int, Phase](), 0.0  # first step -> phase
         for group in range(len(self.final.at)):
             lengths: dict[Part, float] = {"interpreter": options.interpreter_epochs, "blocks": options.blocks_epochs}
             for part, length in lengths.items():
@@ -109,7 +110,7 @@ class Curriculum:
             )
 
     def set(self, step: int) -> None:
-        """Who works and who learns in a step."""
+        """Set the groups turned on and the parameters trained in a step."""
         phase = self.phases[max(start for start in self.phases if start <= step)]
         if phase != self.now:
             self._set(phase)
@@ -125,9 +126,9 @@ class Curriculum:
             reduction.set_schedule(schedule)
 
     def arrived(self, step: int) -> bool:
-        """Whether all groups work."""
+        """Return True if all groups are turned on at that step."""
         return step >= min(start for start, (group, _) in self.phases.items() if group in (None, len(self.final.at) - 1))
 
     def finish(self) -> None:
-        """All groups work, and everything may learn."""
+        """Turn all groups on, and let all parameters be trained."""
         self._set((None, "blocks"))

@@ -1,4 +1,4 @@
-"""A run, prepared: what is trained on what, by which recipe, and how it is carried out."""
+"""The configuration of a run: model, images, recipe, and execution settings."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from laconic.training.recipe import Recipe
 
 @dataclass(frozen=True)
 class Running:
-    """How a run is carried out.
+    """Execution settings of a run, which are not part of its recipe.
 
-    A stop and a resume change nothing at all. Another number of processes or micro-batches changes rounding, the noise of
-    what is random inside a step (Gumbel, drop path, mixup) and the batches of batch norm, and nothing else.
+    Stopping and resuming a run does not change its results. Another number of processes or micro-batches changes only
+    rounding, the random numbers inside a step (Gumbel, drop path, mixup) and the batches of batch norm.
 
     Args:
-        accumulate: micro-batches that one step's batch is split into.
+        accumulate: number of micro-batches that one step's batch is split into.
         workers: processes that read images, for each training process.
-        checkpoint_every: steps between checkpoints (0: one at the end of each epoch).
+        checkpoint_every: steps between checkpoints (0: only at the end of each epoch).
         eval_every: epochs between validations.
         log_every: steps between rows of metrics.
-        device: where to train: what accelerate finds, or the CPU.
-        trackers: trackio, tensorboard, wandb: what accelerate knows by name and is installed.
+        device: auto (the device that accelerate finds) or cpu.
+        trackers: names of installed trackers that accelerate supports: trackio, tensorboard, wandb ...
     """
 
     accumulate: int = 1
@@ -45,14 +45,14 @@ class Running:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {number}, not {getattr(self, name)}")
         if self.device not in ("auto", "cpu"):
             raise ValueError(
-                f"--device must be auto or cpu, not {self.device!r}; which accelerators are seen is up to the launcher, or "
+                f"--device must be auto or cpu, not {self.device!r}; select accelerators with the launcher or with "
                 "CUDA_VISIBLE_DEVICES"
             )
 
 
 @dataclass
 class Run:
-    """A run that is prepared: everything the loop needs."""
+    """A prepared run: all inputs of the training loop."""
 
     recipe: Recipe
     model: nn.Module

@@ -1,4 +1,4 @@
-"""What of a method changes over the steps of a run: the keep rate, and options."""
+"""Changes of a method over the steps of a run: its keep rate and its options."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from laconic.training.recipe import MethodPart
 
 
 class KeepRate:
-    """Sets the schedule of reduced models, step by step, from no reduction to the recipe's; without a warm-in it is constant.
+    """Keep-rate warm-in: move the schedule, step by step, from no reduction to the recipe's schedule.
+
+    Without a warm-in the schedule is constant.
 
     Args:
-        compressions: of the model and of its moving average.
-        method: says when the warm-in starts, and how long it is, in epochs.
-        steps: in an epoch.
+        compressions: the reductions of the model and of its moving average.
+        method: start and length of the warm-in, in epochs.
+        steps: steps per epoch.
     """
 
     def __init__(self, compressions: list[TokenReduction], method: MethodPart, steps: int) -> None:
@@ -27,28 +29,28 @@ class KeepRate:
         self.warm = WarmIn(start, end - start)
 
     def set(self, step: int) -> None:
-        """The schedule of a step (from 0)."""
+        """Set the schedule of a step (from 0)."""
         for reduction, final in zip(self.compressions, self.final, strict=True):
             reduction.set_schedule(self.warm(final, step))
 
     def arrived(self, step: int) -> bool:
-        """Whether the schedule of that step is the recipe's."""
+        """Return True if the schedule at that step is the recipe's."""
         return not self.compressions or step >= self.warm.start + self.warm.length
 
     def finish(self) -> None:
-        """The recipe's schedule, whatever the step."""
+        """Set the recipe's schedule."""
         for reduction, final in zip(self.compressions, self.final, strict=True):
             reduction.set_schedule(final)
 
 
 class Options:
-    """Sets the options of reduced models, step by step: those of ``method.later`` at their epochs, and ``method.ramps``.
+    """Change the options of reduced models, step by step: ``method.later`` at its epochs, and ``method.ramps``.
 
     Args:
-        compressions: of the model and of its moving average.
+        compressions: the reductions of the model and of its moving average.
         method: the options that change.
-        steps: in an epoch.
-        epochs: of the run.
+        steps: steps per epoch.
+        epochs: epochs of the run.
     """
 
     def __init__(self, compressions: Sequence[TokenReduction], method: MethodPart, steps: int, epochs: int) -> None:
@@ -58,7 +60,7 @@ class Options:
         self.now: Method | None = None
 
     def set(self, step: int) -> None:
-        """The options of a step (from 0)."""
+        """Set the options of a step (from 0)."""
         if not self.compressions:
             return
         begun = [options for start, options in self.starts.items() if start <= step]
@@ -69,21 +71,24 @@ class Options:
         self.now = config
 
     def arrived(self, step: int) -> bool:
-        """Whether no other options will come; what goes up or down a ramp is one of training, and does not count."""
+        """Return True if all changes of ``later`` are done at that step.
+
+        Ramps do not count: they run until the end, and their options matter in training only.
+        """
         return not self.compressions or step >= max(self.starts, default=0)
 
     def finish(self) -> None:
-        """The last options, whatever the step."""
+        """Set the final options."""
         self.set(self.total - 1)
 
 
 def in_order(method: MethodPart) -> list[tuple[float, Mapping[str, Any]]]:
-    """The epochs at which options change, and these options."""
+    """Return the epochs at which options change with these options, sorted by epoch."""
     return sorted(((float(epoch), options) for epoch, options in method.later.items()), key=lambda change: change[0])
 
 
 def options_at(method: MethodPart, begun: Sequence[Mapping[str, Any]], share: float) -> Method:
-    """The method's options where those of ``begun`` have come in that order, at that share of the run."""
+    """Return the method with the changes in ``begun`` applied in order, and ramps at ``share`` of the run."""
     options = dict(method.options)
     for later in begun:
         options |= later
@@ -92,15 +97,15 @@ def options_at(method: MethodPart, begun: Sequence[Mapping[str, Any]], share: fl
 
 
 def tuples(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as a dataclass takes them: arrays as tuples."""
+    """Convert the lists among options to tuples, as the dataclasses of methods need."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
 
 
 def reconfigure(reduction: TokenReduction, config: Method) -> None:
-    """Give a reduced model other options of its method, and leave it what it has learned.
+    """Change the options of a reduced model's method; learned parameters are kept.
 
     Raises:
-        ValueError: with these options the method is made of other parts.
+        ValueError: with these options the method's reducers have another class or other parameters.
     """
     reducers: Any = reduction.reducers.children()
     for reducer in reducers:
@@ -108,7 +113,8 @@ def reconfigure(reduction: TokenReduction, config: Method) -> None:
         before, after = ({name: value.shape for name, value in part.state_dict().items()} for part in (reducer, fresh))
         if type(fresh) is not type(reducer) or before != after:
             raise ValueError(
-                f"method.later and ramps: with {config} the reducers of {config.info.name} are made of other parts"
+                f"method.later and ramps: with {config} the reducers of {config.info.name} would have other parameters; "
+                "these options cannot change during training"
             )
         own = {
             name: value for name, value in vars(fresh).items() if not name.startswith("_") and name not in ("training", "site")

@@ -1,4 +1,4 @@
-"""What a run leaves on disk: a checkpoint from which it goes on exactly, and its metrics, one JSON object a line."""
+"""Files of a run: a checkpoint from which it resumes exactly, its metrics (one JSON object per line), and its weights."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from laconic.training.recipe import Recipe
 
 LOG = logging.getLogger(__name__)
 CHECKPOINT, METRICS, RECIPE = "checkpoint.pt", "metrics.jsonl", "recipe.json"
-FREE = ("about",)  # parts of a recipe that may differ when a run goes on
+FREE = ("about",)  # sections of a recipe that may differ when a run is resumed
 
 
 @dataclass
 class Progress:
-    """How far a run is: steps done, and the best validation so far. All that is random is a function of the step."""
+    """Progress of a run: steps done and the best validation so far. Random states are not needed: they follow from the step."""
 
     step: int = 0
     best: float = -1.0
 
 
 def save_checkpoint(folder: Path, progress: Progress, recipe: Recipe, states: Mapping[str, Any]) -> None:
-    """Write the checkpoint of a run, whole or not at all; ``states`` are state dicts by name."""
+    """Write the checkpoint of a run atomically; ``states`` are state dicts by name."""
     content = io.BytesIO()
     facts = {"step": progress.step, "best": progress.best, "recipe": json.dumps(recipe.to_json())}
     torch.save({**facts, "states": dict(states)}, content)
@@ -40,22 +40,22 @@ def save_checkpoint(folder: Path, progress: Progress, recipe: Recipe, states: Ma
 
 
 def load_checkpoint(folder: Path, recipe: Recipe) -> tuple[Progress, dict[str, Any]]:
-    """The progress and the states of an earlier run with the same recipe.
+    """Load the progress and the states of an earlier run with the same recipe.
 
     Raises:
-        Refusal: there is no checkpoint, it is damaged, or it was made with another recipe (says what differs).
+        Refusal: there is no checkpoint, it is damaged, or it was made with another recipe (the message lists differences).
     """
     path = folder / CHECKPOINT
     if not path.is_file():
-        raise Refusal(f"--resume: {folder} holds no {CHECKPOINT}; start the run without --resume")
+        raise Refusal(f"--resume: there is no {CHECKPOINT} in {folder}; start the run without --resume")
     try:
         limits.check_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
         made, states = json.loads(content["recipe"]), content["states"]
         progress = Progress(content["step"], content["best"])
-    except Exception as error:  # whatever a damaged file makes torch raise
+    except Exception as error:  # torch raises many types of errors for a damaged file
         raise Refusal(f"--resume: {path} is not a checkpoint of laconic train: {str(error).splitlines()[0]}") from error
-    changed = [line for line in differences(_as_now(made), recipe.to_json()) if line.partition(".")[0] not in FREE]
+    changed = [line for line in differences(_upgraded(made), recipe.to_json()) if line.partition(".")[0] not in FREE]
     if changed:
         raise Refusal(
             f"--resume: {path} was made with other settings ({'; '.join(changed[:5])}); give the same ones, or choose another "
@@ -64,8 +64,8 @@ def load_checkpoint(folder: Path, recipe: Recipe) -> tuple[Progress, dict[str, A
     return progress, states
 
 
-def _as_now(made: Mapping[str, Any]) -> dict[str, Any]:
-    """An earlier recipe with the keys of today: those that came later had their defaults, those that are gone do nothing."""
+def _upgraded(made: Mapping[str, Any]) -> dict[str, Any]:
+    """Upgrade an old recipe to the current keys: new keys get their defaults, removed keys are ignored."""
     out = Recipe().to_json()
     for part, keys in out.items():
         if isinstance(keys, dict):
@@ -76,7 +76,7 @@ def _as_now(made: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Where two trees of JSON differ, in words."""
+    """Return the differences of two JSON trees, as lines of text."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
         return [line for key in keys for line in differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)]
@@ -84,7 +84,7 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 
 class Metrics:
-    """The metrics of a run, as a file of JSON lines; going on from a step drops what was written after it."""
+    """The metrics of a run, as a file of JSON lines; resuming at a step removes the rows written after it."""
 
     def __init__(self, folder: Path, step: int) -> None:
         self.path = folder / METRICS
@@ -92,21 +92,22 @@ class Metrics:
         write_atomically(self.path, "".join(f"{json.dumps(row)}\n" for row in kept))
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Append one row; it has a ``step``."""
+        """Append one row, which must have a ``step``."""
         with self.path.open("a") as file:
             file.write(f"{json.dumps(dict(row))}\n")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run so far; a last line that was cut off is left out."""
+    """Read the rows of a run so far; a truncated last line is skipped."""
     return json_lines(folder / METRICS)
 
 
 def save_weights(model: nn.Module, folder: Path, options: Mapping[str, Any]) -> None:
-    """A reduced model as ``laconic.save`` writes it; any other as timm reads it: model.safetensors.
+    """Write a reduced model with ``laconic.save``, any other as a model.safetensors that timm can load.
 
-    ``options`` are those that timm made the model with; they are written where they cannot be read off it. After hours of
-    training nothing is refused: at worst the file does not say how to build the model, and loading it needs one.
+    ``options`` are the arguments that timm built the model with; they are written if they cannot be read from the model. To
+    save the result of long training in any case, this does not raise if the model cannot be described: then the file does not
+    tell how to build the model, and loading it needs ``model=``.
     """
     if find_reduction(model) is None:
         from safetensors.torch import save as to_bytes

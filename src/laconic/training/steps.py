@@ -1,4 +1,4 @@
-"""The ways in which a step of training is made, and which of them a recipe asks for."""
+"""The kinds of training steps, and the selection of the one that a recipe uses."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from laconic.training.two_passes import TwoPasses, TwoPassesOptions
 
 @dataclass(frozen=True)
 class Kind:
-    """One way: its options, how it is made of an objective and them, and (if there is but one) the method that it is for."""
+    """A kind of training step: its options, its constructor, and the only method that it supports ("" for any)."""
 
     options: type[StepOptions]
     make: Callable[[Objective, Any], Step]
     method: str = ""
-    usual: bool = False  # is that method trained so unless a recipe says otherwise?
+    usual: bool = False  # True: default kind for that method
 
 
 KINDS: dict[str, Kind] = {
@@ -34,10 +34,10 @@ KINDS: dict[str, Kind] = {
 
 
 def asked_for(recipe: Recipe) -> tuple[Kind, StepOptions]:
-    """How a recipe wants its steps made, checked.
+    """Return the kind of step that a recipe uses and its options, after checking them.
 
     Raises:
-        LookupError: no such kind. ValueError: options or other parts of the recipe do not go with it.
+        LookupError: no such kind. ValueError: options or other sections of the recipe do not fit this kind.
     """
     part, method = recipe.step, recipe.method.name
     usual = next((name for name, kind in KINDS.items() if kind.usual and kind.method == method), "ordinary")

@@ -1,8 +1,8 @@
-"""Token labelling (Jiang et al., NeurIPS 2021, arXiv:2104.10858): every patch token says what its patch shows.
+"""Token labelling (Jiang et al., NeurIPS 2021, arXiv:2104.10858): every patch token is classified by its patch.
 
-LV-ViT is trained with it, with labels that a stronger model made. The generated benchmark knows where its object is, so
-there the labels are exact: the object's class where it covers most of a patch, and one more class for the background. The
-head that answers is thrown away after training. A small transformer learns from such labels several times as fast.
+LV-ViT is trained with labels from a stronger model. The generated images come with masks of their objects, so the labels
+are exact: the object's class if the object covers more than `COVERED` of a patch, else an additional class for background.
+The head is discarded after training. A small transformer learns several times as fast from such labels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from laconic.data import ImageSet
 from laconic.data.generated import Scenes
 
-COVERED = 0.4  # share of a patch that the object covers, for the patch to show it
+COVERED = 0.4  # a patch has the object's class if the object covers more than this share of it
 
 
 class TokenLabels(nn.Module):
@@ -27,18 +27,18 @@ class TokenLabels(nn.Module):
         self.head = nn.Linear(dim, classes + 1)
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy, mean over all patches: ``features`` [B, P, C], ``labels`` [B, P]."""
+        """Return the cross-entropy, mean over all patches: ``features`` [B, P, C], ``labels`` [B, P]."""
         return F.cross_entropy(self.head(features).float().flatten(0, 1), labels.flatten())
 
 
 def patch_labels(images: ImageSet, numbers: list[int], grid: tuple[int, int]) -> Tensor:
-    """What every patch of these images shows, [B, P]: a class, or as the last one the background.
+    """Return the class of every patch of these images, [B, P]; background is the last class.
 
     Raises:
-        ValueError: the set of images does not know where its objects are.
+        ValueError: the images have no masks of their objects.
     """
     if not isinstance(images, Scenes):
-        raise ValueError("loss.token_labels needs images that know where their object is: data.name='scenes'")
+        raise ValueError("loss.token_labels needs images with masks of their objects: set data.name='scenes'")
     rows = []
     for number in numbers:
         scene = images.scene(number)
@@ -48,15 +48,15 @@ def patch_labels(images: ImageSet, numbers: list[int], grid: tuple[int, int]) ->
 
 
 def head_for(model: Any, weight: float, classes: int) -> TokenLabels | None:
-    """The head for a model, where the recipe wants one.
+    """Return the head for a model; None if ``weight`` is 0.
 
     Raises:
-        ValueError: the model is reduced: its tokens are not patches.
+        ValueError: the model is reduced, so its tokens are not patches.
     """
     from laconic.core.token_reduction import find_reduction
 
     if not weight:
         return None
     if find_reduction(model) is not None:
-        raise ValueError("loss.token_labels is for unreduced models; leave it out where a method is trained")
+        raise ValueError("loss.token_labels is for unreduced models; remove it if a method is trained")
     return TokenLabels(model.embed_dim, classes)

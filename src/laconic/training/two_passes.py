@@ -1,4 +1,4 @@
-"""Steps of two passes, the second of which takes away fewer tokens: see `laconic.training.consistency`."""
+"""The training step ``two-passes``, whose teacher pass removes fewer tokens: see `laconic.training.consistency`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from laconic.training.recipe import Recipe
 
 @dataclass(frozen=True)
 class TwoPassesOptions(StepOptions):
-    """Options of ``two-passes``, as `laconic.training.consistency.consistency_step` has them."""
+    """Options of ``two-passes``; the same as those of `laconic.training.consistency.consistency_step`."""
 
     weight: float = 3.0
     confidence: float = 0.4
@@ -28,25 +28,25 @@ class TwoPassesOptions(StepOptions):
             raise ValueError(f"step.options: weight must be 0 or more, confidence and most shares (most above 0); got {given}")
 
     def check(self, recipe: Recipe) -> None:
-        """Refuse what has no tokens to take away, or no second pass."""
+        """Raise ValueError for recipes without a method, or with checkpointed activations."""
         if not recipe.method.name:
             raise ValueError("step.kind two-passes trains reduced models, and there is no method; set method.name")
         if recipe.optimization.grad_checkpointing:
             raise ValueError(
-                "step.kind two-passes: checkpointed blocks cannot be passed twice; set optimization.grad_checkpointing to false"
+                "step.kind two-passes: checkpointed blocks cannot run twice; set optimization.grad_checkpointing to false"
             )
 
 
 class TwoPasses(Step):
-    """The ordinary objective, the cross-entropy of a pass that takes away fewer tokens, and how far the two are apart."""
+    """The ordinary objective, plus the cross-entropy of a pass that removes fewer tokens and the distance of both passes."""
 
     def __init__(self, objective: Objective, options: TwoPassesOptions) -> None:
         super().__init__()
         self.objective, self.options = objective, options
-        lessened(reduction_of(objective.student), 0.0)  # refuses a model without a schedule
+        lessened(reduction_of(objective.student), 0.0)  # raises if the model has no schedule
 
     def forward(self, images: Tensor, target: Tensor, patches: Tensor | None = None) -> dict[str, Tensor]:
-        """The loss and its parts, as `Objective`, with "teacher" and "consistency"."""
+        """Return the loss and its parts, as `Objective`, with "teacher" and "consistency"."""
         model: Any = self.objective.student
         teacher, answer = teacher_pass(model, images, self.options.most), self.objective.answer(images)
         parts = self.objective.losses(images, answer, target, patches)

@@ -1,4 +1,4 @@
-"""S2ViTE: whole heads and neurons, which can leave the model in the end."""
+"""S2ViTE: sparsity of whole heads and neurons, which can be removed from the model after training."""
 
 from __future__ import annotations
 
@@ -14,21 +14,24 @@ from laconic.training.sparsity.topology import Topology
 
 
 class StructuredSparsity(Topology):
-    """Of every block of a vision transformer the same number of heads and of MLP neurons is in use.
+    """Structured sparsity: every block of a vision transformer uses the same number of heads and of MLP neurons.
 
-    A head is masked where it is read, in the columns of the attention's output projection, and a neuron in its column of
-    the second MLP layer. The rows that make them are left alone: they get no gradient, and are there when a unit grows.
+    A head is masked in its columns of the attention's output projection, a neuron in its column of the second MLP layer. The
+    weights that compute them are not masked: they get no gradient, and are still there if the unit is grown again.
     S2ViTE-Tiny (4.2 M parameters, 0.9 G) is DeiT-T with heads=0.7, neurons=0.74.
 
     Args:
         model: a supported vision transformer (see `laconic.hosts`) whose blocks have ``attn.proj`` and ``mlp.fc2``.
-        heads, neurons: the shares in use (published: 0.7, and 0.6 to 0.7), rounded to whole numbers, at least one each;
-            those of largest l1 norm at first.
+        heads, neurons: shares in use (published: 0.7, and 0.6 to 0.7), rounded to whole numbers, at least one each; at
+            first the units with the largest l1 norm.
         every, until, death: see `Topology`.
-        criterion: what is dropped: the least |gradient * weight| of a unit, summed before the bars, which is the gradient
-            times activation of the whole batch (the published code sums them after the bars over tokens) and is added up
-            between two changes; or the least ``l1`` norm.
-        optimizer: forgets its moments of weights that grow.
+        criterion: units that are dropped: ``gradient``, those with the smallest |sum of gradient * weight|, which is gradient
+            times activation summed over the batch, accumulated between two changes (the published code takes absolute values
+            before it sums over tokens); or ``l1``, those with the smallest l1 norm.
+        optimizer: its state (moments) is reset for weights that are grown.
+
+    Raises:
+        ValueError: a block has no such linear layers, or a share is not in (0, 1].
     """
 
     def __init__(
@@ -94,22 +97,22 @@ class StructuredSparsity(Topology):
                 if self.weight(name).grad is not None:
                     total += self._by_unit(name, self.weight(name) * self.gradient(name)).abs()
 
-    # ------------------------------------------------------------------------------------------- the end
+    # ------------------------------------------------------------------------------------------- after training
     def remove_(self) -> nn.Module:
-        """Take the masked heads and neurons out of the model, in place, and return it; it computes the same as before.
+        """Remove the masked heads and neurons from the model, in place, and return it; its outputs do not change.
 
-        Parameters and multiply-adds fall. The optimizer must be made anew, and this manager has done its work. As timm
-        builds no such model, `laconic.save` writes it with ``model_args="omit"`` only.
+        The model has fewer parameters and multiply-adds afterwards. Create a new optimizer, and do not use this manager any
+        more. Since timm cannot build such a model, `laconic.save` needs ``model_args="omit"``.
 
         Raises:
-            ValueError: the model is reduced (remove first), or has an attention or MLP that cannot lose a part.
+            ValueError: the model's tokens are reduced (remove heads first), or its attention or MLP does not support it.
         """
         if find_reduction(self.model) is not None:
-            raise ValueError("this model's tokens are reduced; laconic.restore_ it, remove, and reduce it again")
+            raise ValueError("this model's tokens are reduced; call laconic.restore_, then remove_, and reduce it again")
         for i, block in enumerate(self.blocks):
-            obstacle = _obstacle(block)
-            if obstacle:
-                raise ValueError(f"block {i} ({path_of(type(block))}) cannot lose heads or neurons: {obstacle}")
+            reason = _unsupported_reason(block)
+            if reason:
+                raise ValueError(f"heads and neurons of block {i} ({path_of(type(block))}) cannot be removed: {reason}")
         for i, block in enumerate(self.blocks):
             _cut_heads(block.attn, self.masks[f"blocks.{i}.attn.proj"])
             kept = self.masks[f"blocks.{i}.mlp.fc2"].nonzero().flatten()
@@ -118,12 +121,12 @@ class StructuredSparsity(Topology):
         return self.model
 
 
-def _obstacle(block: Any) -> str | None:
+def _unsupported_reason(block: Any) -> str | None:
     attention, mlp = block.attn, block.mlp
     if not isinstance(getattr(attention, "qkv", None), nn.Linear) or getattr(attention, "q_bias", None) is not None:
         return f"{path_of(type(attention))} has no single projection to q, k and v"
     if not hasattr(attention, "attn_dim"):
-        return f"{path_of(type(attention))} takes its heads to be as wide as its input; install a newer timm"
+        return f"{path_of(type(attention))} assumes that all heads together are as wide as its input; install a newer timm"
     if getattr(attention, "gate", None) is not None or not isinstance(getattr(attention, "norm", None), nn.Identity):
         return "its attention has a gate or a norm over all heads"
     if not isinstance(getattr(mlp, "fc1", None), nn.Linear) or mlp.fc1.out_features != mlp.fc2.in_features:
@@ -140,7 +143,7 @@ def _cut_heads(attention: Any, mask: Tensor) -> None:
 
 
 def _part(layer: nn.Linear, dim: int, kept: Tensor) -> nn.Linear:
-    """A linear layer with the ``kept`` rows (dim 0) or columns (dim 1) of another."""
+    """Return a linear layer with only the ``kept`` rows (dim 0) or columns (dim 1) of ``layer``."""
     weight = layer.weight.detach().index_select(dim, kept)
     out = nn.Linear(weight.shape[1], weight.shape[0], layer.bias is not None, weight.device, weight.dtype)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What both kinds of sparse training share: when the masks change, by how much, and how they are kept."""
+"""Shared base of structured and unstructured sparse training: changes of the masks over time, and their state."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 class Topology:
-    """Masks over weights (True: in use) that change every so many steps, and hold exactly in between.
+    """Masks over weights (True: in use) that change at regular intervals; in between, masked weights are exactly zero.
 
-    Call `step` after each ``optimizer.step()`` and before the gradients are zeroed. Every ``every`` steps (short of
-    ``until``) a share of what is in use is dropped, and as much is grown elsewhere: what grows starts at zero, and may be
-    what has just been dropped. The share falls from ``death`` to 0 over ``until`` steps by half a cosine.
+    Call `step` after each ``optimizer.step()`` and before the gradients are zeroed. Every ``every`` steps (before step
+    ``until``) a share of the units in use is dropped and as many are grown. Grown weights start at zero, and may be those
+    just dropped. The share falls from ``death`` to 0 over ``until`` steps by half a cosine.
     """
 
     def __init__(self, every: int, until: int, death: float, optimizer: torch.optim.Optimizer | None) -> None:
@@ -27,35 +27,35 @@ class Topology:
         self.every, self.until, self.death, self.optimizer = every, until, death, optimizer
         self.steps = 0
         self.masks: dict[str, Tensor] = {}
-        self.sums: dict[str, Tensor] = {}  # what is added up between two changes
+        self.sums: dict[str, Tensor] = {}  # accumulated between two changes
 
-    # ------------------------------------------------------------------------------------------- what kinds differ in
+    # ------------------------------------------------------------------------------------------- for subclasses
     def weight(self, name: str) -> Tensor:
-        """The weight that the mask of that name belongs to."""
+        """Return the weight of the mask ``name``."""
         raise NotImplementedError
 
     def spread(self, name: str, mask: Tensor) -> Tensor:
-        """A mask over units (heads, neurons, single weights) as one that the weight can be multiplied by."""
+        """Expand a mask over units (heads, neurons, single weights) so that it can multiply the weight."""
         raise NotImplementedError
 
     def merit(self, name: str) -> Tensor:
-        """How much each unit in use is worth; the least is dropped."""
+        """Return the importance of each unit in use; the least important are dropped."""
         raise NotImplementedError
 
     def promise(self, name: str) -> Tensor:
-        """How much each unit would be worth, by the gradient; the most is grown."""
+        """Return the gradient-based importance of each unit not in use; the most important are grown."""
         raise NotImplementedError
 
     def note(self) -> None:
-        """A look at weights and gradients, once a step."""
+        """Record statistics of weights and gradients, once per step."""
 
     # ------------------------------------------------------------------------------------------- training
     @torch.no_grad()
     def step(self) -> None:
-        """Keep the masks, and change them when it is time.
+        """Apply the masks, and change them every ``every`` steps.
 
         Raises:
-            RuntimeError: it is time, and there are no gradients to grow by.
+            RuntimeError: the masks are to change, and there are no gradients.
         """
         self.steps += 1
         self.apply()
@@ -66,21 +66,22 @@ class Topology:
             self.apply()
 
     def apply(self) -> None:
-        """Set to zero what is not in use."""
+        """Set the weights that are not in use to zero."""
         with torch.no_grad():
             for name, mask in self.masks.items():
                 self.weight(name).mul_(self.spread(name, mask))
 
     def share(self) -> float:
-        """Which share of what is in use goes when the masks change at this step."""
+        """Return the share of the units in use that is dropped if the masks change at this step."""
         return self.death / 2 * (1 + math.cos(math.pi * min(self.steps, self.until) / self.until))
 
     def gradient(self, name: str) -> Tensor:
-        """The gradient of a masked weight, of the parts that are not in use as well."""
+        """Return the gradient of a masked weight, including its parts that are not in use."""
         gradient = self.weight(name).grad
         if gradient is None:
             raise RuntimeError(
-                f"{name} has no gradient to grow weights by; call step() after optimizer.step() and before zero_grad()"
+                f"{name} has no gradient, which is needed to grow weights; call step() after optimizer.step() and before "
+                "zero_grad()"
             )
         return gradient
 
@@ -88,38 +89,38 @@ class Topology:
         weight = self.weight(name)
         count = round(share * int(mask.sum()))
         merit = self.merit(name).masked_fill(~mask, math.inf).flatten()
-        stays = mask.flatten().clone()
-        stays[merit.argsort(stable=True)[:count]] = False
-        promise = self.promise(name).flatten().masked_fill(stays, -1.0)
-        grown = torch.zeros_like(stays)
+        kept = mask.flatten().clone()
+        kept[merit.argsort(stable=True)[:count]] = False
+        promise = self.promise(name).flatten().masked_fill(kept, -1.0)
+        grown = torch.zeros_like(kept)
         grown[promise.argsort(descending=True, stable=True)[:count]] = True
         fresh = self.spread(name, grown.view_as(mask)).expand_as(weight).bool()
         weight.masked_fill_(fresh, 0.0)
-        self._forget(weight, fresh)
-        mask.copy_((stays | grown).view_as(mask))
+        self._reset_moments(weight, fresh)
+        mask.copy_((kept | grown).view_as(mask))
 
-    def _forget(self, weight: Tensor, fresh: Tensor) -> None:
-        """What the optimizer remembers of weights that start again."""
+    def _reset_moments(self, weight: Tensor, fresh: Tensor) -> None:
+        """Reset the optimizer's state to zero for weights that are grown."""
         state: Mapping[str, Any] = {} if self.optimizer is None else self.optimizer.state.get(weight, {})
         for value in state.values():
             if isinstance(value, Tensor) and value.shape == weight.shape:
                 value.masked_fill_(fresh.to(value.device), 0.0)
 
-    # ------------------------------------------------------------------------------------------- what there is
+    # ------------------------------------------------------------------------------------------- state
     def densities(self) -> dict[str, float]:
-        """The share in use, by mask."""
+        """Return the share in use of each mask, by name."""
         return {name: float(mask.float().mean()) for name, mask in self.masks.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on; the weights are the model's own affair."""
+        """Return the masks and counters for `load_state_dict`; the weights are in the model's own state dict."""
         masks, sums = ({name: value.clone() for name, value in part.items()} for part in (self.masks, self.sums))
         return {"steps": self.steps, "masks": masks, "sums": sums}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state.
+        """Continue from a state.
 
         Raises:
-            ValueError: it is of another model.
+            ValueError: the state belongs to another model.
         """
         theirs, ours = ({n: tuple(m.shape) for n, m in masks.items()} for masks in (state["masks"], self.masks))
         if theirs != ours:
@@ -134,9 +135,9 @@ class Topology:
 
 
 def erk(shapes: Mapping[str, Sequence[int]], density: float) -> dict[str, float]:
-    """Erdos-Renyi densities: each proportional to the sum of a weight's sides over their product, at most 1.
+    """Return Erdos-Renyi densities: each proportional to (sum of a weight's dimensions) / (their product), at most 1.
 
-    Of all weights together the share ``density`` is in use.
+    Over all weights together the density is ``density``.
     """
     size = {name: math.prod(shape) for name, shape in shapes.items()}
     raw, full = {name: sum(shape) / size[name] for name, shape in shapes.items()}, set[str]()

@@ -1,4 +1,4 @@
-"""SViTE: single weights, dropped by magnitude and grown by gradient."""
+"""SViTE: sparsity of single weights, dropped by magnitude and grown by gradient."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ from laconic.training.sparsity.topology import Topology, erk
 
 
 class UnstructuredSparsity(Topology):
-    """Sparse weights in the linear layers of a model: of all of them together the share ``density`` is in use.
+    """Unstructured sparsity: the share ``density`` of all weights in a model's linear layers is in use.
 
     Args:
-        model: any module; the weights of its Linear layers are masked, but for those in ``skip``.
-        density: the share in use (published: 0.4 to 0.6).
+        model: any module; the weights of its Linear layers are masked, except those in ``skip``.
+        density: share of weights in use (published: 0.4 to 0.6).
         every, until, death: see `Topology` (published: 15000 steps, 7000 for DeiT-B; the whole training; 0.5).
-        distribution: how the density is shared out: ``erk`` (small weights are denser, see `erk`) or ``uniform``.
-        start: which weights are in use at first: ``random`` ones, as published, or those of largest ``magnitude``, which
-            is the choice for a model that has been trained.
-        skip: modules that stay dense, with all that is in them.
-        optimizer: forgets its moments of weights that grow.
-        seed: of the random start.
+        distribution: density of each layer: ``erk`` (small weights are denser, see `erk`) or ``uniform``.
+        start: weights in use at first: ``random`` ones, as published, or those with the largest ``magnitude``, for a model
+            that is trained already.
+        skip: names of modules that remain dense, with all their submodules.
+        optimizer: its state (moments) is reset for weights that are grown.
+        seed: seed of the random start.
+
+    Raises:
+        ValueError: there is no Linear layer outside ``skip``, or ``density`` is not in (0, 1].
     """
 
     def __init__(
@@ -78,6 +81,6 @@ class UnstructuredSparsity(Topology):
 
     @property
     def density(self) -> float:
-        """The share of all masked weights that is in use."""
+        """Share of all masked weights that is in use."""
         used = sum(int(mask.sum()) for mask in self.masks.values())
         return used / sum(mask.numel() for mask in self.masks.values())
