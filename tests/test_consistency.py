@@ -230,11 +230,11 @@ def test_what_cannot_be_taught_is_refused():
     with pytest.raises(ValueError, match="not reduced"):
         consistency_step(make("plain"), x, LABELS)
     alone = laconic.reduce_(make("plain"), "ats").train()
-    with pytest.raises(ValueError, match="ats decides alone how many tokens it takes away; give it a keep rate"):
+    with pytest.raises(ValueError, match="ats decides by itself how many tokens to remove; give it a keep rate"):
         consistency_step(alone, x, LABELS)
     model = with_r(4)
     for most in (0.0, 1.5, -1.0):
-        with pytest.raises(ValueError, match="most is a share of the tokens that leave"):
+        with pytest.raises(ValueError, match="most must be a share of the removed tokens"):
             teacher_pass(model, x, most)
     model.set_grad_checkpointing(True)
     with pytest.raises(ValueError, match="two passes before one backward"):

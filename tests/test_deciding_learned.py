@@ -572,7 +572,7 @@ def test_what_the_policy_gradient_refuses():
     with pytest.raises(ValueError, match=r"in evaluation mode; call model\.train\(\)"):
         policy_step(model, x, labels)
     model.train()
-    with pytest.raises(ValueError, match=r"groups \[3\] are to be trained, and 3 groups are at work"):
+    with pytest.raises(ValueError, match=r"among the 3 groups that are turned on, counted from 0, not \[3\]"):
         policy_step(model, x, labels, groups=[3])
     with pytest.raises(ValueError, match="penalty has 2 values, and 3 groups"):
         policy_step(model, x, labels, penalty=(1.0, 2.0))
@@ -583,7 +583,7 @@ def test_what_the_policy_gradient_refuses():
     with pytest.raises(ValueError, match="reduced by spvit; the policy gradient is for iared"):
         policy_step(reduced("spvit", "plain"), x, labels)
     off = laconic.reduce_(make("plain"), "iared", keep=1.0, at=AT).train()
-    with pytest.raises(ValueError, match="no group of this model is at work"):
+    with pytest.raises(ValueError, match="no group of this model is turned on"):
         policy_step(off, x, labels)
 
 

@@ -458,7 +458,7 @@ def test_sparse_weights_and_fewer_tokens_go_together():
         assert not any(name.startswith("laconic") for name in sparsity.masks)
         train_step(model, torch.optim.SGD(model.parameters(), 0.01), sparsity)
         assert weights_are_masked(sparsity)
-    with pytest.raises(ValueError, match="tokens are reduced; laconic.restore_ it, remove, and reduce it again"):
+    with pytest.raises(ValueError, match="tokens are reduced; call laconic.restore_, then remove_"):
         sparsity.remove_()
 
 
@@ -508,7 +508,7 @@ def test_what_cannot_be_cut_is_refused_and_left_whole():
     model, x = make("eva02"), images("eva02")
     sparsity = StructuredSparsity(model, until=10)
     expected = run(model, x)
-    with pytest.raises(ValueError, match=r"block 0 \(timm.*EvaBlock\) cannot lose heads or neurons: "):
+    with pytest.raises(ValueError, match=r"heads and neurons of block 0 \(timm.*EvaBlock\) cannot be removed: "):
         sparsity.remove_()
     assert torch.equal(run(model, x), expected)
 

@@ -210,7 +210,7 @@ def test_a_run_that_never_came_to_a_checkpoint_may_start_again(tmp_path, stop_be
     with pytest.raises(Stop):
         go(tmp_path, "optimization.epochs=1")
     assert (tmp_path / "recipe.json").is_file()
-    with pytest.raises(Refusal, match=r"holds no checkpoint.pt; start the run without --resume"):
+    with pytest.raises(Refusal, match=r"there is no checkpoint.pt in .*; start the run without --resume"):
         go(tmp_path, "optimization.epochs=1", resume=True)
     stop_before()
     assert go(tmp_path, "optimization.epochs=1").steps == 3
@@ -368,7 +368,7 @@ def test_unreadable_images_are_reported(tmp_path, caplog):
     assert report.unreadable == ("a/1.png",)
     assert "1 images could not be read, the next one stood in: a/1.png" in str(report)
     assert [r.message for r in caplog.records if "cannot be read" in r.message] == [
-        "a/1.png cannot be read; the next image stands in for it, in every epoch"
+        "a/1.png cannot be read; the next image replaces it in every epoch"
     ]
     assert report.accuracy.images == 3
     assert "b/0.png" in str(report)

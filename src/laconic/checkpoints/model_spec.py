@@ -58,7 +58,9 @@ def describe_model(model: nn.Module, reduction: TokenReduction, model_args: Mapp
     architecture = config.get("architecture") if isinstance(config, Mapping) and reduction.model is model else None
     if model_args == "omit" or architecture is None:
         if isinstance(model_args, Mapping):
-            raise ValueError(f"model_args say how timm builds a model, but this {path_of(type(model))} is not one of timm's")
+            raise ValueError(
+                f"model_args are arguments of timm.create_model, but this {path_of(type(model))} is not one of timm's"
+            )
         return {"library": None, "class": path_of(type(model))}
     tag = config.get("tag") or ""
     if not need("timm", "timm").is_model_pretrained(f"{architecture}.{tag}"):

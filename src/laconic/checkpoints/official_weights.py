@@ -87,11 +87,11 @@ def import_checkpoint(
     weights = _unwrap(content, source, ema)
     held = limits.check_tensors(weights, source, held)
     if config.info.paper == EVIT:
-        said = _said_by_evit(content.get("args"), source)
-        if "fuse" in said and isinstance(method, str) and hasattr(config, "fuse") and "fuse" not in options:
-            config = dataclasses.replace(config, **{"fuse": said["fuse"]})
+        found = _evit_arguments(content.get("args"), source)
+        if "fuse" in found and isinstance(method, str) and hasattr(config, "fuse") and "fuse" not in options:
+            config = dataclasses.replace(config, **{"fuse": found["fuse"]})
         if schedule is None:
-            keep, at = said.get("keep") if keep is None else keep, said.get("at") if at is None else at
+            keep, at = found.get("keep") if keep is None else keep, found.get("at") if at is None else at
     model = reduce_(
         _deit(weights, source, config.official_model, held) if model is None else model,
         config,
@@ -165,29 +165,29 @@ def _unwrap(content: Any, source: str, ema: bool) -> dict[str, Tensor]:
     return dict(weights)
 
 
-def _said_by_evit(args: Any, source: str) -> dict[str, Any]:
+def _evit_arguments(args: Any, source: str) -> dict[str, Any]:
     """Return keep, at and fuse from EViT's training arguments, as far as they are present."""
     args = vars(args) if isinstance(args, Namespace) else args if isinstance(args, Mapping) else {}
-    said: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     try:
         if args.get("base_keep_rate") is not None:
-            said["keep"] = float(args["base_keep_rate"])
+            found["keep"] = float(args["base_keep_rate"])
         if args.get("fuse_token") is not None:
-            said["fuse"] = bool(args["fuse_token"])
+            found["fuse"] = bool(args["fuse_token"])
         if args.get("drop_loc") is not None:
-            said["at"] = _blocks(args["drop_loc"])
+            found["at"] = _blocks(args["drop_loc"])
     except (ValueError, TypeError, SyntaxError, ArithmeticError, RuntimeError) as error:
         shown = {name: str(args.get(name))[:LONGEST] for name in ("base_keep_rate", "fuse_token", "drop_loc")}
         raise ValueError(f"the training arguments in {source} are not EViT's ({shown}: {error}); pass keep= and at=") from error
-    return said
+    return found
 
 
-def _blocks(said: Any) -> tuple[int, ...]:
-    if isinstance(said, str):
-        if len(said) > LONGEST:
-            raise ValueError(f"drop_loc is a text of {len(said):,} characters")
-        said = ast.literal_eval(said)
-    blocks = tuple(said) if isinstance(said, list | tuple) else (said,)
+def _blocks(given: Any) -> tuple[int, ...]:
+    if isinstance(given, str):
+        if len(given) > LONGEST:
+            raise ValueError(f"drop_loc is a text of {len(given):,} characters")
+        given = ast.literal_eval(given)
+    blocks = tuple(given) if isinstance(given, list | tuple) else (given,)
     if not all(isinstance(block, int) for block in blocks):
         raise TypeError("drop_loc is no list of blocks")
     return blocks

@@ -75,8 +75,8 @@ def write_onnx(traced: Traced, path: Path, opset: int = OPSET) -> None:
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:
-        said = " ".join(f"{error.__cause__ or error}".split())[:400]
-        raise ValueError(f"torch cannot translate this model to ONNX opset {opset}: {said}") from error
+        message = " ".join(f"{error.__cause__ or error}".split())[:400]
+        raise ValueError(f"torch cannot translate this model to ONNX opset {opset}: {message}") from error
     program.model.metadata_props.update({f"laconic.{name}": value for name, value in traced.facts().items()})
     program.model.metadata_props["laconic.opset"] = str(opset)
     for node in program.model.graph.all_nodes():

@@ -70,9 +70,9 @@ def trace(model: nn.Module, example: Tensor | None = None, batch: int | None = N
             warnings.simplefilter("ignore")
             program = torch.export.export(copy, (images,), dynamic_shapes=dynamic, strict=False)
     except Exception as error:  # torch.export raises many types of errors
-        said = " ".join(str(error).split())[:400]
+        message = " ".join(str(error).split())[:400]
         any_ = "a batch of any size; try batch=1" if batch is None else f"batch {batch}"
-        raise ValueError(f"torch cannot trace this {type(model).__name__} with {any_}: {said}") from error
+        raise ValueError(f"torch cannot trace this {type(model).__name__} with {any_}: {message}") from error
     _portable(program)
     return Traced(copy, program, shape, batch)
 

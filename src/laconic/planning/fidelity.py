@@ -115,14 +115,14 @@ class Fidelity:
         out = []
         with torch.inference_mode():
             for batch in torch.split(self.images, self.batch_size):
-                said = model.eval()(batch.to(reference.device, reference.dtype))
-                said = getattr(said, "logits", said)
-                if not isinstance(said, Tensor) or said.dim() != 2:
-                    found = tuple(said.shape) if isinstance(said, Tensor) else type(said).__name__
+                output = model.eval()(batch.to(reference.device, reference.dtype))
+                output = getattr(output, "logits", output)
+                if not isinstance(output, Tensor) or output.dim() != 2:
+                    found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
                     raise ValueError(
                         f"expected logits or features [images, C] from the model, got {found}; plan without images"
                     )
-                out.append(said.double().cpu())
+                out.append(output.double().cpu())
         return torch.cat(out)
 
     def __call__(self, schedule: Schedule) -> Answers:

@@ -109,8 +109,8 @@ def table_of(space: ScheduleSpace, summaries: Sequence[Summary], times: Mapping[
     ]
     curves = tuple(_curve(number, shape, stages, own, summaries, shares) for number, shape in enumerate(space.shapes))
     seconds = statistics.median([sample.own.wall for sample in base.samples])
-    halves = tuple(first_half(space, index) for index in range(space.depth))
-    table = Table(seconds, statistics.median(outside), own, halves, stages, space.starts, curves, ())
+    attention = tuple(first_half(space, index) for index in range(space.depth))
+    table = Table(seconds, statistics.median(outside), own, attention, stages, space.starts, curves, ())
     rows, over = list[tuple[float, ...]](), list[float]()
     for summary, measured in zip(summaries, shares, strict=True):
         for block, row in features(summary, space.starts).items():

@@ -91,8 +91,8 @@ class Curriculum:
 
     def __init__(self, models: Sequence[nn.Module], options: PolicyGradientOptions, steps: int, epochs: int) -> None:
         self.model = models[0]
-        self.compressions: list[TokenReduction] = [reduction_of(model) for model in models]
-        self.final = self.compressions[0].schedule
+        self.reductions: list[TokenReduction] = [reduction_of(model) for model in models]
+        self.final = self.reductions[0].schedule
         self.fixed = [p for p in self.model.parameters() if not p.requires_grad]
         self.now: Phase | None = None
         self.phases, end = dict[int, Phase](), 0.0  # first step -> phase
@@ -121,8 +121,8 @@ class Curriculum:
         curriculum(self.model, group, part)
         for parameter in self.fixed:
             parameter.requires_grad_(False)
-        schedule = self.final if group in (None, len(self.final.at) - 1) else self.compressions[0].schedule
-        for reduction in self.compressions:
+        schedule = self.final if group in (None, len(self.final.at) - 1) else self.reductions[0].schedule
+        for reduction in self.reductions:
             reduction.set_schedule(schedule)
 
     def arrived(self, step: int) -> bool:

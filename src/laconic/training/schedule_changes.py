@@ -17,29 +17,29 @@ class KeepRate:
     Without a warm-in the schedule is constant.
 
     Args:
-        compressions: the reductions of the model and of its moving average.
+        reductions: the reductions of the model and of its moving average.
         method: start and length of the warm-in, in epochs.
         steps: steps per epoch.
     """
 
-    def __init__(self, compressions: list[TokenReduction], method: MethodPart, steps: int) -> None:
-        self.compressions = compressions if method.warms_in else []
-        self.final = [reduction.schedule for reduction in self.compressions]
+    def __init__(self, reductions: list[TokenReduction], method: MethodPart, steps: int) -> None:
+        self.reductions = reductions if method.warms_in else []
+        self.final = [reduction.schedule for reduction in self.reductions]
         start, end = round(method.warm_in_start * steps), round((method.warm_in_start + method.warm_in_epochs) * steps)
         self.warm = WarmIn(start, end - start)
 
     def set(self, step: int) -> None:
         """Set the schedule of a step (from 0)."""
-        for reduction, final in zip(self.compressions, self.final, strict=True):
+        for reduction, final in zip(self.reductions, self.final, strict=True):
             reduction.set_schedule(self.warm(final, step))
 
     def arrived(self, step: int) -> bool:
         """Return True if the schedule at that step is the recipe's."""
-        return not self.compressions or step >= self.warm.start + self.warm.length
+        return not self.reductions or step >= self.warm.start + self.warm.length
 
     def finish(self) -> None:
         """Set the recipe's schedule."""
-        for reduction, final in zip(self.compressions, self.final, strict=True):
+        for reduction, final in zip(self.reductions, self.final, strict=True):
             reduction.set_schedule(final)
 
 
@@ -47,26 +47,26 @@ class Options:
     """Change the options of reduced models, step by step: ``method.later`` at its epochs, and ``method.ramps``.
 
     Args:
-        compressions: the reductions of the model and of its moving average.
+        reductions: the reductions of the model and of its moving average.
         method: the options that change.
         steps: steps per epoch.
         epochs: epochs of the run.
     """
 
-    def __init__(self, compressions: Sequence[TokenReduction], method: MethodPart, steps: int, epochs: int) -> None:
-        self.compressions = compressions if method.later or method.ramps else []
+    def __init__(self, reductions: Sequence[TokenReduction], method: MethodPart, steps: int, epochs: int) -> None:
+        self.reductions = reductions if method.later or method.ramps else []
         self.method, self.total = method, steps * epochs
         self.starts = {round(float(epoch) * steps): options for epoch, options in in_order(method)}
         self.now: Method | None = None
 
     def set(self, step: int) -> None:
         """Set the options of a step (from 0)."""
-        if not self.compressions:
+        if not self.reductions:
             return
         begun = [options for start, options in self.starts.items() if start <= step]
         config = options_at(self.method, begun, step / max(1, self.total - 1))
         if config != self.now:
-            for reduction in self.compressions:
+            for reduction in self.reductions:
                 reconfigure(reduction, config)
         self.now = config
 
@@ -75,7 +75,7 @@ class Options:
 
         Ramps do not count: they run until the end, and their options matter in training only.
         """
-        return not self.compressions or step >= max(self.starts, default=0)
+        return not self.reductions or step >= max(self.starts, default=0)
 
     def finish(self) -> None:
         """Set the final options."""

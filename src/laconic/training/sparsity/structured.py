@@ -28,7 +28,7 @@ class StructuredSparsity(Topology):
         criterion: units that are dropped: ``gradient``, those with the smallest |sum of gradient * weight|, which is gradient
             times activation summed over the batch, accumulated between two changes (the published code takes absolute values
             before it sums over tokens); or ``l1``, those with the smallest l1 norm.
-        optimizer: its state (moments) is reset for weights that are grown.
+        optimizer: an optimizer whose state is reset for grown weights.
 
     Raises:
         ValueError: a block has no such linear layers, or a share is not in (0, 1].

@@ -23,7 +23,7 @@ class UnstructuredSparsity(Topology):
         start: weights in use at first: ``random`` ones, as published, or those with the largest ``magnitude``, for a model
             that is trained already.
         skip: names of modules that remain dense, with all their submodules.
-        optimizer: its state (moments) is reset for weights that are grown.
+        optimizer: an optimizer whose state is reset for grown weights.
         seed: seed of the random start.
 
     Raises:
