@@ -731,8 +731,8 @@ def test_the_search_finds_its_cost_and_gives_the_model_back(toy):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(gmacs=9.0), "gmacs must be less than"),
-        (dict(gmacs=0.0), "gmacs must be less than"),
+        (dict(gmacs=9.0), "gmacs must be above 0 and below"),
+        (dict(gmacs=0.0), "gmacs must be above 0 and below"),
         (dict(gmacs=0.004, weight=0.0), "weight must be positive"),
         (dict(gmacs=0.004, every=0), "every at least 1"),
     ],

@@ -209,7 +209,7 @@ def test_options_that_say_how_many_are_refused_by_the_method():
 
 
 def test_a_scorer_that_is_to_be_learned_cannot_be_searched_for():
-    with pytest.raises(ValueError, match="dtps has parameters of its own .* plan it without images"):
+    with pytest.raises(ValueError, match="dtps has parameters that must be trained .* plan it without images"):
         laconic.plan(make("plain"), "dtps", "1.2x-macs", images=torch.randn(4, 3, 96, 96))
 
 
@@ -307,7 +307,7 @@ def pretend(model, watch, per_token=1e-4, per_pair=1e-6, stem=2e-3, noise=None):
     for block in model.blocks:
         block.attn.register_forward_hook(attention)
         block.mlp.register_forward_hook(mlp)
-    model.patch_embed.register_forward_hook(lambda *_: spend(stem))
+    model.patch_embed.register_forward_hook(lambda *_: spend(patch_embed))
     return model
 
 
@@ -410,7 +410,7 @@ def test_a_table_that_is_wrong_is_corrected_by_what_is_measured():
 def test_times_that_cannot_be_reached_are_refused():
     with pytest.raises(ValueError, match=r"nearest budget that it can reach is [\d.]+x\. Ask for that$") as refused:
         planned("20x").plain()
-    nearest = str(refused.value).partition("can is ")[2].partition(". Ask")[0]
+    nearest = str(refused.value).partition("can reach is ")[2].partition(". Ask")[0]
     assert abs(planned(nearest).plain().off) <= 0.03
     with pytest.raises(ValueError, match=r"the unreduced model takes [\d.]+ms already"):
         planned("900ms")
@@ -431,7 +431,7 @@ def test_where_reduction_does_not_pay_it_says_so():
     assert "SLOWER than the unreduced model (0.90x)" in remarks(measured, Target.parse("2G"))[0]
     torn = dataclasses.replace(measured, ratio=Quartiles(0.9, 0.99, 1.1), base_seconds=Quartiles(1.0, 2.0, 3.0))
     assert "no faster" in remarks(torn, Target.parse("2G"))[0]
-    assert "other things to do" in remarks(torn, Target.parse("2G"))[1]
+    assert "other load disturbed" in remarks(torn, Target.parse("2G"))[1]
 
 
 @pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"rounds": 0}])
@@ -560,7 +560,7 @@ def test_distances_are_those_of_the_answers():
     assert 0 < max(bare(Schedule.keep_counts({1: 9})).distance) < 2
 
 
-@pytest.mark.parametrize(("shift", "words"), [(-1.0, "nearer"), (1.0, "WORSE"), (0.0, "not clearly better")])
+@pytest.mark.parametrize(("shift", "words"), [(-1.0, "closer"), (1.0, "WORSE"), (0.0, "not clearly better")])
 def test_the_verdict_is_plain(shift, words):
     assert words in Comparison(Mean(shift, 0.5), None).verdict
 

@@ -107,7 +107,7 @@ def test_a_wrong_setting_is_named(setting, message):
         (["model.weights=w.safetensors", "model.pretrained=false"], "model.pretrained is false"),
         (["loss.logits=0.5"], "there is no method"),
         (["loss.tokens=0.5", "method.name=evit", "method.keep=0.7", "model.pretrained=false"], "which would be random"),
-        (["loss.token_labels=1.0", "augmentation.hflip=0.5"], "augmentation.hflip moves it"),
+        (["loss.token_labels=1.0", "augmentation.hflip=0.5"], "augmentation.hflip moves them"),
     ],
 )
 def test_parts_that_contradict_each_other(settings, message):

@@ -275,7 +275,11 @@ def test_options_that_make_other_parts_cannot_come_later(tmp_path):
         (("step.kind=two-passes",), ValueError, "there is no method"),
         ((*MCTF, "optimization.grad_checkpointing=true"), ValueError, "checkpointed blocks cannot run twice"),
         ((*MCTF, "step.options.most=0.0"), ValueError, "most shares (most above 0)"),
-        ((*EVOVIT, 'method.later={2={stages="block"}}'), ValueError, "method.later changes options in epoch 2, and optimization.epochs is 2"),
+        (
+            (*EVOVIT, 'method.later={2={stages="block"}}'),
+            ValueError,
+            "method.later changes options in epoch 2, and optimization.epochs is 2",
+        ),
         ((*EVOVIT, 'method.later={1={stage="block"}}'), TypeError, "evovit has no option 'stage'"),
         ((*EVOVIT, 'method.later={soon={stages="block"}}'), ValueError, "a table of options for an epoch"),
         ((*SVITE, "method.ramps.tau=[10.0, 0.0]"), ValueError, "tau must be above 0"),
@@ -300,7 +304,7 @@ def test_what_does_not_go_together_is_refused(settings, error, message):
         ),
         ((*IARED, "step.options.penalty=[1.0, 2.0]"), "penalty has 2 values, and this model 3 groups"),
         (("method.name=ats", "step.kind=two-passes"), "ats decides by itself how many tokens to remove"),
-        ((*SEARCH, "step.options.gmacs=3.0"), "gmacs must be less than the"),
+        ((*SEARCH, "step.options.gmacs=3.0"), "gmacs must be above 0 and below the"),
         (("optimization.lr_scales.pruning=0.1",), "the name of no parameter of the model ends with 'pruning'"),
     ],
 )
