@@ -155,7 +155,15 @@ def own() -> dict[str, MethodInfo]:
 
 def facts(row: MethodInfo) -> list[str]:
     """What the registry says of a method."""
-    return [f"`{row.name}`", row.phase, row.score, row.rest, row.count, WORDS[row.trained], WORDS[row.full_attention]]
+    return [
+        f"`{row.name}`",
+        row.phase,
+        row.score_detail or row.score,
+        row.rest_detail or row.rest,
+        row.count,
+        WORDS[row.trained],
+        WORDS[row.full_attention],
+    ]
 
 
 def numbers(name: str, found: dict[tuple[str, str], dict[str, Any]]) -> list[str | None]:

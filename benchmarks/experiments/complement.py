@@ -32,7 +32,7 @@ class LeastAttended(Method):
 
 
 LeastAttended.info = MethodInfo(
-    "least-attended", "keep the least attended", "2304.10716", LeastAttended, "between", "", "", False
+    "least-attended", "keep the least attended", "2304.10716", LeastAttended, "between", "none", "dropped", False
 )
 
 

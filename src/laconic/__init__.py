@@ -75,7 +75,7 @@ else:
         "training.sparsity": ("StructuredSparsity", "UnstructuredSparsity"),
     }
     _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
-    _RENAMED = {"AttentionView": "AttentionView", "BlockContext": "BlockContext"}  # names of version 0.1
+    _RENAMED = {"Seen": "AttentionView", "Site": "BlockContext"}  # names of version 0.1
 
     def __getattr__(name: str) -> Any:
         """Import a public name, the config of a method, or a submodule, at its first use."""

@@ -128,7 +128,7 @@ NAMES: dict[str, dict[str, str]] = {
         "Shape": "StageSpec",
     },
     "core.block_context": {"Site": "BlockContext"},
-    "core.gather": {"take": "gather_rows", "follow": "remap", "iota": "positions"},
+    "core.gather": {"take": "gather_rows", "follow": "remap", "iota": "arange_like"},
     "core.method": {"Row": "MethodInfo", "Site": "BlockContext"},
     "core.stages": {"Staging": "Stages"},
     "core.token_reduction": {

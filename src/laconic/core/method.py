@@ -25,6 +25,8 @@ from laconic.core.tokens import Tokens
 from laconic.core.values import nearest_names as nearest_names
 
 Reads = Literal["anywhere", "keys", "class"]
+Score = Literal["attention", "similarity", "learned", "position", "features", "none"]  # of what a token is scored by
+Rest = Literal["dropped", "merged", "squeezed", "mixed", "parked"]  # of what happens to tokens that are not kept
 PHASES = ("before", "ahead", "between", "after", "watch")
 ARGUMENTS = ("keep", "at", "schedule", "budget", "restore", "compute", "example")  # of `laconic.reduce_`, for suggestions
 
@@ -202,12 +204,14 @@ class MethodInfo:
     paper: str  # arXiv number
     config: type[Method]
     phase: str
-    score: str
-    rest: str
+    score: Score
+    rest: Rest
     trained: bool  # is it meant to be used after training only?
     learns: bool = False  # does it add parameters?
     count: Literal["constant", "variable"] = "constant"  # does every image of a batch keep as many tokens as the others?
     class_readout: bool = False  # is its answer in the class token alone (which it may then change)?
+    score_detail: str = ""  # in words, if ``score`` does not say enough
+    rest_detail: str = ""
     full_attention: bool = False  # does it need the whole matrix of attention weights?
 
 
@@ -231,7 +235,7 @@ class Unregistered(Method):
         name, between = type(self.reducer).__name__, "between" in kinds
         learns = next(self.reducer.parameters(), None) is not None
         phase = "between" if between else kinds[0]
-        info = MethodInfo(name, name, "", type(self), phase, "", "", trained=False, learns=learns)
+        info = MethodInfo(name, name, "", type(self), phase, "none", "dropped", trained=False, learns=learns)
         object.__setattr__(self, "info", info)
 
     def build(self, site: BlockContext) -> Reducer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from functools import cache
 from importlib.metadata import entry_points
@@ -12,6 +13,7 @@ GROUP = "laconic.methods"
 @cache
 def discover() -> None:
     """Load them, once. One that fails is named in a warning, and the others go on."""
+    importlib.import_module("laconic.methods")  # the methods that come with laconic; that package is above this one
     for point in entry_points(group=GROUP):
         try:
             point.load()

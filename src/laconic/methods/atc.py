@@ -51,8 +51,10 @@ class ATCReducer(Reducer):
     title="ATC: merge clusters, bottom-up",
     paper="2409.11923",
     phase="between",
-    score="key similarity",
-    rest="merged by size",
+    score="similarity",
+    score_detail="key similarity",
+    rest="merged",
+    rest_detail="merged by size",
     trained=False,
 )
 @dataclass(frozen=True)

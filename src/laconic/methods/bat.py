@@ -30,8 +30,10 @@ class MergeReducer(Reducer):
     title="BAT: fuse similar attentive tokens, cluster the inattentive",
     paper="2211.11315",
     phase="between",
-    score="class attention",
-    rest="density-peak clusters; attentive pairs fused",
+    score="attention",
+    score_detail="class attention",
+    rest="merged",
+    rest_detail="density-peak clusters; attentive pairs fused",
     trained=False,
 )
 @dataclass(frozen=True)

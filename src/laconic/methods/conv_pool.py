@@ -68,7 +68,8 @@ class ConvPoolReducer(Reducer):
     paper="2211.11315",
     phase="between",
     score="none",
-    rest="convolved with its neighbours",
+    rest="merged",
+    rest_detail="convolved with its neighbours",
     trained=True,
     learns=True,
 )

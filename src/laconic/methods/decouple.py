@@ -20,8 +20,9 @@ The authors published no code. The choices made here, all of which have options:
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -65,8 +66,12 @@ class Decouple(Method):
     weights: Literal["normalised", "literal", "literal-clusters"] = "normalised"
     count_rule: Literal["evit", "log"] = "evit"
     merger: Merger = "dpc"
+    budget: InitVar[str | None] = field(default=None, kw_only=True)  # count_rule, under its name of version 0.1
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, budget: str | None = None) -> None:  # noqa: RUF033 (subclasses call it without)
+        if budget is not None:
+            warnings.warn("bat: option budget is now count_rule", DeprecationWarning, stacklevel=3)
+            object.__setattr__(self, "count_rule", budget)
         super().__post_init__()
         check_amounts(self.info.name, clusters=self.clusters, pairs=self.pairs)
         if self.merger != "dpc" and self.steps in ("preserve", "pack"):

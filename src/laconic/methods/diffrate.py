@@ -65,8 +65,10 @@ class DiffRateReducer(Reducer):
     title="DiffRate: prune, then merge, as many as was learned",
     paper="2305.17997",
     phase="between",
-    score="class attention",
-    rest="dropped or merged",
+    score="attention",
+    score_detail="class attention",
+    rest="merged",
+    rest_detail="dropped or merged",
     trained=False,
 )
 @dataclass(frozen=True)

@@ -56,8 +56,10 @@ class DPCKNNReducer(Reducer):
     title="DPC-KNN: merge density-peak clusters",
     paper="2308.04657",
     phase="before",
-    score="density and distance",
-    rest="merged into the nearest density peak",
+    score="features",
+    score_detail="density and distance",
+    rest="merged",
+    rest_detail="merged into the nearest density peak",
     trained=False,
     learns=True,
 )

@@ -35,8 +35,10 @@ class WatchingPrune(LearnedPrune):
     title="dTPS: prune by a learned score, squeeze the rest into their hosts",
     paper="2304.10716",
     phase="before",
-    score="learned predictor",
-    rest="squeezed into the most similar kept token",
+    score="learned",
+    score_detail="learned predictor",
+    rest="squeezed",
+    rest_detail="squeezed into the most similar kept token",
     trained=True,
     learns=True,
 )

@@ -42,8 +42,10 @@ class LearnedMerge(Reducer):
     title="DynamicViT's learned score with BAT's merger",
     paper="2211.11315",
     phase="before",
-    score="learned predictor",
-    rest="density-peak clusters; attentive pairs fused",
+    score="learned",
+    score_detail="learned predictor",
+    rest="merged",
+    rest_detail="density-peak clusters; attentive pairs fused",
     trained=True,
     learns=True,
 )

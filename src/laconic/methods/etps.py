@@ -33,8 +33,10 @@ class ETPSReducer(Reducer):
     title="eTPS: prune by class attention, squeeze the rest into their hosts",
     paper="2304.10716",
     phase="between",
-    score="class attention",
-    rest="squeezed into the most similar kept token",
+    score="attention",
+    score_detail="class attention",
+    rest="squeezed",
+    rest_detail="squeezed into the most similar kept token",
     trained=False,
 )
 @dataclass(frozen=True)

@@ -44,8 +44,10 @@ def _at_random(score: str, seed: int, tokens: Tokens, seen: AttentionView) -> Te
     title="EViT: pack the inattentive tokens into one",
     paper="2202.07800",
     phase="between",
-    score="class attention",
-    rest="packed into one token",
+    score="attention",
+    score_detail="class attention",
+    rest="merged",
+    rest_detail="packed into one token",
     trained=False,
 )
 @dataclass(frozen=True)

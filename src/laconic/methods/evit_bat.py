@@ -20,8 +20,10 @@ from laconic.methods.ops import ScoreName
     title="EViT with BAT's merger in the place of its packed token",
     paper="2211.11315",
     phase="between",
-    score="class attention",
-    rest="density-peak clusters, summed as EViT does; attentive pairs fused",
+    score="attention",
+    score_detail="class attention",
+    rest="merged",
+    rest_detail="density-peak clusters, summed as EViT does; attentive pairs fused",
     trained=False,
 )
 @dataclass(frozen=True)

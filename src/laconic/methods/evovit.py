@@ -84,8 +84,10 @@ class EvoViTReducer(Reducer):
     title="Evo-ViT: let the uninformative tokens sit out",
     paper="2108.01390",
     phase="before",
-    score="class attention",
-    rest="parked, and brought back",
+    score="attention",
+    score_detail="class attention",
+    rest="parked",
+    rest_detail="parked, and brought back",
     trained=True,
 )
 @dataclass(frozen=True)

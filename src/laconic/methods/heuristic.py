@@ -49,7 +49,8 @@ class HeuristicReducer(Reducer):
     title="Heuristic: keep the middle of the image",
     paper="2308.04657",
     phase="before",
-    score="distance from the centre",
+    score="position",
+    score_detail="distance from the centre",
     rest="dropped",
     trained=False,
 )

@@ -52,8 +52,10 @@ class KMeansReducer(Reducer):
     title="k-means: merge clusters of tokens",
     paper="2211.11315",
     phase="between",
-    score="class attention",
-    rest="k-means clusters",
+    score="attention",
+    score_detail="class attention",
+    rest="merged",
+    rest_detail="k-means clusters",
     trained=False,
 )
 @dataclass(frozen=True)

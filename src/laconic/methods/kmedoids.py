@@ -81,8 +81,10 @@ def stand_for(tokens: Tokens, distance: Tensor, medoids: Tensor) -> Tokens:
     title="K-Medoids: keep the tokens that stand for clusters",
     paper="2308.04657",
     phase="before",
-    score="attention received",
-    rest="represented by the nearest medoid",
+    score="attention",
+    score_detail="attention received",
+    rest="merged",
+    rest_detail="represented by the nearest medoid",
     trained=False,
     full_attention=True,
 )

@@ -98,8 +98,10 @@ class LateMCTFReducer(Fusion):
     title="MCTF: merge what is alike, uninformative and small",
     paper="2403.10030",
     phase="ahead",
-    score="similarity, attention received and size",
-    rest="merged by attention and size",
+    score="similarity",
+    score_detail="similarity, attention received and size",
+    rest="merged",
+    rest_detail="merged by attention and size",
     trained=False,
     full_attention=True,
 )

@@ -66,7 +66,8 @@ def _matrix(kept: Tensor, rest: Tensor, weight: Tensor) -> Tensor:
     paper="2211.11315",
     phase="between",
     score="none",
-    rest="mixed by learned weights",
+    rest="mixed",
+    rest_detail="mixed by learned weights",
     trained=True,
     learns=True,
 )

@@ -40,8 +40,10 @@ class PatchMergerReducer(Mixer):
     title="PatchMerger: learned queries attend to the tokens",
     paper="2202.12015",
     phase="before",
-    score="learned queries",
-    rest="mixed by attention of the queries",
+    score="learned",
+    score_detail="learned queries",
+    rest="mixed",
+    rest_detail="mixed by attention of the queries",
     trained=True,
     learns=True,
 )

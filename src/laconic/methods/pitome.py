@@ -65,8 +65,10 @@ def energies(keys: Float[Tensor, "B L D"], margin: float) -> Float[Tensor, "B L"
     title="PiToMe: merge the tokens that have most company",
     paper="2405.16148",
     phase="between",
-    score="energy of key similarities",
-    rest="merged by size",
+    score="similarity",
+    score_detail="energy of key similarities",
+    rest="merged",
+    rest_detail="merged by size",
     trained=False,
 )
 @dataclass(frozen=True)

@@ -45,7 +45,8 @@ class MaxPoolReducer(Reducer):
     paper="2211.11315",
     phase="between",
     score="none",
-    rest="averaged with its neighbours",
+    rest="merged",
+    rest_detail="averaged with its neighbours",
     trained=False,
 )
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ class AvgPool(InSequence):
     paper="2211.11315",
     phase="between",
     score="none",
-    rest="maximum with its neighbours",
+    rest="merged",
+    rest_detail="maximum with its neighbours",
     trained=False,
 )
 @dataclass(frozen=True)

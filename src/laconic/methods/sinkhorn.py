@@ -40,8 +40,10 @@ class SinkhornReducer(Mixer):
     title="Sinkhorn: transport tokens to learned centres",
     paper="2308.04657",
     phase="before",
-    score="learned centres",
-    rest="mixed by optimal transport",
+    score="learned",
+    score_detail="learned centres",
+    rest="mixed",
+    rest_detail="mixed by optimal transport",
     trained=True,
     learns=True,
 )

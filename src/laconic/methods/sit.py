@@ -45,8 +45,10 @@ class SiTReducer(Mixer):
     title="SiT: weighted means by a small network",
     paper="2111.12624",
     phase="before",
-    score="learned weights",
-    rest="mixed by learned weights",
+    score="learned",
+    score_detail="learned weights",
+    rest="mixed",
+    rest_detail="mixed by learned weights",
     trained=True,
     learns=True,
 )

@@ -41,7 +41,8 @@ class SpatialPoolReducer(Reducer):
     paper="2211.11315",
     phase="between",
     score="none",
-    rest="averaged with its cell of the grid",
+    rest="merged",
+    rest_detail="averaged with its cell of the grid",
     trained=False,
 )
 @dataclass(frozen=True)

@@ -69,8 +69,10 @@ def _lengths(tokens: Tokens) -> Float[Tensor, "B L"]:
     title="ToFu: prune early, merge late",
     paper="2312.01026",
     phase="between",
-    score="key similarity",
-    rest="dropped early, merged late",
+    score="similarity",
+    score_detail="key similarity",
+    rest="merged",
+    rest_detail="dropped early, merged late",
     trained=False,
 )
 @dataclass(frozen=True)

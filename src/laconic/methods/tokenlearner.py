@@ -72,8 +72,10 @@ class ConvolutionalReducer(Mixer):
     title="TokenLearner: a few tokens, each with a learned map",
     paper="2106.11297",
     phase="before",
-    score="learned maps",
-    rest="mixed by learned maps",
+    score="learned",
+    score_detail="learned maps",
+    rest="mixed",
+    rest_detail="mixed by learned maps",
     trained=True,
     learns=True,
 )

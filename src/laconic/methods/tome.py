@@ -42,8 +42,10 @@ class ToMeReducer(Reducer):
     title="ToMe: merge the most similar tokens",
     paper="2210.09461",
     phase="between",
-    score="key similarity",
-    rest="merged by size",
+    score="similarity",
+    score_detail="key similarity",
+    rest="merged",
+    rest_detail="merged by size",
     trained=False,
 )
 @dataclass(frozen=True)

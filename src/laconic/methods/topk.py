@@ -27,7 +27,8 @@ def drop(tokens: Tokens, score: Tensor, n: int) -> Tokens:
     title="Top-K: keep the most attended tokens",
     paper="2202.07800",
     phase="between",
-    score="class attention",
+    score="attention",
+    score_detail="class attention",
     rest="dropped",
     trained=False,
 )

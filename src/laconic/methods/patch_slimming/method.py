@@ -83,7 +83,8 @@ class StaticPrune(Reducer):
     title="Patch Slimming: the same patches of every image, chosen from the last layer down",
     paper="2106.02852",
     phase="between",
-    score="position, calibrated",
+    score="position",
+    score_detail="position, calibrated",
     rest="dropped",
     trained=True,
 )
