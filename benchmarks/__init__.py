@@ -1,1 +1,1 @@
-"""Scripts that measure, compare with others and write the pages in docs/. Run them from the repository; not in the wheel."""
+"""Scripts that measure, compare and write the pages in docs/. Run them from the top of the repository; not in the wheel."""

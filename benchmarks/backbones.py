@@ -1,4 +1,4 @@
-"""The page of backbones: parameters and multiply-adds of the papers' other backbones, whole and reduced, and of rivals.
+"""Write docs/backbones.md: parameters and multiply-adds of the papers' other backbones, unreduced and reduced.
 
 python -m benchmarks.backbones docs/backbones.md
 """
@@ -47,7 +47,7 @@ counts of one image of the model's own size. Nothing of them is reduced.
 
 @dataclass(frozen=True)
 class Row:
-    """A model of ours, whole or reduced, and what is printed of it."""
+    """A model of `laconic.models`, unreduced or reduced, and the figures that the papers print for it."""
 
     label: str
     model: str
@@ -103,7 +103,7 @@ RIVALS = (
 
 @cache
 def make(name: str, **options: Any) -> nn.Module:
-    """A model of ours; its weights are not drawn, for only shapes count."""
+    """Create a model of `laconic.models` on the meta device: only shapes matter here, so no weights are drawn."""
     import timm
 
     import laconic.models
@@ -114,7 +114,7 @@ def make(name: str, **options: Any) -> nn.Module:
 
 
 def cost(row: Row, convention: str = "fvcore") -> tuple[Summary, tuple[int, ...]]:
-    """Parameters and MACs of a row, and the blocks that reduce."""
+    """Return parameters and MACs of a row, and its reducing blocks."""
     model = make(row.model, **row.build)
     if not row.method:
         return estimate(model, convention=convention), ()
@@ -124,7 +124,7 @@ def cost(row: Row, convention: str = "fvcore") -> tuple[Summary, tuple[int, ...]
 
 
 def rival(name: str) -> tuple[int, int]:
-    """Parameters of a model of timm, and MACs as torch counts them."""
+    """Return the parameters of a timm model, and its MACs as torch counts them."""
     import timm
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -137,12 +137,12 @@ def rival(name: str) -> tuple[int, int]:
 
 
 def as_printed(printed: str, value: float) -> str:
-    """A figure with as many decimals as another has."""
+    """Return ``value`` with as many decimals as ``printed`` has; empty if nothing is printed."""
     return f"{value:.{len(printed.partition('.')[2])}f}" if printed else ""
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the text of the page."""
     import timm
 
     import laconic

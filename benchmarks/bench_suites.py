@@ -1,4 +1,4 @@
-"""What is measured together for the page of performance, and what we ask of it."""
+"""The suites of measurements behind docs/performance.md, and the speed-ups that the project aims at."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from laconic.cli.variants import Variant, class_row_only, reduced, unreduced
 from laconic.core.method import resolve
 from laconic.core.token_reduction import Compute
 
-# what we ask of DeiT-S at batch 8 on a CPU: (method, keep) -> with all compute, and without those that nobody needs
+# goals for DeiT-S at batch 8 on a CPU: (method, keep) -> speed-up with compute="all", and with compute="needed"
 GOALS: dict[tuple[str, float | None], tuple[float | None, float | None]] = {
     ("topk", 0.7): (None, 1.54),
     ("evit", 0.7): (1.48, 1.54),
@@ -31,7 +31,7 @@ GOALS: dict[tuple[str, float | None], tuple[float | None, float | None]] = {
 
 @dataclass(frozen=True)
 class Job:
-    """A method at a keep rate (or with options that say how much), with all compute or with those needed."""
+    """A method at a keep rate (or with options that set the number of tokens), with ``compute`` as in `laconic.reduce_`."""
 
     method: str
     keep: float | None
@@ -40,30 +40,30 @@ class Job:
 
     @property
     def name(self) -> str:
-        """The method with its options, as a row is called (which says ``lean`` where compute are left out)."""
+        """The method with its options; the label of a row adds ``lean`` to it if compute is "needed"."""
         return " ".join([self.method, *(f"{key}={value}" for key, value in self.options)])
 
     def variant(self, model: nn.Module) -> Variant:
-        """The row."""
+        """Return the reduced model as a row to measure."""
         made = reduced(model, resolve(self.method, dict(self.options)), self.keep, compute=self.compute)
         return dataclasses.replace(made, name=f"{self.name}{', lean' if self.compute == 'needed' else ''}")
 
 
 @dataclass(frozen=True)
 class Suite:
-    """What is measured together: models with their input sizes, batch sizes and jobs."""
+    """A set of models, with their input sizes and batch sizes, and the jobs to measure on each of them."""
 
     models: tuple[tuple[str, int, tuple[int, ...]], ...]  # timm name, pixels, batch sizes
     jobs: tuple[Job, ...]
-    how: tuple[tuple[str, Any], ...]  # the setting
-    eager_attention: bool = False  # is the unreduced model with attention that is not fused a row?
+    how: tuple[tuple[str, Any], ...]  # the fields of the setting
+    eager_attention: bool = False  # also measure the unreduced model without fused attention
 
     @property
     def setting(self) -> Setting:
-        """How to measure.
+        """The setting of the measurement.
 
         Raises:
-            ValueError: on a device that is not there.
+            ValueError: the device is not available.
         """
         return Setting(**dict(self.how))
 
@@ -88,7 +88,7 @@ SUITES = {
         ),
         (("rounds", 12), ("threads", 1), ("compile", True)),
     ),
-    # not measured by us yet: no machine with a GPU was at hand
+    # not measured yet: no machine with a GPU was available
     "gpu": Suite(
         (
             ("deit_small_patch16_224", 224, (1, 256)),
@@ -105,7 +105,7 @@ SUITES = {
 
 
 def variants(name: str, pixels: int, suite: Suite) -> list[Variant]:
-    """The unreduced model first, then as the stronger base, with attention that is not fused, and reduced."""
+    """Return the rows of a model: unreduced, class row only (the stronger base), attention not fused, and every job."""
     model = create(name, img_size=pixels)
     compute = [unreduced("unreduced", model), class_row_only(model)]
     if suite.eager_attention:

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.evidence``: test the papers' claims on the generated benchmark. It can be stopped and called again."""
+"""``python -m benchmarks.evidence``: test the papers' claims on the generated benchmark. It can be interrupted and resumed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ VERB = Verb(
 
 @dataclass(frozen=True)
 class EvidenceReport(Report):
-    """How much is done, and where it was written."""
+    """Report of a run: the number of cells done and missing, and the files written."""
 
     claims: tuple[str, ...]
     done: int
@@ -44,7 +44,11 @@ class EvidenceReport(Report):
 
     def parts(self) -> Iterator[str | Table]:
         yield f"{self.done} cells done, {self.missing} to do, for {', '.join(self.claims)}; results in {self.results}."
-        yield "Call it again to go on." if self.missing else f"All done. {f'The page is {self.page}.' if self.page else ''}"
+        yield (
+            "Run the command again to continue."
+            if self.missing
+            else f"All done. {f'The page is {self.page}.' if self.page else ''}"
+        )
 
     def to_json(self) -> dict[str, Any]:
         page = None if self.page is None else str(self.page)
@@ -61,20 +65,20 @@ def evidence(
     output: Path = Path("results/evidence.jsonl"),
     page: Path | None = None,
 ) -> EvidenceReport:
-    """Run the experiments behind docs/evidence.md. What is done already is not done again.
+    """Run the experiments behind docs/evidence.md. Cells that the results already hold are not run again.
 
     Args:
-        claim: which of the seven claims (default: all): 1-squeezing, 2-bat, 3-random-policy, 4-tps-ablations, 5-diversity,
-            6-bat-steps, 7-toy.
-        seeds: runs of everything that is fine-tuned.
-        share: which part of the work this process does, as 1/2 and 2/2 for two processes.
-        minutes: stop after the cell in which this time is over (default: when all is done).
+        claim: claims to test (default: all): 1-squeezing, 2-bat, 3-random-policy, 4-tps-ablations, 5-diversity, 6-bat-steps,
+            7-toy, digits.
+        seeds: number of seeds of every fine-tuned cell.
+        share: part of the work that this process does, for example 1/2 and 2/2 for two processes.
+        minutes: stop after the cell that is running when this time has passed (default: no limit).
         threads: CPU threads of this process.
-        output: file of the results, a JSON object a line.
-        page: write the page, its tables and its plots here, from what is done.
+        output: file of the results, one JSON object per line.
+        page: write the page with its tables and plots here, from the results so far.
 
     Raises:
-        Refusal: no such claim, a share that is none, weights that are not there.
+        Refusal: an unknown claim, an invalid share, or missing weights.
     """
     import time
 

@@ -1,4 +1,4 @@
-"""What packed execution saves where every image has its own number of tokens: measured, on given numbers."""
+"""Measured speed of packed, padded and masked execution, for given numbers of tokens per image."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ every image keeps the mean. Ratios to the unreduced model, interleaved, median (
 
 
 class Given(AdaptiveReducer):
-    """Every image keeps its first so many tokens."""
+    """Keep the first ``counts[b]`` tokens of image b."""
 
     def __init__(self, counts: Tensor) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Given(AdaptiveReducer):
 
 
 def executions(model: str, batch: int, setting: Setting) -> dict[str, Any]:
-    """Speed of the ways to run, for each spread of counts."""
+    """Measure the speed of each execution, for each spread of counts."""
     out = dict[str, Any]()
     for name, (least, most) in SPREADS.items():
         counts = torch.linspace(least, most, batch).round().long()
@@ -72,7 +72,7 @@ def executions(model: str, batch: int, setting: Setting) -> dict[str, Any]:
 
 
 def section(found: dict[str, Any], batch: int, rounds: int) -> str:
-    """The table."""
+    """Return the section of the page with its table."""
     rows = []
     for name, row in found.items():
         ratios = {way: Quartiles(*values) for way, values in row["ratios"].items()}

@@ -1,4 +1,4 @@
-"""The page of exports, made of the record that ``laconic export --record`` writes.
+"""Write docs/export.md from the record that ``laconic export --record`` writes.
 
 python -m benchmarks.export_page docs/export.md
 """
@@ -65,7 +65,7 @@ model in eager PyTorch by this one's. *difference*: the largest on the batches o
 
 
 def page(record: dict[str, Any]) -> str:
-    """The page."""
+    """Return the text of the page."""
     here, verdict = record["environment"], record["verdict"]
     runtimes = ", ".join(f"{name} {here[name]}" for name in ("torch", "onnxruntime", "openvino", "timm") if name in here)
     head = HEAD.format(tolerance=TOLERANCE, opset=OPSET, topk=TOPK_LIMIT)
@@ -78,7 +78,7 @@ def page(record: dict[str, Any]) -> str:
 
 
 def speeds(record: dict[str, Any]) -> str:
-    """The table of times."""
+    """Return the table of times."""
     rows = []
     for row in record["speeds"]:
         ratio, kept = row["ratio"], row["kept"]
@@ -89,7 +89,7 @@ def speeds(record: dict[str, Any]) -> str:
 
 
 def int8(record: dict[str, Any]) -> str:
-    """The table of int8 files."""
+    """Return the table of int8 files."""
     header = ["model", "same first class", "images of noise", "difference", "MB"]
     rows = [
         [row["label"], share(row["agreement"]), row["images"], f"{row['difference']:.1e}", f"{row['bytes'] / 1e6:.1f}"]
@@ -99,7 +99,7 @@ def int8(record: dict[str, Any]) -> str:
 
 
 def files(record: dict[str, Any]) -> str:
-    """The table of files, and what was proved of each."""
+    """Return the table of exported files, with the result of the parity check of each."""
     rows = []
     for row in record["exports"]:
         graph = row["graph"]
@@ -110,7 +110,7 @@ def files(record: dict[str, Any]) -> str:
 
 
 def share(value: float | None) -> str | None:
-    """A share as percent."""
+    """Return a share as a percentage."""
     return None if value is None else f"{100 * value:.0f} %"
 
 

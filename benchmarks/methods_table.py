@@ -1,7 +1,8 @@
-"""``python -m benchmarks.methods_table``: docs/methods.md, every method side by side at one budget.
+"""``python -m benchmarks.methods_table``: write docs/methods.md, a comparison of all methods at equal token counts.
 
-What results/methods.jsonl holds already is not run again. Accuracy is on the generated benchmark, without training and after
-the same short fine-tuning; cost and speed are on DeiT-S, where every method leaves as many tokens (or decides for itself).
+Measurements that results/methods.jsonl already holds are not repeated. Accuracy is on the generated benchmark, without training
+and after the same short fine-tuning. Cost and speed are on DeiT-S, where every method keeps the same number of tokens (methods
+with a count of their own for every image excepted).
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ from laconic.core.method import MethodInfo, methods, resolve
 from laconic.core.schedule import Schedule
 
 MODEL = "deit_small_patch16_224"
-COUNTS = {3: 98, 6: 49, 9: 25}  # patch tokens that blocks of DeiT-S leave: half, a quarter, an eighth
+COUNTS = {3: 98, 6: 49, 9: 25}  # patch tokens that blocks of DeiT-S keep: half, a quarter, an eighth
 BATCH, ROUNDS = 8, 6
-OPTIONS: dict[str, tuple[tuple[str, Any], ...]] = {"iared": (("heads", 4),)}  # six do not divide the benchmark's model
+OPTIONS: dict[str, tuple[tuple[str, Any], ...]] = {
+    "iared": (("heads", 4),)
+}  # the default of 6 does not divide the width of scenes_vit_small
 WORDS = {True: "yes", False: ""}
 HEAD = """# The methods, side by side
 
@@ -57,7 +60,7 @@ This page lists the {known} methods that were registered when it was written; `l
 
 
 def speed(name: str, setting: Setting) -> dict[str, Any]:
-    """Cost and measured speed of a method on DeiT-S."""
+    """Measure the cost and speed of a method on DeiT-S."""
     base, row = create(MODEL), methods()[name]
     config = resolve(name, {})
     torch.manual_seed(0)
@@ -72,19 +75,19 @@ def speed(name: str, setting: Setting) -> dict[str, Any]:
 
 
 def accuracy(name: str, steps: int) -> dict[str, Any]:
-    """Top-1 of a method on the generated benchmark."""
+    """Measure the top-1 of a method on the generated benchmark."""
     found = run(Cell(name, 1.0, OPTIONS.get(name, ()), steps, 0, "scenes", "leaving"))
     kept = {key: found[key] for key in ("top1", "macs", "tokens", "parameters", "seconds")}
     return {"method": name, "kind": f"top1-{steps}", "images": 4 * len(found["correct"]), **kept}
 
 
 def read(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """What is there, by method and kind; a line that was cut off is left out."""
+    """Return the committed results by method and kind; incomplete lines are skipped."""
     return {(row["method"], row["kind"]): row for row in json_lines(path)}
 
 
 def measure(path: Path, names: Sequence[str]) -> None:
-    """Run what is missing, one line at a time."""
+    """Run the missing measurements; append each result to the file at once."""
     setting, done = Setting(rounds=ROUNDS, threads=1), read(path)
     torch.set_num_threads(1)
     work = [("unreduced", "top1-0"), *((name, f"top1-{steps}") for name in names for steps in (0, STEPS))]
@@ -97,7 +100,7 @@ def measure(path: Path, names: Sequence[str]) -> None:
 
 
 def page(found: dict[tuple[str, str], dict[str, Any]]) -> str:
-    """The page."""
+    """Return the text of the page."""
     known = own()
     timed = [row for (_, kind), row in found.items() if kind == "speed"]
     full, here = found["unreduced", "top1-0"], timed[0]["environment"] if timed else machine.environment(Setting(threads=1))
@@ -149,25 +152,17 @@ it need all attention weights?"""
 
 
 def own() -> dict[str, MethodInfo]:
-    """The methods that come with laconic."""
+    """Return the methods that come with laconic."""
     return {name: row for name, row in methods().items() if row.config.__module__.startswith("laconic.")}
 
 
 def facts(row: MethodInfo) -> list[str]:
-    """What the registry says of a method."""
-    return [
-        f"`{row.name}`",
-        row.phase,
-        row.score_detail or row.score,
-        row.rest_detail or row.rest,
-        row.count,
-        WORDS[row.trained],
-        WORDS[row.full_attention],
-    ]
+    """Return the table cells that come from the registry."""
+    return [f"`{row.name}`", row.phase, row.score_detail or row.score, row.rest_detail or row.rest, row.count, WORDS[row.trained], WORDS[row.full_attention]]
 
 
 def numbers(name: str, found: dict[tuple[str, str], dict[str, Any]]) -> list[str | None]:
-    """What was measured of it."""
+    """Return the table cells that come from measurements; None for those not measured yet."""
     timed = found.get((name, "speed"))
     costs: list[str | None] = [None] * 3
     if timed:
@@ -178,12 +173,12 @@ def numbers(name: str, found: dict[tuple[str, str], dict[str, Any]]) -> list[str
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure what is missing, and write the page."""
+    """Run the missing measurements and write the page."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.methods_table", description="Write the page of methods.")
     parser.add_argument("path", type=Path, help="the Markdown file to write, e.g. docs/methods.md")
     parser.add_argument("--results", type=Path, default=Path("results/methods.jsonl"))
     parser.add_argument("--method", action="append", help="only these methods (default: all)")
-    parser.add_argument("--page-only", action="store_true", help="write the page from what is there")
+    parser.add_argument("--page-only", action="store_true", help="write the page from the committed results, without measuring")
     given = parser.parse_args(arguments)
     if not given.page_only:
         measure(given.results, given.method or list(own()))

@@ -1,4 +1,4 @@
-"""The rows of the seeds' tables that other papers own: what TPS and BAT print of them, beside what can be counted of them."""
+"""Rows of the tables of TPS and BAT for methods of other papers: the printed figures, and ours."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ NOTES = """Where the sources disagree:
 
 @dataclass(frozen=True)
 class Other:
-    """A row: the method, what is printed of it, and how ours is counted (no ``keep`` and no ``built``: not without images)."""
+    """A row: the method, its printed figures, and how ours are counted (without ``keep`` or ``built``: only with images)."""
 
     label: str
     model: str
@@ -53,7 +53,7 @@ class Other:
     how: str = OWN
 
     def count(self, make: Callable[[str], nn.Module]) -> tuple[int, int | None]:
-        """Parameters, and MACs where they are known without images."""
+        """Return parameters and MACs; MACs are None if they depend on the images."""
         model = make(self.model)
         if self.built is not None:
             cost = summary(self.built(model))
@@ -64,7 +64,7 @@ class Other:
 
 
 def sparse(model: nn.Module) -> nn.Module:
-    """A model with heads and neurons cut out, as S2ViTE-Tiny is."""
+    """Return the model with heads and neurons removed, as in S2ViTE-Tiny."""
     return StructuredSparsity(model, until=1, heads=0.7, neurons=0.74).remove_()
 
 
@@ -98,7 +98,7 @@ ROWS: tuple[Other, ...] = (
 
 
 def section(make: Callable[[str], nn.Module], rows: Sequence[Other] = ROWS) -> str:
-    """The table, what it shows and where the sources disagree."""
+    """Return the section of the page: introduction, table, and the disagreements of the sources."""
     plain: Mapping[str, int] = {row.model: sum(p.numel() for p in make(row.model).parameters()) for row in rows}
     lines = []
     for row in rows:

@@ -1,7 +1,7 @@
 """``python -m benchmarks.package_weights RUN NAME``: put the weights of a finished run of ``laconic train`` into the package.
 
-Of a run with a method only the method's own tensors are taken (the scorer): its backbone was frozen. The metrics go beside
-the other results. This is how the weights in src/laconic/weights were made::
+For a run with a method only the tensors of the method (its scorer) are copied: the backbone was frozen. The metrics go to
+results/. The weights in src/laconic/weights were made in this way::
 
     laconic train --recipe scenes_vit_small --output RUN && python -m benchmarks.package_weights RUN scenes_vit_small
     laconic train --recipe scenes_dtps --output RUN && python -m benchmarks.package_weights RUN scenes_vit_small.dtps
@@ -21,7 +21,7 @@ TOP = Path(__file__).parents[1]
 
 
 def ship(run: Path, name: str, weights: Path = FOLDER, results: Path = TOP / "results") -> Path:
-    """Copy weights and metrics of a run; the file of the weights.
+    """Copy the weights and metrics of a run; return the path of the weights.
 
     Raises:
         Refusal: the run is not finished.
@@ -40,7 +40,7 @@ def ship(run: Path, name: str, weights: Path = FOLDER, results: Path = TOP / "re
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Ship the run named first under the name given second."""
+    """Copy the run given first to the name given second, and print the path."""
     run, name = sys.argv[1:] if arguments is None else arguments
     print(ship(Path(run), name))
 

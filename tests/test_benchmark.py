@@ -112,7 +112,7 @@ def test_of_a_run_with_a_method_only_its_own_tensors_are_shipped(tmp_path):
 @pytest.mark.parametrize("method", ["dtps", "dynamicvit"])
 def test_the_shipped_scorers_know_the_object(base, method):
     """Trained, they keep more of the object than of its surroundings; with random weights they keep about as much of each."""
-    from benchmarks.experiments.reads import look
+    from benchmarks.experiments.views import look
 
     images = open_images("scenes", "test", limit=200)
     reduced = laconic.reduce_(base, method, keep=0.7)

@@ -64,9 +64,9 @@ def result(cell, share=0.5):
     bits = torch.tensor(outcomes(hash(cell.key) % 1000, share), dtype=torch.bool)
     row = {"method": cell.method, "keep": cell.keep, "options": dict(cell.options), "steps": cell.steps, "seed": cell.seed}
     row["data"] = cell.data
-    looks = {"diversity": 0.5, "object_own": 0.5, "surroundings_own": 0.2, "object_held": 1.0, "surroundings_held": 1.0}
+    measures = {"diversity": 0.5, "object_own": 0.5, "surroundings_own": 0.2, "object_held": 1.0, "surroundings_held": 1.0}
     facts = {"weights": "w", "macs": 1_000_000, "top1": share, "correct": cells._packed(bits), "random_policy": [0.4, 0.3, 0.2]}
-    return row | looks | facts
+    return row | measures | facts
 
 
 def test_tables_hold_what_the_results_say():
@@ -147,7 +147,7 @@ def test_the_others_are_what_the_attended_are_not():
 
     import laconic
     import laconic.models
-    from benchmarks.experiments.complement import split_once
+    from benchmarks.experiments.least_attended import split_once
 
     torch.manual_seed(0)
     model = timm.create_model("scenes_vit_tiny").eval()

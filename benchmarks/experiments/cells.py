@@ -1,4 +1,4 @@
-"""One cell of an experiment: a model reduced in one way, fine-tuned for so many steps, and tested."""
+"""One cell of an experiment: a model reduced in one way, fine-tuned for a number of steps, and tested."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.experiments.complement import split_once
-from benchmarks.experiments.looks import look
+from benchmarks.experiments.least_attended import split_once
+from benchmarks.experiments.views import look
 from laconic.analysis.evaluate import answers
 from laconic.analysis.macs import summary
 from laconic.api import reduce_
@@ -40,8 +40,8 @@ from laconic.training.run_config import Run, Running
 BASE, SMALLER = "scenes_vit_small", "scenes_vit_tiny"
 BATCH = 32
 TESTED = 2000  # images of the test split
-KEEP_COUNTS = {2: 50, 4: 25, 6: 12}  # patch tokens that blocks leave of 100, where methods are compared at one budget
-POLICIES = ("etps", "evit", "dtps", "dynamicvit")  # methods whose random policy is tested beside
+KEEP_COUNTS = {2: 50, 4: 25, 6: 12}  # patch tokens of 100 that blocks keep when methods are compared at equal counts
+POLICIES = ("etps", "evit", "dtps", "dynamicvit")  # methods that are also tested with random scores
 FINE_TUNING = (  # the same for all: scorers learn ten times as fast as the backbone
     f"optimization.batch_size={BATCH}",
     "optimization.lr=2e-3",
@@ -54,10 +54,11 @@ FINE_TUNING = (  # the same for all: scorers learn ten times as fast as the back
 
 @dataclass(frozen=True)
 class Cell:
-    """What is tested. ``method`` is a name of `laconic.methods`, or one of those in `SPECIAL`.
+    """The settings of one run. ``method`` is a name of `laconic.methods`, or one in `SPECIAL`.
 
-    ``steps`` of fine-tuning (0: none) with batches of 32; ``seed`` orders the images and draws what is random. ``budget``: a
-    keep rate, counted as the method's paper does, or the tokens of `KEEP_COUNTS` for all (methods that decide for every image do).
+    ``steps``: fine-tuning steps with batches of 32 (0: none). ``seed``: order of the images and all random draws. ``budget``:
+    "keep", a keep rate as the method's paper counts it, or "leaving", the counts of `KEEP_COUNTS` (adaptive methods choose their
+    own counts then).
     """
 
     method: str
@@ -70,7 +71,7 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """A name that no other cell has."""
+        """A unique name of the cell."""
         options = ",".join(f"{name}={value}" for name, value in self.options)
         kept = f"keep {self.keep:g}" if self.budget == "keep" else "leaving"
         return f"{self.method}[{options}] {kept}, {self.steps} steps, seed {self.seed}, {self.data}"
@@ -79,25 +80,25 @@ class Cell:
 SPECIAL = {
     "unreduced": "the base model",
     "smaller": "the next smaller model, trained like the base model",
-    "resolution": "the base model on smaller pictures, with as many tokens as random pruning leaves on average",
+    "resolution": "the base model on smaller images, with as many tokens as random pruning has on average",
     "half-at-random": "half of the tokens dropped at random after the first block",
-    "object-alone": "the base model on pictures whose surroundings are grey",
+    "object-alone": "the base model on images whose background is grey",
     "attended-once": "the most attended tokens, cut once in the second quarter",
-    "others-once": "the tokens that attended-once drops, in the place of those it keeps",
+    "others-once": "the tokens that attended-once drops, instead of those it keeps",
 }
 
 
 def fingerprint() -> str:
-    """Which weights results belong to: those of the base model and of the scorers."""
+    """Return a hash of the weights of the base model and of the scorers; results are valid for these weights only."""
     files = [FOLDER / f"{BASE}{scorer}.safetensors" for scorer in ("", ".dtps", ".dynamicvit")]
     for file in files:
         if not file.is_file():
-            raise Refusal(f"{file} is not there; a clone of the repository has it, and laconic train made it (see recipes/)")
+            raise Refusal(f"{file} does not exist; it is part of the repository and was made by laconic train (see recipes/)")
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def run(cell: Cell) -> dict[str, Any]:
-    """Fine-tune and test one cell; the result as plain JSON, every image's outcome included."""
+    """Fine-tune and test one cell; return the result as plain JSON, with the outcome of every image."""
     start = time.monotonic()
     model = _model(cell)
     if cell.steps:
@@ -132,7 +133,7 @@ def run(cell: Cell) -> dict[str, Any]:
 def _pretrained(name: str) -> nn.Module:
     loaded = load(name)
     if loaded.random:
-        raise Refusal(f"the weights of {name} are not there: {loaded.line}")
+        raise Refusal(f"there are no weights of {name}: {loaded.line}")
     return loaded.model
 
 
@@ -153,12 +154,12 @@ def _model(cell: Cell) -> nn.Module:
         return split_once(model, cell.keep, others=cell.method == "others-once")
     reduced = reduce_(model, cell.method, **_budget(cell), **dict(cell.options))
     if METHODS[cell.method].learns and not load_scorer(reduced, BASE) and cell.method in POLICIES:
-        raise Refusal(f"the scorer of {cell.method} is not there; make it with laconic train --recipe scenes_{cell.method}")
+        raise Refusal(f"there is no trained scorer of {cell.method}; train it: laconic train --recipe scenes_{cell.method}")
     return reduced
 
 
 def _budget(cell: Cell) -> dict[str, Any]:
-    """How `reduce_` is told of the budget."""
+    """Return the arguments of `reduce_` for the budget of a cell."""
     if cell.budget == "keep":
         return {"keep": cell.keep}
     if METHODS[cell.method].count == "variable":
@@ -168,7 +169,7 @@ def _budget(cell: Cell) -> dict[str, Any]:
 
 
 def _fine_tune(model: nn.Module, cell: Cell) -> None:
-    """Train in place."""
+    """Fine-tune a model in place."""
     images = _trained_on(cell)
     epochs = max(1, cell.steps // (len(images) // BATCH))
     settings = (*FINE_TUNING, f"optimization.epochs={epochs}")
@@ -181,7 +182,7 @@ def _fine_tune(model: nn.Module, cell: Cell) -> None:
 
 
 def _by_chance(model: nn.Module, cell: Cell, draw: int) -> float:
-    """Top-1 with the trained weights and tokens kept at random."""
+    """Return the top-1 of the trained weights if tokens are scored at random."""
     other = reduce_(copy.deepcopy(_pretrained(BASE)), cell.method, keep=cell.keep, policy="random", seed=draw)
     other.load_state_dict(model.state_dict())
     return answers(other, _tested(), batch_size=250).accuracy.top1
@@ -189,7 +190,7 @@ def _by_chance(model: nn.Module, cell: Cell, draw: int) -> float:
 
 # ------------------------------------------------------------------------------------------------ the test
 class ObjectAlone(Scenes):
-    """Scenes whose surroundings are grey."""
+    """Scenes with a grey background."""
 
     def __getitem__(self, i: int) -> tuple[Any, int]:
         from PIL import Image
@@ -215,13 +216,15 @@ def _base_answers() -> Any:
 
 
 def _packed(correct: torch.Tensor) -> str:
-    """Booleans as hexadecimal digits, four to a digit."""
+    """Encode booleans as hexadecimal digits, four per digit."""
     if len(correct) % 4:
-        raise ValueError(f"results are packed by fours, and there are {len(correct)} images")
+        raise ValueError(
+            f"the number of images must be a multiple of 4, not {len(correct)}: results are stored as hexadecimal digits"
+        )
     bits = "".join("1" if value else "0" for value in correct.tolist())
     return f"{int(bits, 2):0{len(bits) // 4}x}"
 
 
 def unpacked(digits: str) -> list[int]:
-    """What `_packed` packed: 0 or 1 for every image."""
+    """Decode the result of `_packed`: 0 or 1 for every image."""
     return [int(bit) for bit in f"{int(digits, 16):0{4 * len(digits)}b}"]

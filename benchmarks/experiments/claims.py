@@ -1,4 +1,4 @@
-"""Which cells each claim needs. Claims share cells; a cell is run once."""
+"""The cells of each claim. Claims share cells; a cell is run once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import product
 
 from benchmarks.experiments.cells import Cell
 
-STEPS = 40  # of fine-tuning, of 32 images each
+STEPS = 40  # fine-tuning steps, of 32 images each
 SEEDS = (0, 1, 2)
 KEEPS = (0.9, 0.7, 0.5, 0.3)
 ALTERNATIVES = ("random", "avg-pool", "resolution")
@@ -26,7 +26,7 @@ DIGITS_STEPS = 80  # two epochs of the 1,297 digits
 DIGITS = ("unreduced", "etps", "evit", "dtps", "bat", "random")
 DIVERSITY, CLUSTER = (("steps", "diversity"),), (("steps", "cluster"),)
 INATTENTIVE = (("pooled", "inattentive"),)
-MERGERS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {  # of the inattentive tokens, BAT's table 4
+MERGERS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {  # mergers of the inattentive tokens, BAT's table 4
     "average pooling": ("bat", (("merger", "avg-pool"),)),
     "max pooling": ("bat", (("merger", "max-pool"),)),
     "spatial pooling": ("bat", (("merger", "spatial-pool"),)),
@@ -40,12 +40,12 @@ CUTS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 
 def swept(methods: Iterable[str], seeds: Sequence[int], keeps: Sequence[float] = KEEPS) -> list[Cell]:
-    """Methods at keep rates, fine-tuned."""
+    """Return fine-tuned cells of methods at keep rates."""
     return [Cell(method, keep, (), STEPS, seed) for seed, method, keep in product(seeds, methods, keeps)]
 
 
 def cells(claim: str, seeds: Sequence[int] = SEEDS) -> list[Cell]:
-    """What a claim needs, the comparison rows included."""
+    """Return the cells of a claim, with those of the comparison rows."""
     if claim == "digits":
         return _digits(seeds)
     common = [Cell("unreduced"), Cell("half-at-random"), Cell("object-alone"), Cell("smaller"), *swept(ALTERNATIVES, seeds)]
@@ -53,7 +53,7 @@ def cells(claim: str, seeds: Sequence[int] = SEEDS) -> list[Cell]:
 
 
 def _digits(seeds: Sequence[int]) -> list[Cell]:
-    keeps = {"unreduced": 1.0}  # one seed: a check of sanity, not a claim
+    keeps = {"unreduced": 1.0}  # one seed: a sanity check, not a claim
     return [Cell(m, keeps.get(m, ABLATED), (), DIGITS_STEPS, seeds[0], "digits") for m in DIGITS]
 
 
@@ -99,7 +99,7 @@ CLAIMS = tuple(_OWN)
 
 
 def all_cells(claims: Sequence[str] = CLAIMS, seeds: Sequence[int] = SEEDS) -> list[Cell]:
-    """The cells of claims, each once: all of one seed before the next, and what only one table needs last."""
+    """Return the cells of claims without duplicates, ordered by seed; cells of a single table come last."""
     wanted = dict.fromkeys(cell for claim in claims for cell in cells(claim, seeds))
 
     def late(cell: Cell) -> tuple[bool, bool, bool, int]:

@@ -1,4 +1,4 @@
-"""docs/evidence.md: what the papers say, what came out here, and an honest reading; generated from the results."""
+"""Write docs/evidence.md from the results: the claims of the papers, our tables, and our conclusions."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ are needed, and the background helps.
 
 
 def write_page(path: Path, results: Results, environment: dict[str, Any]) -> None:
-    """Write the page, and its plots into a folder of its name."""
+    """Write the page, and its plots to the folder of the same name."""
     texts = tomllib.loads(Path(__file__).with_name("readings.toml").read_text())
     read, folder = Reader(results), path.with_suffix("")
     draw_sweep(folder / "squeezing.png", read, (("dtps", "dynamicvit"), ("etps", "evit")), KEEPS)

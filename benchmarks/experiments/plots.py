@@ -15,7 +15,7 @@ from laconic.core.optional_deps import need
 
 
 def _drawn(path: Path, width: float, paint: Callable[[Any], None]) -> None:
-    """One pair of axes, painted and written."""
+    """Draw one pair of axes and write the figure."""
     need("matplotlib", "demo").use("Agg")
     figure_type = need("matplotlib.figure", "demo").Figure
     figure = figure_type(figsize=(width, 3.6), layout="constrained")
@@ -30,7 +30,7 @@ def _drawn(path: Path, width: float, paint: Callable[[Any], None]) -> None:
 
 
 def draw_sweep(path: Path, read: Reader, groups: Sequence[Sequence[str]], keeps: Sequence[float]) -> None:
-    """Accuracy against the keep rate, with the plain alternatives in grey."""
+    """Plot accuracy against the keep rate, with the plain alternatives in grey."""
 
     def paint(axes: Any) -> None:
         names = [name for group in groups for name in group]
@@ -50,7 +50,7 @@ def draw_sweep(path: Path, read: Reader, groups: Sequence[Sequence[str]], keeps:
 
 
 def draw_diversity(path: Path, read: Reader) -> None:
-    """Diversity score against accuracy; one colour a way of choosing, one point a keep rate."""
+    """Plot accuracy against the diversity score, with a line for each criterion and a point for each keep rate."""
 
     def paint(axes: Any) -> None:
         kinds = (("importance", "topk", ()), ("diversity", "bat", DIVERSITY), ("both", "bat", ()), ("random", "random", ()))
@@ -66,7 +66,7 @@ def draw_diversity(path: Path, read: Reader) -> None:
 
 
 def draw_toy(path: Path, read: Reader) -> None:
-    """Accuracy of the tokens kept, of the others, and the bonus."""
+    """Plot the accuracy of the kept tokens, that of the others, and the bonus."""
 
     def paint(axes: Any) -> None:
         lines: dict[str, list[tuple[float, float]]] = {"kept": [], "dropped": [], "only dropped (bonus)": []}

@@ -12,7 +12,7 @@ STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with the half width of its 95 % interval; in points of per cent where it is of shares."""
+    """A mean and the half width of its 95 % interval; in percentage points for shares."""
 
     mean: float
     half: float
@@ -22,22 +22,22 @@ class Estimate:
 
     @property
     def clear(self) -> bool:
-        """Whether the interval leaves out zero."""
+        """True if the interval excludes zero."""
         return abs(self.mean) > self.half
 
 
 def accuracy(runs: Sequence[Sequence[float | int]]) -> Estimate:
-    """Mean accuracy of runs (one a seed) that were tested on the same images, in per cent."""
+    """Return the mean accuracy, in per cent, of runs (one per seed) on the same images."""
     return _estimate([[float(hit) for hit in run] for run in runs])
 
 
 def difference(runs: Sequence[Sequence[float | int]], others: Sequence[Sequence[float | int]]) -> Estimate:
-    """Mean difference of accuracy, image by image and seed by seed, in points of per cent."""
+    """Return the mean difference of accuracy, paired by image and seed, in percentage points."""
     return _estimate([[a - b for a, b in zip(one, two, strict=True)] for one, two in zip(runs, others, strict=True)])
 
 
 def _estimate(runs: Sequence[Sequence[float | int]]) -> Estimate:
-    """Two things vary: the seed (the runs' means) and the images (means over the runs); their variances are added."""
+    """Add the variances over seeds (means of runs) and over images (means over runs)."""
     images = [statistics.fmean(values) for values in zip(*runs, strict=True)]
     of_images = statistics.variance(images) / len(images)
     if len(runs) == 1:

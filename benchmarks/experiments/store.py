@@ -1,4 +1,4 @@
-"""Results on disk: one JSON object a line, appended whole, so that several processes may write and any may be stopped."""
+"""Results on disk, one JSON object per line. Each line is appended in one write: processes may share a file or be killed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Results = dict[Cell, dict[str, Any]]
 
 
 def read(path: Path, weights: str) -> Results:
-    """The results that belong to these weights, by cell; a line that was cut off is left out."""
+    """Return the results for these weights, by cell; incomplete lines are skipped."""
     out: Results = {}
     for row in json_lines(path):
         if row["weights"] == weights:
@@ -25,7 +25,7 @@ def read(path: Path, weights: str) -> Results:
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    """Add one result; the line is written in one call."""
+    """Append one result, in a single write."""
     path.parent.mkdir(parents=True, exist_ok=True)
     torn = path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
     line = ("\n" if torn else "") + json.dumps(row) + "\n"
@@ -37,7 +37,7 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 
 def tidy(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write results anew, sorted, without lines that are cut off or belong to other weights."""
+    """Rewrite the file with ``rows``, sorted; incomplete lines and those of other weights are removed."""
 
     def place(row: dict[str, Any]) -> tuple[Any, ...]:
         return row["data"], row["method"], -row["keep"], json.dumps(row["options"]), row["steps"], row["seed"]

@@ -1,4 +1,4 @@
-"""The tables of the claims, in Markdown, from whatever results there are; a dash stands where one is missing."""
+"""The tables of the claims, in Markdown, from the results so far; a dash marks a missing result."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Options = tuple[tuple[str, Any], ...]
 
 
 class Reader:
-    """Looks results up."""
+    """Look up results, for tables and plots."""
 
     def __init__(self, results: Results, seeds: Sequence[int] = SEEDS) -> None:
         self.results, self.seeds = results, seeds
@@ -39,39 +39,39 @@ class Reader:
     def runs(
         self, method: str, keep: float, options: Options = (), steps: int = STEPS, data: str = "scenes"
     ) -> list[dict[str, Any]]:
-        """The results there are, a seed each."""
+        """Return the available results, one per seed."""
         seeds = self.seeds if steps else (0,)
         found = [self.results.get(Cell(method, keep, options, steps, seed, data)) for seed in seeds]
         return [row for row in found if row is not None]
 
     def outcomes(self, *cell: Any) -> list[list[int]]:
-        """Right or wrong, by seed and image."""
+        """Return 1 (correct) or 0, by seed and image."""
         return [unpacked(row["correct"]) for row in self.runs(*cell)]
 
     def accuracy(self, *cell: Any) -> Estimate | None:
-        """Accuracy over the seeds."""
+        """Return the accuracy over the seeds; None without results."""
         runs = self.outcomes(*cell)
         return accuracy(runs) if runs else None
 
     def difference(self, one: Sequence[Any], other: Sequence[Any]) -> Estimate | None:
-        """How much better one is than the other."""
+        """Return the accuracy of ``one`` minus that of ``other``, on the seeds that both have; None without any."""
         a, b = ({row["seed"]: unpacked(row["correct"]) for row in self.runs(*cell)} for cell in (one, other))
         both = sorted(a.keys() & b.keys())
         return difference([a[seed] for seed in both], [b[seed] for seed in both]) if both else None
 
     def mean(self, name: str, *cell: Any) -> str:
-        """The mean of a number over the seeds."""
+        """Return the mean of field ``name`` over the seeds, as text."""
         rows = [row for row in self.runs(*cell) if name in row]
         return f"{statistics.fmean(row[name] for row in rows):.3f}" if rows else NONE
 
     def macs(self, *cell: Any) -> str:
-        """Millions of multiply-adds of an image."""
+        """Return the multiply-adds of one image, in millions, as text."""
         rows = self.runs(*cell)
         return f"{rows[0]['macs'] / 1e6:.1f}" if rows else NONE
 
 
 def signed(value: Estimate | None) -> str:
-    """A difference, in bold where its interval leaves out zero."""
+    """Format a difference; bold if its interval excludes zero."""
     if value is None:
         return NONE
     text = f"{value.mean:+.1f} ± {value.half:.1f}"
@@ -79,7 +79,7 @@ def signed(value: Estimate | None) -> str:
 
 
 def _references(read: Reader, keeps: Sequence[float], steps: int = STEPS) -> list[list[Any]]:
-    """The rows that every comparison has."""
+    """Return the comparison rows that every table has."""
     rows = [[name, *(read.accuracy(name, keep, (), steps) for keep in keeps)] for name in ALTERNATIVES]
     return rows + [[name, read.accuracy(name, 1.0, (), 0), *[""] * (len(keeps) - 1)] for name in ("smaller", "unreduced")]
 
@@ -95,7 +95,7 @@ def _sweep(read: Reader, methods: Sequence[str], pairs: Sequence[tuple[str, str]
 
 
 def squeezing(read: Reader) -> str:
-    """Claim 1."""
+    """Return the table of claim 1."""
     pairs = (("dtps", "dynamicvit"), ("etps", "evit"))
     tuned = _sweep(read, ("dtps", "dynamicvit", "etps", "evit"), pairs)
     plain = [name for name in TRAINING_FREE if name not in ALTERNATIVES]
@@ -104,12 +104,12 @@ def squeezing(read: Reader) -> str:
 
 
 def bat(read: Reader) -> str:
-    """Claim 2."""
+    """Return the table of claim 2."""
     return _sweep(read, ("bat", "evit", "dynamicvit"), (("bat", "evit"), ("evit", "dynamicvit"), ("bat", "dynamicvit")))
 
 
 def random_policy(read: Reader) -> str:
-    """Claim 3."""
+    """Return the table of claim 3."""
     rows: list[list[Any]] = []
     for keep in (0.7, 0.5):
         for name in ("dynamicvit", "dtps", "evit", "etps"):
@@ -129,7 +129,7 @@ def random_policy(read: Reader) -> str:
 
 
 def ablations(read: Reader) -> str:
-    """Claim 4."""
+    """Return the table of claim 4."""
     methods = ("dtps", "etps")
     rows = []
     for name, options in ABLATIONS.items():
@@ -145,7 +145,7 @@ def ablations(read: Reader) -> str:
 
 
 def diversity(read: Reader) -> str:
-    """Claim 5."""
+    """Return the table of claim 5."""
     kinds: tuple[tuple[str, str, Options], ...] = (
         ("importance (topk)", "topk", ()),
         ("diversity (cluster all)", "bat", DIVERSITY),
@@ -174,7 +174,7 @@ def diversity(read: Reader) -> str:
 
 
 def steps(read: Reader) -> str:
-    """Claim 6."""
+    """Return the table of claim 6."""
     kinds: tuple[tuple[str, str, Options], ...] = (
         ("preserve the attentive only (topk)", "topk", ()),
         ("+ pack the rest into one (evit)", "evit", ()),
@@ -194,7 +194,7 @@ def steps(read: Reader) -> str:
 
 
 def _mergers(read: Reader) -> str:
-    """BAT's table 4: what the inattentive tokens are merged by."""
+    """Return the table of mergers of the inattentive tokens (BAT's table 4)."""
     ours = ("bat", ABLATED)
     rows = []
     for label, (method, options) in MERGERS.items():
@@ -204,7 +204,7 @@ def _mergers(read: Reader) -> str:
 
 
 def toy(read: Reader) -> str:
-    """Claim 7."""
+    """Return the table of claim 7."""
     rows: list[list[Any]] = []
     for keep in CUTS:
         attended, others = read.outcomes("attended-once", keep, (), 0), read.outcomes("others-once", keep, (), 0)
@@ -219,7 +219,7 @@ def toy(read: Reader) -> str:
 
 
 def digits(read: Reader) -> str:
-    """The sanity row: a real data set."""
+    """Return the table of the sanity check on a real data set."""
     base = ("unreduced", 1.0, (), DIGITS_STEPS, "digits")
     rows: list[list[Any]] = []
     for name in DIGITS:

@@ -1,4 +1,4 @@
-"""What a reduced model keeps of the pictures: how different its last tokens are, how much of the object is left."""
+"""Measure what a reduced model keeps of an image: the diversity of its last tokens and the share of the object."""
 
 from __future__ import annotations
 
@@ -17,28 +17,30 @@ from laconic.data import ImageSet
 from laconic.data.generated import Scenes
 from laconic.training.token_labels import patch_labels
 
-LOOKED_AT = 200  # images
+IMAGES = 200  # measured, of the test split
 
 
 def look(model: nn.Module, images: ImageSet) -> dict[str, float]:
-    """Means over the first images: diversity of the last tokens (BAT eq. 4), patches of object and surroundings left.
+    """Return means over the first images: diversity of the last tokens (BAT eq. 4), kept shares of object and background.
 
-    A patch is ``own`` where a token still stands in its place, ``held`` where it is in some token (merged ones too).
+    A patch is ``own`` if it is the origin of a kept token, and ``held`` if any token holds it (merged ones included).
     """
     if not isinstance(images, Scenes):
-        raise ValueError("only the generated benchmark knows where its objects are")
+        raise ValueError(
+            "expected images of the generated benchmark (scenes): only for these the position of the object is known"
+        )
     reduction, transform, seen = reduction_of(model), transform_for(model), list[torch.Tensor]()
-    pixels = torch.stack([transform(images[i][0]) for i in range(LOOKED_AT)])
+    pixels = torch.stack([transform(images[i][0]) for i in range(IMAGES)])
 
-    def look(own: Any, *arguments: Any) -> Any:
+    def record(own: Any, *arguments: Any) -> Any:
         after = own(*arguments)
         seen.append(after.patches)
         return after
 
-    with stepping(reduction, look), torch.inference_mode():
+    with stepping(reduction, record), torch.inference_mode():
         model(pixels)
     last = provenance(model).final
-    objects = patch_labels(images, list(range(LOOKED_AT)), reduction.grid) < len(images.classes)
+    objects = patch_labels(images, list(range(IMAGES)), reduction.grid) < len(images.classes)
     kept, merged, _ = fates(last).float().unbind(2)
     shares = {"own": kept, "held": kept + merged}
     out = {"diversity": diversity_score(seen[-1]).mean().item()} if seen else {}

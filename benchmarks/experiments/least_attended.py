@@ -1,4 +1,4 @@
-"""The toy experiment of the TPS paper: what the tokens that are dropped would have said."""
+"""The toy experiment of the TPS paper: accuracy with the tokens that would be dropped, instead of those kept."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _least(tokens: Tokens, seen: AttentionView) -> Tensor:
 
 @dataclass(frozen=True)
 class LeastAttended(Method):
-    """Keep the least attended tokens: nobody would, but to see what is in them."""
+    """Keep the least attended tokens, to measure how much information they hold."""
 
     info: ClassVar[MethodInfo]
 
@@ -37,7 +37,7 @@ LeastAttended.info = MethodInfo(
 
 
 def split_once(model: nn.Module, keep: float, *, others: bool) -> Any:
-    """A model that cuts once, a quarter into its blocks: to the most attended share ``keep``, or to all the others."""
+    """Reduce a model once, at a quarter of its depth: to the most attended share ``keep``, or to all other tokens."""
     host, entry = find_host(model)
     height, width = entry.grid(host)
     attended = round(keep * height * width)
