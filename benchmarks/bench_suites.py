@@ -107,10 +107,10 @@ SUITES = {
 def variants(name: str, pixels: int, suite: Suite) -> list[Variant]:
     """Return the rows of a model: unreduced, class row only (the stronger base), attention not fused, and every job."""
     model = create(name, img_size=pixels)
-    compute = [unreduced("unreduced", model), class_row_only(model)]
+    rows = [unreduced("unreduced", model), class_row_only(model)]
     if suite.eager_attention:
         eager: Any = create(name, img_size=pixels)
         for block in eager.blocks:
             block.attn.fused_attn = False
-        compute.append(unreduced("unreduced, attention not fused", eager, "plain"))
-    return [row for row in compute if row is not None] + [job.variant(model) for job in suite.jobs]
+        rows.append(unreduced("unreduced, attention not fused", eager, "plain"))
+    return [row for row in rows if row is not None] + [job.variant(model) for job in suite.jobs]

@@ -22,12 +22,13 @@ from laconic.core.token_reduction import reduction_of
 from laconic.core.tokens import Tokens
 
 BLOCK = 3
-SPREADS = {"much alike": (105, 140), "very different": (50, 196)}  # the fewest and the most patch tokens of an image
+SPREADS = {"much alike": (105, 140), "very different": (50, 196)}  # smallest and largest number of patch tokens of an image
 INTRO = """## Packed execution
 
-What methods that decide for every image really save. DeiT-S, batch {batch}; from block {block} on every image keeps a given
-number of its 196 patches, spread evenly between the fewest and the most. *mean for all* is the same work without any spread:
-every image keeps the mean. Ratios to the unreduced model, interleaved, median (quartiles) of {rounds} rounds.
+The measured speed-up of adaptive methods, which keep a number of tokens for each image. DeiT-S, batch {batch}; from block
+{block} on, every image keeps a given number of its 196 patch tokens, spread evenly between the smallest and the largest.
+*mean for all*: every image keeps the mean number. Speed-ups over the unreduced model, interleaved, median (quartiles) of
+{rounds} rounds.
 """
 
 

@@ -31,36 +31,36 @@ report = laconic.export(model, "model.onnx")  # to="torch-export" for .pt2, to="
 print(report)
 ```
 
-**What is promised.** A file takes its place only after its own runtime has given the answers of eager PyTorch on batches
-of one and of three images, to {tolerance:g} of the largest output (`--tolerance`); else the export is refused and no file
-is left. Token counts are constants of the graph; the batch is of any size unless you fix it (`batch=`); the image size is
-the model's. The file says what it holds (method with options, schedule, versions, opset): `metadata_props` of ONNX,
-`laconic.json` in `.pt2`, `rt_info` of OpenVINO. The model that you hand over is not touched. The tests export every
-method of constant counts on a plain ViT, on DINOv3 with RoPE and on SigLIP without a class token (what a method cannot
-serve it refuses when it is reduced), one method on every family of [backbones.md](backbones.md), and opsets from the first to
-the last.
+**Guarantees.** A file is written only after its runtime has reproduced the outputs of eager PyTorch on batches of one and of
+three images, to {tolerance:g} of the largest output (`--tolerance`); otherwise the export fails and leaves no file. Token
+counts are constants of the graph. The batch size is dynamic unless you fix it (`batch=`); the image size is that of the
+model. The file describes its contents (method with options, schedule, versions, opset): `metadata_props` in ONNX,
+`laconic.json` in `.pt2`, `rt_info` in OpenVINO. Your model is not changed. The tests export every method with constant counts
+on a plain ViT, on DINOv3 with RoPE and on SigLIP without a class token (except methods that `laconic.reduce_` refuses there),
+one method on every family of [backbones.md](backbones.md), and opsets from the first to the last.
 
-**What is refused.** Methods that decide for every image how many tokens it keeps: constant shapes could only hold them masked,
-which runs every token and saves nothing. Weights that are not float32: let the runtime lower the precision.
+**Not supported.** Adaptive methods, which keep a number of tokens for each image: with constant shapes they would run masked,
+on all tokens, and save nothing. Weights that are not float32: export float32 and let the runtime lower the precision.
 
 | to | file | read by | needs |
 |---|---|---|---|
-| `onnx` | `.onnx`, opset {opset} (`--opset`) | ONNX Runtime, TensorRT, OpenVINO | onnx, onnxscript; onnxruntime for the proof |
+| `onnx` | `.onnx`, opset {opset} (`--opset`) | ONNX Runtime, TensorRT, OpenVINO | onnx, onnxscript, onnxruntime |
 | `torch-export` | `.pt2` | `torch.export.load(path).module()` | torch alone |
-| `openvino` | `.xml` and `.bin`, by way of ONNX | OpenVINO | those of onnx, and openvino |
+| `openvino` | `.xml` and `.bin`, converted from ONNX | OpenVINO | the packages for onnx, and openvino |
 
-**TensorRT** reads the ONNX file: `trtexec --onnx=model.onnx` with a shape profile for `images`. It was not run here; what
-can be checked without it is checked, and stands in the report: standard operators only, a constant k (at most {topk:,}) in
-every TopK, no NonZero, Loop, If or Scan, no `ScatterND` with a reduction (which TensorRT has ignored), nothing
-dynamic but the batch.
+**TensorRT** reads the ONNX file: `trtexec --onnx=model.onnx` with a shape profile for `images`. We have not run TensorRT. The
+report has the checks that are possible without it: standard operators only, a constant k (at most {topk:,}) in every TopK, no
+NonZero, Loop, If or Scan, no `ScatterND` with a reduction (TensorRT has ignored the reduction), and no dynamic dimension but
+the batch.
 
-**int8** (`--int8`) is a second ONNX file with dynamic quantization by ONNX Runtime: matrix products with constant weights in
-int8, a scale for each output channel, activations quantized as they come; all else, the choice of tokens too, in float32.
-Nothing is promised for it; how far it agrees is measured on noise, so measure it on your own images before you use it.
+**int8** (`--int8`) writes a second ONNX file with dynamic quantization by ONNX Runtime: matrix products with constant weights
+in int8, one scale per output channel, activations quantized at run time; everything else, token selection included, stays in
+float32. Its accuracy is not guaranteed: agreement is measured on noise, so measure it on your own images before you use it.
 """
-LEGEND = """*speed-up*: the time of the unreduced model by this one's in the same runtime, interleaved, median (quartiles).
-*kept*: that, by the speed-up in eager PyTorch; {survives} and more counts as survived. *to eager*: the time of the unreduced
-model in eager PyTorch by this one's. *difference*: the largest on the batches of the proof, as a share of the largest output.
+LEGEND = """*speed-up*: time of the unreduced model divided by that of the row, in the same runtime, interleaved, median
+(quartiles). *kept*: this speed-up divided by that in eager PyTorch; {survives} or more counts as retained. *to eager*: time
+of the unreduced model in eager PyTorch divided by that of the row. *difference*: the largest on the batches of the parity
+check, as a share of the largest output.
 {verdict}"""
 
 
@@ -70,7 +70,7 @@ def page(record: dict[str, Any]) -> str:
     runtimes = ", ".join(f"{name} {here[name]}" for name in ("torch", "onnxruntime", "openvino", "timm") if name in here)
     head = HEAD.format(tolerance=TOLERANCE, opset=OPSET, topk=TOPK_LIMIT)
     setting = f"threads: {here['threads']}, {here['rounds']} rounds, {runtimes}, {here['date'][:10]}"
-    title = f"## Does the speed-up survive?\n\n{record['model']}, {here['device']}, {setting}.\n"
+    title = f"## Speed-up in each runtime\n\n{record['model']}, {here['device']}, {setting}.\n"
     parts = [head, title, speeds(record), LEGEND.format(survives=SURVIVES, verdict=verdict)]
     if record["int8"]:
         parts += ["\n## int8\n", int8(record)]
@@ -103,7 +103,7 @@ def files(record: dict[str, Any]) -> str:
     rows = []
     for row in record["exports"]:
         graph = row["graph"]
-        found = None if graph is None else "; ".join(graph["problems"]) or "nothing against it"
+        found = None if graph is None else "; ".join(graph["problems"]) or "no problems found"
         facts = [row["variant"], row["to"], f"{row['difference']:.1e}", share(row["agreement"])]
         rows.append([*facts, f"{row['bytes'] / 1e6:.1f}", found])
     return markdown(["model", "to", "difference", "same first class", "MB", "for TensorRT"], rows)

@@ -15,26 +15,25 @@ from laconic.training.sparsity import StructuredSparsity
 
 PER_IMAGE = "by image"
 OWN = "closed form"
-INTRO = f"""## Other methods of the seeds' tables
+INTRO = f"""## Other methods in the tables of TPS and BAT
 
-Parameters in millions and GMACs as TPS or BAT print them, and ours. Where a method decides for every image its multiply-adds
-depend on weights and images, which are not here (*by image*; with both, `laconic.summary(model, images=...)` counts them); its
-parameters do not. {NONE}: not printed, or not known without images.
+Parameters in millions and GMACs as TPS or BAT print them, and ours. The multiply-adds of adaptive methods depend on weights and
+images and are not given here (*by image*; `laconic.summary(model, images=...)` counts them); their parameters do not depend on
+them. {NONE}: not printed, or not known without images.
 """
 NOTES = """Where the sources disagree:
 
-- SPViT on DeiT-T has 0.9 G in TPS's table and 1.0 G in BAT's. Its shares of kept patches are fixed in its code (.617, .369,
-  .137, whatever is asked for); counted at these shares it takes less than either prints for DeiT-S. Its table says that
-  it adds 0.08 M parameters, its code adds 0.02 M.
-- IA-RED2 is listed by BAT with the parameters of a plain DeiT-S; its code adds 1.33 M (of its query-key projections a third is
-  never used).
-- "SViTE" in BAT's table is S2ViTE, structured sparsity of the weights: no token leaves. Which densities were used is not
-  printed with it; with 70 % of the heads (2 of 3) and 74 % of the neurons really cut out both figures come out, while its code
-  has 60 to 70 % for the neurons.
-- A-ViT adds no parameter; TPS prints 5.00 M for it, which is a rounded figure of its README.
-- Evo-ViT on DeiT-B takes 11.66 G; 11.6 is printed, decimals cut off.
-- BAT's Table 4 prints 2.3 G for every merger, and does not say what exactly is pooled. The row is for the inattentive
-  tokens, condensed to as many as BAT's clusters; the operators' own work is included.
+- SPViT on DeiT-T has 0.9 G in TPS's table and 1.0 G in BAT's. Its code keeps fixed shares of the patches (.617, .369, .137),
+  whatever keep rate is given; counted at these shares, DeiT-S takes less than either table prints. Its table says that it adds
+  0.08 M parameters; its code adds 0.02 M.
+- BAT lists IA-RED2 with the parameters of a plain DeiT-S; its code adds 1.33 M (a third of its query-key projections is never
+  used).
+- "SViTE" in BAT's table is S2ViTE, structured sparsity of the weights: no token is removed. The densities are not printed. Both
+  figures come out with 70 % of the heads (2 of 3) and 74 % of the neurons removed; its code has 60 to 70 % for the neurons.
+- A-ViT adds no parameters; TPS prints 5.00 M for it, a rounded figure of its README.
+- Evo-ViT on DeiT-B takes 11.66 G; 11.6 is printed (truncated).
+- BAT's Table 4 prints 2.3 G for every merger, and does not say which tokens are pooled. Our row pools the inattentive tokens,
+  to as many as BAT has clusters; the cost of the operators is included.
 """
 
 
@@ -106,5 +105,5 @@ def section(make: Callable[[str], nn.Module], rows: Sequence[Other] = ROWS) -> s
         told = [row.parameters or None, f"{parameters / 1e6:.2f}", f"{(parameters - plain[row.model]) / 1e6:+.2f}"]
         name = row.label + "".join(f", {key} {value}" for key, value in row.options if key == "iterations")
         lines.append([name, row.model, *told, row.gmacs or None, None if macs is None else f"{macs / 1e9:.3f}", row.how])
-    header = ["method", "model", "M params, printed", "ours", "against DeiT", "GMACs, printed", "ours", "how"]
+    header = ["method", "model", "M params, printed", "ours", "minus DeiT", "GMACs, printed", "ours", "counted"]
     return f"{INTRO}\n{markdown(header, lines)}\n\n{NOTES}"

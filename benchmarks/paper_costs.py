@@ -17,8 +17,8 @@ from laconic.methods import BAT, DTPS, ETPS, DynamicViT, EViT
 class Entry:
     """A row: model and method, the printed cost, and the cost counted with the authors' code.
 
-    ``printed``: GMACs as in the paper; ``cut``: the paper truncates decimals instead of rounding them. ``counted``: GMACs of the
-    authors' own code, run with random weights under the profiler of ``convention``; empty if it was not run.
+    ``printed``: GMACs as in the paper; ``cut``: the paper truncates decimals instead of rounding them. ``counted``: GMACs of
+    the authors' own code, run with random weights under the profiler of ``convention``; empty if it was not run.
     """
 
     label: str

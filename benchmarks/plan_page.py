@@ -14,47 +14,48 @@ from typing import Any
 
 from laconic.cli.output import markdown
 from laconic.core.files import write_atomically
+from laconic.core.schedule import Schedule
 
 CHECK = ".check.json"
 HEAD = """# A budget as a schedule
 
 ```bash
 laconic plan deit_small_patch16_224 --method etps --target 2.3G         # multiply-adds, exact
-laconic plan deit_small_patch16_224 --method bat --target 1.6x --batch-size 8    # measured here and now
+laconic plan deit_small_patch16_224 --method bat --target 1.6x --batch-size 8    # measured on this machine
 laconic plan scenes_vit_small --method tome --target 1.6x-macs --data scenes --limit 1000 --output plan.json
-laconic plan --check plan.json                                              # again, in a fresh process
+laconic plan --check plan.json                                              # measure it again, in a fresh process
 ```
 
 ```python
-laconic.reduce_(model, "etps", budget="2.3G")              # "1.6x-macs"; "1.6x" and "12ms" are measured, with one image a batch
+laconic.reduce_(model, "etps", budget="2.3G")              # or "1.6x-macs"; "1.6x" and "12ms" are measured, at batch size 1
 found = laconic.plan(model, "bat", "12ms", batch_size=8)   # the model is not changed; found.schedule is for reduce_
-found = laconic.plan(model, "bat", "2.3G", images=images)  # searched: found.comparison says whether that was worth it
+found = laconic.plan(model, "bat", "2.3G", images=images)  # searched: found.comparison compares it with the uniform schedule
 ```
 
-**What is promised.** Of multiply-adds (`2.3G`, `230M`, `1.6x-macs`) the budget is never exceeded, and a schedule of
-counts has no block that could leave one token more within it. A speed-up (`1.6x`, to the unreduced model with fused
-attention, in the same process) or a time (`12ms` for one forward of `--batch-size` images) is predicted from a table
-of block times measured on this machine, what the reducer costs included; then the real reduced model runs beside the
-unreduced one, and the schedule is corrected, twice at most, if it is off by more than 3 %. If it still is, the report
-says so. `--check` measures a plan again and leaves with exit code 1 if it is off by more than 10 %; milliseconds are
-planned and compared as if the unreduced model always took the least that it has taken (others can only slow it
-down), and the clock's own answer stands beside.
-Where a method cannot reach a budget, the nearest one that it can is named; where it costs more than it saves (small
-models, small batches), that is said instead.
+**Guarantees.** A budget of multiply-adds (`2.3G`, `230M`, `1.6x-macs`) is never exceeded, and no block of a schedule of
+counts could keep one more token within it. A speed-up (`1.6x`, over the unreduced model with fused attention in the
+same process) or a time (`12ms` for one forward of `--batch-size` images) is predicted from a table of block times
+measured on this machine, including the time of the reducer. Then the reduced model is measured, interleaved with the
+unreduced one, and the schedule is corrected, at most twice, if it is off by more than 3 %; if it is still off, the report
+says so. `--check` measures a plan again and exits with code 1 if it is off by more than 10 %. Times in milliseconds are
+relative to the fastest time of the unreduced model (other processes can only slow it down); the plain clock time is
+reported as well.
+If a method cannot reach a budget, the error names the nearest budget that it can reach. If the method costs more than it
+saves (small models, small batches), the error says so.
 
-**Without images** the shape is the method's usual one with one keep rate. **With images** (`--data`) nothing is
-trained: on every other image a search looks for blocks and counts that change the model's answers least, all at the
-same cost; what it found is judged on the other half, beside the usual shape (the papers' uniform three stages) at the
-same cost. Methods with a scorer that has to be trained (`dtps`, `dynamicvit`) are planned without images, and methods
-that decide for every image (`ats`, `avit`) not at all.
+**Without images** the schedule has the method's default blocks and one keep rate. **With images** (`--data`) a search,
+without training, finds the blocks and counts that change the model's outputs least, among schedules of equal cost. It uses
+half of the images (every second one). The result is compared on the other half with the uniform schedule (the papers'
+three reducing blocks) of the same cost. Methods with a scorer that has to be trained (`dtps`, `dynamicvit`) are planned
+without images; adaptive methods (`ats`, `avit`) cannot be planned.
 
-**In a recipe**: `schedule = {{ at = [3, 6], leave = [98, 49] }}` under `[method]`, in the place of `keep` and `at`
-(`--set "method.schedule={{at=[3, 6], leave=[98, 49]}}"`). Counts cannot be warmed in.
+**In a recipe**: `schedule = {{ at = [3, 6], keep_counts = [98, 49] }}` under `[method]`, instead of `keep` and `at`
+(`--set "method.schedule={{at=[3, 6], keep_counts=[98, 49]}}"`). Warm-in works with keep rates only, not with counts.
 
-## Plans that were searched
+## Searched plans
 
-KL: mean distance to the unreduced model's class probabilities (nats), on {images} held-out images; 95 % intervals. A
-change is of the searched schedule against the uniform one, image by image.
+KL: mean KL divergence from the unreduced model's class probabilities (nats), on {images} held-out images, with 95 %
+intervals. The change is that of the searched schedule against the uniform one, paired by image.
 
 {searched}
 
@@ -89,7 +90,7 @@ def page(paths: Sequence[Path]) -> str:
     clear = sum(found is not None and found["mean"] > found["half"] for found in right)
     verdict = (
         f"The search beats the uniform schedule at equal cost on held-out images, by KL, in {better} of these "
-        f"{len(searched)} plans (the interval of the difference leaves out 0), and by top-1 in {clear} of them."
+        f"{len(searched)} plans (the interval of the difference excludes 0), and by top-1 in {clear} of them."
     )
     again = [check_row(plan, path.with_name(f"{path.stem}{CHECK}")) for path, plan in plans.items()]
     columns = (
@@ -106,9 +107,7 @@ def page(paths: Sequence[Path]) -> str:
     kinds = dict.fromkeys(
         f"{e['device']}, threads: {e['threads']}, {e['dtype']}, torch {e['torch']}, timm {e['timm']}" for e in here
     )
-    environment = (
-        f"{'; '.join(kinds)}; {min(e['date'] for e in here)[:10]}, on a machine that others used at the time. Written by "
-    )
+    environment = f"{'; '.join(kinds)}; {min(e['date'] for e in here)[:10]}, on a shared machine. Written by "
     environment += "`python -m benchmarks.plan_page`; commands and all numbers are in `results/plan-*.json`."
     images = ", ".join(map(str, sorted({plan["judged"][0]["images"] for plan in searched})))
     checked = markdown(columns, [cells for cells in again if cells is not None])
@@ -123,7 +122,8 @@ def name_of(plan: dict[str, Any]) -> str:
 def row(plan: dict[str, Any]) -> tuple[str, ...]:
     """Return the table row of a searched plan."""
     mine, theirs = plan["judged"]
-    blocks = " ".join(f"{block}:{left}" for block, left in zip(plan["schedule"]["at"], plan["schedule"]["leave"], strict=True))
+    schedule = Schedule.of(plan["schedule"])
+    blocks = " ".join(f"{block}:{count}" for block, count in zip(schedule.at, schedule.values, strict=True))
     distances = [f"{one['distance']['mean']:.4f} ± {one['distance']['half']:.4f}" for one in (theirs, mine)]
     shares = ["" if one["top1"] is None else f"{100 * one['top1']:.1f} %" for one in (theirs, mine)]
     top1 = plan["comparison"]["top1"]

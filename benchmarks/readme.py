@@ -1,8 +1,7 @@
 """``python -m benchmarks.readme``: write the tables of README.md and the demo table of docs/evidence.md.
 
-They come from committed runs of ``laconic demo`` and from the registry of methods.
-
-The runs are made by ``laconic demo --json > results/demo.json`` and
+They come from the registry of methods and from committed runs of ``laconic demo``, made by
+``laconic demo --json > results/demo.json`` and
 ``laconic demo --model deit_small_patch16_224 --rounds 24 --json > results/demo-deit-small.json``.
 """
 
@@ -21,13 +20,14 @@ from laconic.core.method import methods
 from laconic.training.token_labels import COVERED
 
 TOP = Path(__file__).parents[1]
-RUNS = ("demo", "demo-deit-small")  # the names of the tables in README.md, and of the files in results/
+RUNS = ("demo", "demo-deit-small")  # the names of the tables, and of the files in results/
+PAGES = {"README.md": ("demo-deit-small", "methods"), "docs/evidence.md": ("demo",)}  # tables of each page
 COST = ("", "M params", "GMACs", "patch tokens", "MACs-implied", "**measured**", "(quartiles)")
-FATES = ("", "object: kept", "merged", "dropped", "surroundings: kept", "merged", "dropped")
+FATES = ("", "object: kept", "merged", "dropped", "background: kept", "merged", "dropped")
 
 
 def cost_cells(row: dict[str, Any]) -> list[str]:
-    """What a row of a run costs, and how much faster it is."""
+    """Return the cells for the cost and the speed-up of a row."""
     label = row["name"] if row["keep"] is None else f"{row['name']} {row['keep']:g}"
     size = [label, f"{row['parameters'] / 1e6:.2f}", f"{row['macs'] / 1e9:#.4g}", " ".join(map(str, row["tokens"]))]
     if row["kind"] == "base":
@@ -37,7 +37,7 @@ def cost_cells(row: dict[str, Any]) -> list[str]:
 
 
 def answer_cells(row: dict[str, Any]) -> list[str]:
-    """How often a row is right."""
+    """Return the cells for the accuracy of a row."""
     found, same = row["accuracy"], row["agreement"]["top1"]
     if found is None:
         return ["n/a", "", "n/a"]
@@ -46,54 +46,54 @@ def answer_cells(row: dict[str, Any]) -> list[str]:
 
 
 def fate_cells(row: dict[str, Any]) -> list[str]:
-    """What became of the object and of its surroundings."""
+    """Return the cells for the shares of object and background patches that were kept, merged and dropped."""
     shares = [row["fate"][part][share] for part in ("object", "surroundings") for share in ("kept", "merged", "dropped")]
     return [cost_cells(row)[0], *(f"{share * 100:.0f}" for share in shares)]
 
 
 def measured_on(run: dict[str, Any]) -> str:
-    """What the times of a run are, and where they were measured."""
+    """Return a sentence on how and on which machine the times of a run were measured."""
     here, batch = run["environment"], run["rows"][0]["batch_size"]
     threads = f"{here['threads']} thread{'s' * (here['threads'] != 1)}"
     return (
         f"{here['dtype']}, batch {batch}, {here['rounds']} interleaved rounds, {threads} of {here['device']}, "
-        f"torch {here['torch']}, timm {here['timm']}. Measured: the time of the unreduced model, fused attention and all, by "
+        f"torch {here['torch']}, timm {here['timm']}. Measured: time of the unreduced model with fused attention divided by "
         "the time of the row, median and quartiles."
     )
 
 
 def demo_table(run: dict[str, Any]) -> str:
-    """A run with labelled images: cost, speed, accuracy; and what became of the object, where that is known."""
+    """Return the table of a run with labelled images: cost, speed, accuracy, and the shares of the object if it is known."""
     rows = run["rows"]
     first = markdown((*COST, "**top-1 %**", "(95 %)", "agrees %"), [[*cost_cells(row), *answer_cells(row)] for row in rows])
     notes = " ".join(f"{note[0].upper()}{note[1:]}." for note in (run["weights"], *run["notes"]))
     said = (
-        f"`laconic demo` on {run['model']} ({run['images']}), {measured_on(run)} (95 %): Wilson's interval. Agrees: the same "
-        "answer as the unreduced model's, right or wrong. One backbone for all rows but the smaller model's, nothing "
-        f"fine-tuned for a method. **{run['best']}** {notes}"
+        f"`laconic demo` on {run['model']} ({run['images']}), {measured_on(run)} (95 %): Wilson's interval. Agrees: same "
+        "prediction as the unreduced model. All rows but that of the smaller model have the same backbone, which is not "
+        f"fine-tuned for any method. **{run['best']}** {notes}"
     )
     known = [row for row in rows if row["fate"] is not None]
     if not known:
         return f"{first}\n\n{said}"
     means = (
-        "In % of the patches, at the end. Kept: a token stands in the patch's own place. Merged: a token elsewhere holds it. "
-        f"The object's patches are those of which it covers more than {COVERED:.0%}, the others are its surroundings."
+        "In % of the patches, after the last block. Kept: the patch is the origin of a token. Merged: another token holds it. "
+        f"Object patches are those that the object covers by more than {COVERED:.0%}; the others are background."
     )
     fates = markdown(FATES, [fate_cells(row) for row in known])
-    summary = "The scenes know where their object is. How much of it each method keeps, and how much of the rest"
+    summary = "Shares of object and background patches that each method keeps, merges and drops"
     return f"{first}\n\n{said}\n\n<details><summary>{summary}</summary>\n\n{fates}\n\n{means}\n\n</details>"
 
 
 def speed_table(run: dict[str, Any]) -> str:
-    """A run without labelled images, of which only the speed is told."""
+    """Return the table of a run without labelled images: cost and speed only."""
     rows = markdown(COST, [cost_cells(row) for row in run["rows"]])
     command = f"laconic demo --model {run['model']} --rounds {run['environment']['rounds']}"
     weights = run["weights"].partition(":")[0]
-    return f"{rows}\n\n`{command}`, {measured_on(run)} Only the speed is shown: {weights}."
+    return f"{rows}\n\n`{command}`, {measured_on(run)} Cost and speed only: {weights}."
 
 
 def methods_table() -> str:
-    """One line a method."""
+    """Return the table of methods, one line each."""
     yes = {True: "yes", False: "no"}
     rows = [
         (f"`{row.name}`", f"{row.title} ([{row.paper}](https://arxiv.org/abs/{row.paper}))", yes[row.trained], yes[row.learns])
@@ -103,27 +103,38 @@ def methods_table() -> str:
     return f"{table}\n\n`laconic list` shows the methods of your version."
 
 
-def filled(text: str, runs: Sequence[dict[str, Any]]) -> str:
-    """README.md with its generated parts made anew, from the runs named in `RUNS`."""
-    demo, speed = runs
-    for name, content in ((RUNS[0], demo_table(demo)), (RUNS[1], speed_table(speed)), ("methods", methods_table())):
-        block = re.compile(f"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.S)
-        if not block.search(text):
-            raise ValueError(f"README.md has no <!-- {name} --> ... <!-- /{name} -->")
-        text = block.sub(lambda m, content=content: m[1] + content + m[2], text)  # type: ignore[misc]
-    return text
-
-
 def read_runs() -> list[dict[str, Any]]:
-    """The runs that README.md shows."""
+    """Return the committed runs named in `RUNS`."""
     return [json.loads((TOP / "results" / f"{name}.json").read_text()) for name in RUNS]
 
 
+def block(name: str) -> str:
+    """Return a table between its markers: the name of a run (see `RUNS`) or "methods"."""
+    demo, speed = read_runs()
+    tables = {RUNS[0]: lambda: demo_table(demo), RUNS[1]: lambda: speed_table(speed), "methods": methods_table}
+    return f"<!-- {name} -->\n{tables[name]()}\n<!-- /{name} -->"
+
+
+def filled(text: str, names: Sequence[str]) -> str:
+    """Replace the named tables in the text of a page.
+
+    Raises:
+        ValueError: the page lacks the markers of a table.
+    """
+    for name in names:
+        old = re.compile(f"<!-- {name} -->\n.*?\n<!-- /{name} -->", re.S)
+        if not old.search(text):
+            raise ValueError(f"expected <!-- {name} --> ... <!-- /{name} --> in the page")
+        text = old.sub(block(name).replace("\\", "\\\\"), text)
+    return text
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the tables into README.md, or into the file named."""
+    """Write the tables into README.md and docs/evidence.md, of this repository or of the folder given."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    readme = Path(given[0]) if given else TOP / "README.md"
-    write_atomically(readme, filled(readme.read_text(), read_runs()))
+    for page, names in PAGES.items():
+        path = (Path(given[0]) if given else TOP) / page
+        write_atomically(path, filled(path.read_text(), names))
 
 
 if __name__ == "__main__":

@@ -57,8 +57,8 @@ class Cell:
     """The settings of one run. ``method`` is a name of `laconic.methods`, or one in `SPECIAL`.
 
     ``steps``: fine-tuning steps with batches of 32 (0: none). ``seed``: order of the images and all random draws. ``budget``:
-    "keep", a keep rate as the method's paper counts it, or "leaving", the counts of `KEEP_COUNTS` (adaptive methods choose their
-    own counts then).
+    "keep", a keep rate as the method's paper counts it, or "leaving", the counts of `KEEP_COUNTS` (adaptive methods then choose
+    their own counts).
     """
 
     method: str
