@@ -31,25 +31,25 @@ docs: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.methods_table docs/methods.md --page-only
 	$(BIN)/python -m benchmarks.readme
 
-# Hours on two cores; stop it and call it again as you like. What results/evidence.jsonl holds already is not run again.
+# Hours on two cores. It can be interrupted and resumed: runs that results/evidence.jsonl holds are not repeated.
 evidence: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.evidence --page docs/evidence.md $(ARGS)
 
-# An hour on two cores; resumable as well.
+# An hour on two cores; it can be resumed too.
 methods: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.methods_table docs/methods.md $(ARGS)
 
-# Half an hour on an otherwise idle machine: the speed on this machine, with the pages made of it.
+# Half an hour on an otherwise idle machine: measure the speed and write its pages.
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.performance docs/performance.md --run cpu
 	$(BIN)/python -m benchmarks.performance docs/performance.md --run cpu-compiled
 	$(BIN)/python -m benchmarks.scaling docs/scaling.md --run
 
-# Has anything become slower than the committed run? (on the same kind of machine)
+# Report what has become slower than in the committed run (on the same kind of machine).
 bench-check: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.performance docs/performance.md --check cpu
 
-# Half an hour and more: two fresh environments under .compat, the newest supported versions and the oldest.
+# More than half an hour: two new environments in .compat, with the newest and the oldest supported versions.
 compat:
 	$(PYTHON) tests/compat.py docs/compatibility.md $(ARGS)
 
