@@ -60,7 +60,7 @@ class Run:
     token: Tensor  # [B, P] the token whose origin the patch is, or -1: the patch has to be filled in
     host: Tensor  # [B, P] the token that a patch was merged into, -1 if it was dropped
     last: Tensor  # [B, P, C] features of the filled patches before the block that dropped or merged them
-    similar: Tensor  # [B, P] the token most similar to a filled patch (see `departures`)
+    similar: Tensor  # [B, P] the token most similar to a filled patch (see `removals`)
     norm_bias: Tensor  # [C] output of the final norm for zeros
     grid: tuple[int, int]
 
@@ -103,7 +103,7 @@ def filled(run: Run, name: str) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------ the reduced model
-def departures(model: Any, pixels: Tensor) -> Run:
+def removals(model: Any, pixels: Tensor) -> Run:
     """Run a reduced model; record which patches were dropped or merged, their features then, and the most similar token.
 
     Most similar: the kept token with the highest cosine to the patch's token, by the features before the block that drops or
@@ -202,7 +202,7 @@ def measured(wheel: Path, pixels: Tensor) -> list[dict[str, Any]]:
     for number, (method, keep) in enumerate(variants, 1):
         laconic.reduce_(model, method, keep=keep, at=BLOCKS)
         macs = laconic.summary(model).macs
-        runs = [departures(model, batch) for batch in batches]
+        runs = [removals(model, batch) for batch in batches]
         laconic.restore_(model)
         for name in (fill for fill in FILLS if fill != "host" or method in MERGING):
             values: dict[str, list[float]] = {}

@@ -166,9 +166,9 @@ def diversity(read: Reader) -> str:
         "top-1, %",
         "diversity score",
         "object, own token",
-        "surroundings, own",
+        "background, own token",
         "object, held",
-        "surroundings, held",
+        "background, held",
     ]
     return markdown(header, rows)
 
