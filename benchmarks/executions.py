@@ -40,7 +40,7 @@ class Given(AdaptiveReducer):
         self.counts = counts
 
     def between(self, tokens: Tokens, seen: AttentionView, n: int) -> Tokens:
-        return self.leave(tokens, (arange_like(tokens.size) < self.counts.unsqueeze(1)).to(tokens.size.dtype))
+        return self.hide(tokens, (arange_like(tokens.size) < self.counts.unsqueeze(1)).to(tokens.size.dtype))
 
 
 def executions(model: str, batch: int, setting: Setting) -> dict[str, Any]:

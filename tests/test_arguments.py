@@ -176,7 +176,7 @@ def test_an_example_is_images(example, match):
 
 
 def test_an_example_of_other_channels():
-    with pytest.raises(ValueError, match="example has 1 channels, and the model takes 3"):
+    with pytest.raises(ValueError, match="example has 1 channels, but the model takes 3"):
         check_example(IMAGES[:, :1], 3)
     check_example(IMAGES.half(), 3)
     check_example(None, 3)

@@ -1,4 +1,4 @@
-"""Module and class names of version 0.1, for user code and pickles: they import what they are called now, with a warning."""
+"""Module and class names of version 0.1, for user code and pickles: each imports its successor, with a warning."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ NAMES: dict[str, dict[str, str]] = {
 
 
 class OldModule(types.ModuleType):
-    """A module of version 0.1; its names are those of the module that has taken its place."""
+    """A module of version 0.1; its names are looked up in the module that replaced it."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -160,13 +160,13 @@ class OldModule(types.ModuleType):
         return getattr(importlib.import_module(f"laconic.{new}"), names.get(name, name))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the public function of this name: importing an old module puts it over the function in the package."""
+        """Call the public function of this name, which importing an old module hides in the package."""
         name = self.__name__.removeprefix("laconic.")
         return getattr(self, name)(*args, **kwargs)
 
 
 class OldNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Find modules of version 0.1 by their old names; it is asked only for modules that do not exist."""
+    """Find modules of version 0.1 by their old names; Python asks this finder only for modules that no other finder knows."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         """Return the spec of an old name, or None."""
@@ -176,17 +176,17 @@ class OldNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        """Return the stand-in for an old module."""
+        """Return the replacement for an old module."""
         new = new_name(spec.name.removeprefix("laconic."))
         warnings.warn(f"{spec.name} is now laconic.{new}", DeprecationWarning, stacklevel=2)
         return OldModule(spec.name)
 
     def exec_module(self, module: types.ModuleType) -> None:
-        """Do nothing: names are looked up when they are asked for."""
+        """Do nothing: `OldModule` looks up names at access."""
 
 
 def new_name(old: str) -> str | None:
-    """Return what a module of version 0.1 is called now (both without ``laconic.``), or None."""
+    """Return the current name of a module of version 0.1 (both without ``laconic.``), or None."""
     if old in MODULES:
         return MODULES[old]
     parent, dot, leaf = old.rpartition(".")
@@ -197,6 +197,6 @@ def new_name(old: str) -> str | None:
 
 
 def install() -> None:
-    """Let old names be found, once."""
+    """Install the finder of old names, once."""
     if not any(isinstance(finder, OldNames) for finder in sys.meta_path):
         sys.meta_path.append(OldNames())

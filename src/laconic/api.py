@@ -1,4 +1,4 @@
-"""Reduce the tokens of a model in place, and undo it."""
+"""Reduce the tokens of a model in place, and undo the reduction."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 import laconic.backbones
-import laconic.methods  # noqa: F401 (registers the methods that come with laconic; the line above the models)
+import laconic.methods  # noqa: F401 (registers laconic's methods; the line above registers the supported models)
 from laconic.core.arguments import checked
 from laconic.core.backbone import HOSTS, ModelSpec, find_host
 from laconic.core.dense import Fill
@@ -36,43 +36,44 @@ def reduce_(
     example: Tensor | None = None,
     **options: Any,
 ) -> M:
-    """Reduce the tokens of a vision transformer, in place; the same object is returned.
+    """Reduce the tokens of a vision transformer in place, and return the same object.
 
-    Parameters, buffers and their names stay; what a method learns is added under ``laconic.``. Before it returns, the
-    model is run on one image to prove that its blocks are parted rightly, that tokens really leave and that no prefix
-    token is touched. If anything is refused the model is as it was.
+    Parameters, buffers and their names stay as they are; parameters that a method learns are added under ``laconic.``.
+    Before this function returns, it runs the model on one image to verify that attention and MLP together reproduce each
+    block, that tokens are really removed and that no prefix token is changed. If a check fails, the model is as it was.
 
     Args:
         model: a supported vision transformer, or a module with exactly one inside (see `laconic.hosts`).
         method: a name (see `laconic.methods`) with ``options``, a config such as ``laconic.ETPS(similarity="cosine")``, or a
             `Reducer` of your own, registered or not.
-        keep: keep rate in (0, 1] of each reducing block, as the method's paper counts it; one, or one for each block.
-        at: zero-based blocks to reduce at; by default a quarter, a half and three quarters of the depth.
+        keep: keep rate in (0, 1] of each reducing block, as the method's paper defines it; one for all blocks, or one each.
+        at: zero-based indices of the reducing blocks; by default a quarter, a half and three quarters of the depth.
         schedule: a `Schedule` (or its JSON) instead of ``keep`` and ``at``.
-        budget: what it may cost, instead of ``keep`` and ``schedule``: "2.3G" multiply-adds of one image, "1.6x-macs" (1.6
-            times fewer of them), or, measured now on this machine, "1.6x" (as fast as unreduced) or "12ms" for a forward.
-            It is at the size of ``example``, and times are of a forward of that batch (without one: of one image of the
-            model's own size). `laconic.plan` does the same and says what it found.
-        restore: give every patch features again after the last block and the final norm: those of the token it went to or, if
-            it was dropped, those of a fill: ``similar`` (the token that was most similar when it was dropped; this is what
-            True means, since it measures best on a dense task), ``nearest`` (the nearest patch that is held), ``mean``,
-            ``zeros`` or ``last`` (its own when it was dropped). No pooling of the model counts what was filled. So dense heads
-            and readers of ``last_hidden_state`` find as many tokens as ever; it costs what is behind the blocks. Models of
-            transformers whose tokens are averaged outside get it by default where tokens were merged, with ``mean``, so
-            that every mean is right; there True means ``mean``.
-        compute: ``needed`` computes only what the answer reads, at inference: where a model's own forward answers by its class
-            token, the last block runs for that token alone; where a method only drops tokens, dropped tokens get no queries.
-            The answer is equal up to rounding; `forward_features` and hooks on blocks still get everything. ``all`` computes
-            every row. By default ``needed`` where something is reduced.
-        example: an input such as the model will get, [B, channels, height, width], for the proof, for ``budget`` and for the
-            warning where reduction does not pay; by default noise of the model's own input size, one image.
-        options: of the method, when it is given by name.
+        budget: target cost, instead of ``keep`` and ``schedule``: "2.3G" multiply-adds of one image, "1.6x-macs" (1.6
+            times fewer of them), or, measured now on this machine, "1.6x" (1.6 times as fast as unreduced) or "12ms" for a
+            forward. Costs refer to the size of ``example``, and times to a forward of that batch (without an example: to
+            one image of the model's own input size). `laconic.plan` finds the same schedule and reports its predictions.
+        restore: return features for every patch after the last block and the final norm: those of the token that holds the
+            patch or, for a dropped patch, a fill: ``similar`` (the token that was most similar when the patch was dropped;
+            True means this one, since it measures best on a dense task), ``nearest`` (the nearest patch that a token holds),
+            ``mean``, ``zeros`` or ``last`` (the patch's own features when it was dropped). The model's pooling ignores filled
+            patches. Dense heads and code that reads ``last_hidden_state`` then get the full number of tokens, and layers after
+            the blocks run on all patches again. For models of transformers whose tokens are averaged outside the model,
+            restoring with ``mean`` is the default if tokens were merged, so that every mean is right; there True means
+            ``mean``.
+        compute: ``needed`` computes, at inference, only the rows that the output reads: if the model's own forward reads
+            only the class token, the last block runs for that token alone; if a method only drops tokens, dropped tokens get
+            no queries. The output is equal up to rounding; `forward_features` and hooks on blocks still get all rows.
+            ``all`` computes every row. The default is ``needed`` if the schedule reduces anything.
+        example: an input such as the model will get, [B, channels, height, width]; used to verify the reduced model, for
+            ``budget`` and for the warning that a reduction does not pay. Default: one noise image of the model's input size.
+        options: options of the method, if it is given by name.
 
     Raises:
         TypeError: not a module, an unknown model or block class, an unknown option.
-        LookupError: an unknown method, or something the method needs that this model has not (a class token).
-        ValueError: a keep rate outside (0, 1], blocks out of range or repeated, a model reduced or compiled already,
-            attention that is not fused, a budget that cannot be met, a model whose blocks do not behave as their class says.
+        LookupError: an unknown method, or a model without something that the method needs (a class token).
+        ValueError: a keep rate outside (0, 1], blocks out of range or repeated, a model that is already reduced or compiled,
+            attention that is not fused, a budget that cannot be met, a model whose blocks differ from their class's entry.
     """
     if "rows" in options:
         warnings.warn("reduce_(rows=...) is now reduce_(compute=...)", DeprecationWarning, stacklevel=2)
@@ -107,10 +108,10 @@ def reduce_(
 
 
 def _refuse_wrapped(model: nn.Module, host: nn.Module, reduction: TokenReduction) -> None:
-    """Refuse wrappers and shards that were made of the parameters there were.
+    """Raise if wrappers or shards were made before the method's parameters existed.
 
     Raises:
-        ValueError: the model is sharded, or the method adds parameters to a model that is wrapped already.
+        ValueError: the model is sharded, or the method adds parameters to a model that is already wrapped.
     """
     if any(hasattr(p, "device_mesh") for p in host.parameters()):
         raise ValueError("this model is sharded already (fully_shard); reduce it first, then shard it")
@@ -125,18 +126,18 @@ def _refuse_wrapped(model: nn.Module, host: nn.Module, reduction: TokenReduction
 def planned(
     config: Method, entry: ModelSpec, host: nn.Module, keep: float | Sequence[float] | None, at: Sequence[int] | None = None
 ) -> Schedule:
-    """The schedule of a method on a host for a keep rate.
+    """Return the schedule of a method on a model for a keep rate.
 
-    Methods that reduce at the quarters of the depth by default do so where the papers put them on this backbone.
+    A method whose default is the quarters of the depth uses the blocks that the papers use on this backbone (`ModelSpec.at`).
     """
     depth = len(entry.blocks(host))
     plan = config.default_schedule(depth, keep, at)
-    usual = at is None and entry.at is not None
-    if usual and keep is not None:  # a rate that is spread over several blocks does not show where its sites are
-        usual = config.default_schedule(depth, 1.0, None).at == quarters(depth)
-    elif usual:
-        usual = plan.at == quarters(depth)
-    return config.default_schedule(depth, keep, entry.at(host)) if usual and entry.at is not None else plan
+    at_quarters = at is None and entry.at is not None
+    if at_quarters and keep is not None:  # a rate spread over several blocks hides the default blocks: ask with rate 1
+        at_quarters = config.default_schedule(depth, 1.0, None).at == quarters(depth)
+    elif at_quarters:
+        at_quarters = plan.at == quarters(depth)
+    return config.default_schedule(depth, keep, entry.at(host)) if at_quarters and entry.at is not None else plan
 
 
 @contextmanager
@@ -161,7 +162,7 @@ def is_reduced(model: nn.Module) -> bool:
 
 
 def restore_(model: M) -> M:
-    """Undo `reduce_`, in place: the model is bit for bit what it was (with whatever training has made of its weights).
+    """Undo `reduce_` in place: the model is bit for bit what it was, except for weights that were trained since.
 
     Raises:
         ValueError: the model is not reduced.

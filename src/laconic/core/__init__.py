@@ -1,1 +1,1 @@
-"""How a reduced model runs: tokens, schedules, methods and reducers, the views of attention, and the runtime."""
+"""The machinery of a reduced model: tokens, schedules, methods and reducers, attention views, and the runtime."""

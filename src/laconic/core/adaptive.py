@@ -1,4 +1,4 @@
-"""Methods that decide for every image how many tokens it keeps: what they share."""
+"""Base classes of adaptive methods, which choose for every image how many tokens to keep."""
 
 from __future__ import annotations
 
@@ -18,43 +18,43 @@ Execution = Literal["packed", "padded", "masked"]
 
 
 class AdaptiveReducer(Reducer):
-    """It says who stays by `leave`: at inference the house takes the others out, in training nobody sees them."""
+    """A reducer that hides tokens with `hide`. Hidden tokens are removed at inference and masked in training."""
 
     def active(self, before: int, n: int) -> bool:
         return self.site.keep != 1
 
     @staticmethod
-    def leave(tokens: Tokens, stays: Tensor, into: Tensor | None = None) -> Tokens:
-        """Hide the tokens whose ``stays`` [B, L] is 0; those hidden before stay hidden.
+    def hide(tokens: Tokens, keep: Tensor, into: Tensor | None = None) -> Tokens:
+        """Hide the tokens whose ``keep`` [B, L] is 0; tokens that are already hidden remain hidden.
 
-        ``into`` [B, L] is the token that takes over the patches of each one that leaves (-1, and by default: none does).
+        ``into`` [B, L] is the token that takes over the patches of each hidden token (-1, the default: the patches are dropped).
         """
-        stays = stays if tokens.keep_mask is None else stays * tokens.keep_mask
+        keep = keep if tokens.keep_mask is None else keep * tokens.keep_mask
         gone = torch.full_like(tokens.origin_index, -1) if into is None else into
-        return tokens.soft_drop(stays, torch.where(stays > 0, arange_like(tokens.size), gone))
+        return tokens.soft_drop(keep, torch.where(keep > 0, arange_like(tokens.size), gone))
 
 
 @dataclass(frozen=True)
 class AdaptiveMethod(Method):
-    """Options that all methods share which decide for every image how many tokens it keeps.
+    """The options that all adaptive methods share.
 
     Args:
-        execution: at inference; training always hides tokens and removes none. ``packed`` runs the tokens there are and
-            nothing else. ``padded`` fills up to the image of the batch with most tokens; what fills is seen by nobody.
-            ``masked`` runs all tokens (constant shapes; so do torch.compile and export, whatever is asked for). The answers
-            are the same.
+        execution: how hidden tokens are run at inference (training always masks them and removes none). ``packed`` runs
+            the kept tokens only. ``padded`` pads every image to the largest number of kept tokens in the batch, with masked
+            tokens. ``masked`` runs all tokens (constant shapes; torch.compile and export always use it). All three give the
+            same outputs.
     """
 
     execution: Execution = "packed"
 
-    compacts: ClassVar[bool] = True  # may tokens that leave be taken out for good?
+    compacts: ClassVar[bool] = True  # True if hidden tokens may be removed for good
 
     def blocks(self, depth: int) -> tuple[int, ...]:
-        """Where the paper puts it."""
+        """Return the paper's reducing blocks for a model of this depth."""
         raise NotImplementedError
 
     def default_schedule(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
-        """Without a keep rate the method decides alone."""
+        """Return the schedule for a keep rate; without one the method alone chooses the number of tokens."""
         blocks = self.blocks(depth) if at is None else tuple(at)
         return Schedule.adaptive(blocks) if keep is None else Schedule.rates(keep, blocks)
 

@@ -1,4 +1,4 @@
-"""Arguments of `laconic.reduce_` and `laconic.Schedule`: refused where they cannot be meant, else made plain Python values."""
+"""Checks of the arguments of `laconic.reduce_` and `laconic.Schedule`, and their conversion to plain Python values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from laconic.core.values import is_whole, items, plain, shown
 
-FILLS = ("similar", "nearest", "mean", "zeros", "last")  # of `restore`
+FILLS = ("similar", "nearest", "mean", "zeros", "last")  # values of ``restore``
 
 
 # ------------------------------------------------------------------------------------------------ schedules
@@ -17,7 +17,8 @@ def blocks(at: Any) -> tuple[int, ...]:
     """Return block numbers as a tuple of ints.
 
     Raises:
-        TypeError: not a sequence. ValueError: no blocks, or not different block numbers from 0 in rising order.
+        TypeError: not a sequence.
+        ValueError: no blocks, or not distinct zero-based block numbers in rising order.
     """
     numbers = items(at)
     if numbers is None:
@@ -63,7 +64,7 @@ def rates(keep: Any) -> float | tuple[float, ...]:
 
 
 def count(value: Any, unit: str) -> int:
-    """Return a count of tokens to leave or to remove as an int.
+    """Return a number of tokens to keep or to remove as an int.
 
     Raises:
         ValueError: not a whole number, or too small.
@@ -98,7 +99,7 @@ def checked(
     """Check the arguments of `laconic.reduce_` that need no model; return ``keep``, ``at`` and ``restore`` as plain values.
 
     Raises:
-        TypeError, ValueError: one that is wrong, by name.
+        TypeError, ValueError: an argument is wrong; the message names it.
     """
     if budget is not None:
         check_budget(budget)
@@ -108,7 +109,7 @@ def checked(
 
 
 def check_budget(budget: Any) -> None:
-    """Refuse a budget that is not text, and say what to write for a number.
+    """Raise if a budget is not text; the message says what to write instead of a number.
 
     Raises:
         TypeError: not text.
@@ -124,7 +125,7 @@ def check_budget(budget: Any) -> None:
 
 
 def check_compute(compute: Any) -> None:
-    """Refuse a value of ``compute`` that does not exist.
+    """Raise if ``compute`` has an unknown value.
 
     Raises:
         ValueError: neither None nor one of the words.
@@ -134,10 +135,10 @@ def check_compute(compute: Any) -> None:
 
 
 def fill(restore: Any) -> bool | str | None:
-    """Return what `restore` asks for as a plain value.
+    """Return ``restore`` as a plain value.
 
     Raises:
-        ValueError: neither None, nor a bool, nor one of the words for what dropped patches get.
+        ValueError: neither None, nor a bool, nor the name of a fill for dropped patches.
     """
     value = plain(restore)
     if value is None or isinstance(value, bool) or (isinstance(value, str) and value in FILLS):
@@ -146,7 +147,7 @@ def fill(restore: Any) -> bool | str | None:
 
 
 def check_example(example: Any, channels: int | None = None) -> None:
-    """Refuse an example that is not a batch of images with values; ``channels`` is how many the model takes, if known.
+    """Raise if an example is not a batch of finite images; ``channels`` is the number the model takes, if known.
 
     Raises:
         ValueError: not a tensor of four dimensions, no images, integers, NaN or infinite values, other channels.
@@ -162,6 +163,6 @@ def check_example(example: Any, channels: int | None = None) -> None:
         raise ValueError(f"example must hold floats as the model takes them, e.g. pixels.float() / 255, not {example.dtype}")
     if example.is_meta or not example.isfinite().all():
         found = "has no values (meta device)" if example.is_meta else "has NaN or infinite values"
-        raise ValueError(f"example {found}, so nothing can be proved by it; pass an image with finite values")
+        raise ValueError(f"example {found}, so the model cannot be verified with it; pass an image with finite values")
     if channels is not None and example.shape[1] != channels:
-        raise ValueError(f"example has {example.shape[1]} channels, and the model takes {channels}: {tuple(example.shape)}")
+        raise ValueError(f"example has {example.shape[1]} channels, but the model takes {channels}: {tuple(example.shape)}")

@@ -1,7 +1,7 @@
-"""The seam with the host's attention: read q, k, v; add a bias. The host's own code, fused attention included, runs on.
+"""Read q, k and v of a model's attention, and add a bias to its logits, while the model's own code runs.
 
-A `torch.overrides.TorchFunctionMode` sees the one `scaled_dot_product_attention` call a block makes, with q and k exactly
-as the host computed them (after q/k norm and rotary embedding). Nothing of the host's attention is rewritten.
+A `torch.overrides.TorchFunctionMode` intercepts the one `scaled_dot_product_attention` call of a block, with q and k exactly
+as the model computed them (after q/k norm and rotary embedding). The model's attention is not rewritten and stays fused.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 class AttentionTap(TorchFunctionMode):
-    """While active, notes every `scaled_dot_product_attention` call in ``calls`` and adds ``bias`` to its logits.
+    """While active, records every `scaled_dot_product_attention` call in ``calls`` and adds ``bias`` to its logits.
 
-    With ``weights`` [B, H, N, N] the call does not look at q and k at all: its answer is weights @ v. ``rows`` [B, N] are the
-    tokens of the full number that a mask of the host's own, made for all of them, is to be read at.
+    With ``weights`` [B, H, N, N] the call ignores q and k and returns weights @ v. If the model makes an attention mask for
+    all its original tokens, ``rows`` [B, N] are the indices of the present tokens among those.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class AttentionTap(TorchFunctionMode):
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is not F.scaled_dot_product_attention or (self.depth and len(running_calls()) != self.depth):
-            return func(*args, **(kwargs or {}))  # something else, or inside a forward that a hook of the block has started
+            return func(*args, **(kwargs or {}))  # another function, or a forward that a hook of the block has started
         call = {**dict(zip(_ARGUMENTS, args, strict=False)), **(kwargs or {})}
         if self.rows is not None and call.get("attn_mask") is not None:
             call["attn_mask"] = narrowed(call["attn_mask"], self.rows)
@@ -56,43 +56,43 @@ class AttentionTap(TorchFunctionMode):
         return self.answer(func, call)
 
     def answer(self, func: Any, call: dict[str, Any]) -> Tensor:
-        """The attention itself."""
+        """Return the output of the attention call."""
         if self.weights is None:
             return func(**call)
         return self.weights.to(call["value"].dtype) @ per_query(call["value"], self.weights.shape[1])
 
 
 def per_query(heads: Float[Tensor, "B G N D"], count: int) -> Float[Tensor, "B H N D"]:
-    """Keys or values once for each of ``count`` query heads (grouped queries share theirs)."""
+    """Repeat keys or values for each of ``count`` query heads (grouped queries share them)."""
     groups = count // heads.shape[1]
     return heads if groups == 1 else heads.repeat_interleave(groups, 1)
 
 
 @dataclass(frozen=True)
 class AttentionView:
-    """One attention call as a method may look at it. Every view is computed when it is asked for, in float32."""
+    """One attention call, for methods to read. Every property is computed at access, in float32."""
 
     q: Float[Tensor, "B H N D"]
-    k: Float[Tensor, "B G M D"]  # G key heads: as many as H, or a divisor of it (grouped queries)
+    k: Float[Tensor, "B G M D"]  # G key heads: equal to H, or a divisor of it (grouped queries)
     v: Float[Tensor, "B G M E"]
     mask: Tensor | None
     scale: float
     prefix: int
     has_cls: bool
     alive: Tensor | None = None  # [B, L] patch tokens that count as queries; None: all
-    coarse: bool = False  # are the keys cells of a grid, and not the tokens?
+    coarse: bool = False  # True if the keys are cells of a grid instead of tokens
 
     @classmethod
     def of(cls, calls: list[dict[str, Any]], tokens: Tokens, block: str, *, coarse: bool = False) -> AttentionView:
-        """The view of the one call that ``block`` made on ``tokens``.
+        """Return the view of the one call that ``block`` made on ``tokens``.
 
         Raises:
-            RuntimeError: it made none, or several.
+            RuntimeError: the block made no call, or several.
         """
         if len(calls) != 1:
             raise RuntimeError(
-                f"{block} made {len(calls)} calls of scaled_dot_product_attention where laconic needs exactly one; switch "
-                "fused attention on (timm.layers.set_fused_attn(True) before creating the model)"
+                f"{block} made {len(calls)} calls of scaled_dot_product_attention; laconic needs exactly one. Switch fused "
+                "attention on (timm.layers.set_fused_attn(True) before creating the model)"
             )
         call = calls[0]
         q, k, v, scale, mask = call["query"], call["key"], call["value"], call.get("scale"), call.get("attn_mask")
@@ -102,40 +102,40 @@ class AttentionView:
 
     @property
     def cls(self) -> Float[Tensor, "B L"]:
-        """Attention of the class token to each patch token, mean over heads, softmax over all tokens. O(N C), never N x N.
+        """Attention of the class token to each patch token, mean over heads, softmax over all tokens. O(N C), not O(N^2).
 
         Raises:
-            LookupError: the host has no class token.
+            LookupError: the model has no class token.
         """
         return self.cls_heads.mean(1)
 
     @property
     def cls_heads(self) -> Float[Tensor, "B H L"]:
-        """Attention of the class token to each patch token, of each head.
+        """Attention of the class token to each patch token, for each head.
 
         Raises:
-            LookupError: the host has no class token.
+            LookupError: the model has no class token.
         """
         if not self.has_cls:
             raise LookupError(
                 "this backbone has no class token, so there is no class attention to score with; pass "
-                "score='mean-query' (the attention of the mean patch query), or take a method with a score of its own "
-                "(dtps, dynamicvit, tome)"
+                "score='mean-query' (the attention of the mean patch query), or use a method that does not score by class "
+                "attention (dtps, dynamicvit, tome)"
             )
         return self._row_heads(self.q[:, :, 0], None if self.mask is None else self.mask[:, :, 0])
 
     @property
     def value_lengths(self) -> Float[Tensor, "B H L"]:
-        """Length of each patch token's value, of each head."""
+        """L2 norm of each patch token's value, for each head."""
         return torch.linalg.vector_norm(self._per_query(self.v)[:, :, self.prefix :].float(), dim=-1)
 
     @property
     def mean_query(self) -> Float[Tensor, "B L"]:
-        """Attention of the mean patch query, mean over heads: a stand-in where there is no class token."""
+        """Attention of the mean patch query, mean over heads: a substitute for class attention in models without one."""
         queries = self.q[:, :, self.prefix :].float()
         if self.mask is None or self.mask.dtype == torch.bool or self.mask.shape[2] == 1:
             row = None if self.mask is None else self.mask[:, :, 0]
-        else:  # biases of each pair: that towards a key is the mean over the same queries
+        else:  # a bias for each pair of tokens: average it over the same queries
             row = self._mean_alive(self.mask[:, :, self.prefix :].float())
         return self._row_heads(self._mean_alive(queries), row).mean(1)
 
@@ -146,7 +146,7 @@ class AttentionView:
 
     @property
     def matrix(self) -> Float[Tensor, "B H N N"]:
-        """All attention weights, prefix tokens among queries and keys. O(H N^2): for methods that are defined by it."""
+        """All attention weights, with prefix tokens among queries and keys. O(H N^2): for methods defined by this matrix."""
         logits = self.q.float() @ self._per_query(self.k).float().transpose(-2, -1) * self.scale
         return (logits if self.mask is None else add_bias(self.mask, logits)).softmax(-1)
 
@@ -161,11 +161,11 @@ class AttentionView:
 
     @property
     def values(self) -> Float[Tensor, "B L E"]:
-        """Value of each patch token, heads side by side."""
+        """Value of each patch token, heads concatenated."""
         return self._per_query(self.v)[:, :, self.prefix :].float().transpose(1, 2).flatten(2)
 
     def rows(self, index: Int[Tensor, "B M"]) -> Float[Tensor, "B M L"]:
-        """Attention of the patch queries ``index`` to all patch tokens, mean over heads: M rows of the full matrix."""
+        """Return the attention of the patch queries ``index`` to all patch tokens, mean over heads: M rows of the matrix."""
         q = gather_rows(self.q.transpose(1, 2), index + self.prefix).transpose(1, 2).float()
         logits = q @ self._per_query(self.k).float().transpose(-2, -1) * self.scale
         if self.mask is not None:
@@ -178,7 +178,7 @@ class AttentionView:
         if self.coarse:
             raise LookupError(
                 f"the {x.shape[2]} keys of this block are cells of its grid, not its {self.q.shape[2]} tokens, so there is no "
-                "attention towards tokens to look at; take a method that scores by features (dtps, dynamicvit)"
+                "attention towards tokens to score with; use a method that scores by features (dtps, dynamicvit)"
             )
         return x
 
@@ -186,14 +186,14 @@ class AttentionView:
         return per_query(self._of_tokens(x), self.q.shape[1])
 
     def _mean_alive(self, of_queries: Tensor) -> Tensor:
-        """The mean of [B, H, L, ...] over the patch queries that count."""
+        """Return the mean of [B, H, L, ...] over the visible patch queries."""
         if self.alive is None:
             return of_queries.mean(2)
         count = self.alive.unsqueeze(1).unsqueeze(3).detach()
         return (of_queries * count).sum(2) / count.sum(2).clamp_min(1e-6)
 
     def _row_heads(self, q: Tensor, row: Tensor | None) -> Tensor:
-        """The attention of one query [B, H, D] of each head, with what is added to its logits [b, h, N]."""
+        """Return the attention of one query [B, H, D] for each head; ``row`` [b, h, N] is a mask or bias on its logits."""
         # multiply and sum reads the strided keys once; a matmul would copy them first
         logits = (self._per_query(self.k).float() * (q.float() * self.scale).unsqueeze(2)).sum(-1)
         return (logits if row is None else add_bias(row, logits)).softmax(-1)[..., self.prefix :]

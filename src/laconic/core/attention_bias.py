@@ -1,4 +1,4 @@
-"""What is added to attention logits: log of sizes and of soft decisions, and biases of the host's own."""
+"""Biases on attention logits: logarithms of token sizes and of soft keep decisions, combined with the model's own masks."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from laconic.core.gather import gather_rows
 from laconic.core.shape_types import Float, Int
 from laconic.core.tokens import Tokens
 
-# What a softly removed token still weighs, so that the logarithm and its gradient stay finite. It must be far below any
-# ratio of two attention weights, or an outlier shines through; float16 cannot carry the gradient of so little.
+# The weight of a softly dropped token, so that the logarithm and its gradient stay finite. It must be far below any ratio of
+# two attention weights, or an outlier remains visible; float16 cannot represent the gradient of such a small number.
 SOFT_FLOOR = 1e-30
 SOFT_FLOOR_HALF = 1e-8
-# The gradient towards a removed token is its attention weight by the sum of all others', which has no bound: 1 / eps, as in
-# DynamicViT's code, is where it stops here.
+# The gradient towards a dropped token is its attention weight divided by the sum of all others, which is unbounded; it is
+# clamped at 1 / eps, as in DynamicViT's code.
 SOFT_SLOPE = 1e6
 
 
@@ -37,24 +37,24 @@ class SoftLog(torch.autograd.Function):
 
 
 def add_bias(mask: Tensor | None, bias: Tensor) -> Tensor:
-    """An attention mask (boolean or additive) with ``bias`` on top."""
+    """Add ``bias`` to an attention mask (boolean or additive)."""
     if mask is None:
         return bias
     return torch.where(mask, bias, float("-inf")) if mask.dtype == torch.bool else mask + bias
 
 
 def narrowed(mask: Float[Tensor, "*b H T T"], rows: Int[Tensor, "B N"]) -> Float[Tensor, "B H N N"]:
-    """A bias for all pairs of T tokens, of each image or the same for all, read at these tokens of each image."""
+    """Select these tokens of each image from a bias for all pairs of T tokens (one for each image, or one for all)."""
     every = mask.expand(rows.shape[0], -1, -1, -1)
     there = gather_rows(every.transpose(1, 2), rows)  # [B, N, H, T]
     return gather_rows(there.permute(0, 3, 2, 1), rows).permute(0, 2, 3, 1)
 
 
 def bias_of(tokens: Tokens) -> Tensor | None:
-    """What the gates of the tokens add to attention logits: [B, 1, 1, N], or [B, 1, N, N] with soft decisions, or None.
+    """Return the bias of the tokens on attention logits: [B, 1, 1, N], or [B, 1, N, N] with soft decisions, or None.
 
-    Proportional attention adds log(size) for the key (ToMe). A softly removed token is hidden from all but itself:
-    M_ij = alive_j + (1 - alive_j) [i = j] multiplies exp(logit) (DynamicViT, eq. 11), that is log M_ij is added.
+    Proportional attention adds log(size) for the key (ToMe). A softly dropped token is hidden from all tokens but itself:
+    M_ij = keep_j + (1 - keep_j) [i = j] multiplies exp(logit) (DynamicViT, eq. 11), so log M_ij is added to the logit.
     """
     bias = None
     if tokens.attn_scale is not None:
@@ -71,7 +71,7 @@ def bias_of(tokens: Tokens) -> Tensor | None:
 
 
 def shown_of(tokens: Tokens) -> Tensor | None:
-    """Whether others see each token, prefix tokens among them: [B, N] as a factor, or None where all are seen."""
+    """Return the visibility of each token to the others, prefix tokens included: a factor [B, N]; None if all are visible."""
     if tokens.keep_mask is None and tokens.visible_prefix is None:
         return None
     patches = tokens.keep_mask_or_ones

@@ -43,7 +43,7 @@ class ATSReducer(AdaptiveReducer):
         there = tokens.keep_mask_or_ones
         score = self.score(tokens, seen) * there
         sample = sorted_sample if self.config.sampling == "sorted" else raster_sample
-        return self.leave(tokens, sample(score.detach(), there > 0, n))
+        return self.hide(tokens, sample(score.detach(), there > 0, n))
 
     def score(self, tokens: Tokens, seen: AttentionView) -> Tensor:
         """Return the class token's attention times the length of the value, [B, L]; only ratios of scores matter."""

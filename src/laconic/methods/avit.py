@@ -73,7 +73,7 @@ class AViTReducer(AdaptiveReducer):
         spent = torch.where(on > 0, spent + h, spent)
         tokens = tokens.set_per_image(**{ANSWER: answer, SPENT: spent[:, :prefix]})
         columns = {**tokens.per_token, SPENT: spent[:, prefix:]}
-        return self.leave(tokens, on[:, prefix:]).replace(visible_prefix=on[:, :prefix], per_token=columns)
+        return self.hide(tokens, on[:, prefix:]).replace(visible_prefix=on[:, :prefix], per_token=columns)
 
     def losses(self, tokens: Tokens, rate: float) -> dict[str, Tensor]:
         schedule = self.site.schedule

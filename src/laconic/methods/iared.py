@@ -52,7 +52,7 @@ class InterpreterReducer(AdaptiveReducer):
             p = informative.clamp(1e-6, 1 - 1e-6)
             log = torch.where(stays > 0, p.log(), (-p).log1p()) * there
             news[LOG_PROBABILITY] = log.sum(1, keepdim=True)
-        return self.leave(tokens, stays).append_per_image(**news)
+        return self.hide(tokens, stays).append_per_image(**news)
 
     def informative(self, tokens: Tokens, there: Tensor) -> Tensor:
         """Return how informative each patch token is, from 0 to 1, [B, L]."""

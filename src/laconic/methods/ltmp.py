@@ -55,8 +55,8 @@ class LTMPReducer(AdaptiveReducer):
         before, holes = tokens, self.training or self.config.execution == "masked"
         importance = seen.matrix.mean((1, 2))[:, tokens.prefix :] if holes else seen.received
         merges, into = matches(tokens, seen.keys, partial(self.above, threshold=self.merging))
-        tokens = self.leave(absorb(tokens, merges, into), 1 - merges, into)
-        tokens = self.leave(tokens, self.above(highest_given(importance, merges, into), self.pruning))
+        tokens = self.hide(absorb(tokens, merges, into), 1 - merges, into)
+        tokens = self.hide(tokens, self.above(highest_given(importance, merges, into), self.pruning))
         if self.training:
             tokens = tokens.set_per_image(**{WORK: work_left(before, tokens, self.site)})
         rank = (arange_like(tokens.size) + tokens.prefix) % 2

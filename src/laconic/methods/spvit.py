@@ -57,7 +57,7 @@ class SPViTReducer(AdaptiveReducer):
         first = (score + 2 * gone + 4 * there).detach().argmax(1, keepdim=True)
         tokens = tokens.append(weight.unsqueeze(1) @ tokens.patches.float(), tokens.origin_index.gather(1, first))
         tokens = tokens.replace(per_token={**tokens.per_token, PACKAGE: F.pad(packages, (0, 1), value=1.0)})
-        return self.leave(tokens, F.pad(keep, (0, 1), value=1.0), torch.full_like(arange_like(tokens.size), len(tokens) - 1))
+        return self.hide(tokens, F.pad(keep, (0, 1), value=1.0), torch.full_like(arange_like(tokens.size), len(tokens) - 1))
 
     def decide(self, log: Tensor) -> Tensor:
         """Return exactly 1 for kept tokens, else 0: a mean package would amplify rounding errors of zero weights."""
