@@ -119,10 +119,10 @@ def test_reduced_already():
 
 
 def test_compiled_patched_or_empty_models():
-    refused(torch.compile(make("plain")), ValueError, "compiled already")
+    refused(torch.compile(make("plain")), ValueError, "already compiled")
     model = make("plain")
     model.blocks[1].compile()
-    refused(model, ValueError, "compiled already")
+    refused(model, ValueError, "already compiled")
     model = make("plain")
     model.blocks[2].forward = lambda x: x
     refused(model, ValueError, "put on it by another tool")

@@ -20,7 +20,7 @@ READ_BY_TOKEN = sorted(set(FAMILIES) - AVERAGED)
 def whole(model):
     """The same model with all rows computed."""
     other = copy.deepcopy(model)
-    other.laconic.spares = False
+    other.laconic.skip_unused = False
     return other
 
 
@@ -37,7 +37,7 @@ def both(method, family, at=(1, 2)):
 def test_every_method_answers_the_same(method):
     for at in (AT,) if method == "avit" else ((1, 2), AT):  # avit answers after the last block, where it must work
         model, x, spared, full = both(method, "plain", at)
-        assert model.laconic.spares
+        assert model.laconic.skip_unused
         torch.testing.assert_close(spared, full, **CLOSE)
 
 
@@ -183,7 +183,7 @@ def test_nothing_reduced_is_the_model_itself_unless_asked():
     x = images("plain")
     for rows in (None, "all"):
         model = laconic.reduce_(make("plain"), "topk", keep=1.0, compute=rows)
-        assert not model.laconic.spares
+        assert not model.laconic.skip_unused
         assert torch.equal(model(x), make("plain")(x))
     model = laconic.reduce_(make("plain"), "topk", keep=1.0, compute="needed")
     assert queries_of(model, x) == [37, 37, 37, 1]
@@ -249,7 +249,7 @@ def test_steps_that_do_not_hold_are_not_used(caplog):
         laconic.reduce_(model, "etps", keep=0.6, at=[0, 1])
     assert "block 2" in caplog.text
     assert "its attention in steps differs" in caplog.text
-    assert not model.laconic.spares
+    assert not model.laconic.skip_unused
     assert queries_of(model, images("plain"))[-1] == 15
 
 
@@ -269,7 +269,7 @@ def test_every_step_is_proved(step, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, logger="laconic"):
         model = laconic.reduce_(make("plain"), "etps", keep=0.6, at=[0, 1])
     assert "its attention in steps differs" in caplog.text
-    assert not model.laconic.spares
+    assert not model.laconic.skip_unused
 
 
 def test_rows_are_saved(tmp_path):

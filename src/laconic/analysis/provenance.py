@@ -69,7 +69,7 @@ def provenance(of: nn.Module | Tensor | Mapping[str, Any] | tuple[Any, ...]) -> 
             raise AssertionError
     else:
         history = _of_output(of)
-    while history.given_back and history.previous is not None:
+    while history.restored and history.previous is not None:
         history = history.previous
     return _provenance(history)
 
@@ -163,7 +163,7 @@ def restore_dense(
             f"features of shape {tuple(features.shape)} do not fit their forward, which kept {images} images of "
             f"{tokens.prefix} prefix and {len(tokens)} patch tokens"
         )
-    if history.given_back:
+    if history.restored:
         return laid_out(features[:, prefix:], tokens, layout)
     norm = reduction.entry_of_host.final_norm(reduction.model) if fill == "last" else None
     return laid_out(restored(tokens, features[:, prefix:], fill, norm), tokens, layout)

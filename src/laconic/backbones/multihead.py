@@ -19,7 +19,7 @@ def self_attention(attn: Any, x: Tensor) -> Tensor:
     return F.linear(mixed.transpose(1, 2).flatten(2), attn.out_proj.weight, attn.out_proj.bias)
 
 
-def obstacle(attn: Any) -> str | None:
+def unsupported_reason(attn: Any) -> str | None:
     """Why this attention is not the one that `self_attention` spells out, or None."""
     if not attn.batch_first:
         return "its nn.MultiheadAttention has batch_first=False; make it with batch_first=True"

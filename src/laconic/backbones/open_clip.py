@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laconic.backbones.multihead import obstacle, self_attention
+from laconic.backbones.multihead import unsupported_reason, self_attention
 from laconic.core.backbone import BlockSpec, MethodOverride, ModelSpec, register_block, register_host
 
 AFTER = ("ln_2", "mlp", "ls_2")
@@ -58,15 +58,15 @@ def _pool_attends(readout: Any, own: Any, query: Tensor, key: Tensor, value: Ten
     return own(query, key, value, **kw, **more)
 
 
-def _stand_ins(m: Any) -> list[MethodOverride]:
+def _method_overrides(m: Any) -> list[MethodOverride]:
     return [(m, "_global_pool", _global_pool), *((pool.attn, "forward", _pool_attends) for pool in _pools(m))]
 
 
-def _obstacle(m: Any) -> str | None:
+def _unsupported_reason(m: Any) -> str | None:
     if getattr(m.patch_dropout, "prob", 0) > 0:
         return "its patch dropout already removes patches in training; create it with patch_dropout=0"
     hidden = (b.attn for b in m.transformer.resblocks if isinstance(b.attn, nn.MultiheadAttention))
-    return next(filter(None, map(obstacle, hidden)), None)
+    return next(filter(None, map(unsupported_reason, hidden)), None)
 
 
 def _rows(m: Any, before: int, after: int) -> dict[str, int]:
@@ -101,8 +101,8 @@ register_host(
         heads=_heads,
         example=_example,
         pooling=_pooling,
-        unsupported_reason=_obstacle,
-        method_overrides=_stand_ins,
+        unsupported_reason=_unsupported_reason,
+        method_overrides=_method_overrides,
         features=lambda m: (m, "forward"),
         head_methods=("_pool",),
         final_norm=lambda m: None if m.final_ln_after_pool else m.ln_post,

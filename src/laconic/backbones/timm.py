@@ -154,7 +154,7 @@ def _grid_of(m: Any, size: tuple[int, int]) -> tuple[int, int] | None:
     return getattr(embed, "grid_size", None)
 
 
-def _obstacle(m: Any) -> str | None:
+def _unsupported_reason(m: Any) -> str | None:
     if not isinstance(getattr(m, "patch_drop", None), nn.Identity | None):
         return "its patch dropout already removes patches in training; create it with patch_drop_rate=0"
     if getattr(getattr(m, "attn_pool", None), "pos_embed", None) is not None:
@@ -174,7 +174,7 @@ for _path in ("timm.models.vision_transformer.VisionTransformer", "timm.models.e
             heads=_heads,
             example=_example,
             pooling=_pooling,
-            unsupported_reason=_obstacle,
+            unsupported_reason=_unsupported_reason,
             head_reads_prefix_only=("forward", "forward_features", "forward_head", "pool"),
             grid_of=_grid_of,
         )

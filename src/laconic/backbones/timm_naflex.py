@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laconic.backbones.timm import _heads, _obstacle, _pooling
+from laconic.backbones.timm import _heads, _unsupported_reason, _pooling
 from laconic.core.backbone import ModelSpec, register_host
 
 
@@ -64,7 +64,7 @@ register_host(
         heads=_heads,
         example=_example,
         pooling=_pooling,
-        unsupported_reason=_obstacle,
+        unsupported_reason=_unsupported_reason,
         grid_of=lambda m, size: tuple(m.embeds.dynamic_feat_size(size)),
         patch_embed=lambda m: m.embeds,
         method_overrides=lambda m: [(m, "_forward_embeds", _forward_embeds), (m, "_pool", _pool)],

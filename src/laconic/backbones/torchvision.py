@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laconic.backbones.multihead import obstacle, self_attention
+from laconic.backbones.multihead import unsupported_reason, self_attention
 from laconic.core.backbone import BlockSpec, ModelSpec, register_block, register_host
 
 
@@ -44,6 +44,6 @@ register_host(
         grid_of=lambda m, size: (size[0] // m.patch_size, size[1] // m.patch_size),
         patch_embed=lambda m: m.conv_proj,
         rows=lambda m, before, after: {"encoder.ln": after, "heads": 1},
-        unsupported_reason=lambda m: next(filter(None, (obstacle(b.self_attention) for b in m.encoder.layers)), None),
+        unsupported_reason=lambda m: next(filter(None, (unsupported_reason(b.self_attention) for b in m.encoder.layers)), None),
     )
 )

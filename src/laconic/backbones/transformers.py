@@ -50,7 +50,7 @@ def _example(m: Any) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(0)).to(reference.device, reference.dtype)
 
 
-def _obstacle(m: Any) -> str | None:
+def _unsupported_reason(m: Any) -> str | None:
     name = m.config._attn_implementation
     if name not in (FUSED, "eager"):
         return (
@@ -95,7 +95,7 @@ _common = ModelSpec(
     heads=lambda m: m.config.num_attention_heads,
     example=_example,
     pooling=lambda m: ("token", False),
-    unsupported_reason=_obstacle,
+    unsupported_reason=_unsupported_reason,
     settings=_settings,
     unsupported_kwargs=("attention_mask", "head_mask"),
     restores_output=True,
@@ -119,7 +119,7 @@ def _probed(readout: Any, own: Any, query: Tensor, key: Tensor, value: Tensor, *
     return own(query, key, value, **kw)
 
 
-def _siglip_stand_ins(m: Any) -> list[MethodOverride]:
+def _siglip_overrides(m: Any) -> list[MethodOverride]:
     return [(m.head.attention, "forward", _probed)] if m.use_head else []
 
 
@@ -138,7 +138,7 @@ def _shared_bias(readout: Any, own: Any, window: Any, *resized: Any, **to: Any) 
     return out
 
 
-def _beit_stand_ins(m: Any) -> list[MethodOverride]:
+def _beit_overrides(m: Any) -> list[MethodOverride]:
     shared = getattr(getattr(m, "encoder", None), "relative_position_bias", None)
     biases: list[MethodOverride] = [] if shared is None else [(shared, "forward", _shared_bias)]
     return [*biases, (m.pooler, "forward", _averaged)] if _averages(m) else biases
@@ -149,12 +149,12 @@ _siglip = replace(
     _common,
     prefix=lambda m: (0, False),
     pooling=lambda m: ("map" if m.use_head else "avg", False),
-    method_overrides=_siglip_stand_ins,
+    method_overrides=_siglip_overrides,
 )
 _beit = replace(
     _common,
     pooling=lambda m: ("avg" if _averages(m) else "token", False),
-    method_overrides=_beit_stand_ins,
+    method_overrides=_beit_overrides,
 )
 for _path, _host in {
     "vit.modeling_vit.ViTModel": _common,

@@ -1,7 +1,7 @@
-"""Other people's models, as table entries: which classes Laconic knows, and how each block's forward falls in two halves.
+"""Table entries of supported backbones: known classes, and the split of each block into attention and MLP.
 
-Everything is keyed by full class path, because names repeat (timm alone has four classes called ``Block``), and nothing
-of a host library is imported here. What an entry says is proved on the user's own model when it is reduced.
+Entries are keyed by full class path, because names repeat (timm alone has four classes called ``Block``), so that no model
+library is imported here. When a model is reduced, its entry is verified on that very model.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ from typing import Any
 from torch import Tensor, nn
 
 Half = Callable[..., Tensor]
-# a module, one of its methods, and what replaces it while the model is reduced: a function of a module, called with a
-# `laconic.core.readout.Readout` of the model, the method itself, and its arguments
+# a module, one of its methods, and the function that replaces it while the model is reduced; it is called with a
+# `laconic.core.readout.Readout` of the model, the original method, and the arguments
 MethodOverride = tuple[nn.Module, str, Callable[..., Any]]
-Setting = tuple[Any, str, Any]  # an object, the name of one of its attributes, and the value it must have
+Setting = tuple[Any, str, Any]  # an object, the name of an attribute, and the value it must have
 
 
 @dataclass(frozen=True)
 class AttentionSteps:
-    """The attention of a block class in its steps, so that q, k and v are at hand and only some tokens need be queries.
+    """The attention of a block class in steps, which give q, k and v and allow queries for some tokens only.
 
-    What attention adds to x is ``added(scaled_dot_product_attention(queries(h), *keys_values(h)))`` with h = ``norm(x)``; all
-    but keys and values may be of some rows of x. ``project`` makes queries, keys and values at once. Each takes the block.
+    Attention adds ``added(scaled_dot_product_attention(queries(h), *keys_values(h)))`` to x, with h = ``norm(x)``; every step
+    but ``keys_values`` accepts a subset of the rows of x. ``project`` computes queries, keys and values at once. Each
+    function takes the block as its first argument.
     """
 
-    known: Callable[[Any], bool]  # is this very block's attention no more than these steps, without hooks and adapters, now?
+    known: Callable[[Any], bool]  # True if this block's attention is exactly these steps now: no hooks, adapters, overrides
     norm: Callable[[Any, Tensor], Tensor]
     queries: Callable[[Any, Tensor], Tensor]  # [B, M, C] -> [B, H, M, D]
     keys_values: Callable[[Any, Tensor], tuple[Tensor, Tensor]]  # [B, N, C] -> twice [B, H, N, D]
@@ -38,32 +39,32 @@ class AttentionSteps:
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """A block class: what attention adds to x, and what the MLP adds to x. None: it cannot be parted (parallel blocks)."""
+    """A block class: the terms that attention and MLP add to x. None if the block cannot be split (parallel blocks)."""
 
     attention: Half | None = None
     mlp: Half | None = None
     rope: str | None = None  # the keyword under which rotary tables [..., P, D] reach the block
-    grid: str | None = None  # the keyword under which a `laconic.core.grid.GridMap` does: keys and values are of the full grid
-    relative: bool = False  # does its attention add a bias [..., N, N] that was made for all the tokens there were?
-    opaque_attention: bool = False  # is its own attention out of sight (nn.MultiheadAttention)? Then it runs in its halves
-    mask: str | None = None  # the keyword under which an attention mask reaches the block that hides padding
-    # the keyword of a mask that the model makes itself: boolean, then it hides nothing, or a bias for all pairs of tokens
+    grid: str | None = None  # the keyword for a `laconic.core.grid.GridMap`, if keys and values come from the full grid
+    relative: bool = False  # True if its attention adds a bias [..., N, N] made for all original tokens
+    opaque_attention: bool = False  # True if its own attention call is hidden (nn.MultiheadAttention); it then runs in halves
+    mask: str | None = None  # the keyword under which an attention mask that hides padding reaches the block
+    # the keyword of a mask that the model makes itself: a boolean one that hides nothing, or a bias for all pairs of tokens
     own_mask: str | None = None
-    after: tuple[str, ...] = ("norm2", "mlp")  # its parts that see the tokens that are left between attention and MLP
-    # rows through a layer of it, by its name, where they are not the tokens (a network that makes a bias)
+    after: tuple[str, ...] = ("norm2", "mlp")  # submodules that process the tokens kept between attention and MLP
+    # rows that pass through a layer, by its name, if they are not the tokens (a network that computes a bias)
     rows: Callable[[Any, str], int | None] = lambda block, name: None
-    steps: AttentionSteps | None = None  # its attention in steps, where they are known
+    steps: AttentionSteps | None = None  # its attention in steps; None if they are not known
 
     @property
     def needs_positions(self) -> bool:
-        """Whether it has to be told where tokens are, or is to be run in a way of its own: not as it stands."""
-        told = self.rope is not None or self.grid is not None or self.own_mask is not None
-        return told or self.relative or self.opaque_attention
+        """True if the block needs the tokens' positions or a special execution path, so its plain forward is not enough."""
+        keyword = self.rope is not None or self.grid is not None or self.own_mask is not None
+        return keyword or self.relative or self.opaque_attention
 
 
 @dataclass(frozen=True)
 class StageSpec:
-    """One stage of a host; most have one only. Where there are several, each but the last hands on its full grid."""
+    """One stage of a backbone; most have only one. In a backbone of several, each but the last outputs its full grid."""
 
     depth: int
     dim: int
@@ -74,32 +75,32 @@ class StageSpec:
 
     @property
     def patches(self) -> int:
-        """Patches of an image of the host's own size."""
+        """Number of patches of an image of the model's own input size."""
         return self.grid[0] * self.grid[1]
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model class: where its blocks are, what comes before the patches, and what reads the tokens at the end."""
+    """A model class: its blocks, prefix tokens, positions, grid, and the readout of the last tokens."""
 
     path: str
     blocks: Callable[[Any], list[nn.Module]]
-    prefix: Callable[[Any], tuple[int, bool]]  # prefix tokens; is the first of them a class token?
+    prefix: Callable[[Any], tuple[int, bool]]  # number of prefix tokens; True if the first one is a class token
     positions: Callable[[Any], Tensor | None]  # absolute position embedding of the patches, [P, C]
     grid: Callable[[Any], tuple[int, int]]
     dim: Callable[[Any], int]
     heads: Callable[[Any], int]
     example: Callable[[Any], Tensor]  # an input of the model's own size, batch 1
-    pooling: Callable[[Any], tuple[str, bool]]  # "token" | "avg" | "map" | ..., and does it pool the prefix tokens too?
-    unsupported_reason: Callable[[Any], str | None]  # why this very model cannot be reduced, or None
-    stages: Callable[[Any], tuple[StageSpec, ...]] | None = None  # None: one stage, as the fields above say
-    at: Callable[[Any], tuple[int, ...]] | None = None  # where the papers reduce this model; None: at the quarters
-    # methods that are replaced while a model is reduced, beside those of blocks and ``pool``
+    pooling: Callable[[Any], tuple[str, bool]]  # "token" | "avg" | "map" | ...; True if it pools the prefix tokens too
+    unsupported_reason: Callable[[Any], str | None]  # the reason why this model cannot be reduced, or None
+    stages: Callable[[Any], tuple[StageSpec, ...]] | None = None  # None: one stage, described by the fields above
+    at: Callable[[Any], tuple[int, ...]] | None = None  # reducing blocks of the papers for this model; None: the quarters
+    # methods that are replaced while a model is reduced, in addition to the blocks' forwards and ``pool``
     method_overrides: Callable[[Any], list[MethodOverride]] = lambda m: []
-    # what has to be set for its attention to be fused, for as long as it is reduced
+    # attributes that must have certain values while the model is reduced, so that its attention is fused
     settings: Callable[[Any], list[Setting]] = lambda m: []
-    unsupported_kwargs: tuple[str, ...] = ()  # arguments of its forward that a reduced model does not take (attention masks)
-    # the module and the method that hand on the features of all tokens, normalised; with reduce_(restore=...) of all patches
+    unsupported_kwargs: tuple[str, ...] = ()  # arguments of its forward that a reduced model refuses (attention masks)
+    # the module and the method that return normalised features of all tokens; with reduce_(restore=...), of all patches
     features: Callable[[Any], tuple[nn.Module, str]] = lambda m: (
         m,
         "forward_features" if hasattr(m, "forward_features") else "forward",
@@ -108,22 +109,21 @@ class ModelSpec:
         "forward_head",
     )  # methods that take the last features, and may change them before they are pooled
     final_norm: Callable[[Any], nn.Module | None] = lambda m: getattr(m, "norm", None)  # between the blocks and the features
-    # the methods between its forward and its pooling, where these read nothing of the last block but the prefix tokens if it
-    # pools by "token"; empty: not so
+    # the methods between its forward and its pooling, if they read only the prefix tokens of the last block when the model
+    # pools by "token"; empty otherwise
     head_reads_prefix_only: tuple[str, ...] = ()
-    restores_output: bool = (
-        False  # does it hand on all its last tokens, for others to average? Then merged ones go to their patches
-    )
-    # rows and columns of the patches of an image [height, width] now; None: not known (its own size is ``grid``)
+    # True if the model returns all its last tokens, which callers may average: merged tokens are then restored to their patches
+    restores_output: bool = False
+    # rows and columns of patches of an image [height, width]; None if not known (``grid`` is for the model's own size)
     grid_of: Callable[[Any, tuple[int, int]], tuple[int, int] | None] = lambda m, size: None
-    patch_embed: Callable[[Any], nn.Module] = lambda m: m.patch_embed  # makes tokens of an image
-    # rows that pass through the layers of its other parts, by their name, of so many tokens before and after the blocks
+    patch_embed: Callable[[Any], nn.Module] = lambda m: m.patch_embed  # turns an image into tokens
+    # rows through each layer outside the blocks, by name, given the numbers of tokens before and after the blocks
     rows: Callable[[Any, int, int], dict[str, int]] | None = None
-    # multiply-adds of the matrix products there that no layer makes, of so many tokens as well
+    # multiply-adds outside the blocks of matrix products that are not layers, given the same two numbers
     extra_macs: Callable[[Any, int, int], int] = lambda m, before, after: 0
 
     def shapes(self, model: Any) -> tuple[StageSpec, ...]:
-        """The stages of a model."""
+        """Return the stages of a model."""
         if self.stages is not None:
             return self.stages(model)
         depth = len(self.blocks(model))
@@ -146,7 +146,7 @@ def register_host(host: ModelSpec) -> None:
 
 
 def register_refusal(path: str, reason: str) -> None:
-    """Say of a class that is no host, by its full path, why it cannot be reduced."""
+    """Record why a class cannot be reduced, by its full path."""
     REFUSED[path] = reason
 
 
@@ -156,24 +156,23 @@ def load_backbones() -> None:
 
 
 def hosts() -> dict[str, tuple[str, ...]]:
-    """What is supported, by full class path: the model classes and the block classes."""
-    load_backbones()
+    """Return the supported model classes and block classes, by full class path."""
     return {"models": tuple(sorted(HOSTS)), "blocks": tuple(sorted(BLOCKS))}
 
 
 def path_of(cls: type) -> str:
-    """The full path of a class."""
+    """Return the full path of a class."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def plain_type(module: Any) -> type:
-    """The class of a module as it is when its model is not reduced (see `laconic.core.patching`)."""
+    """Return the class that a module has while its model is not reduced (see `laconic.core.patching`)."""
     kind: type = type(module)
     return getattr(kind, "laconic_base", kind)
 
 
 def unhooked(*modules: nn.Module) -> bool:
-    """True if calling each module is to call its class's forward: no hooks of any kind, no forward of its own."""
+    """Return True if calling each module only calls its class's forward: no hooks, and no forward set on the instance."""
     for module in modules:
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return False
@@ -183,7 +182,7 @@ def unhooked(*modules: nn.Module) -> bool:
 
 
 def block_spec(block: nn.Module) -> BlockSpec:
-    """The entry of a block's class or of the class it was derived from (FSDP derives one).
+    """Return the entry of a block's class, or of a base class (FSDP derives a class from it).
 
     Raises:
         LookupError: its class is unknown.
@@ -192,7 +191,7 @@ def block_spec(block: nn.Module) -> BlockSpec:
 
 
 def block_path(block: nn.Module) -> str:
-    """The path of the class under which a block's entry is found.
+    """Return the class path of a block's entry.
 
     Raises:
         LookupError: its class is unknown.
@@ -206,11 +205,11 @@ def block_path(block: nn.Module) -> str:
 
 
 def find_host(model: nn.Module) -> tuple[nn.Module, ModelSpec]:
-    """The one supported vision transformer in ``model`` (itself, or a submodule of it) and its table entry.
+    """Return the one supported vision transformer in ``model`` (itself or a submodule) and its table entry.
 
     Raises:
-        TypeError: not a module, no supported model in it, or a block class that is not known.
-        ValueError: more than one supported model in it, or this one has something that cannot be reduced.
+        TypeError: not a module, no supported model in it, or an unknown block class.
+        ValueError: more than one supported model in it, or a model with a feature that cannot be reduced.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}; create the model first (timm.create_model)")
@@ -222,7 +221,7 @@ def find_host(model: nn.Module) -> tuple[nn.Module, ModelSpec]:
         _refuse(model.modules(), TypeError)
         known = ", ".join(sorted(HOSTS))
         raise TypeError(f"laconic does not know {path_of(type(model))}. Supported model classes: {known}")
-    # a class of one version is but a wrapper of the supported one in another (transformers' CLIPVisionModel)
+    # some classes are a model in one version and a wrapper of a model in another (transformers' CLIPVisionModel)
     found = [(m, h) for m, h in found if not any(m is not other and other in m.modules() for other, _ in found)]
     if len(found) > 1:
         names = [name for name, m in model.named_modules() if any(m is f for f, _ in found)]
@@ -235,9 +234,9 @@ def find_host(model: nn.Module) -> tuple[nn.Module, ModelSpec]:
             _refuse(block.modules(), LookupError)
         except LookupError as error:
             raise TypeError(f"block {i} of {type(host).__name__}: {error}") from None
-    obstacle = entry.unsupported_reason(host)
-    if obstacle:
-        raise ValueError(f"{type(host).__name__} cannot be reduced as it is: {obstacle}")
+    reason = entry.unsupported_reason(host)
+    if reason:
+        raise ValueError(f"{type(host).__name__} cannot be reduced as it is: {reason}")
     return host, entry
 
 
@@ -256,12 +255,12 @@ def _refuse_compiled(model: nn.Module) -> None:
     for module in model.modules():
         if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
             raise ValueError(
-                "this model is compiled already; reduce it first, then compile: torch.compile(reduce_(model, ...))"
+                "this model is already compiled; reduce it first, then compile: torch.compile(reduce_(model, ...))"
             )
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside wrappers that hold it (as ``module``, or ``_orig_mod`` of torch.compile) and nothing else."""
+    """Return the module inside wrappers that contain nothing else (as ``module``, or torch.compile's ``_orig_mod``)."""
     while True:
         members = [*model.named_children(), *model.named_parameters(recurse=False), *model.named_buffers(recurse=False)]
         if len(members) != 1 or members[0][0] not in ("module", "_orig_mod") or not isinstance(members[0][1], nn.Module):

@@ -1,4 +1,4 @@
-"""Where a reducer stands: what it may know of the host and of the schedule."""
+"""The facts about the model and the schedule that a reducer may use."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from laconic.core.schedule import Schedule
 
 @dataclass(frozen=True)
 class BlockContext:
-    """What a reducer may know when it is built: which stage it is, at which block, and how wide the host is."""
+    """The position of a reducer in the model and in the schedule. In a backbone of several stages all of it is per stage."""
 
-    ordinal: int
+    ordinal: int  # position among the blocks that have a reducer, from 0
     block: int
     dim: int
     heads: int
-    keep: float | None  # keep rate here; None where the schedule gives counts
-    before: int = 0  # patch tokens that come in and go out here, for an image of the host's own size
-    after: int = 0
-    grid: tuple[int, int] = (0, 0)  # patches of such an image: rows, columns
-    depth: int = 0  # blocks of the host
+    keep: float | None  # keep rate of this block; None if the schedule gives counts
+    before: int = 0  # patch tokens at the input of the block, for an image of the model's own size
+    after: int = 0  # patch tokens at its output
+    grid: tuple[int, int] = (0, 0)  # rows and columns of the patches of such an image
+    depth: int = 0  # number of blocks
     schedule: Schedule | None = None

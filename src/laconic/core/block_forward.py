@@ -1,14 +1,15 @@
-"""Run one block of a reduced model in one of four ways; `pass_block` chooses.
+"""Run one block of a reduced model on one of four execution paths; `pass_block` chooses the path.
 
-1. Untouched: the block's own forward, where nothing is to be done for these tokens.
-2. In two halves: attention, the method with a view of that attention, MLP. Where the steps of a block's attention are known
-   (`laconic.core.backbone.AttentionSteps`) q, k and v are computed one by one; elsewhere a `AttentionTap` sees the call of fused attention. A method
-   that only drops tokens, by keys and the class query, is asked before the queries of the others are computed.
-3. The prefix tokens alone: the last block, where the model's answer reads no other rows. Keys and values are of all tokens.
-4. Packed: where every image has its own number of tokens, the tokens of all images run as one row (`laconic.core.packing`).
+1. Untouched: the block's own forward, if these tokens need nothing else.
+2. In two halves: attention, the method with a view of that attention, MLP. If the steps of the block's attention are known
+   (`laconic.core.backbone.AttentionSteps`), q, k and v are computed explicitly; otherwise an `AttentionTap` intercepts the
+   call of fused attention. A method that only drops tokens, by keys and the class query, runs before the queries of the
+   other tokens are computed.
+3. Prefix tokens only: the last block, if the model's output reads no other rows. Keys and values are computed for all tokens.
+4. Packed: if every image has its own number of tokens, the tokens of all images run as one row (`laconic.core.packing`).
 
-All ways give the same answer but for rounding; `laconic.core.verify` compares them on the user's model. Hooks, adapters and
-overrides inside a block are looked for at each forward: where a way would not call them, it is not taken.
+All paths give the same output up to rounding; `laconic.core.verify` compares them on the user's model. Hooks, adapters and
+overrides inside a block are detected at each forward, and a path that would skip them is not used.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from laconic.core.method import Reducer
 from laconic.core.packing import Packing
 from laconic.core.tokens import Tokens
 
-Reads = Literal["all", "needed", "prefix"]  # rows of a block that are needed: all, or as its method says, or the prefix tokens'
+Reads = Literal["all", "needed", "prefix"]  # needed rows of a block: all; those of the kept tokens; those of the prefix tokens
 
 
 class BlockRun(NamedTuple):
@@ -39,13 +40,13 @@ class BlockRun(NamedTuple):
     Args:
         block: the module.
         own: the forward of the block's class.
-        link: what is known of the block since the model was reduced (`laconic.core.links.BlockLink`).
+        link: facts about the block that were recorded when the model was reduced (`laconic.core.links.BlockLink`).
         reduction: the model's `laconic.core.token_reduction.TokenReduction`.
         kwargs: the block's arguments besides the features, by name.
         reducer: the block's reducer; None if it has nothing to do.
         watcher: the reducer of the next block, if it reads this block's attention.
         n: patch tokens to keep.
-        reads: rows of the output that are read; "all" also where the fast path is off.
+        reads: rows of the output that are read; "all" also if the fast path is off.
     """
 
     block: Any
@@ -60,31 +61,31 @@ class BlockRun(NamedTuple):
 
     @property
     def spec(self) -> BlockSpec:
-        """The two halves of the block's class."""
+        """The table entry of the block's class."""
         return self.link.spec  # type: ignore[no-any-return]
 
 
 def pass_block(run: BlockRun, tokens: Tokens) -> Tokens:
-    """Run a block on tokens, and its reducer at each of its moments."""
+    """Run a block on tokens, and its reducer in each of its phases."""
     reducer, reduction = run.reducer, run.reduction
     if run.reads == "prefix":
         alone = prefix_only(run, tokens)
         if alone is not None:
             return alone
-    moments = () if reducer is None else reducer.phases
-    if reducer is not None and "before" in moments:
+    phases = () if reducer is None else reducer.phases
+    if reducer is not None and "before" in phases:
         tokens = apply(reduction, reducer, "before", tokens, run.n)
-    if reducer is not None and "ahead" in moments:
+    if reducer is not None and "ahead" in phases:
         tokens = _look_ahead(run, reducer, tokens)
-    tokens = _run(run, reducer if "between" in moments else None, tokens)
-    if reducer is not None and "after" in moments:
+    tokens = _run(run, reducer if "between" in phases else None, tokens)
+    if reducer is not None and "after" in phases:
         tokens = apply(reduction, reducer, "after", tokens, run.n)
     return tokens
 
 
-def apply(reduction: Any, reducer: Reducer, moment: str, tokens: Tokens, *arguments: Any) -> Tokens:
-    """Call a reducer at one of its moments; similarities, exponentials and sums of scores stay in float32 under autocast."""
-    work, kind = getattr(reducer, moment), tokens.x.device.type
+def apply(reduction: Any, reducer: Reducer, phase: str, tokens: Tokens, *arguments: Any) -> Tokens:
+    """Call a reducer in one phase; similarities, exponentials and sums of scores stay in float32 under autocast."""
+    work, kind = getattr(reducer, phase), tokens.x.device.type
     if reduction.around is not None:
         work = partial(reduction.around, work)
     if torch.is_autocast_enabled(kind):
@@ -99,50 +100,50 @@ def apply(reduction: Any, reducer: Reducer, moment: str, tokens: Tokens, *argume
 
 # ------------------------------------------------------------------------------------------------ whole blocks
 def _run(run: BlockRun, between: Reducer | None, tokens: Tokens) -> Tokens:
-    """Run the block untouched, by known steps, or with its attention watched; ``between`` is applied after the attention."""
+    """Run the block untouched, by known steps, or with its attention tapped; ``between`` is applied after the attention."""
     block, spec, reduction = run.block, run.link.spec, run.reduction
     packing = Packing.of(tokens) if reduction.adaptive and packs(reduction, spec) else None
     rows = _bias_rows(spec, tokens) if spec.relative else None
-    # transformers checkpoints a block inside of its class's forward; the runtime has done it around all of this already
-    again = block.training and getattr(block, "gradient_checkpointing", False)
-    idle = between is None and run.watcher is None and packing is None and rows is None and not again
+    # transformers checkpoints a block inside its class's forward; here `patching.checkpointed` already wraps the whole run
+    checkpointing = block.training and getattr(block, "gradient_checkpointing", False)
+    idle = between is None and run.watcher is None and packing is None and rows is None and not checkpointing
     if idle and tokens.attention is None and tokens.switches is None and (tokens.is_plain or _bias(spec, tokens) is None):
         return tokens.replace(x=first_of(run.own(block, tokens.x, **_placed(spec, tokens, None, run.kwargs))))
     if run.reads != "all" and run.watcher is None and packing is None and not (reduction.adaptive and reduction.packed):
         steps = known_steps(run, tokens)
         if steps is not None:
             return _by_steps(run, steps, between, tokens)
-    return _watched(run, between, tokens, packing, rows, again)
+    return _tapped(run, between, tokens, packing, rows, checkpointing)
 
 
-def _watched(
-    run: BlockRun, between: Reducer | None, tokens: Tokens, packing: Packing | None, rows: Tensor | None, again: bool
+def _tapped(
+    run: BlockRun, between: Reducer | None, tokens: Tokens, packing: Packing | None, rows: Tensor | None, checkpointing: bool
 ) -> Tokens:
-    """Run the block with its call of fused attention watched, and on a packed row where there is one."""
+    """Run the block with its call of fused attention intercepted; on a packed row if ``packing`` is given."""
     block, spec, watcher = run.block, run.spec, run.watcher
     bias = None if packing is not None else _bias(spec, tokens)
     kwargs = _placed(spec, tokens, packing, run.kwargs)
     calls: list[dict[str, Any]] = []
     x = tokens.x if packing is None else packing.pack(tokens.x)
-    parted = between is not None or tokens.switches is not None or spec.opaque_attention or again
+    in_halves = between is not None or tokens.switches is not None or spec.opaque_attention or checkpointing
     with AttentionTap(calls, bias, tokens.attention, rows) if packing is None else packing.watch(calls, rows):
-        if parted and spec.attention is not None:
+        if in_halves and spec.attention is not None:
             x = x + switched(tokens, packing, "attention", partial(spec.attention, block, **kwargs), x)
         elif tokens.switches is not None:
             x = x + switched(tokens, packing, "whole", partial(run.own, block, **kwargs), x)
         else:
             x = first_of(run.own(block, x, **kwargs))
     if not calls and (bias is not None or rows is not None):
-        AttentionView.of(calls, tokens, run.link.name)  # the bias was added to nothing: it says so
+        AttentionView.of(calls, tokens, run.link.name)  # raises: without an attention call the bias had no effect
     tokens = tokens.replace(x=x if packing is None else packing.unpack(x, tokens.x), attention=None)
     if watcher is not None or between is not None:
-        looked = calls if packing is None else packing.seen(calls)
-        seen = AttentionView.of(looked, tokens, run.link.name, coarse=spec.grid is not None)
+        padded = calls if packing is None else packing.seen(calls)
+        seen = AttentionView.of(padded, tokens, run.link.name, coarse=spec.grid is not None)
         if watcher is not None:
             tokens = apply(run.reduction, watcher, "watch", tokens, seen)
         if between is not None:
             tokens = apply(run.reduction, between, "between", tokens, seen, run.n)
-    if parted and spec.mlp is not None:
+    if in_halves and spec.mlp is not None:
         tokens = tokens.replace(x=_mlp(block, spec, run.reduction, tokens))
     return tokens.replace(switches=None)
 
@@ -157,7 +158,7 @@ def _mlp(block: Any, spec: BlockSpec, reduction: Any, tokens: Tokens) -> Tensor:
 
 
 def _look_ahead(run: BlockRun, reducer: Reducer, tokens: Tokens) -> Tokens:
-    """Show the reducer the block's attention before the block: its first half runs once more, for its q, k and v."""
+    """Run the reducer's ``ahead`` phase, with a view of the block's attention: its attention half runs one extra time."""
     spec = run.spec
     calls: list[dict[str, Any]] = []
     with AttentionTap(calls, _bias(spec, tokens), rows=_bias_rows(spec, tokens)):
@@ -169,7 +170,7 @@ def _look_ahead(run: BlockRun, reducer: Reducer, tokens: Tokens) -> Tokens:
 
 # ------------------------------------------------------------------------------------------------ by known steps
 def known_steps(run: BlockRun, tokens: Tokens) -> AttentionSteps | None:
-    """Return the steps of this block's attention; None where they are not known, or more is to be done for these tokens."""
+    """Return the steps of this block's attention; None if they are not known or do not suffice for these tokens."""
     steps = run.link.spec.steps
     if steps is None or not _only_gated(tokens) or not (not run.kwargs or bare(run.kwargs)) or not steps.known(run.block):
         return None
@@ -177,7 +178,7 @@ def known_steps(run: BlockRun, tokens: Tokens) -> AttentionSteps | None:
 
 
 def _by_steps(run: BlockRun, steps: AttentionSteps, between: Reducer | None, tokens: Tokens) -> Tokens:
-    """Run both halves; a method that only keeps some tokens, by the class query, is asked before the other queries."""
+    """Run both halves; a method that only drops tokens, by the class query, runs before the other queries are computed."""
     block, spec, reduction = run.block, run.link.spec, run.reduction
     mlp: Any = spec.mlp
     bias = _bias(spec, tokens)
@@ -199,10 +200,10 @@ def _by_steps(run: BlockRun, steps: AttentionSteps, between: Reducer | None, tok
 
 
 def prefix_only(run: BlockRun, tokens: Tokens) -> Tokens | None:
-    """Run the block for its prefix tokens alone; of the patch tokens, record where they go.
+    """Run the block for its prefix tokens only; record which patch tokens are kept, without their features.
 
-    None where that is not possible. Where the attention has no known steps it runs on all rows, and the MLP does not; then
-    there must be no reducer.
+    Return None if that is not possible. If the steps of the attention are not known, the attention runs on all rows and only
+    the MLP is limited to the prefix tokens; a block with a reducer then returns None.
     """
     block, spec, reducer, reduction = run.block, run.spec, run.reducer, run.reduction
     decides = reducer is not None and (reducer.reads == "anywhere" or reduction.adaptive)
@@ -225,19 +226,20 @@ def prefix_only(run: BlockRun, tokens: Tokens) -> Tokens | None:
     x = first + attend(block, steps, q, k, v, bias)
     if reducer is not None:
         seen = AttentionView.of([{"query": q, "key": k, "value": v, "attn_mask": bias}], tokens, run.link.name)
-        tokens = apply(reduction, reducer, "between", tokens, seen, run.n)  # of features that are not read: before the block
+        # the features in ``tokens`` are those before the block; such a reducer does not read them
+        tokens = apply(reduction, reducer, "between", tokens, seen, run.n)
     return tokens.replace(x=x + spec.mlp(block, x))
 
 
 def attend(block: Any, steps: AttentionSteps, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """Return what attention adds to the rows that the queries were made of."""
+    """Return the attention output for the rows of the queries, as it is added to x."""
     bias = None if bias is None else bias.to(k.dtype)
     return steps.added(block, F.scaled_dot_product_attention(q, k, v, attn_mask=bias))
 
 
 # ------------------------------------------------------------------------------------------------ hooks and overrides
 def quiet(module: nn.Module) -> bool:
-    """True if neither this module nor one inside it has a hook or a forward of its own."""
+    """Return True if neither this module nor a submodule has a hook or a forward set on the instance."""
     waiting: list[Any] = [module]
     while waiting:
         one = waiting.pop()
@@ -253,7 +255,7 @@ def quiet(module: nn.Module) -> bool:
 
 # ------------------------------------------------------------------------------------------------ parts of the above
 def switched(tokens: Tokens, packing: Packing | None, part: str, half: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return what a part of the block adds to ``x``, as far as the switches let it (see `laconic.core.block_gates`)."""
+    """Return the output that one half of the block adds to ``x``, times its gates (see `laconic.core.block_gates`)."""
     switches = tokens.switches
     if switches is None:
         return half(x)
@@ -262,18 +264,18 @@ def switched(tokens: Tokens, packing: Packing | None, part: str, half: Callable[
 
 
 def first_of(output: Any) -> Tensor:
-    """The features that a block gives, alone or as the first of a tuple."""
+    """Return the features in a block's output, which may be a tuple that starts with them."""
     features: Tensor = output[0] if isinstance(output, tuple) else output
     return features
 
 
 def packs(reduction: Any, spec: BlockSpec) -> bool:
-    """True if hidden tokens may be left out: not where a bias for pairs, or a grid, is made for the whole batch."""
+    """Return True if the block may run packed; False if it uses a pairwise bias or a grid, made for the whole batch."""
     return reduction.adaptive and reduction.packed and not spec.relative and spec.grid is None
 
 
 def _only_gated(tokens: Tokens) -> bool:
-    """True if nothing but a factor on the attention towards each token is to be done for these tokens."""
+    """Return True if these tokens need nothing but a factor on the attention towards each token."""
     return (
         tokens.keep_mask is None
         and tokens.visible_prefix is None
@@ -284,7 +286,7 @@ def _only_gated(tokens: Tokens) -> bool:
 
 
 def bare(kwargs: Mapping[str, Any]) -> bool:
-    """True if no argument of a block says anything."""
+    """Return True if every argument is None or False."""
     for value in kwargs.values():  # noqa: SIM110 (a generator would cost a frame for every value)
         if value is not None and value is not False:
             return False
@@ -292,14 +294,14 @@ def bare(kwargs: Mapping[str, Any]) -> bool:
 
 
 def _bias(spec: BlockSpec, tokens: Tokens) -> Tensor | None:
-    """Return the bias of the tokens on attention logits; None where its keys are cells of the full grid."""
+    """Return the bias of the tokens on attention logits; None if they have none, or if keys are cells of the full grid."""
     if spec.grid is not None or (tokens.attn_scale is None and tokens.keep_mask is None and tokens.visible_prefix is None):
         return None
     return bias_of(tokens)
 
 
 def _bias_rows(spec: BlockSpec, tokens: Tokens) -> Tensor | None:
-    """The tokens [B, N] of the full number that a bias made for all of them is to be read at."""
+    """Return the original indices [B, N] of the tokens, to index a bias that was made for all original tokens."""
     if not spec.relative or tokens.origin is None:
         return None
     first = torch.arange(tokens.prefix, device=tokens.origin.device).expand(tokens.origin.shape[0], -1)
@@ -307,14 +309,14 @@ def _bias_rows(spec: BlockSpec, tokens: Tokens) -> Tensor | None:
 
 
 def _placed(spec: BlockSpec, tokens: Tokens, packing: Packing | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keywords of a block, with what says where the tokens are: rows of its rotary table, or a map of its grid."""
+    """Return a block's keywords with the tokens' positions: their rows of the rotary table, or the map of the grid."""
     if spec.grid is not None:
         moved = GridMap.of(tokens)
         return kwargs if moved is None else {**kwargs, spec.grid: moved}
     table = None if spec.rope is None else kwargs.get(spec.rope)
     if spec.rope is None or table is None or (packing is None and tokens.origin is None):
         return kwargs
-    if isinstance(table, tuple):  # cosines and sines apart (transformers); in one table for as long as it takes
+    if isinstance(table, tuple):  # transformers has separate cosines and sines: concatenate, gather, split
         cos, sin = table
         rows = _rotary(torch.cat([sin, cos], -1), tokens, packing)
         return {**kwargs, spec.rope: (rows[..., sin.shape[-1] :], rows[..., : sin.shape[-1]])}
@@ -326,5 +328,5 @@ def _rotary(table: Tensor, tokens: Tokens, packing: Packing | None) -> Tensor:
 
 
 def name_of(index: int, block: nn.Module) -> str:
-    """The block, in words."""
+    """Return the name of a block for messages."""
     return f"block {index} ({path_of(type(block))})"

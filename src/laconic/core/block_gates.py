@@ -1,8 +1,8 @@
-"""Switches: which halves and which heads of the next block count for an image, and for which of its tokens.
+"""Gates on the next block: factors on its halves (attention, MLP) and heads, for each image and each of its tokens.
 
-A block's half adds something to its input, so to skip it is to multiply that by 0: the residual goes on. What a head of
-the attention hands on, and its channels at the input of the MLP, are multiplied likewise. The host's own code runs on: what
-its linear layers and its attention get and give is seen by a `torch.overrides.TorchFunctionMode`.
+A half adds its output to its input, so a factor of 0 skips it and keeps the residual. Head factors multiply the output of
+each attention head and its channels at the input of the MLP. The model's own code runs unchanged: a
+`torch.overrides.TorchFunctionMode` intercepts its attention and linear layers.
 """
 
 from __future__ import annotations
@@ -25,42 +25,42 @@ Half = Callable[[Tensor], Tensor]
 class Switches:
     """Factors for one block, usually 0 or 1.
 
-    ``halves``: on what attention and MLP add to each token (one for both, or one for each). ``heads``: on each head.
+    ``halves``: on the output that attention and MLP add to each token. ``heads``: on each head.
     """
 
-    halves: Float[Tensor, "B S N"]
+    halves: Float[Tensor, "B S N"]  # S: 1 (one factor for both halves) or 2 (one for each)
     heads: Float[Tensor, "B H n"] | None = None  # n: 1, or (in a packed row) its tokens
 
     def packed(self, index: Tensor) -> Switches:
-        """Those of the tokens ``index`` [T] of the flattened batch, as a batch of one image."""
+        """Return the factors of the tokens ``index`` [T] of the flattened batch, as a batch of one image."""
         heads, image = self.heads, index // self.halves.shape[2]
         row = None if heads is None else heads[:, :, 0].index_select(0, image).t().unsqueeze(0)
         return Switches(self.halves.transpose(0, 1).flatten(1).index_select(1, index).unsqueeze(0), row)
 
     def attention(self, half: Half, x: Tensor) -> Tensor:
-        """What the attention adds to x."""
+        """Return the gated output that attention adds to x."""
         if self.heads is None:
             return self._switched(half(x), 0)
         with _Attention(self.heads.unsqueeze(3)):
             return self._switched(half(x), 0)
 
     def mlp(self, half: Half, x: Tensor) -> Tensor:
-        """What the MLP adds to x."""
+        """Return the gated output that the MLP adds to x."""
         if self.heads is None:
             return self._switched(half(x), -1)
         entrance = _Entrance(self.heads.transpose(1, 2).repeat_interleave(x.shape[2] // self.heads.shape[1], 2))
         with entrance:
             out = half(x)
         if not entrance.inputs:
-            raise ValueError("the MLP of this host has no linear layer, so the channels of a head cannot be switched there")
+            raise ValueError("the MLP of this model has no linear layer, so the channels of a head cannot be switched there")
         return self._switched(out, -1)
 
     def whole(self, block: Half, x: Tensor) -> Tensor:
-        """What a block adds to x that has attention and MLP side by side."""
+        """Return the gated output that a parallel block (attention and MLP on the same input) adds to x."""
         if self.heads is not None or self.halves.shape[1] > 1:
             raise ValueError(
-                "this host computes attention and MLP side by side, so neither they nor heads can be switched alone; switch "
-                "tokens only (adavit: policies='tokens')"
+                "this model computes attention and MLP in parallel, so they and their heads cannot be switched separately; "
+                "switch tokens only (adavit: policies='tokens')"
             )
         return self._switched(block(x) - x, 0)
 
@@ -69,7 +69,7 @@ class Switches:
 
 
 class _Attention(TorchFunctionMode):
-    """While active, multiplies what `scaled_dot_product_attention` gives by a factor [B, H, n, 1]."""
+    """While active, multiplies the output of `scaled_dot_product_attention` by a factor [B, H, n, 1]."""
 
     def __init__(self, factor: Tensor) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class _Attention(TorchFunctionMode):
 
 
 class _Entrance(TorchFunctionMode):
-    """While active, multiplies the input of the first linear layer, and of those beside it, by a factor [B, n, C]."""
+    """While active, multiplies the input of the first linear layer, and of others with the same input, by [B, n, C]."""
 
     def __init__(self, factor: Tensor) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Features for every patch again: of the token that holds it or, where it was dropped, by a fill."""
+"""Restore features for every patch: those of the token that holds it or, for a dropped patch, a fill."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def restored(
     """Give every patch the features of the token that holds it.
 
     Args:
-        tokens: what is remembered of the tokens that the features are of.
-        features: of the patch tokens, without prefix tokens.
-        fill: for dropped patches. A number; ``zeros``; ``mean``: that of the patches that are held; ``nearest``: the features
-            of the nearest patch on the grid that is held (ties: the first); ``last``: its own when it was dropped; ``similar``:
-            those of the token that was most similar (cosine) when it was dropped. The last two are kept track of only where
-            `reduce_(restore=...)` asks for them.
-        norm: what was applied to ``features`` after the last block; ``last`` applies it too.
+        tokens: the tokens that the features belong to.
+        features: features of the patch tokens, without prefix tokens.
+        fill: the fill of dropped patches. A number; ``zeros``; ``mean``: the mean over the patches that a token holds;
+            ``nearest``: the features of the nearest held patch on the grid (ties: the first); ``last``: the patch's own
+            features when it was dropped; ``similar``: those of the token that was most similar (cosine) when it was dropped.
+            The last two are tracked only in models reduced with that value of `reduce_(restore=...)`.
+        norm: the norm that was applied to ``features`` after the last block; ``last`` applies it too.
 
     Raises:
-        ValueError: a fill that is not known, or that these tokens cannot give.
+        ValueError: an unknown fill, or one that was not tracked for these tokens.
     """
     if isinstance(fill, str) and fill not in FILLS:
         raise ValueError(f"fill must be a number or one of {', '.join(map(repr, FILLS))}, not {fill!r}")
@@ -58,7 +58,7 @@ def restored(
         return torch.where(absent, gather_rows(features, tokens.similar), dense)
     if fill == "similar" or tokens.dropped is None:
         raise ValueError(
-            f"fill={fill!r} needs to be kept track of from the first block on, which is done only in a model reduced with "
+            f"fill={fill!r} must be tracked from the first block on, which is done only in a model reduced with "
             f"restore={fill!r}"
         )
     last = tokens.dropped.to(dense.dtype)
@@ -66,13 +66,13 @@ def restored(
 
 
 def nearest_held(tokens: Tokens) -> Tensor:
-    """For every patch the nearest patch on the grid that a token holds: itself, if it is held. [B, P].
+    """Return for every patch the nearest patch on the grid that a token holds (itself, if it is held): [B, P].
 
     Raises:
         ValueError: the grid of the image is not known.
     """
     if tokens.grid is None:
-        raise ValueError("fill='nearest' needs the grid of the image's patches, which is not known here; take another fill")
+        raise ValueError("fill='nearest' needs the grid of the image's patches, which is not known here; use another fill")
     rows, columns = tokens.grid
     patch = torch.arange(rows * columns, device=tokens.token_of_patch.device)
     place = torch.stack([patch // columns, patch % columns], 1).float()
@@ -84,10 +84,10 @@ def nearest_held(tokens: Tokens) -> Tensor:
 
 
 def laid_out(dense: Float[Tensor, "B P C"], tokens: Tokens, layout: str) -> Tensor:
-    """Dense features as [B, P, C] (``NLC``) or [B, C, rows, columns] (``NCHW``).
+    """Return dense features as [B, P, C] (``NLC``) or [B, C, rows, columns] (``NCHW``).
 
     Raises:
-        ValueError: another layout, or the grid of the patches is not known.
+        ValueError: an unknown layout, or the grid of the patches is not known.
     """
     if layout not in get_args(Layout):
         raise ValueError(f"layout must be 'NLC' or 'NCHW', not {layout!r}")
@@ -98,11 +98,12 @@ def laid_out(dense: Float[Tensor, "B P C"], tokens: Tokens, layout: str) -> Tens
     return image_of(dense, tokens.grid).contiguous()
 
 
-# ------------------------------------------------------------------------------------------------ what a model hands over
-def hand_over(host: Any, module: Any, name: str, out: Any, call: Any) -> Any:
-    """The result of a method of the model, its features marked, and given back to all patches where that is asked for.
+# ------------------------------------------------------------------------------------------------ results of a model
+def finish_output(host: Any, module: Any, name: str, out: Any, call: Any) -> Any:
+    """Mark the features in a method's result and, if the reduction asks for it, restore them to all patches.
 
-    ``call`` is the `laconic.core.runtime.Call` that it was made in. Where several forwards began in it, or none, it is as it is.
+    ``call`` is the `laconic.core.runtime.Call` that returned ``out``. If it ran no forward, or more than one, ``out`` is
+    returned unchanged (except from a head method).
     """
     history, reduction = call.history, call.reduction
     entry = HOSTS[reduction.host_path]
@@ -118,7 +119,7 @@ def hand_over(host: Any, module: Any, name: str, out: Any, call: Any) -> Any:
 
 
 def _each(change: Callable[[Tensor], Tensor], out: Any) -> Any:
-    """Apply to the last features in a result: a tensor, the first tensors of a tuple, or the entries of a mapping."""
+    """Apply ``change`` to every tensor of a result: a tensor, a tuple or list, or a mapping (changed in place)."""
     if isinstance(out, Tensor):
         return change(out)
     if isinstance(out, tuple | list):
@@ -132,7 +133,7 @@ def _each(change: Callable[[Tensor], Tensor], out: Any) -> Any:
 
 
 def _fits(x: Tensor, tokens: Tokens) -> int | None:
-    """Return the number of prefix tokens in front of features of these tokens: all or none; None for anything else."""
+    """Return the number of prefix tokens that features of these tokens include (all or none); None for other tensors."""
     images, count = tokens.shape
     if x.dim() != 3 or x.shape[0] != images:
         return None
@@ -140,7 +141,7 @@ def _fits(x: Tensor, tokens: Tokens) -> int | None:
 
 
 def _whole(host: Any, entry: ModelSpec, x: Tensor, call: Any) -> Tensor:
-    """The last features with all patches, marked as such; anything else as it is."""
+    """Restore the last features to all patches, and mark them; return any other tensor unchanged."""
     history = call.history
     tokens, reduction = history.tokens, history.reduction
     prefix, patches = _fits(x, tokens), tokens.token_of_patch.shape[1]
@@ -149,20 +150,20 @@ def _whole(host: Any, entry: ModelSpec, x: Tensor, call: Any) -> Tensor:
     if reduction.restore:
         fill = reduction.fill_of(entry)
     elif tokens.merged:
-        fill = "mean"  # the caller may average all of them, each alike: then that is the mean over the patches that are held
+        fill = "mean"  # the caller may average all of them with equal weights: the result is the mean over the held patches
     else:
         return x
     dense = restored(tokens, x[:, prefix:], fill, entry.final_norm(host))
     whole = torch.cat([x[:, :prefix], dense], 1)
     if not call.tracing:
         entry_of_whole = history.after(history.block, as_patches(tokens))
-        entry_of_whole.given_back = True
+        entry_of_whole.restored = True
         mark(whole, entry_of_whole)
     return whole
 
 
 def as_patches(tokens: Tokens) -> Tokens:
-    """Tokens that are the patches themselves; those that were dropped count nothing."""
+    """Return tokens that are the patches themselves; dropped patches have size 0."""
     held = (tokens.token_of_patch >= 0).to(tokens.size.dtype)
     own = torch.arange(held.shape[1], device=held.device).expand(held.shape)
     where = torch.where(tokens.token_of_patch >= 0, own, -1)
@@ -174,7 +175,7 @@ def as_patches(tokens: Tokens) -> Tokens:
 
 
 def _marked(x: Tensor, history: History) -> Tensor:
-    """Mark a result, unless it is marked already (the features of a block inside) or is that of other tokens."""
+    """Mark a result, unless it is already marked (the features of an inner block) or belongs to other tokens."""
     if find(x) is None and (x.dim() != 3 or _fits(x, history.tokens) is not None):
         mark(x, history)
     return x

@@ -1,4 +1,4 @@
-"""Training and evaluation mode, put back as they were."""
+"""Context managers that run a model in evaluation mode and restore its state afterwards."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from laconic.core.token_reduction import Compute, find_reduction
 
 @contextmanager
 def evaluating(*models: Any) -> Iterator[None]:
-    """Evaluation mode for a while; every module's own mode is put back. What is no module is passed over."""
-    asked = [model for model in models if isinstance(model, nn.Module)]
-    modes = [(module, module.training) for model in asked for module in model.modules()]
-    for model in asked:
+    """Set models to evaluation mode, and restore each module's own mode afterwards. Objects that are not modules are ignored."""
+    found = [model for model in models if isinstance(model, nn.Module)]
+    modes = [(module, module.training) for model in found for module in model.modules()]
+    for model in found:
         model.eval()
     try:
         yield
@@ -27,22 +27,22 @@ def evaluating(*models: Any) -> Iterator[None]:
 
 @contextmanager
 def aside(host: nn.Module, compute: Compute = "needed") -> Iterator[None]:
-    """Evaluation mode for a while, for forwards that are no use of the model: the last forward stays the last one.
+    """Set evaluation mode for measuring forwards: they do not replace the last forward that ``provenance(model)`` reports.
 
-    They do not warn of untrained parameters; the first use still does.
+    They do not warn about untrained parameters; the first real forward still does.
     """
     reduction = find_reduction(host)
     if reduction is None:
         with evaluating(host):
             yield
         return
-    spares, remembered, fresh = reduction.spares, reduction.remembered(), reduction.__dict__["_fresh"]
+    skip_unused, remembered, fresh = reduction.skip_unused, reduction.remembered(), reduction.__dict__["_fresh"]
     try:
         reduction.__dict__["_fresh"] = None
-        reduction.spares = spares and compute != "all"
+        reduction.skip_unused = skip_unused and compute != "all"
         with evaluating(host):
             yield
     finally:
-        reduction.spares = spares
+        reduction.skip_unused = skip_unused
         reduction.remember(remembered)
         reduction.__dict__["_fresh"] = fresh

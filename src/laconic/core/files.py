@@ -1,4 +1,4 @@
-"""Read and write files of results: JSON lines, atomic writes, and the error for what cannot be done."""
+"""Read and write files of results: JSON lines, atomic writes, and the error for a request that cannot be carried out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Refusal(Exception):
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects in a file of one JSON object a line, without lines that were cut off; none where there is no file."""
+    """Return the objects of a file with one JSON object a line; skip truncated lines. Empty if there is no file."""
     rows = []
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
@@ -25,7 +25,7 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that it is there whole or, if anything fails, as it was before.
+    """Write a file atomically: it is complete or, if anything fails, unchanged.
 
     Raises:
         Refusal: the file cannot be written.

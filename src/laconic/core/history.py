@@ -45,7 +45,7 @@ class History:
         self.fast: bool = previous is not None and previous.fast
         self.answers: bool = previous is not None and previous.answers
         self.shape, self.plain = tokens.shape, tokens.is_plain  # images and tokens; do blocks run on them as they stand?
-        self.given_back = False  # are these patches that were given their tokens' features again, after the last block?
+        self.restored = False  # are these patches that were given their tokens' features again, after the last block?
 
     def after(self, block: int, tokens: Tokens) -> History:
         """The next entry."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from laconic.core.backbone import ModelSpec
 from laconic.core.dense import laid_out, restored
 from laconic.core.history import History
-from laconic.core.runtime import calling
+from laconic.core.runtime import call_method
 
 TAKEN = "image_intermediates"  # under which name a dict of results has them
 
@@ -35,7 +35,7 @@ def forward_intermediates(host: Any, own: Any, *args: Any, **kwargs: Any) -> Any
     if wanted not in ("NCHW", "NLC") or isinstance(image, dict):
         return own(host, *args, **kwargs)  # which says what it does not do
     bound.arguments["output_fmt"] = "NLC"
-    out, call = calling(host, own, bound.args[1:], bound.kwargs)
+    out, call = call_method(host, own, bound.args[1:], bound.kwargs)
     reduction, history = call.reduction, call.history
     if history is None:
         return out

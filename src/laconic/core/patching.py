@@ -39,8 +39,8 @@ READERS: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None]] = {
 _subclasses: WeakKeyDictionary[type, dict[Replaced, type]] = WeakKeyDictionary()
 
 
-def settle(host: Any, entry: ModelSpec) -> dict[int, Any]:
-    """Set what has to be set for the host's attention to be fused; gives the old values, for `unsettle`."""
+def apply_settings(host: Any, entry: ModelSpec) -> dict[int, Any]:
+    """Set what has to be set for the host's attention to be fused; gives the old values, for `restore_settings`."""
     old = dict[int, Any]()
     for number, (owner, name, value) in enumerate(entry.settings(host)):
         if getattr(owner, name) != value:
@@ -50,8 +50,8 @@ def settle(host: Any, entry: ModelSpec) -> dict[int, Any]:
     return old
 
 
-def unsettle(host: Any, entry: ModelSpec, old: Mapping[int, Any]) -> None:
-    """Undo `settle`."""
+def restore_settings(host: Any, entry: ModelSpec, old: Mapping[int, Any]) -> None:
+    """Undo `apply_settings`."""
     settings = entry.settings(host)
     for number, value in old.items():
         owner, name, _ = settings[number]
@@ -75,7 +75,7 @@ def attach(host: Any, entry: ModelSpec, reduction: TokenReduction) -> None:
 
 
 def detach(host: Any, entry: ModelSpec) -> None:
-    """Undo `attach`, and `settle` as the reduction remembers it."""
+    """Undo `attach`, and `apply_settings` as the reduction remembers it."""
     reduction = host.laconic
     settled = getattr(reduction, "original_module", reduction).settled
     reduced = [module for module in host.modules() if LINK in module.__dict__]
@@ -88,7 +88,7 @@ def detach(host: Any, entry: ModelSpec) -> None:
     for module in reduced:
         module.__class__ = type(module).laconic_base
         del module.__dict__[LINK]
-    unsettle(host, entry, settled)
+    restore_settings(host, entry, settled)
     del host.laconic
 
 
@@ -196,4 +196,4 @@ def refuse_patched(host: nn.Module, entry: ModelSpec) -> None:
             raise ValueError(f"{path_of(type(module))} has a {name} put on it by another tool; undo that before reducing")
 
 
-__all__ = ["ModelRef", "attach", "detach", "refuse_patched", "settle", "unsettle"]
+__all__ = ["ModelRef", "attach", "detach", "refuse_patched", "apply_settings", "restore_settings"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from laconic.core.backbone import path_of
 from laconic.core.history import find
-from laconic.core.runtime import call_of, leaving
+from laconic.core.runtime import call_of, record_output
 from laconic.core.token_reduction import TokenReduction
 
 
@@ -77,7 +77,7 @@ def _last_block_gives(host: nn.Module, reduction: TokenReduction, *, merged: boo
             tokens = tokens.merge((first - same + 1).clamp_min(0), None, torch.cat([patch[:, :1], patch[:, same:]], 1))
         if call is not None:
             call.begun = 1
-        leaving(call, history.after(reduction.depth - 1, tokens), tokens.x, reduction.depth - 1)
+        record_output(call, history.after(reduction.depth - 1, tokens), tokens.x, reduction.depth - 1)
         return (tokens.x,) if reduction.in_tuples else tokens.x
 
     try:

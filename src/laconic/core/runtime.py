@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from laconic.core.backbone import HOSTS, ModelSpec, unhooked
 from laconic.core.block_forward import BlockRun, Reads, bare, pass_block, quiet
-from laconic.core.dense import hand_over
+from laconic.core.dense import finish_output
 from laconic.core.grid import GridMap
 from laconic.core.history import History, find, mark
 from laconic.core.links import LINK, BlockLink, ModelRef, reduction_in
@@ -66,7 +66,7 @@ def run_call(module: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
     """Replaces a method of the model that runs its blocks, or reads their features: the method itself, as a call."""
     if call_of(module._laconic.ref) is None and _empty(module, args, kwargs) is not None:
         return _of_no_images(module, own, args, kwargs)
-    return calling(module, own, args, kwargs)[0]
+    return call_method(module, own, args, kwargs)[0]
 
 
 def _empty(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -80,7 +80,7 @@ def _of_no_images(module: Any, own: Any, args: Sequence[Any], kwargs: Mapping[st
     x = _empty(module, args, kwargs)
     assert x is not None
     one, name = x.new_zeros(1, *x.shape[1:]), module._laconic.names[0]
-    out, call = calling(module, own, (one, *args[1:]) if args else (), kwargs if args else {**kwargs, name: one})
+    out, call = call_method(module, own, (one, *args[1:]) if args else (), kwargs if args else {**kwargs, name: one})
     if call.begun:
         call.reduction.complete(call.history.images(0, 0, 1))  # type: ignore[union-attr]
     return _none_of(out)
@@ -98,7 +98,7 @@ def _none_of(out: Any) -> Any:
     return out
 
 
-def calling(module: Any, own: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Call]:
+def call_method(module: Any, own: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Call]:
     """Run a method of the model (or of its encoder) as a call.
 
     Returns:
@@ -114,7 +114,7 @@ def calling(module: Any, own: Any, args: Sequence[Any], kwargs: Mapping[str, Any
     try:
         out = own(module, *args, **kwargs)
         if call.history is not None and (outer is None or name not in HOSTS[call.reduction.host_path].head_methods):
-            out = hand_over(host, module, name, out, call)
+            out = finish_output(host, module, name, out, call)
     finally:
         calls.pop()
         # a part of the outer call; not a call that a hook makes in its midst
@@ -145,7 +145,7 @@ def _open(host: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], 
     ends = _check_blocks(host, entry, reduction) if outer is None else False
     if not tracing and reduction._fresh and not host.training:
         reduction.warn_untrained()
-    fast = outer.fast if outer is not None else reduction.spares and not host.training and (tracing or not _global_hooks())
+    fast = outer.fast if outer is not None else reduction.skip_unused and not host.training and (tracing or not _global_hooks())
     if name == "forward":
         answers = fast and ends and _answers(host, entry, reduction)
     else:  # the model's own forward asks for its features first; every other call of them wants them whole
@@ -231,10 +231,10 @@ def run_block(block: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
     x = args[0] if args else kwargs.get(link.names[0])
     calls = traced or on_thread.calls
     call = calls[-1] if calls and calls[-1].ref is link.ref else None
-    history = arriving(link, call, x)
+    history = find_history(link, call, x)
     if link.passthrough and history.plain and len(args) == 1 and not block.training and (not kwargs or bare(kwargs)):
         out = own(block, x, **kwargs)
-        leaving(call, history, out[0] if isinstance(out, tuple) else out, link.index)
+        record_output(call, history, out[0] if isinstance(out, tuple) else out, link.index)
         return out
     named: dict[str, Any] = {}
     if kwargs or len(args) != 1:
@@ -261,11 +261,11 @@ def run_block(block: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
     if not last and link.index + 1 in reduction.starts:
         full = GridMap.of(tokens)
         x = x if full is None else torch.cat([x[:, : tokens.prefix], full.fill(tokens.patches)], 1)
-    leaving(call, history, x, link.index)
+    record_output(call, history, x, link.index)
     return (x,) if reduction.in_tuples else x
 
 
-def arriving(link: BlockLink, call: Call | None, x: Any) -> History:
+def find_history(link: BlockLink, call: Call | None, x: Any) -> History:
     """The forward that these features go on in: that of their mark, or of the running call of the model.
 
     Raises:
@@ -312,7 +312,7 @@ def _computed_again() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def leaving(call: Call | None, history: History, x: Tensor, index: int) -> None:
+def record_output(call: Call | None, history: History, x: Tensor, index: int) -> None:
     """Let the features that a block hands on be found again; after the last one the forward is complete."""
     if call is not None:
         call.history = history

@@ -58,7 +58,7 @@ class TokenReduction(nn.Module):
         self.train(model.training)
         self.restore = restore  # True or a fill: give every patch features again after the last block
         self.compute = compute  # as asked for
-        self.spares = False  # True once `laconic.core.verify` has proved that rows that are not read may be left out
+        self.skip_unused = False  # True once `laconic.core.verify` has proved that rows that are not read may be left out
         self.known_readout = False  # True if the methods between the last block and the answer are the library's own
         self.merges = True  # True if tokens may stand for several patches after the last block
         self.in_tuples = False  # True if the model's blocks return a tuple

@@ -15,7 +15,7 @@ from laconic.core.backbone import ModelSpec, block_spec, path_of
 from laconic.core.block_forward import attend, first_of, name_of
 from laconic.core.eval_mode import evaluating
 from laconic.core.history import History
-from laconic.core.patching import attach, detach, names_of, refuse_patched, settle, unsettle
+from laconic.core.patching import attach, detach, names_of, refuse_patched, apply_settings, restore_settings
 from laconic.core.readout_check import check_readout, difference_of
 from laconic.core.runtime import by_name
 from laconic.core.token_reduction import TokenReduction
@@ -39,7 +39,7 @@ def verify(host: nn.Module, entry: ModelSpec, reduction: TokenReduction, example
     blocks = entry.blocks(host)
     with evaluating(host), torch.no_grad():
         refuse_patched(host, entry)
-        reduction.settled = settle(host, entry)
+        reduction.settled = apply_settings(host, entry)
         try:
             base, records = _record(host, blocks, image)
             reduction.in_tuples = any(isinstance(output, tuple) for _, _, output, _ in records)
@@ -48,7 +48,7 @@ def verify(host: nn.Module, entry: ModelSpec, reduction: TokenReduction, example
             _check_moments(reduction, blocks)
             steps_hold = reduction.compute != "all" and all(map(_steps_hold, range(len(blocks)), blocks, records))
         except BaseException:
-            unsettle(host, entry, reduction.settled)
+            restore_settings(host, entry, reduction.settled)
             raise
         attach(host, entry, reduction)
         try:
@@ -61,7 +61,7 @@ def verify(host: nn.Module, entry: ModelSpec, reduction: TokenReduction, example
                 check_readout(host, reduction, image)
             # where nothing is reduced the output stays the model's own, bit for bit, unless it was asked for
             if steps_hold and (works or reduction.compute == "needed"):
-                reduction.spares = _fast_equals(host, reduction, image, reduced)
+                reduction.skip_unused = _fast_equals(host, reduction, image, reduced)
         except BaseException:
             detach(host, entry)
             raise
@@ -82,7 +82,7 @@ def tolerance(dtype: torch.dtype) -> float:
 
 def _fast_equals(host: nn.Module, reduction: TokenReduction, image: Tensor, whole: Any) -> bool:
     """True if the model answers the same without the rows that are not read; if not, all of them are computed, always."""
-    reduction.spares = True
+    reduction.skip_unused = True
     fast, _ = _run_reduced(host, reduction, image)
     difference, size = difference_of(fast, whole)
     if difference <= tolerance(image.dtype if image.is_floating_point() else torch.float32) * max(size, 1e-6):

@@ -16,7 +16,7 @@ from laconic.analysis.stopwatch import Stopwatch, stopwatch
 from laconic.analysis.timing import Quartiles, Sample, interleave, ratios
 from laconic.api import reduce_
 from laconic.core.backbone import find_host
-from laconic.core.patching import settle
+from laconic.core.patching import apply_settings
 from laconic.core.schedule import Schedule
 from laconic.planning.progress import ticking
 from laconic.planning.space import ScheduleSpace
@@ -112,7 +112,7 @@ def time_all(space: ScheduleSpace, schedules: Sequence[Schedule], measuring: Mea
     device = next(space.host.parameters()).device
     watch = measuring.stopwatch(device)
     images = space.batch(measuring.batch_size)
-    settle(space.host, space.entry)  # fused attention for the unreduced model as well
+    apply_settings(space.host, space.entry)  # the unreduced model too runs fused attention
     models = {BASE: shared_copy(space.model), **{str(i): reduced(space, schedule) for i, schedule in enumerate(schedules)}}
     runs = {name: Timed(model.eval(), images, watch) for name, model in models.items()}
     with torch.inference_mode():
