@@ -472,8 +472,8 @@ def test_ties_go_to_the_lower_index():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (dict(keep=0.49), r"keep=0.49 is asked for at block 1; the smallest rate there is 0\.5, .*2 blocks .*spread=True"),
-        (dict(keep=[0.6, 0.3, 0.7]), "keep=0.3 is asked for at block 2"),
+        (dict(keep=0.49), r"keep=0.49 at block 1 is too low; the smallest rate is 0\.5, .*2 blocks .*spread=True"),
+        (dict(keep=[0.6, 0.3, 0.7]), "keep=0.3 at block 2"),
         (
             dict(schedule=laconic.Schedule.keep_counts({1: 17})),
             "block 1 is to keep 17 of 36 tokens, and the smallest count there is 18",
@@ -513,7 +513,7 @@ def test_less_than_half_of_an_image_of_another_size():
 
 def test_a_schedule_that_is_set_later_is_refused_too():
     model = laconic.reduce_(make("plain"), "tome", keep=0.6)
-    with pytest.raises(ValueError, match="keep=0.4 is asked for at block 1"):
+    with pytest.raises(ValueError, match="keep=0.4 at block 1"):
         model.laconic.set_schedule(laconic.Schedule.rates(0.4, AT))
     assert model.laconic.schedule.values == (0.6,) * 3
 

@@ -37,7 +37,7 @@ def test_keep_means_the_same_for_every_method(method, keep, patches):
     schedule = config.default_schedule(12, keep, None)
     assert schedule == Schedule.rates(keep, (3, 6, 9))
     if config.removes_at_most_half and keep < 0.5:
-        with pytest.raises(ValueError, match=f"keep={keep} is asked for at block 3"):
+        with pytest.raises(ValueError, match=f"keep={keep} at block 3 is too low"):
             check_halves(config, schedule, config.counts(schedule, 12, patches), patches)
         return
     counts = config.counts(schedule, 12, patches)

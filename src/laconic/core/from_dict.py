@@ -1,4 +1,4 @@
-"""Values as the fields of dataclasses declare them: options of methods, and tables (of TOML, JSON or a command line)."""
+"""Convert values to the types that dataclass fields declare: options of methods, and tables of TOML, JSON or command lines."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ PLURALS = {float: "numbers", int: "whole numbers", str: "texts", int | float: "n
 
 # ------------------------------------------------------------------------------------------------ tables
 def build(kind: type[T], tree: Any, path: str = "") -> T:
-    """A dataclass from nested tables; ``path`` is where the tree stands in the whole, with a dot at its end.
+    """Build a dataclass from nested tables; ``path`` is the position of the tree in the whole, ending with a dot.
 
     Raises:
-        ValueError: an unknown key (and the nearest one), or a value of the wrong type.
+        ValueError: an unknown key (the message suggests the nearest one), or a value of the wrong type.
     """
     if not isinstance(tree, Mapping):
         raise ValueError(f"{path.rstrip('.') or 'a recipe'} must be a table, not {shown(tree)}")
@@ -32,15 +32,15 @@ def build(kind: type[T], tree: Any, path: str = "") -> T:
     for key in tree:
         if key not in hints:
             near = nearest_names(str(key), list(hints))
-            raise ValueError(f"there is no key {path}{key!s}.{near} There are: {', '.join(hints)}")
+            raise ValueError(f"there is no key {path}{key!s}.{near} Known keys: {', '.join(hints)}")
     return kind(**{key: _fit(hints[key], value, f"{path}{key}") for key, value in tree.items()})
 
 
 def _fit(hint: Any, value: Any, path: str) -> Any:
-    """A value as a field declares it: tables become dataclasses, arrays tuples, whole numbers floats where floats stand."""
+    """Return a value as its field declares it: tables become dataclasses, arrays tuples, and ints floats for a float field."""
     if dataclasses.is_dataclass(hint):
         return build(hint, value, f"{path}.")  # type: ignore[arg-type]
-    if isinstance(value, str) and value == "none" and fit(hint, None) is None:  # TOML and command lines have no word for it
+    if isinstance(value, str) and value == "none" and fit(hint, None) is None:  # TOML and command lines cannot write None
         return None
     fitted = fit(hint, value)
     if fitted is MISFIT:
@@ -73,7 +73,7 @@ def fit_options(config: Any, owner: str) -> dict[str, Any]:
 
 @cache
 def _hints(kind: Any) -> dict[str, Any]:
-    """Return the annotations of a class; none where one of them names what only a type checker sees."""
+    """Return the annotations of a class; empty if one of them uses a name that exists only for type checkers."""
     try:
         return typing.get_type_hints(kind)
     except NameError:
@@ -82,7 +82,7 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------------ annotations
 def fit(hint: Any, value: Any) -> Any:
-    """Return a value as an annotation declares it, or `MISFIT`. Annotations that say nothing checkable take everything."""
+    """Return a value as an annotation declares it, or `MISFIT`. Annotations that cannot be checked accept every value."""
     value, origin, arguments = plain(value), typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         return next((fitted for option in arguments if (fitted := fit(option, value)) is not MISFIT), MISFIT)
@@ -100,7 +100,7 @@ def fit(hint: Any, value: Any) -> Any:
     kind = origin or hint
     try:
         return value if not isinstance(kind, type) or isinstance(value, kind) else MISFIT
-    except TypeError:  # a protocol, say
+    except TypeError:  # e.g. a protocol
         return value
 
 
@@ -114,7 +114,7 @@ def _fit_items(kind: Any, arguments: tuple[Any, ...], value: Any) -> Any:
 
 
 def words(hint: Any, none: str) -> str:
-    """Return what an annotation takes, in words; ``none`` is the word for None."""
+    """Describe the values that an annotation accepts, for a message; ``none`` is the word for None."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         single = [option for option in arguments if not (option is int and float in arguments)]  # both are numbers

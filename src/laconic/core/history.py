@@ -1,13 +1,13 @@
-"""The state of one forward, kept with its tokens.
+"""The state of one forward, stored with its features and not on the model.
 
-Each entry holds the tokens as one block left them (without their features), and the entry before it; the chain of entries
-is the forward. The newest entry is kept with the storage of the features that go on, so any code that continues with those
-features finds it: the next block, a checkpointed block that is recomputed (in any thread), a head that runs later, a hook.
-It survives views and `detach`, is not copied or saved with a tensor, and is freed with the features. Features that an
-operation has made of others have no entry: inside the model's own forward they belong to that forward, elsewhere they are
+Each entry holds the tokens after one block (without their features) and a reference to the previous entry; the chain of
+entries describes the forward. The newest entry is attached to the storage of the current features, so any code that continues
+with those features finds it: the next block, a checkpointed block that is recomputed (in any thread), a head that runs later,
+a hook. The entry survives views and `detach`, is not copied or saved with a tensor, and is freed with the features. Features
+computed by other operations have no entry: inside the model's own forward they belong to that forward, elsewhere they are
 refused.
 
-The model itself keeps nothing but, for each thread, the last complete forward (for `laconic.provenance(model)`).
+The model itself stores only the last complete forward of each thread (for `laconic.provenance(model)`).
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ _MARK = "_laconic_history"
 
 
 class History:
-    """The tokens after ``block`` (or as they entered the first one, where it is the block before that), without features.
+    """The tokens after ``block``, without features; the entry before the first block has ``block`` = first - 1.
 
-    ``counts`` are the patch tokens that the blocks from ``start`` on leave. ``with_gradient``: were gradients recorded?
+    ``counts`` are the patch tokens that each block from ``start`` on keeps. ``with_gradient`` is True if gradients were
+    recorded.
     """
 
     def __init__(
@@ -41,28 +42,28 @@ class History:
     ) -> None:
         self.reduction, self.tokens, self.block, self.previous = reduction, tokens.replace(x=None), block, previous
         self.counts, self.start, self.with_gradient = counts, start, torch.is_grad_enabled()
-        # those of the call: a block that is computed again must go the same way
+        # copied from the call: a block that is recomputed must take the same execution path
         self.fast: bool = previous is not None and previous.fast
         self.answers: bool = previous is not None and previous.answers
-        self.shape, self.plain = tokens.shape, tokens.is_plain  # images and tokens; do blocks run on them as they stand?
-        self.restored = False  # are these patches that were given their tokens' features again, after the last block?
+        self.shape, self.plain = tokens.shape, tokens.is_plain  # (images, tokens); True if blocks run on them unchanged
+        self.restored = False  # True if these are all patches again, restored from the tokens after the last block
 
     def after(self, block: int, tokens: Tokens) -> History:
-        """The next entry."""
+        """Return the next entry, for the tokens after ``block``."""
         return History(self.reduction, tokens, block, self.counts, self.start, self)
 
     def chain(self) -> Iterator[History]:
-        """This entry and all before it, last first."""
+        """Yield this entry and all previous ones, newest first."""
         entry: History | None = self
         while entry is not None:
             yield entry
             entry = entry.previous
 
     def entry(self, index: int) -> Tokens:
-        """The tokens that block ``index`` got: those that the blocks before it left.
+        """Return the tokens at the input of block ``index``.
 
         Raises:
-            RuntimeError: this forward did not get as far.
+            RuntimeError: this forward has no entry before that block.
         """
         for entry in self.chain():
             if entry.block < index:
@@ -70,7 +71,7 @@ class History:
         raise RuntimeError(f"this forward has no tokens before block {index}: it began at a later block")
 
     def images(self, start: int, count: int, step: int) -> History:
-        """The same forward for some images of its batch."""
+        """Return the same forward for every ``step``-th image of its batch, ``count`` of them, from image ``start`` on."""
         chosen: History | None = None
         for entry in reversed(list(self.chain())):
             tokens = entry.tokens.images(slice(start, start + count * step, step))
@@ -79,20 +80,20 @@ class History:
         return chosen
 
     def __deepcopy__(self, memo: Any) -> History:
-        return self  # immutable, and a copy of a model has nothing to do with it
+        return self  # immutable, and independent of copies of the model
 
 
 def mark(x: Tensor, history: History) -> None:
-    """Let features be found to be of this forward, for as long as their storage lives."""
+    """Attach a forward's entry to the storage of its features, so that `find` finds it for as long as the storage lives."""
     try:
         storage: Any = x.untyped_storage()
     except (RuntimeError, NotImplementedError):
-        return  # torch.func's wrappers have none; they are found by the call of the model that is running
+        return  # torch.func's wrappers have no storage; their forward is found by the running call of the model
     storage.__dict__[_MARK] = (history, x.shape, x.stride(), x.storage_offset())
 
 
 def find(x: Tensor) -> History | None:
-    """The entry of features that were marked, or of a view of them along the batch, with or without their prefix tokens."""
+    """Return the entry of marked features, or of a view of them along the batch, with or without their prefix tokens."""
     try:
         found = x.untyped_storage().__dict__.get(_MARK)
     except (RuntimeError, NotImplementedError, AttributeError):
@@ -106,7 +107,7 @@ def find(x: Tensor) -> History | None:
 
 
 def _of_view(x: Tensor, history: History, shape: torch.Size, stride: tuple[int, ...], offset: int) -> History | None:
-    """The entry of a view [b, N or L, C] of marked features [B, N, C] (or [B, classes]); None for any other view."""
+    """Return the entry of a view [b, N or L, C] of marked features [B, N, C] (or [B, classes]); None for any other view."""
     if x.dim() != len(shape) or x.dim() < 2 or x.shape[2:] != shape[2:]:
         return None
     if any(a != b and n > 1 for a, b, n in zip(x.stride()[1:], stride[1:], x.shape[1:], strict=True)):
@@ -123,7 +124,7 @@ def _of_view(x: Tensor, history: History, shape: torch.Size, stride: tuple[int, 
 
 
 class Last(threading.local):
-    """The last complete forward of each thread: of any kind, and in training mode (whose losses are to be asked for)."""
+    """The last complete forward of each thread: in any mode, and in training mode (for `laconic.losses`)."""
 
     def __init__(self) -> None:
         self.any: History | None = None

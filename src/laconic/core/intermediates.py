@@ -1,7 +1,7 @@
-"""Features of single blocks of a reduced model, on all patches again.
+"""Intermediate features of a reduced model, restored to all patches.
 
-timm's and open_clip's ``forward_intermediates`` lays what it took from the blocks out on the grid of patches, which fewer
-tokens do not fill. While a model is reduced every patch gets the features of the token that it was in at that block.
+timm's and open_clip's ``forward_intermediates`` reshapes the features of blocks to the grid of patches, which fewer tokens do
+not fill. While a model is reduced, every patch gets the features of the token that held it at that block.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from laconic.core.dense import laid_out, restored
 from laconic.core.history import History
 from laconic.core.runtime import call_method
 
-TAKEN = "image_intermediates"  # under which name a dict of results has them
+TAKEN = "image_intermediates"  # the key of the intermediates in a dict of results
 
 
 def forward_intermediates(host: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
-    """Replaces the model's own, with its arguments and results; the final features are those of the tokens left.
+    """Replacement for ``forward_intermediates``, with its arguments and results; final features are those of the kept tokens.
 
-    Intermediates are [B, P, C] or [B, C, rows, columns]. Patches that were dropped by then are zero, or as
-    ``reduce_(restore=...)`` fills them; so are the final features, if it was asked for.
+    Intermediates are [B, P, C] or [B, C, rows, columns]. Patches dropped up to that block are zero, or filled as
+    ``reduce_(restore=...)`` says; with ``restore``, the final features are restored too.
 
     Raises:
-        ValueError: ``NCHW`` of patches whose grid is not known.
+        ValueError: ``NCHW`` is requested and the grid of the patches is not known.
     """
     bound = inspect.signature(own).bind(host, *args, **kwargs)
     bound.apply_defaults()
     wanted, image = bound.arguments["output_fmt"], bound.arguments["x"]
     if wanted not in ("NCHW", "NLC") or isinstance(image, dict):
-        return own(host, *args, **kwargs)  # which says what it does not do
+        return own(host, *args, **kwargs)  # raises the model's own error
     bound.arguments["output_fmt"] = "NLC"
     out, call = call_method(host, own, bound.args[1:], bound.kwargs)
     reduction, history = call.reduction, call.history
@@ -52,19 +52,19 @@ def forward_intermediates(host: Any, own: Any, *args: Any, **kwargs: Any) -> Any
 
 
 def refuse_pruning(host: Any, own: Any, *args: Any, **kwargs: Any) -> None:
-    """Replaces ``prune_intermediate_layers``: the reducers are of certain blocks of a certain depth.
+    """Replacement for ``prune_intermediate_layers``: removing blocks does not fit the reducers, which belong to blocks.
 
     Raises:
         ValueError: always.
     """
     raise ValueError(
-        f"this {type(host).__name__} is reduced, and cutting blocks off would leave reducers without one; "
-        "laconic.restore_(model) first, cut, and reduce again"
+        f"this {type(host).__name__} is reduced, and removing blocks would leave reducers without a block; "
+        "call laconic.restore_(model) first, remove the blocks, and reduce again"
     )
 
 
 def _blocks(indices: int | Sequence[int] | None, depth: int) -> list[int]:
-    """The blocks that are taken, as the models read ``indices``: all, the last so many, or these; in their order."""
+    """Return the requested blocks in order, as the models read ``indices``: all (None), the last n (int), or a sequence."""
     if indices is None:
         return list(range(depth))
     taken = range(depth - indices, depth) if isinstance(indices, int) else indices
@@ -72,7 +72,7 @@ def _blocks(indices: int | Sequence[int] | None, depth: int) -> list[int]:
 
 
 def _dense(history: History, block: int, found: Any, wanted: str, norm: Any) -> Any:
-    """The features after one block (or they and the prefix tokens), on all patches."""
+    """Restore the features after one block (or a tuple of them and the prefix tokens) to all patches."""
     if isinstance(found, tuple):
         return _dense(history, block, found[0], wanted, norm), *found[1:]
     tokens, restore = history.entry(block + 1), history.reduction.restore

@@ -1,7 +1,7 @@
-"""Limits on what a file may claim: no memory is allocated for more than the bytes of the file can account for.
+"""Limits on the sizes that a file may declare, so that no memory is allocated beyond what the file's bytes can justify.
 
-A few bytes can state any size: a picture of 100,000 x 100,000 pixels, a tensor without values, a model of a million blocks.
-Such claims are compared with these limits first. The environment variable ``LACONIC_LIMITS`` is a factor on every limit.
+A few bytes can declare any size: a picture of 100,000 x 100,000 pixels, a tensor without values, a model of a million blocks.
+Such sizes are compared with these limits first. The environment variable ``LACONIC_LIMITS`` is a factor on every limit.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ PIXELS = 2**26  # of a picture, as stored and after it is resized: 8192 x 8192
 PICTURE_BYTES = 2**29  # of an image file
 RECORD_BYTES = 2**24  # of a JSON file that describes a model
 NUMBER = 2**20  # the largest whole number in such a description: a width, a depth, a count
-TIMES, ALLOWANCE = 4, 2**28  # tensors and models may take so many times the bytes of their file, and so many bytes on top
+TIMES, ALLOWANCE = 4, 2**28  # tensors and models may take TIMES times the bytes of their file, plus ALLOWANCE bytes
 TENSORS = 1000  # parameters and buffers a model may have beyond those in its file
 INPUT_PIXELS = 2**24  # of the image a model is built for
-ATTENTION_TIMES, ATTENTION_BYTES = 8, 2**30  # the attention weights of one block, in the same way
+ATTENTION_TIMES, ATTENTION_BYTES = 8, 2**30  # the same two limits for the attention weights of one block
 
 
 class TooLarge(ValueError):
-    """A file claims more than its limit."""
+    """A file declares a size above its limit."""
 
 
 def factor() -> float:
-    """Return the factor that the environment variable puts on every limit.
+    """Return the factor on every limit, from the environment variable.
 
     Raises:
         ValueError: it is not a number above 0.
@@ -53,10 +53,10 @@ def factor() -> float:
 
 
 def check(claim: str, found: int | float, limit: int | float, unit: str = "bytes") -> None:
-    """Refuse a claim above its limit; ``claim`` says which file claims what, ``found`` and ``limit`` follow it.
+    """Raise if a size is above its limit; ``claim`` begins the message: the file and the size that it declares.
 
     Raises:
-        TooLarge: the claim is above the limit times `factor`.
+        TooLarge: ``found`` is above ``limit`` times `factor`.
     """
     allowed = limit * factor()
     if found > allowed:
@@ -70,14 +70,14 @@ def _amount(number: int | float, unit: str) -> str:
     return f"{number / 2**20:,.1f} MiB" if unit == "bytes" else f"{number:,.0f} {unit}"
 
 
-def beside(held: int) -> int:
-    """Return the bytes that tensors and models may take whose file holds ``held`` bytes."""
+def memory_limit(held: int) -> int:
+    """Return the bytes that tensors and models may take if their file holds ``held`` bytes."""
     return TIMES * held + ALLOWANCE
 
 
 # ------------------------------------------------------------------------------------------------ files
 def check_file(path: Path) -> int:
-    """Return the size of a file of weights; refuse what is no regular file, and archives that unpack to far more than it.
+    """Return the size of a file of weights; raise if it is not a regular file, or an archive that unpacks to far more.
 
     Raises:
         OSError: there is no such file.
@@ -85,7 +85,7 @@ def check_file(path: Path) -> int:
     """
     facts = os.stat(path)
     if not stat.S_ISREG(facts.st_mode):
-        raise ValueError(f"{path} is not a regular file; copy what it holds into one")
+        raise ValueError(f"{path} is not a regular file; copy its content into one")
     with path.open("rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"
     if zipped or zipfile.is_zipfile(path):
@@ -97,27 +97,29 @@ def check_file(path: Path) -> int:
                 f"{path} is damaged, cut short or not a checkpoint ({error}); compare its size with the original and download "
                 "it again"
             ) from error
-        check(f"{path} is an archive of {_amount(facts.st_size, 'bytes')} that unpacks to", unpacked, beside(facts.st_size))
+        check(
+            f"{path} is an archive of {_amount(facts.st_size, 'bytes')} that unpacks to", unpacked, memory_limit(facts.st_size)
+        )
     return facts.st_size
 
 
 def read_json(path: Path) -> Any:
-    """Return what a JSON file holds that describes a model.
+    """Return the content of a JSON file that describes a model.
 
     Raises:
         OSError: there is no such file.
-        TooLarge: it is longer than any description.
-        ValueError: it is not JSON.
+        TooLarge: the file is longer than any description of a model.
+        ValueError: the file is not JSON.
     """
     check(f"{path} is a file of", check_file(path), RECORD_BYTES)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError as error:
-        raise ValueError("its values are nested too deep") from error
+        raise ValueError("its values are nested too deeply") from error
 
 
 def tensors_in(path: Path) -> int:
-    """Return about how many tensors a file of weights holds, at least."""
+    """Return an estimate of the number of tensors in a file of weights (0 if the format is not known)."""
     if path.suffix == ".safetensors":
         from safetensors import safe_open
 
@@ -130,7 +132,7 @@ def tensors_in(path: Path) -> int:
 
 
 def check_numbers(tree: Any, source: str, name: str = "") -> None:
-    """Refuse a whole number in nested JSON that is no width, depth or count of any model.
+    """Raise if nested JSON has a whole number too large to be a width, depth or count of any model.
 
     Raises:
         TooLarge: there is one above the limit.
@@ -144,10 +146,10 @@ def check_numbers(tree: Any, source: str, name: str = "") -> None:
 
 # ------------------------------------------------------------------------------------------------ tensors
 def check_tensors(weights: Mapping[str, Any], source: str, held: int | None = None) -> int:
-    """Refuse tensors without values, and tensors that claim far more bytes than are held for them; return those.
+    """Raise if tensors have no values, or declare far more bytes than are stored for them; return the stored bytes.
 
     Args:
-        weights: tensors by name; other values are left to their reader.
+        weights: tensors by name; values that are not tensors are ignored.
         source: the file, for messages.
         held: the bytes of the file; by default those of the tensors' storages.
 
@@ -160,9 +162,7 @@ def check_tensors(weights: Mapping[str, Any], source: str, held: int | None = No
             continue
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
             kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else str(tensor.layout)
-            raise ValueError(
-                f"{name} in {source} is a {kind} tensor, where a dense one was expected; save it as a dense tensor"
-            )
+            raise ValueError(f"{name} in {source} is a {kind} tensor, but a dense one was expected; save it as a dense tensor")
         try:
             storage = tensor.untyped_storage()
         except (NotImplementedError, RuntimeError) as error:  # a wrapper around other tensors
@@ -175,21 +175,21 @@ def check_tensors(weights: Mapping[str, Any], source: str, held: int | None = No
         stored[storage.data_ptr()] = storage.nbytes()
         claimed += tensor.numel() * tensor.element_size()
     held = sum(stored.values()) if held is None else held
-    check(f"{source} holds {_amount(held, 'bytes')}, and its tensors claim", claimed, beside(held))
+    check(f"{source} holds {_amount(held, 'bytes')}, and its tensors claim", claimed, memory_limit(held))
     return held
 
 
 def check_kinds(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: str) -> None:
-    """Refuse weights whose dtype is of another kind than the model's: integers would be taken for weights as they are.
+    """Raise if weights have a dtype of another kind than the model's, e.g. integers, which would be read as plain weights.
 
     Raises:
-        ValueError: a tensor is of another kind (floating, whole numbers, or something else).
+        ValueError: a tensor is of another kind (floating point, integer, or something else).
     """
     for name, tensor in expected.items():
         found = weights.get(name)
         if isinstance(found, Tensor) and _kind(found.dtype) != _kind(tensor.dtype):
             raise ValueError(
-                f"{name} in {source} is of {found.dtype}, where {tensor.dtype} was expected; save the weights as tensors of "
+                f"{name} in {source} is of {found.dtype}, but {tensor.dtype} was expected; save the weights as tensors of "
                 "that kind (after dequantizing them, if they are quantized)"
             )
 
@@ -204,15 +204,15 @@ def _kind(dtype: torch.dtype) -> str:
 # ------------------------------------------------------------------------------------------------ models
 @contextmanager
 def building(source: str, held: int, tensors: int) -> Iterator[None]:
-    """Stop what is built inside (on the meta device) as soon as its parameters and buffers are above the limits.
+    """Stop a model that is built inside (on the meta device) as soon as its parameters and buffers are above the limits.
 
     Args:
-        source: what asks for the model, for messages.
+        source: the file that describes the model, for messages.
         held: the bytes of the file of weights.
-        tensors: the tensors in it.
+        tensors: the number of tensors in it.
 
     Raises:
-        TooLarge: far more bytes or tensors than the file holds.
+        TooLarge: the model has far more bytes or tensors than the file.
     """
     thread, seen, total = threading.get_ident(), dict[int, Tensor](), 0
 
@@ -223,7 +223,7 @@ def building(source: str, held: int, tensors: int) -> Iterator[None]:
         seen[id(tensor)] = tensor
         total += tensor.numel() * tensor.element_size()
         claim = f"{source} asks for a model that takes more than its weights"
-        check(f"{claim} ({_amount(held, 'bytes')}):", total, beside(held))
+        check(f"{claim} ({_amount(held, 'bytes')}):", total, memory_limit(held))
         check(f"{claim} ({tensors:,} tensors):", len(seen), tensors + TENSORS, "tensors")
 
     hooks: list[Any] = [

@@ -1,4 +1,4 @@
-"""Links from the modules of a reduced model to it; in copies, pickles and replicas, to their own model."""
+"""Links from the modules of a reduced model to that model; in copies, pickles and replicas, to their own model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from laconic.core.backbone import BLOCKS, load_backbones
 
-LINK = "_laconic"  # under which name a module of a reduced model has its link
+LINK = "_laconic"  # the attribute of a module of a reduced model that holds its link
 
 
 class ModelRef:
@@ -22,7 +22,7 @@ class ModelRef:
         return None if self._host is None else self._host()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelRef:
-        copy = memo.get(id(self()))  # None where a part is copied alone: it still belongs to the same model
+        copy = memo.get(id(self()))  # None if only a part of the model is copied: the copy still belongs to the same model
         return self if copy is None else ModelRef(copy)
 
     def __reduce__(self) -> Any:
@@ -39,7 +39,7 @@ class PartLink:
 class BlockLink(PartLink):
     """The link of a block: facts that cannot change after the model was reduced.
 
-    ``path`` is that of its class, ``passthrough``: it has neither a reducer nor anything to be told of its tokens.
+    ``path`` is the path of the block's class. ``passthrough`` is True if the block has no reducer and needs no positions.
     """
 
     def __init__(self, ref: ModelRef, names: tuple[str, ...], index: int, path: str, passthrough: bool) -> None:
@@ -51,7 +51,7 @@ class BlockLink(PartLink):
 
     @property
     def name(self) -> str:
-        """The block, in words."""
+        """The name of the block for messages."""
         return f"block {self.index} ({self.path})"
 
     def __reduce__(self) -> Any:
@@ -59,10 +59,10 @@ class BlockLink(PartLink):
 
 
 def reduction_in(host: Any) -> Any:
-    """The `TokenReduction` of a reduced model; of PEFT's wrapper around it the one that runs.
+    """Return the `TokenReduction` of a reduced model; inside PEFT's wrapper, the one that is active.
 
     Raises:
-        TypeError: it is wrapped in another way.
+        TypeError: it is inside another kind of wrapper.
     """
     found = host._modules["laconic"]
     if getattr(type(found), "reduces_tokens", False):

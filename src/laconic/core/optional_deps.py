@@ -1,4 +1,4 @@
-"""Optional libraries: imported where they are used, with an error that names the extra that brings them."""
+"""Import optional libraries at their use, with an error that names the extra to install."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def missing(module: str, extra: str) -> str:
-    """What to say when an optional library is not there."""
+    """Return the message for an optional library that is not installed."""
     return f'this needs {module}, which is not installed: pip install "laconic[{extra}]"'
 
 
@@ -15,7 +15,7 @@ def need(module: str, extra: str) -> Any:
     """Import an optional library.
 
     Raises:
-        ImportError: it is not installed; the message names the extra that brings it.
+        ImportError: it is not installed; the message names the extra to install.
     """
     try:
         return importlib.import_module(module)
