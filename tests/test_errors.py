@@ -197,7 +197,7 @@ def test_misuse_of_a_reduced_model():
 
 def test_pooling_that_cannot_be_weighted():
     model = make("gap", global_pool="avgmax")
-    refused(model, ValueError, "pooling 'avgmax' cannot count merged tokens", method="tome")
+    refused(model, ValueError, "pooling 'avgmax' cannot weight merged tokens", method="tome")
     assert laconic.reduce_(model, "random", keep=0.5)(images("gap")).shape == (3, 10)
 
 

@@ -549,7 +549,7 @@ def test_what_avit_refuses(options, error, words):
 
 
 def test_avit_needs_a_class_token_that_is_read():
-    with pytest.raises(LookupError, match="avit gives its answer in the class token"):
+    with pytest.raises(LookupError, match="avit gives its result in the class token"):
         laconic.reduce_(make("gap"), "avit")
 
 

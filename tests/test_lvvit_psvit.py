@@ -307,7 +307,7 @@ def test_softly_removed_tokens_are_not_read():
     answer = model.forward_head(tokens)
     noise = torch.cat([torch.zeros(3, 1), (~there).float()], 1).unsqueeze(-1) * torch.randn(tokens.shape) * 100
     noisy = tokens + noise
-    with pytest.raises(ValueError, match="come from no forward"):
+    with pytest.raises(ValueError, match="come from no known forward"):
         model.forward_head(noisy)
     mark(noisy, find(tokens))
     torch.testing.assert_close(model.forward_head(noisy), answer)

@@ -38,7 +38,7 @@ def test_a_method_of_another_package():
         ("import nothing_of_this_name", "the method 'loudest' of laconic-loudest cannot be loaded (ModuleNotFoundError"),
         (
             (PLUGIN / "laconic_loudest.py").read_text().replace('"loudest"', '"topk"'),
-            "a method called 'topk' is there already (laconic.methods.topk); give this one another name",
+            "a method called 'topk' exists already (laconic.methods.topk); give this one another name",
         ),
     ],
     ids=["broken", "name taken"],

@@ -332,7 +332,7 @@ def test_models_that_cannot_be_reduced_say_why():
 def test_a_class_readout_needs_a_head_that_reads_the_class_token():
     laconic.reduce_(make("vit"), "avit")
     for family in ("dinov2", "siglip", "beit"):
-        with pytest.raises(LookupError, match="gives its answer in the class token"):
+        with pytest.raises(LookupError, match="gives its result in the class token"):
             laconic.reduce_(make(family), "avit")
 
 

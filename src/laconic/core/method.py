@@ -1,6 +1,7 @@
-"""What a method is: a config (`Method`) that builds one `Reducer` for each block it works at.
+"""The base classes of methods: a config (`Method`) builds one `Reducer` for each reducing block.
 
-A reducer decides who goes where with what weight and calls a verb of `Tokens`. It knows no backbone and no schedule.
+A reducer decides which tokens are kept, dropped or merged, and with what weights, and calls a verb of `Tokens`. It depends on
+no backbone and no schedule.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Reads = Literal["anywhere", "keys", "class"]
 Score = Literal["attention", "similarity", "learned", "position", "features", "none"]  # of what a token is scored by
 Rest = Literal["dropped", "merged", "squeezed", "mixed", "parked"]  # of what happens to tokens that are not kept
 PHASES = ("before", "ahead", "between", "after", "watch")
-ARGUMENTS = ("keep", "at", "schedule", "budget", "restore", "compute", "example")  # of `laconic.reduce_`, for suggestions
+ARGUMENTS = ("keep", "at", "schedule", "budget", "restore", "compute", "example")  # those of `laconic.reduce_`, for messages
 
 
 OLD_HOOKS = {  # methods of `Method` in version 0.1
@@ -42,61 +43,61 @@ OLD_HOOKS = {  # methods of `Method` in version 0.1
 
 
 class Reducer(nn.Module):
-    """A method at one block. Override the moments it needs; ``n`` is the number of patch tokens to leave.
+    """A method at one block. Override the phases that the method needs; ``n`` is the number of patch tokens to keep.
 
-    Laws that every reducer must keep: nothing but `Tokens` verbs changes the number of tokens; no state between calls;
-    images do not see each other; no data-dependent shapes. A moment is called only where there is something to reduce
-    (``n < len(tokens)``). Each block leaves ``n`` patch tokens, or as many as it got with ``alive`` set (training).
-    ``site`` says where it stands and with which keep rate now; it is set when a schedule is.
+    Rules for every reducer: only `Tokens` verbs change the number of tokens; no state between calls; images of a batch do
+    not affect each other; no data-dependent shapes. A phase is called only if there is something to reduce
+    (``n < len(tokens)``). Each reducing block returns ``n`` patch tokens, or all of them with ``keep_mask`` set (training).
+    ``site`` gives the reducer's block and its current keep rate; it is set together with the schedule.
     """
 
     site: BlockContext
-    straight_through: ClassVar[bool] = True  # do gradients flow through its decisions in training?
-    # What it decides by. "keys": between the halves alone, by no more of `AttentionView` than keys, values and the class query, and by
-    # no features, which it may merge. "class": likewise, and all it does is to keep tokens. Then the house may let it decide
-    # before there are features, and spare what those would have cost that nobody reads
+    straight_through: ClassVar[bool] = True  # True if gradients flow through its decisions in training
+    # The inputs of its decisions. "keys": it works only in the phase ``between`` and reads only keys, values and the class query
+    # of the `AttentionView`, and no features (it may merge them). "class": the same, and it only keeps and drops tokens. The fast
+    # path may then run it before the features exist, and skip the computation of rows that are not read. "anywhere": no promise
     reads: Reads = "anywhere"
-    phases: ClassVar[frozenset[str]] = frozenset()  # those that the class overrides
+    phases: ClassVar[frozenset[str]] = frozenset()  # the phases that the class overrides
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.phases = frozenset(m for m in PHASES if getattr(cls, m) is not getattr(Reducer, m))
 
     def before(self, tokens: Tokens, n: int) -> Tokens:
-        """At the input of the block (inter-block methods)."""
+        """Reduce at the input of the block (inter-block methods)."""
         return tokens
 
     def ahead(self, tokens: Tokens, seen: AttentionView, n: int) -> Tokens:
-        """At the input of the block, with a look at the attention that it would compute of these tokens."""
+        """Reduce at the input of the block, with a view of the attention that the block would compute on these tokens."""
         return tokens
 
     def between(self, tokens: Tokens, seen: AttentionView, n: int) -> Tokens:
-        """After the attention residual, before the MLP (intra-block methods)."""
+        """Reduce after the attention residual and before the MLP (intra-block methods)."""
         return tokens
 
     def after(self, tokens: Tokens, n: int) -> Tokens:
-        """At the output of the block."""
+        """Reduce at the output of the block."""
         return tokens
 
     def watch(self, tokens: Tokens, seen: AttentionView) -> Tokens:
-        """A look at the attention of the block *before* this one, to note something in a column."""
+        """Read the attention of the block *before* this one, and store results in `Tokens.per_token` or ``per_image``."""
         return tokens
 
     def losses(self, tokens: Tokens, rate: float) -> dict[str, Tensor]:
-        """Extra training losses by name, from the tokens this block left; ``rate`` is the share of patches to keep here."""
+        """Return extra training losses by name, from the output tokens of this block; ``rate`` is the share of patches to keep."""
         return {}
 
     def active(self, before: int, n: int) -> bool:
-        """Whether there is anything to do where ``before`` patch tokens come in and ``n`` are to be left."""
+        """Return True if there is anything to do for ``before`` input patch tokens and ``n`` to keep."""
         return n < before
 
-    def overrides(self, moment: str) -> bool:
-        """Whether this method works at that moment."""
-        return moment in self.phases
+    def overrides(self, phase: str) -> bool:
+        """Return True if this reducer works in that phase."""
+        return phase in self.phases
 
 
 class Prune(Reducer):
-    """Most papers are a pair: how tokens are scored, and what becomes of the rest (``reads``: see `Reducer`)."""
+    """A method as most papers define it: a score of the tokens, and a rule for the rest (``reads``: see `Reducer`)."""
 
     def __init__(
         self,
@@ -113,13 +114,13 @@ class Prune(Reducer):
 
 @dataclass(frozen=True)
 class Method:
-    """The options of a method (the one source for Python, the command line and saved models), and its static rules."""
+    """The options of a method (for Python, the command line and saved models alike), and its static rules."""
 
     info: ClassVar[MethodInfo]
-    accepts_keep: ClassVar[bool] = True  # is there a keep rate to give it?
-    removes_at_most_half: ClassVar[bool] = False  # does it take away half of a block's tokens at most?
-    old_options: ClassVar[Mapping[str, str]] = {}  # names of options in version 0.1: what they are called now
-    official_model: ClassVar[Mapping[str, Any]] = {}  # how the authors' model differs from a plain DeiT, for timm
+    accepts_keep: ClassVar[bool] = True  # True if it takes a keep rate
+    removes_at_most_half: ClassVar[bool] = False  # True if it removes at most half of a block's tokens
+    old_options: ClassVar[Mapping[str, str]] = {}  # names of options in version 0.1 -> current names
+    official_model: ClassVar[Mapping[str, Any]] = {}  # differences of the authors' model from a plain DeiT, as timm arguments
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -140,58 +141,59 @@ class Method:
         return False
 
     def build(self, site: BlockContext) -> Reducer:
-        """The reducer for one block."""
+        """Build the reducer for one block."""
         raise NotImplementedError
 
     def num_kept(self, rates: Sequence[float], n: int, patches: int) -> int:
-        """Patch tokens left of ``n`` by the last of ``rates`` (one a stage so far), having started with ``patches``.
+        """Return the number of patch tokens that a block keeps of its ``n``, given ``patches`` patches of the image.
 
-        The default is EViT's: ceil(rate * n), relative to the tokens there are now.
+        ``rates`` are the keep rates of the reducing blocks so far, this block's last. The default is EViT's count:
+        ceil(rate * n), relative to the block's input.
         """
         return math.ceil(rates[-1] * n)
 
     def counts(self, schedule: Schedule, depth: int, patches: int) -> tuple[int, ...]:
-        """Patch tokens each block leaves; the most that one may leave, where every image has a number of its own."""
+        """Return the patch tokens each block keeps; for an adaptive method, the largest number it may keep."""
         return schedule.counts(depth, patches, self.num_kept)
 
     def may_rise(self) -> bool:
-        """Return True if counts to leave may rise from block to block; a count that is too high is then passed over."""
+        """Return True if counts to keep may rise from block to block; a count above the block's input is then ignored."""
         return False
 
     def reducer_blocks(self, schedule: Schedule, depth: int) -> Sequence[int]:
-        """The blocks that have a reducer: those of the schedule, and others where the method has something to note."""
+        """Return the blocks that have a reducer: those of the schedule, and others where the method records something."""
         return schedule.at
 
     def tokens_inside(self, before: int, after: int, site: BlockContext) -> tuple[int, int]:
-        """Patch tokens at the attention and at the MLP of a reducing block that gets ``before`` and leaves ``after``."""
+        """Return the patch tokens at the attention and at the MLP of a block that reduces ``before`` tokens to ``after``."""
         if self.info.phase == "between":
             return before, after
         return (before, before) if self.info.phase == "after" else (after, after)
 
     def default_schedule(self, depth: int, keep: float | Sequence[float] | None, at: Sequence[int] | None) -> Schedule:
-        """The schedule for a keep rate; by default at a quarter, a half and three quarters of the depth."""
+        """Return the schedule for a keep rate; by default at a quarter, a half and three quarters of the depth."""
         if keep is None:
-            taken = "r=8 (tokens taken away in every block), or " if hasattr(self, "r") else ""
+            removed = "r=8 (tokens removed in every block), or " if hasattr(self, "r") else ""
             raise ValueError(
-                f"{self.info.name}: say how many tokens to keep: {taken}keep=0.7 (a rate for each reducing block), or "
+                f"{self.info.name}: say how many tokens to keep: {removed}keep=0.7 (a rate for each reducing block), or "
                 "schedule=Schedule.keep_counts({3: 138, 6: 97, 9: 68}) for explicit counts"
             )
         return Schedule.rates(keep, quarters(depth) if at is None else at)
 
     def macs(self, before: int, after: int, site: BlockContext) -> dict[str, int]:
-        """Multiply-adds of one reduction ``before`` -> ``after`` as published, by kind (see `laconic.analysis.macs`)."""
+        """Return the multiply-adds of one reduction ``before`` -> ``after`` as published, by kind (`laconic.analysis.macs`)."""
         return {}
 
     def convert_official(self, weights: Mapping[str, Tensor], at: Sequence[int]) -> dict[str, Tensor]:
-        """Weights under the names that the authors of the method gave them, under ours (see `laconic.import_checkpoint`)."""
+        """Rename weights from the names of the method's authors to Laconic's (see `laconic.import_checkpoint`)."""
         return dict(weights)
 
     def loss_weights(self) -> Mapping[str, float]:
-        """What losses of its own count beside the cross-entropy; one that is not named counts ``loss.ratio`` of the recipe."""
+        """Return the weights of the method's losses, added to the cross-entropy; losses not listed use the recipe's ``loss.ratio``."""
         return {}
 
     def describe(self) -> dict[str, Any]:
-        """Name and options, as JSON."""
+        """Return name and options, as JSON."""
         return {"name": self.info.name, "options": dataclasses.asdict(self)}
 
 
@@ -204,15 +206,13 @@ class MethodInfo:
     paper: str  # arXiv number
     config: type[Method]
     phase: str
-    score: Score
-    rest: Rest
-    trained: bool  # is it meant to be used after training only?
-    learns: bool = False  # does it add parameters?
-    count: Literal["constant", "variable"] = "constant"  # does every image of a batch keep as many tokens as the others?
-    class_readout: bool = False  # is its answer in the class token alone (which it may then change)?
-    score_detail: str = ""  # in words, if ``score`` does not say enough
-    rest_detail: str = ""
-    full_attention: bool = False  # does it need the whole matrix of attention weights?
+    score: str
+    rest: str
+    trained: bool  # True if the method should be used only after training
+    learns: bool = False  # True if it adds parameters
+    count: Literal["constant", "variable"] = "constant"  # "variable": each image of a batch keeps its own number of tokens
+    class_readout: bool = False  # True if only the class token carries the result (the method may then change it)
+    full_attention: bool = False  # True if it needs the whole matrix of attention weights
 
 
 METHODS: dict[str, MethodInfo] = {}
@@ -221,9 +221,9 @@ M = TypeVar("M", bound=type[Method])
 
 @dataclass(frozen=True)
 class Unregistered(Method):
-    """The method of a reducer that is handed to `laconic.reduce_` itself: every reducing block gets a copy of it.
+    """The method made of a `Reducer` that is passed to `laconic.reduce_`: every reducing block gets a copy of it.
 
-    Keep rates count as EViT's (`Method.num_kept`). Its multiply-adds are not known, and it cannot be saved.
+    Keep rates are EViT's (`Method.num_kept`). Its multiply-adds are not known, and it cannot be saved.
     """
 
     reducer: Reducer
@@ -254,7 +254,7 @@ def method(name: str, **facts: Any) -> Callable[[M], M]:
     def register(config: M) -> M:
         old = METHODS.get(name)
         if old is not None and (old.config.__module__, old.config.__name__) != (config.__module__, config.__name__):
-            raise ValueError(f"a method called {name!r} is there already ({old.config.__module__}); give this one another name")
+            raise ValueError(f"a method called {name!r} exists already ({old.config.__module__}); give this one another name")
         config.info = METHODS[name] = MethodInfo(name=name, config=config, **facts)
         return config
 
@@ -262,16 +262,16 @@ def method(name: str, **facts: Any) -> Callable[[M], M]:
 
 
 def methods() -> dict[str, MethodInfo]:
-    """All methods by name: title, paper, what they do, whether they need training, and the config class.
+    """Return the facts of all methods by name: title, paper, phase, score, need for training, and config class.
 
-    Those of other packages are among them (see `laconic.core.plugins`).
+    Methods of other packages are included (see `laconic.core.plugins`).
     """
     discover()
     return dict(sorted(METHODS.items()))
 
 
 def renamed_options(config: type[Method], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options under their names of today; those of version 0.1 get a warning."""
+    """Return options under their current names; old names of version 0.1 cause a warning."""
     for name in options:
         if name in config.old_options:
             new = config.old_options[name]
@@ -280,10 +280,12 @@ def renamed_options(config: type[Method], options: Mapping[str, Any]) -> dict[st
 
 
 def resolve(method: str | Method | Reducer, options: dict[str, Any]) -> Method:
-    """Return the config for a name and options; a config as it is; and that of a reducer which is not registered.
+    """Return the config of a method, given its name and options, a config, or a `Reducer` that is not registered.
 
     Raises:
-        LookupError: no such method. TypeError: no such option, or not a method. ValueError: an option's value.
+        LookupError: an unknown method.
+        TypeError: an unknown option, or not a method.
+        ValueError: a wrong value of an option.
     """
     if isinstance(method, Reducer):
         method = Unregistered(method)

@@ -1,7 +1,7 @@
-"""Packed execution: the tokens of all images in one long row, without any padding, where every image has its own number.
+"""Packed execution: if every image has its own number of tokens, the tokens of all images run in one row without padding.
 
-Linear layers and norms do not care which image a token belongs to; attention runs for each image alone. So the work is that
-of the tokens there are, and an image cannot notice who else is in the batch.
+Linear layers and norms process each token independently; attention runs for each image separately. So the cost is that of the
+kept tokens, and the result of an image does not depend on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -22,55 +22,53 @@ from laconic.core.tokens import Tokens
 
 @dataclass(frozen=True)
 class Packing:
-    """Which tokens of a padded batch [B, N] are run, and where they stand in the row [1, T]."""
+    """The map between a padded batch [B, N] and the packed row [1, T] of the tokens that are run."""
 
-    index: Tensor  # [T] places in the flattened batch
-    lengths: tuple[int, ...]  # tokens of each image, prefix tokens among them
-    bias: Tensor | None  # [T] added to the logits towards each token
+    index: Tensor  # [T] positions in the flattened batch
+    lengths: tuple[int, ...]  # tokens of each image, prefix tokens included
+    bias: Tensor | None  # [T] bias on the logits towards each token
     shape: tuple[int, int]  # B, N
 
     @classmethod
     def of(cls, tokens: Tokens) -> Packing | None:
-        """The packing of the tokens that are seen, or None where that is all of them. The host waits for the device."""
+        """Return the packing of the visible tokens, or None if all are visible. Synchronizes with the device."""
         shown = shown_of(tokens)
         if shown is None:
             return None
         run = torch.cat([torch.ones_like(shown[:, : tokens.prefix]), shown[:, tokens.prefix :]], 1) > 0
         index = run.flatten().nonzero().flatten()
         bias = None
-        if (
-            tokens.attn_scale is not None or tokens.visible_prefix is not None
-        ):  # a prefix token that nobody sees is run, and seen by nobody
+        if tokens.attn_scale is not None or tokens.visible_prefix is not None:  # hidden prefix tokens are run, but masked
             gate = tokens.attn_scale_or_ones
             factor = shown * F.pad(gate, (tokens.prefix, 0), value=1.0)
             bias = factor.clamp_min(SOFT_FLOOR).log().flatten()[index]
         return cls(index, tuple(run.sum(1).tolist()), bias, (run.shape[0], run.shape[1]))
 
     def pack(self, x: Tensor) -> Tensor:
-        """[B, N, C] as [1, T, C]."""
+        """Pack [B, N, C] into [1, T, C]."""
         return x.flatten(0, 1).index_select(0, self.index).unsqueeze(0)
 
     def unpack(self, row: Tensor, x: Tensor) -> Tensor:
-        """``x`` [B, N, C] with the tokens that were run replaced by those in the row [1, T, C]."""
+        """Return ``x`` [B, N, C] with the tokens of the row [1, T, C] in their places."""
         return x.flatten(0, 1).index_copy(0, self.index, row[0].to(x.dtype)).view(x.shape)
 
     def heads(self, row: Tensor) -> Tensor:
-        """Queries, keys or values [1, H, T, D] as [B, H, N, D], zero where nothing was run."""
+        """Unpack queries, keys or values [1, H, T, D] to [B, H, N, D], with zeros for tokens that were not run."""
         flat = row.new_zeros(self.shape[0] * self.shape[1], row.shape[1], row.shape[3])
         flat = flat.index_copy(0, self.index, row[0].transpose(0, 1))
         return flat.view(*self.shape, row.shape[1], row.shape[3]).transpose(1, 2)
 
     def mask(self) -> Tensor:
-        """What is added to logits towards each token of the padded batch, [B, 1, 1, N]: -inf where nothing was run."""
+        """Return the bias on logits towards each token of the padded batch, [B, 1, 1, N]: -inf for tokens that were not run."""
         flat = torch.full((self.shape[0] * self.shape[1],), -torch.inf, device=self.index.device)
         own = torch.zeros_like(self.index, dtype=flat.dtype) if self.bias is None else self.bias.to(flat.dtype)
         return flat.index_copy(0, self.index, own).view(self.shape[0], 1, 1, self.shape[1])
 
     def rotary(self, table: Tensor, tokens: Tokens) -> Tensor:
-        """A rotary table [P, D] or [(B,) H, P, D] for the row without its first prefix tokens: [1, 1 or H, T - prefix, D].
+        """Return the rotary table of the row from [P, D] or [(B,) H, P, D]: [1, 1 or H, T - prefix, D].
 
-        Hosts leave out only the prefix tokens in front; those of later images get a rotation by nothing (the tables hold
-        sines, then cosines).
+        Models skip only the prefix tokens at the front of the row; prefix tokens of later images get the identity rotation
+        (the tables hold sines, then cosines).
         """
         rows = table_rows(table, tokens.origin_index)  # [B, heads, L, D]
         half = rows.shape[-1] // 2
@@ -79,13 +77,13 @@ class Packing:
         return every.index_select(0, self.index)[tokens.prefix :].transpose(0, 1).unsqueeze(0)
 
     def watch(self, calls: list[dict[str, Any]], rows: Tensor | None = None) -> AttentionTap:
-        """Attention for each image alone, while active."""
+        """Return a tap that runs attention for each image separately while it is active."""
         if rows is not None:
-            raise RuntimeError("this model adds a bias for pairs of patches; take the method with execution='padded'")
-        return PackedWatch(calls, self)
+            raise RuntimeError("this model adds a bias for pairs of patches; use the method with execution='padded'")
+        return PackedTap(calls, self)
 
     def seen(self, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The calls as if they had been made on the padded batch."""
+        """Return the recorded calls as if they had been made on the padded batch."""
         return [
             {**call, **{name: self.heads(call[name]) for name in ("query", "key", "value")}, "attn_mask": self.mask()}
             for call in calls
@@ -93,7 +91,7 @@ class Packing:
 
 
 def varlen() -> Any:
-    """Torch's attention over sequences of many lengths, where this version has it with all that is needed; or None."""
+    """Return torch's attention over sequences of different lengths, or None if this version lacks it or its options."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -101,8 +99,8 @@ def varlen() -> Any:
     return varlen_attn if {"scale", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters) else None
 
 
-class PackedWatch(AttentionTap):
-    """Notes the calls, and answers each by one call for every image."""
+class PackedTap(AttentionTap):
+    """Records the calls, and computes each by one call for every image."""
 
     def __init__(self, calls: list[dict[str, Any]], packing: Packing) -> None:
         super().__init__(calls)
@@ -111,7 +109,7 @@ class PackedWatch(AttentionTap):
     def answer(self, func: Any, call: dict[str, Any]) -> Tensor:
         if call.get("attn_mask") is not None or call.get("is_causal"):
             raise RuntimeError(
-                "packed execution met an attention mask of the model's own; take the method with execution='padded'"
+                "packed execution does not support the model's own attention mask; use the method with execution='padded'"
             )
         q, k, v = (call[name] for name in ("query", "key", "value"))
         half = q.dtype in (torch.float16, torch.bfloat16)
@@ -127,7 +125,7 @@ class PackedWatch(AttentionTap):
         return torch.cat(out, 2)
 
     def _on_device(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        """One kernel for all images, where torch has one."""
+        """Run torch's variable-length attention kernel for all images at once."""
         varlen_attn: Any = varlen()
         longest = max(self.packing.lengths)
         ends = torch.tensor((0, *self.packing.lengths), device=q.device).cumsum(0).to(torch.int32)

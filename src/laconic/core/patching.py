@@ -1,8 +1,8 @@
-"""Give the modules of a model the methods of a reduced one, and take them away again.
+"""Replace methods of a model's modules while it is reduced, and undo that.
 
-A module keeps its attributes; its class becomes a subclass of itself, with the same name, in which some methods are replaced.
-So ``self`` is always the module that runs: that of a copy, of a DataParallel replica, of a wrapper. Whatever another tool puts
-on the module itself (a ``forward``, hooks) comes first, as ever.
+A module keeps its attributes; its class is replaced by a subclass of the same name with some methods replaced. So ``self`` is
+always the module that runs, in a copy, a DataParallel replica or a wrapper. Anything that another tool sets on the module
+instance (a ``forward``, hooks) still takes precedence.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from laconic.core.runtime import run_block, run_call
 from laconic.core.token_reduction import TokenReduction, passes_through
 
 log = logging.getLogger(__name__)
-# Names of methods, what replaces them, f(module, own, *arguments), and for `read` the function that it calls
+# the names of methods, their replacements f(module, own, *arguments), and (for `read`) the function that the replacement calls
 Replaced = tuple[tuple[str, Callable[..., Any], Callable[..., Any] | None], ...]
 
-# methods that models may have, and what replaces them
+# methods that models may have, and their replacements
 CALLS = ("forward", "forward_features")
-READERS: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None]] = {
+OVERRIDES: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None]] = {
     "pool": (read, pool),
     "forward_intermediates": (forward_intermediates, None),
     "prune_intermediate_layers": (refuse_pruning, None),
@@ -40,7 +40,7 @@ _subclasses: WeakKeyDictionary[type, dict[Replaced, type]] = WeakKeyDictionary()
 
 
 def apply_settings(host: Any, entry: ModelSpec) -> dict[int, Any]:
-    """Set what has to be set for the host's attention to be fused; gives the old values, for `restore_settings`."""
+    """Apply the settings that make the model's attention fused; return the old values, for `restore_settings`."""
     old = dict[int, Any]()
     for number, (owner, name, value) in enumerate(entry.settings(host)):
         if getattr(owner, name) != value:
@@ -59,7 +59,7 @@ def restore_settings(host: Any, entry: ModelSpec, old: Mapping[int, Any]) -> Non
 
 
 def attach(host: Any, entry: ModelSpec, reduction: TokenReduction) -> None:
-    """Make a model a reduced one."""
+    """Attach a reduction to a model: replace methods of the model and its blocks, and set ``model.laconic``."""
     for index, block in enumerate(entry.blocks(host)):
         through = passes_through(reduction, index, block)
         link = BlockLink(reduction.ref, names_of(block), index, block_path(block), through)
@@ -75,7 +75,11 @@ def attach(host: Any, entry: ModelSpec, reduction: TokenReduction) -> None:
 
 
 def detach(host: Any, entry: ModelSpec) -> None:
-    """Undo `attach`, and `apply_settings` as the reduction remembers it."""
+    """Undo `attach`, and restore the settings that the reduction changed.
+
+    Raises:
+        ValueError: another tool changed the class of a module since.
+    """
     reduction = host.laconic
     settled = getattr(reduction, "original_module", reduction).settled
     reduced = [module for module in host.modules() if LINK in module.__dict__]
@@ -93,20 +97,20 @@ def detach(host: Any, entry: ModelSpec) -> None:
 
 
 def replaced_methods(host: Any, entry: ModelSpec) -> dict[nn.Module, Replaced]:
-    """The methods that are replaced, of the model and of modules in it (blocks aside)."""
+    """Return the methods that are replaced, of the model and of modules in it other than its blocks."""
     kind = type(host)
     found: dict[nn.Module, dict[str, tuple[Any, Any]]] = {host: {}}
     found[host] |= {name: (run_call, None) for name in (*CALLS, *entry.head_methods) if hasattr(kind, name)}
-    found[host] |= {name: method for name, method in READERS.items() if hasattr(kind, name)}
+    found[host] |= {name: method for name, method in OVERRIDES.items() if hasattr(kind, name)}
     owner, features = entry.features(host)
     found.setdefault(owner, {})[features] = (run_call, None)
-    for module, name, stand_in in entry.method_overrides(host):
-        found.setdefault(module, {})[name] = (read, stand_in)
+    for module, name, override in entry.method_overrides(host):
+        found.setdefault(module, {})[name] = (read, override)
     return {module: tuple((name, *by) for name, by in methods.items()) for module, methods in found.items()}
 
 
 def names_of(module: nn.Module) -> tuple[str, ...]:
-    """The parameters that the forward of a block (or of a model) takes."""
+    """Return the parameter names of a block's (or model's) forward."""
     return tuple(inspect.signature(type(module).forward).parameters)[1:]
 
 
@@ -118,7 +122,7 @@ def replace(module: nn.Module, methods: Replaced, link: PartLink) -> None:
 
 
 def subclass(base: type, methods: Replaced) -> type:
-    """The subclass of the same name in which each of these methods calls its replacement: one for the same methods."""
+    """Return the subclass of the same name in which these methods call their replacements (cached by class and methods)."""
     known = _subclasses.setdefault(base, {})
     if methods in known:
         return known[methods]
@@ -135,7 +139,7 @@ def subclass(base: type, methods: Replaced) -> type:
         return method
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        self.__class__ = base  # type(model)(...) makes a plain model
+        self.__class__ = base  # type(model)(...) makes a model that is not reduced
         base.__init__(self, *args, **kwargs)  # type: ignore[misc]
 
     names: dict[str, Any] = {name: replacing(name, function, reader) for name, function, reader in methods}
@@ -146,7 +150,7 @@ def subclass(base: type, methods: Replaced) -> type:
 
 
 def _reduce(module: Any, protocol: Any) -> Any:
-    """A copy or a pickle of a module with replaced methods: a subclass has no name to be found by."""
+    """Pickle or copy a module with replaced methods by its base class, since the subclass cannot be imported by name."""
     kind = type(module)
     return _remake, (kind.laconic_base, kind.laconic_methods), module.__getstate__()
 
@@ -164,14 +168,14 @@ def _refuse_script(module: Any) -> None:
 
 # ------------------------------------------------------------------------------------------------ blocks
 def checkpoints_itself(block: Any) -> bool:
-    """True if the forward of a block's class is one of transformers 5, which has gradient checkpointing wrapped around it."""
+    """Return True if the block's class is one of transformers 5, which wraps gradient checkpointing around its forward."""
     return hasattr(block, "gradient_checkpointing") and hasattr(type(block).forward, "__wrapped__")
 
 
 def checkpointed(block: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
-    """`run_block` with the gradient checkpointing that the block's class would have wrapped around its own forward.
+    """Run `run_block` inside the gradient checkpointing that the block's class wraps around its own forward.
 
-    All of it must be inside: run again for its gradient, it must find what the method does, too.
+    The reducer must be inside the checkpointed function too, so that the recomputation in the backward pass includes it.
     """
     if block.gradient_checkpointing and block.training:
         return block._gradient_checkpointing_func(partial(run_block, block, own, **kwargs), *args)
@@ -179,19 +183,19 @@ def checkpointed(block: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def refuse_patched(host: nn.Module, entry: ModelSpec) -> None:
-    """Refuse a model of which another tool has replaced a method that is to be replaced.
+    """Raise if another tool has replaced a method that Laconic has to replace.
 
     Raises:
-        ValueError: such a method.
+        ValueError: there is such a method; the message names it.
     """
     own: list[tuple[nn.Module, Any]] = [(block, (("forward", None, None),)) for block in entry.blocks(host)]
     for module, methods in [*own, *replaced_methods(host, entry).items()]:
         for name, *_ in methods:
             found = module.__dict__.get(name)
             if found is None or (module is host and name in CALLS):
-                continue  # what wraps a call of the model calls it in the end; the proof sees if it does not
+                continue  # a wrapper of the model's forward calls the original in the end; `verify` detects it if not
             if getattr(found, "__func__", None) is getattr(type(module), name) and found.__self__ is module:
-                del module.__dict__[name]  # the method of its class, put back by hand (transformers 4.57): the same without it
+                del module.__dict__[name]  # the class's own method, set on the instance by transformers 4.57: redundant
                 continue
             raise ValueError(f"{path_of(type(module))} has a {name} put on it by another tool; undo that before reducing")
 

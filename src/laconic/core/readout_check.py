@@ -1,4 +1,4 @@
-"""Proof that a model counts a token as often as it has patches, however its class reads its last tokens."""
+"""Check that a model's readout weights each token by the number of patches it holds, whatever its class does."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from laconic.core.token_reduction import TokenReduction
 
 
 def check_readout(host: nn.Module, reduction: TokenReduction, image: Tensor) -> None:
-    """Compare the model's answer to equal patches with its answer to one token in their place.
+    """Compare the model's output for several equal patches with its output for one merged token in their place.
 
     Raises:
-        ValueError: the answers differ, so that the model reads its tokens in a way of its own.
+        ValueError: the outputs differ, so the model's readout ignores token sizes.
     """
     try:
         with _last_block_gives(host, reduction, merged=False):
@@ -27,20 +27,19 @@ def check_readout(host: nn.Module, reduction: TokenReduction, image: Tensor) -> 
         with _last_block_gives(host, reduction, merged=True):
             together = host(image)
         difference, size = difference_of(_apart(together), apart)
-        told = f"its answer differs by {difference:.2g} of {size:.2g}"
+        told = f"the output differs by {difference:.2g} of {size:.2g}"
     except (RuntimeError, ValueError, IndexError) as error:
-        difference, size, told = float("inf"), 1.0, f"it fails ({error})"
-    if not difference <= 1e-2 * max(size, 1e-6):  # NaN proves nothing
+        difference, size, told = float("inf"), 1.0, f"the model fails ({error})"
+    if not difference <= 1e-2 * max(size, 1e-6):  # also refuses NaN
         raise ValueError(
-            f"{path_of(type(host))} reads its last tokens in a way of its own: where one token stands for several equal "
-            f"patches {told} from that to the patches themselves, so tokens merged by {reduction.config.info.name} would "
-            "count too little. Take a method that only drops tokens (topk, random, dynamicvit), or let the class average in "
-            "the pool method of its base"
+            f"{path_of(type(host))} reads its last tokens in a way of its own: if one token replaces several equal patches, "
+            f"{told}, so tokens merged by {reduction.config.info.name} would have too little weight. Use a method that only "
+            "drops tokens (topk, random, dynamicvit), or let the class average in the pool method of its base"
         )
 
 
 def _apart(out: Any) -> Any:
-    """An answer in which features of single tokens, if there are any, are those of all patches."""
+    """Expand features of single tokens in an output, if there are any, to all patches."""
     if isinstance(out, Mapping):
         return {key: _apart(value) for key, value in out.items()}
     if isinstance(out, tuple | list):
@@ -54,7 +53,7 @@ def _apart(out: Any) -> Any:
 
 @contextmanager
 def _last_block_gives(host: nn.Module, reduction: TokenReduction, *, merged: bool) -> Iterator[None]:
-    """Blocks that hand on what they get; the last one hands on half of the patches alike, or merged into one token."""
+    """Make all blocks the identity, but the last one, which returns half of the patches equal, or merged into one token."""
     blocks: list[Any] = reduction.entry_of_host.blocks(host)
 
     def passes(names: tuple[str, ...], *args: Any, **kwargs: Any) -> Any:
@@ -95,7 +94,7 @@ def _with_names(does: Any, names: tuple[str, ...]) -> Any:
 
 
 def difference_of(a: Any, b: Any) -> tuple[float, float]:
-    """The largest difference of two answers, and the largest value of the second."""
+    """Return the largest difference of two outputs, and the largest absolute value of the second."""
     if isinstance(a, Tensor):
         if a.shape != b.shape:
             return float("inf"), 1.0

@@ -14,9 +14,9 @@ class Running(threading.local):
 
 
 on_thread = Running()
-traced: list[Any] = []  # while torch.compile traces, which cannot read threading.local: only the trace sees this list filled
+traced: list[Any] = []  # replaces ``on_thread`` while torch.compile traces, which cannot read threading.local
 
 
 def calls() -> list[Any]:
-    """The calls that are running on this thread, outermost first."""
+    """Return the calls that are running on this thread, outermost first."""
     return traced or on_thread.calls
