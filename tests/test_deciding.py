@@ -192,6 +192,6 @@ def test_a_summary_says_what_single_images_cost():
 def test_errors():
     with pytest.raises(ValueError, match="execution must be one of 'packed', 'padded', 'masked'"):
         laconic.ATS(execution="dense")
-    with pytest.raises(ValueError, match="where the method decides the value is 1"):
+    with pytest.raises(ValueError, match="each value must be 1"):
         laconic.Schedule((1,), (0.5,), "decide")
     assert laconic.Schedule.of({"at": [1], "decide": [1]}) == laconic.Schedule.adaptive([1])

@@ -216,7 +216,7 @@ def test_sequence_first_attention_is_refused():
 def test_a_resnet_tower_is_refused_with_the_reason():
     vision = dict(image_size=64, layers=(1, 1, 1, 1), width=8)
     model = open_clip.model.CLIP(embed_dim=24, vision_cfg=vision, text_cfg=TEXT)
-    with pytest.raises(TypeError, match="ModifiedResNet cannot be reduced: .* no tokens that could leave"):
+    with pytest.raises(TypeError, match="ModifiedResNet cannot be reduced: .* no tokens can be removed"):
         laconic.reduce_(model, "topk", keep=0.7)
 
 

@@ -145,7 +145,7 @@ def test_known_steps_need_no_listening(method, monkeypatch):
 
 def test_blocks_that_never_have_anything_to_do_run_as_they_stand(monkeypatch):
     model = laconic.reduce_(make("plain"), "etps", keep=0.6, at=[1])
-    assert model.laconic.passed == {0, 2}  # the last may be spared
+    assert model.laconic.passthrough == {0, 2}  # the last may be spared
     x, steps, own = images("plain"), [], laconic.core.runtime.pass_block
     record = lambda run, tokens: (steps.append(run.link.index), own(run, tokens))[1]  # noqa: E731
     monkeypatch.setattr("laconic.core.runtime.pass_block", record)
@@ -153,7 +153,7 @@ def test_blocks_that_never_have_anything_to_do_run_as_they_stand(monkeypatch):
     assert steps == [1, 3]
     assert [len(entry) for entry in model.laconic.ledger] == [36, 36, 22, 22, 22]
     tome = laconic.reduce_(make("plain"), "tome", keep=0.6, at=[1])
-    assert tome.laconic.passed == {0, 2}
+    assert tome.laconic.passthrough == {0, 2}
     steps.clear()
     tome(x)  # sizes are to be added to the logits: the block after it does not run as it stands
     assert steps == [1, 2, 3]
@@ -248,7 +248,7 @@ def test_steps_that_do_not_hold_are_not_used(caplog):
     with caplog.at_level(logging.WARNING, logger="laconic"):
         laconic.reduce_(model, "etps", keep=0.6, at=[0, 1])
     assert "block 2" in caplog.text
-    assert "its attention in steps differs" in caplog.text
+    assert "its attention computed in steps differs" in caplog.text
     assert not model.laconic.skip_unused
     assert queries_of(model, images("plain"))[-1] == 15
 
@@ -268,7 +268,7 @@ def test_every_step_is_proved(step, monkeypatch, caplog):
     monkeypatch.setitem(BLOCKS, path, dataclasses.replace(own, steps=wrong))
     with caplog.at_level(logging.WARNING, logger="laconic"):
         model = laconic.reduce_(make("plain"), "etps", keep=0.6, at=[0, 1])
-    assert "its attention in steps differs" in caplog.text
+    assert "its attention computed in steps differs" in caplog.text
     assert not model.laconic.skip_unused
 
 

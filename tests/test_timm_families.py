@@ -126,7 +126,7 @@ def test_images_of_any_shape():
 
 def test_padding_is_refused_with_what_to_do():
     model, x = reduced(ZOO["naflex"], "topk"), ZOO["naflex"].images()
-    with pytest.raises(ValueError, match="this batch has padding .* put images with equally many patches into one batch"):
+    with pytest.raises(ValueError, match="this batch has padding .* batch images with the same number of patches"):
         model(as_patches(x, padding=3))
     with pytest.raises(ValueError, match="takes no attn_mask"):
         model({**as_patches(x), "attn_mask": torch.zeros(3, 1, 40, 40)})

@@ -96,7 +96,7 @@ def test_odd_attention_is_refused():
         laconic.reduce_(model, "topk", keep=0.7)
     model = torchvision_vit()
     model.encoder.layers[1].self_attention = torch.nn.MultiheadAttention(48, 3, batch_first=True, add_zero_attn=True)
-    with pytest.raises(ValueError, match="keys that are no token"):
+    with pytest.raises(ValueError, match="keys that are not tokens"):
         laconic.reduce_(model, "topk", keep=0.7)
 
 

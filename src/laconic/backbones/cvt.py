@@ -1,4 +1,4 @@
-"""Laconic's own CvT: three stages, all with keys from the grid; TPS reduces at blocks 2, 5 and 8 of the last."""
+"""Laconic's own CvT: three stages, all with keys from the grid; TPS reduces at blocks 2, 5 and 8 of the last stage."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ register_host(
     ModelSpec(
         path="laconic.models.cvt.ConvolutionalVisionTransformer",
         blocks=lambda m: [block for stage in m.stages for block in stage.blocks],
-        prefix=lambda m: (1, True),  # this, the grid and the sizes are of the last stage, which the head reads
+        prefix=lambda m: (1, True),  # prefix, grid, dim and heads are those of the last stage, which the head reads
         positions=lambda m: None,
         grid=lambda m: m.grid_sizes[-1],
         dim=lambda m: m.embed_dim,

@@ -1,4 +1,4 @@
-"""Laconic's own LV-ViT. Its answer reads the patch tokens too: it takes the highest of their logits, class by class."""
+"""Laconic's own LV-ViT. Its output also uses the patch tokens: the maximum of their logits for each class."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _mlp(b: Any, x: Tensor) -> Tensor:
 
 
 def _pool(readout: Any, own: Any, x: Tensor, pool_type: str | None = None) -> Tensor:
-    """The highest of the logits is of the tokens that hold a patch: in training those softly removed are still there."""
+    """Pool by the maximum over tokens that hold a patch, since softly dropped tokens are still present in training."""
     model = readout.host
     if (pool_type or model.global_pool) != "max":
         return readout.pool(own, x, pool_type)

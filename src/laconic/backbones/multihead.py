@@ -1,4 +1,4 @@
-"""torch.nn.MultiheadAttention, spelled out: it hides the fused attention inside, so nothing could look at it."""
+"""An explicit forward of torch.nn.MultiheadAttention, whose own fused attention call cannot be intercepted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def self_attention(attn: Any, x: Tensor) -> Tensor:
-    """What ``attn(x, x, x, need_weights=False)`` gives for tokens [B, N, C], batch first, without masks."""
+    """Compute ``attn(x, x, x, need_weights=False)`` for tokens [B, N, C], batch first, without masks."""
 
     def heads(part: Tensor) -> Tensor:
         return part.reshape(*part.shape[:2], attn.num_heads, attn.head_dim).transpose(1, 2)
@@ -20,9 +20,9 @@ def self_attention(attn: Any, x: Tensor) -> Tensor:
 
 
 def unsupported_reason(attn: Any) -> str | None:
-    """Why this attention is not the one that `self_attention` spells out, or None."""
+    """Return the reason why `self_attention` does not reproduce this attention, or None."""
     if not attn.batch_first:
         return "its nn.MultiheadAttention has batch_first=False; make it with batch_first=True"
     if attn.in_proj_weight is None or attn.bias_k is not None or attn.add_zero_attn:
-        return "its nn.MultiheadAttention has keys of another width, or keys that are no token (add_bias_kv, add_zero_attn)"
+        return "its nn.MultiheadAttention has keys of another width, or keys that are not tokens (add_bias_kv, add_zero_attn)"
     return None

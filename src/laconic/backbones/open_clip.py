@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laconic.backbones.multihead import unsupported_reason, self_attention
+from laconic.backbones.multihead import self_attention, unsupported_reason
 from laconic.core.backbone import BlockSpec, MethodOverride, ModelSpec, register_block, register_host
 
 AFTER = ("ln_2", "mlp", "ls_2")
 
 
-def _attention(b: Any, x: Tensor, **none: Any) -> Tensor:  # keys and values of its own and a mask: there are none
+def _attention(b: Any, x: Tensor, **none: Any) -> Tensor:  # ``none``: separate keys and values and a mask, which are all None
     return b.ls_1(self_attention(b.attn, b.ln_1(x)))
 
 
@@ -40,14 +40,14 @@ def _pooling(m: Any) -> tuple[str, bool]:
 
 
 def _pools(m: Any) -> list[Any]:
-    """The attention pools that read the tokens of the blocks."""
+    """Return the attention pools that read the tokens of the blocks."""
     pools = [] if m.attn_pool is None else [m.attn_pool]
     return [*pools, m.attn_pool_contrastive] if pools and getattr(m, "attn_pool_type", "") == "parallel" else pools
 
 
 def _global_pool(readout: Any, own: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     pooled, tokens = own(x)
-    if readout.host.attn_pool is None:  # with one, x are its answers
+    if readout.host.attn_pool is None:  # with an attention pool, x is its output
         pooled = readout.pool(lambda weighed, kind: own(weighed)[0], x)
     return pooled, tokens
 
@@ -77,7 +77,7 @@ def _rows(m: Any, before: int, after: int) -> dict[str, int]:
 
 
 def _products(m: Any, before: int, after: int) -> int:
-    """The projection, and the attention pools, whose weights are no layers (`_rows` leaves them out)."""
+    """Return the multiply-adds of the projection and the attention pools, which are not layers (`_rows` excludes them)."""
     pools = [pool for pool in (m.attn_pool, getattr(m, "attn_pool_contrastive", None)) if pool is not None]
     readers, macs = _pools(m), 0
     for pool in pools:

@@ -1,6 +1,6 @@
-"""Laconic's own PS-ViT: its blocks are the plain layers after sampling, and those are reduced.
+"""Laconic's own PS-ViT: the plain layers after the sampling are its blocks, and those are reduced.
 
-Patch tokens are in the order of the points they were sampled from, column by column.
+Patch tokens are in the order of their sampling points, column by column.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from laconic.core.backbone import ModelSpec, register_host
 
 def _at(m: Any) -> tuple[int, ...]:
     depth = len(m.blocks)
-    return tuple(sorted({round(depth * part / 4) for part in (1, 2, 3)}))  # 2, 5, 8 of 10, as TPS does it
+    return tuple(sorted({round(depth * part / 4) for part in (1, 2, 3)}))  # 2, 5, 8 of 10, as in TPS
 
 
 register_host(
@@ -22,7 +22,7 @@ register_host(
         path="laconic.models.psvit.PSViT",
         blocks=lambda m: list(m.blocks),
         prefix=lambda m: (1, True),
-        positions=lambda m: None,  # every image has its own
+        positions=lambda m: None,  # the positions differ from image to image
         grid=lambda m: m.patch_embed.grid_size,
         dim=lambda m: m.embed_dim,
         heads=lambda m: m.blocks[0].attn.num_heads,

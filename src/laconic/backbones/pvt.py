@@ -9,7 +9,7 @@ from torch import Tensor
 from laconic.backbones.timm import _example
 from laconic.core.backbone import BlockSpec, ModelSpec, StageSpec, register_block, register_host
 
-STAGES = (1, 2, 3, 4)  # as in the names of its parts
+STAGES = (1, 2, 3, 4)  # as in the names of its submodules
 
 
 def _attention(b: Any, x: Tensor, **kw: Any) -> Tensor:
@@ -44,7 +44,7 @@ register_host(
     ModelSpec(
         path="laconic.models.pvt.PyramidVisionTransformer",
         blocks=lambda m: [block for blocks in _blocks(m) for block in blocks],
-        prefix=lambda m: (1, True),  # this, the grid and the sizes are of the last stage, which the head reads
+        prefix=lambda m: (1, True),  # prefix, grid, dim and heads are those of the last stage, which the head reads
         positions=lambda m: None,
         grid=lambda m: m.grid_size(STAGES[-1]),
         dim=lambda m: m.embed_dim,

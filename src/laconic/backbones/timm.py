@@ -40,17 +40,17 @@ def _eva_mlp(b: Any, x: Tensor) -> Tensor:
     return b.drop_path2(_gamma(b.gamma_2, b.mlp(b.norm2(x))))
 
 
-# timm keeps it in one of two places, by its version
+# the class path depends on timm's version
 _ATTENTION = ("timm.layers.attention.Attention", "timm.models.vision_transformer.Attention")
 
 
 def _known(b: Any) -> bool:
-    """True if the attention is timm's own with a plain qkv layer: no adapter, quantised weights, hooks or overrides."""
+    """Return True if the attention is timm's own with a plain qkv layer: no adapter, quantised weights, hooks or overrides."""
     attn = b._modules["attn"]  # here and below: an attribute would cost a call of Module.__getattr__
     qkv = attn._modules.get("qkv")
     if type(qkv) is not nn.Linear or not attn.fused_attn:
         return False
-    if type(qkv._parameters.get("weight")) is not nn.Parameter:  # quantised, sharded, or of a DataParallel replica
+    if type(qkv._parameters.get("weight")) is not nn.Parameter:  # quantised, sharded, or in a DataParallel replica
         return False
     return path_of(type(attn)) in _ATTENTION and unhooked(attn, qkv) and attn._modules.get("gate") is None
 
@@ -101,7 +101,7 @@ def _norm(b: Any, x: Tensor) -> Tensor:
 _steps = AttentionSteps(_known, _norm, _queries, _keys_values, _project, _added)
 register_block("timm.models.vision_transformer.Block", BlockSpec(_block_attention, _block_mlp, steps=_steps))
 register_block("timm.models.vision_transformer.ResPostBlock", BlockSpec(_post_attention, _post_mlp))
-register_block("timm.models.vision_transformer.ParallelScalingBlock", BlockSpec())  # attention and MLP side by side
+register_block("timm.models.vision_transformer.ParallelScalingBlock", BlockSpec())  # attention and MLP in parallel
 register_block("timm.models.eva.EvaBlock", BlockSpec(_eva_attention, _eva_mlp, rope="rope"))
 register_block("timm.models.eva.EvaBlockPostNorm", BlockSpec(_post_attention, _post_mlp, rope="rope"))
 
@@ -144,7 +144,7 @@ def _pooling(m: Any) -> tuple[str, bool]:
     if pool is None:
         return m.global_pool or "none", getattr(m, "pool_include_prefix", False)
     kind = "map" if type(pool).__name__ == "AttentionPoolLatent" else type(pool).__name__
-    return kind, getattr(m, "pool_include_prefix", True)  # Eva hands all its tokens to the attention pool
+    return kind, getattr(m, "pool_include_prefix", True)  # Eva passes all its tokens to the attention pool
 
 
 def _grid_of(m: Any, size: tuple[int, int]) -> tuple[int, int] | None:

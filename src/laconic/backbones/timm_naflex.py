@@ -1,7 +1,7 @@
 """timm's NaFlexVit: images, or patches of images of any shape. Its blocks are those of VisionTransformer and Eva.
 
-Batches with padding are refused. How many tokens are left is counted from how many there were, and with padding that would
-depend on the other images of the batch.
+Batches with padding are refused, because the number of kept tokens is computed from the number of input tokens, which would
+then depend on the other images of the batch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laconic.backbones.timm import _heads, _unsupported_reason, _pooling
+from laconic.backbones.timm import _heads, _pooling, _unsupported_reason
 from laconic.core.backbone import ModelSpec, register_host
 
 
@@ -31,13 +31,13 @@ def _example(m: Any) -> Tensor:
 
 
 def _unmasked(patch_valid: Tensor | None, attn_mask: Tensor | None = None) -> None:
-    """Refuse padding and masks; where nothing is masked a mask may be left out."""
+    """Raise for padding or an attention mask; a ``patch_valid`` that masks nothing is accepted."""
     if attn_mask is not None:
-        raise ValueError("a reduced NaFlexVit takes no attn_mask: what is made for all tokens does not fit those that are left")
+        raise ValueError("a reduced NaFlexVit takes no attn_mask: it is made for all tokens and does not fit the kept ones")
     if patch_valid is not None and not bool(patch_valid.all()):
         raise ValueError(
-            "this batch has padding (patch_valid is not all True), and how many tokens a reduced image keeps would depend on "
-            "it; put images with equally many patches into one batch, or run each image without its padding"
+            "this batch has padding (patch_valid is not all True), and the number of tokens that a reduced image keeps would "
+            "depend on it; batch images with the same number of patches, or run each image without its padding"
         )
 
 
@@ -58,7 +58,7 @@ register_host(
         path="timm.models.naflexvit.NaFlexVit",
         blocks=lambda m: list(m.blocks),
         prefix=lambda m: (m.num_prefix_tokens, m.has_class_token),
-        positions=lambda m: None,  # its table is resized to every input, so it says nothing of this one
+        positions=lambda m: None,  # the table is resized for every input, so there are no fixed positions
         grid=lambda m: m.embeds.dynamic_feat_size(_image_size(m)),
         dim=lambda m: m.embed_dim,
         heads=_heads,

@@ -1,16 +1,16 @@
-"""Models that look like vision transformers and are none that could lose tokens, and blocks that cannot be looked at: why."""
+"""Models that resemble vision transformers but cannot drop tokens, and blocks with unsupported attention, with the reasons."""
 
 from __future__ import annotations
 
 from laconic.core.backbone import register_refusal
 
-WINDOWS = "it attends in windows of its grid; taking tokens out would tear them"
-POOLS = "it pools or shifts its tokens on their grid between blocks, and with tokens gone there is no grid"
-CHANNELS = "its attention is between channels or its convolutions look at neighbours, so it has no tokens that could leave"
-TWO = "it makes several attention calls in one block, and there is no one attention to score tokens with or to bias"
-OWN = "its attention is not one scaled_dot_product_attention over all tokens, so it can be neither looked at nor biased"
+WINDOWS = "it attends within windows of its grid, which would be incomplete without the removed tokens"
+POOLS = "it pools or shifts its tokens on their grid between blocks, and without the removed tokens there is no grid"
+CHANNELS = "it attends between channels or convolves neighbouring positions, so no tokens can be removed"
+TWO = "it makes several attention calls in one block, so there is no single attention to score tokens with or to bias"
+OWN = "its attention is not one scaled_dot_product_attention over all tokens, so it can be neither read nor biased"
 CLASS_LATE = "its class token joins late and its attention mixes its heads outside scaled_dot_product_attention"
-MERGES = "it merges neighbouring patches on their grid at the end, and with tokens gone there is no grid"
+MERGES = "it merges neighbouring patches on their grid at the end, and without the removed tokens there is no grid"
 
 _REFUSED = {
     WINDOWS: (

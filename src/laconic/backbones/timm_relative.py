@@ -1,6 +1,6 @@
-"""timm's Beit and VisionTransformerRelPos: a bias for every pair of patches, of each block or shared by all of them.
+"""timm's Beit and VisionTransformerRelPos: a bias for every pair of patches, in each block or shared by all blocks.
 
-Both pool inside ``forward_head``, so that is what is stood in for.
+Both pool inside ``forward_head``, so that method is replaced.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from laconic.backbones.timm import (
     _grid,
     _grid_of,
     _heads,
-    _unsupported_reason,
     _pooling,
     _positions,
     _post_attention,
     _post_mlp,
     _prefix,
+    _unsupported_reason,
 )
 from laconic.core.backbone import BlockSpec, ModelSpec, register_block, register_host
 
@@ -34,7 +34,7 @@ def _forward_head(readout: Any, own: Any, x: Tensor, pre_logits: bool = False) -
 
 
 def _bias_rows(bias: Any) -> int:
-    """Rows through the network that makes a bias of the distances of patches (there is a table instead in others)."""
+    """Return the rows through the network that computes a bias from distances of patches (0 if the bias is a table)."""
     return bias.rel_coords_log.shape[:2].numel() if hasattr(bias, "rel_coords_log") else 0
 
 

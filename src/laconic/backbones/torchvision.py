@@ -1,4 +1,4 @@
-"""torchvision's VisionTransformer: a class token that the head reads, and nn.MultiheadAttention in every block."""
+"""torchvision's VisionTransformer: the head reads the class token, and every block has an nn.MultiheadAttention."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laconic.backbones.multihead import unsupported_reason, self_attention
+from laconic.backbones.multihead import self_attention, unsupported_reason
 from laconic.core.backbone import BlockSpec, ModelSpec, register_block, register_host
 
 

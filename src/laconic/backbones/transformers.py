@@ -1,9 +1,9 @@
-"""transformers' ViT, DeiT, DINOv2 (with registers), DINOv3, BEiT, and the image towers of CLIP and SigLIP; versions 4.57 and 5.
+"""transformers' ViT, DeiT, DINOv2 (with registers), DINOv3, BEiT, CLIP and SigLIP vision models; versions 4.57 and 5.
 
-The names of parts differ between the versions, so entries look at what is there; layers: `laconic.backbones.transformers_layers`.
-Attention masks are refused where they come in; what mask arrives at a layer the model has made itself: a boolean one in export,
-which hides nothing, or BEiT's shared bias. A reduced model hands on short ``hidden_states`` and, where tokens were merged, a
-``last_hidden_state`` with all patches: heads outside the model average it (DINOv2, CLIP, SigLIP).
+Names of submodules differ between the versions, so entries check which exist; layers: `transformers_layers`. The model's
+forward refuses attention masks, so a mask that reaches a layer was made by the model itself: a boolean one in export, which
+hides nothing, or BEiT's shared bias. A reduced model returns ``hidden_states`` of the kept tokens and, if tokens were merged, a
+``last_hidden_state`` with all patches, because heads outside the model average it (DINOv2, CLIP, SigLIP).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from laconic.core.backbone import MethodOverride, ModelSpec, Setting, register_host, register_refusal
 
 FUSED = "sdpa"
-GRID = "it reads tokens on their grid, and where tokens have left there is none; reduce the model inside for another use"
+GRID = "it reads tokens on their grid, and a reduced model has no full grid; for other uses reduce the backbone inside it"
 
 
 def _blocks(m: Any) -> list[Any]:
@@ -54,13 +54,16 @@ def _unsupported_reason(m: Any) -> str | None:
     name = m.config._attn_implementation
     if name not in (FUSED, "eager"):
         return (
-            f"its attention is run by {name!r}, where there is nothing to look at; model.set_attn_implementation('sdpa') first"
+            f"its attention implementation is {name!r}, which laconic cannot read; call model.set_attn_implementation('sdpa') "
+            "first"
         )
     if m.config.output_attentions:
-        return "its config asks for attention weights, which fused attention has not: config.output_attentions = False first"
+        return (
+            "its config requests attention weights, which fused attention cannot return; set config.output_attentions = False"
+        )
     inside = getattr(getattr(_blocks(m)[0], "attention", None), "attention", None)
-    if type(inside).__name__ == "BeitSelfAttention":  # 4.57: chosen for good when the model is made
-        return "it was made with eager attention; make or load it with attn_implementation='sdpa'"
+    if type(inside).__name__ == "BeitSelfAttention":  # 4.57 fixes the implementation when the model is created
+        return "it was created with eager attention; create or load it with attn_implementation='sdpa'"
     return None
 
 
@@ -74,14 +77,14 @@ def _grid_of(m: Any, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _final_norm(m: Any) -> Any:
-    """CLIP hands on its last tokens as they are: its last norm is for the class token."""
+    """Return the norm on the last tokens; None for CLIP, whose last norm is applied to the class token only."""
     if hasattr(m, "pre_layrnorm") or hasattr(getattr(m, "vision_model", None), "pre_layrnorm"):
         return None
     return next((getattr(m, name) for name in ("layernorm", "norm", "post_layernorm") if hasattr(m, name)), None)
 
 
 def _rows(m: Any, before: int, after: int) -> dict[str, int]:
-    last = 1 if hasattr(m, "pre_layrnorm") else after  # CLIP's last norm is for its class token alone
+    last = 1 if hasattr(m, "pre_layrnorm") else after  # CLIP's last norm is applied to the class token only
     return {"pre_layrnorm": before, "layernorm": after, "norm": after, "post_layernorm": last, "pooler": 1}
 
 
@@ -112,7 +115,7 @@ def _registers(m: Any) -> tuple[int, bool]:
 
 
 def _probed(readout: Any, own: Any, query: Tensor, key: Tensor, value: Tensor, **kw: Any) -> Any:
-    """SigLIP's probe looks at every token as often as it has patches."""
+    """Bias SigLIP's probe attention so that each token is weighted by the number of patches it holds."""
     heads, bias = readout.host.head.attention.num_heads, readout.key_bias(key)
     if bias is not None:
         kw["attn_mask"] = bias.repeat_interleave(heads, 0).unsqueeze(1)  # [B H, 1, N], added to the logits
@@ -133,7 +136,7 @@ def _averages(m: Any) -> bool:
 
 
 def _shared_bias(readout: Any, own: Any, window: Any, *resized: Any, **to: Any) -> Tensor:
-    """In 4.57 made for every layer: of the image's own grid, and not resized to the tokens that are left."""
+    """Make BEiT's shared bias (4.57: for every layer) for the image's own grid, without resizing it to the kept tokens."""
     out: Tensor = own(window)
     return out
 
@@ -163,7 +166,7 @@ for _path, _host in {
     "dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersModel": replace(_both, prefix=_registers),
     "dinov3_vit.modeling_dinov3_vit.DINOv3ViTModel": replace(_common, prefix=_registers),
     "clip.modeling_clip.CLIPVisionModel": _common,
-    "clip.modeling_clip.CLIPVisionTransformer": _common,  # 4.57, inside of the other
+    "clip.modeling_clip.CLIPVisionTransformer": _common,  # 4.57: inside CLIPVisionModel
     "siglip.modeling_siglip.SiglipVisionModel": _siglip,
     "siglip.modeling_siglip.SiglipVisionTransformer": _siglip,
     "beit.modeling_beit.BeitModel": _beit,
@@ -183,6 +186,6 @@ for _path in (
 for _path in ("Siglip2VisionModel", "Siglip2VisionTransformer"):
     register_refusal(
         f"transformers.models.siglip2.modeling_siglip2.{_path}",
-        "it takes rows of patches padded to one length (NaFlex), and how many a reduced image keeps would depend on that; "
-        "SigLIP 2 for images of one size is a SiglipModel in transformers, and that can be reduced",
+        "it takes sequences of patches padded to one length (NaFlex), and the number of kept tokens would depend on the padding; "
+        "SigLIP 2 for images of a fixed size is a SiglipModel in transformers, which can be reduced",
     )

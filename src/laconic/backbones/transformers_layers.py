@@ -1,4 +1,4 @@
-"""The layers of transformers' vision models in two halves, versions 4.57 and 5; see `laconic.backbones.transformers`."""
+"""The attention and MLP halves of the layers of transformers' vision models, 4.57 and 5; see `laconic.backbones.transformers`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def _first(out: Any) -> Tensor:
 
 def _vit_attention(b: Any, x: Tensor, **kw: Any) -> Tensor:
     added = _first(b.attention(b.layernorm_before(x), **kw))
-    return b.dropout(added) if hasattr(b, "dropout") else added  # 4.57 has it inside
+    return b.dropout(added) if hasattr(b, "dropout") else added  # in 4.57 the dropout is part of the attention
 
 
 def _vit_mlp(b: Any, x: Tensor) -> Tensor:
     x = b.layernorm_after(x)
-    if hasattr(b, "intermediate"):  # 4.57: a forward of ``output`` would add the residual
+    if hasattr(b, "intermediate"):  # 4.57: the forward of ``output`` would add the residual
         return b.output.dropout(b.output.dense(b.intermediate(x)))
     return b.dropout(b.mlp(x))
 
@@ -43,7 +43,7 @@ def _clip_mlp(b: Any, x: Tensor) -> Tensor:
 
 
 def _beit_attention(b: Any, x: Tensor, interpolate_pos_encoding: bool = False, **kw: Any) -> Tensor:
-    # its bias is made for the image's own grid; resizing it once more would be to no other size but that of fewer tokens
+    # the bias is made for the image's own grid, so resizing is disabled: it could only resize to the number of kept tokens
     if hasattr(b, "intermediate"):  # 4.57: the attention makes the bias
         return b.drop_path(_scaled(b.lambda_1, _vit_attention(b, x, interpolate_pos_encoding=False, **kw)))
     (height, width), mask = kw.pop("resolution"), kw.pop("attention_mask", None)
@@ -75,7 +75,7 @@ for _path, _halves in {
     "dinov3_vit.modeling_dinov3_vit.DINOv3ViTLayer": replace(_dino, rope="position_embeddings"),
     "clip.modeling_clip.CLIPEncoderLayer": _clip,
     "siglip.modeling_siglip.SiglipEncoderLayer": _clip,
-    # hidden: fewer tokens go through the halves, which know better than to resize the bias
+    # opaque: reduced tokens must run through these halves, which do not resize the bias
     "beit.modeling_beit.BeitLayer": replace(
         _vit, attention=_beit_attention, mlp=_beit_mlp, relative=True, opaque_attention=True
     ),

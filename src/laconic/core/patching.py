@@ -81,7 +81,7 @@ def detach(host: Any, entry: ModelSpec) -> None:
         ValueError: another tool changed the class of a module since.
     """
     reduction = host.laconic
-    settled = getattr(reduction, "original_module", reduction).settled
+    old_settings = getattr(reduction, "original_module", reduction).old_settings
     reduced = [module for module in host.modules() if LINK in module.__dict__]
     for module in reduced:
         if "laconic_base" not in vars(type(module)):
@@ -92,7 +92,7 @@ def detach(host: Any, entry: ModelSpec) -> None:
     for module in reduced:
         module.__class__ = type(module).laconic_base
         del module.__dict__[LINK]
-    restore_settings(host, entry, settled)
+    restore_settings(host, entry, old_settings)
     del host.laconic
 
 

@@ -1,8 +1,8 @@
 """The calls of a reduced model, and the forwards of its blocks.
 
-`laconic.core.patching` gives the model and its blocks classes with these functions as methods. A call of the model (`Call`) lasts
-from entering one of its methods to leaving it, on one thread; a block finds the tokens that come in by its features
-(`laconic.core.history`) or, where these were changed on the way, by the call that is running.
+`laconic.core.patching` makes these functions methods of the model and its blocks. A `Call` lasts for one execution of one of the
+model's methods, on one thread; a block finds its input tokens by its input features (`laconic.core.history`) or, if these
+were changed in between, by the running call.
 
 Under torch.compile and torch.export one trace is one call, and features are not marked: the call carries the forward.
 """
@@ -26,17 +26,17 @@ from laconic.core.running_calls import calls as running
 from laconic.core.running_calls import on_thread, traced
 
 MASKS = ("attn_mask", "attention_mask", "is_causal", "head_mask", "layer_head_mask", "output_attentions")
-# norms that treat every token alone
+# norms that process each token independently
 NORMS = ("torch.nn.modules.normalization", "torch.nn.modules.linear", "timm.layers.norm", "laconic.models")
 
 
 class Call:
     """One call of a method of a reduced model.
 
-    ``grid`` is that of the image, if known. ``fast``: rows that are not read may be left out; ``answers``: only the prefix
-    tokens are read of the last block. ``history`` is that of the tokens as far as it got, ``begun`` the number of forwards
-    that began inside; ``runs_blocks``: not by way of another call. ``tracing``: a graph is traced, and features
-    cannot be marked.
+    ``grid`` is the grid of the image, if known. ``fast``: rows that are not read may be skipped; ``answers``: of the last
+    block's output only the prefix tokens are read. ``history`` is the newest entry of the forward, ``begun`` the number of
+    forwards that began in this call; ``runs_blocks``: the call runs blocks itself, not only through an inner call.
+    ``tracing``: a graph is traced, and features cannot be marked.
     """
 
     def __init__(
@@ -56,27 +56,27 @@ class Call:
 
 
 def call_of(ref: ModelRef) -> Call | None:
-    """The innermost running call, if it is of this model."""
+    """Return the innermost running call if it belongs to this model, else None."""
     calls = traced or on_thread.calls
     return calls[-1] if calls and calls[-1].ref is ref else None
 
 
 # ------------------------------------------------------------------------------------------------ calls of the model
 def run_call(module: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
-    """Replaces a method of the model that runs its blocks, or reads their features: the method itself, as a call."""
+    """Replacement for a method of the model that runs its blocks or reads their features: run the method as a `Call`."""
     if call_of(module._laconic.ref) is None and _empty(module, args, kwargs) is not None:
         return _of_no_images(module, own, args, kwargs)
     return call_method(module, own, args, kwargs)[0]
 
 
 def _empty(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The images that a method is called with, if there are none in the batch."""
+    """Return the input images if the batch is empty, else None."""
     x = args[0] if args else kwargs.get(module._laconic.names[0])
     return x if isinstance(x, Tensor) and x.dim() == 4 and x.shape[0] == 0 and not torch.compiler.is_compiling() else None
 
 
 def _of_no_images(module: Any, own: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """The result for an empty batch: that for one black image, without the image."""
+    """Return the result for an empty batch: that for one black image, sliced to zero images."""
     x = _empty(module, args, kwargs)
     assert x is not None
     one, name = x.new_zeros(1, *x.shape[1:]), module._laconic.names[0]
@@ -102,7 +102,7 @@ def call_method(module: Any, own: Any, args: Sequence[Any], kwargs: Mapping[str,
     """Run a method of the model (or of its encoder) as a call.
 
     Returns:
-        its result, with features marked and, if asked for, restored; and the call.
+        the result, with features marked and, with ``restore``, expanded to all patches; and the call.
     """
     tracing = torch.compiler.is_compiling()
     calls = traced if tracing and torch.compiler.is_dynamo_compiling() else on_thread.calls
@@ -117,7 +117,7 @@ def call_method(module: Any, own: Any, args: Sequence[Any], kwargs: Mapping[str,
             out = finish_output(host, module, name, out, call)
     finally:
         calls.pop()
-        # a part of the outer call; not a call that a hook makes in its midst
+        # the inner call is part of the outer one, unless a hook made it while the outer one was running blocks
         if outer is not None and call.begun and not outer.runs_blocks and not (module is host and name == "forward"):
             outer.history, outer.begun = call.history, outer.begun + call.begun
     if call.begun:
@@ -138,7 +138,7 @@ def _open(host: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], 
     if (tracing or torch._C._is_tracing()) and _in_onnx_export():
         raise ValueError(
             "torch.onnx.export cannot write the stable sorting of a reduced model; use laconic.export(model, path), which "
-            "writes ONNX files and proves them"
+            "writes and verifies ONNX files"
         )
     if entry.unsupported_kwargs and name == "forward":
         _refuse_arguments(host, entry.unsupported_kwargs, args, kwargs)
@@ -148,7 +148,7 @@ def _open(host: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], 
     fast = outer.fast if outer is not None else reduction.skip_unused and not host.training and (tracing or not _global_hooks())
     if name == "forward":
         answers = fast and ends and _answers(host, entry, reduction)
-    else:  # the model's own forward asks for its features first; every other call of them wants them whole
+    else:  # forward_features may skip rows if the model's own forward calls it first; any other caller needs all rows
         answers = name == "forward_features" and outer is not None and outer.answers and not outer.begun
     call = Call(host, link.ref, reduction, grid, fast, answers, tracing)
     if name in entry.head_methods and isinstance(image, Tensor):
@@ -157,7 +157,7 @@ def _open(host: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], 
 
 
 def _in_onnx_export() -> bool:
-    """True inside torch.onnx.export; its second attempt traces by dynamo, which takes is_in_onnx_export to be False."""
+    """Return True inside torch.onnx.export; its second attempt traces by dynamo, where is_in_onnx_export is False."""
     flags = sys.modules.get("torch.onnx._internal.exporter._flags")
     return torch.onnx.is_in_onnx_export() or bool(getattr(flags, "_is_onnx_exporting", False))
 
@@ -167,13 +167,13 @@ def _global_hooks() -> bool:
 
 
 def _answers(host: Any, entry: ModelSpec, reduction: Any) -> bool:
-    """True if the answer reads nothing of the last block but its prefix tokens, as the model is now."""
+    """Return True if the model, as it is now, reads only the prefix tokens of the last block's output."""
     if reduction.restore or not reduction.known_readout or entry.pooling(host)[0] != "token":
         return False
     for name in entry.head_reads_prefix_only:
         if name in host.__dict__:
             return False
-    for child in host._modules.values():  # the container of the blocks hands on what the last of them does
+    for child in host._modules.values():  # a hook on the container of the blocks would see the last block's output
         if isinstance(child, nn.Sequential | nn.ModuleList) and not unhooked(child):
             return False
     norm = entry.final_norm(host)
@@ -181,10 +181,10 @@ def _answers(host: Any, entry: ModelSpec, reduction: Any) -> bool:
 
 
 def _check_blocks(host: Any, entry: ModelSpec, reduction: Any) -> bool:
-    """True if the last block is the one that was last when the model was reduced.
+    """Return True if the last block is the one that was last when the model was reduced.
 
     Raises:
-        RuntimeError: a block was added since.
+        RuntimeError: a block was added since, or the blocks cannot be found.
     """
     last = None
     try:
@@ -192,16 +192,16 @@ def _check_blocks(host: Any, entry: ModelSpec, reduction: Any) -> bool:
     except (TypeError, AttributeError) as error:
         raise RuntimeError(
             f"the blocks of this {type(host).__name__} are not found where they were when it was reduced ({error}); "
-            "laconic.restore_(model), change its blocks, and reduce it again"
+            "call laconic.restore_(model), change its blocks, and reduce it again"
         ) from error
     for number, block in enumerate(blocks):
         link = block.__dict__.get(LINK)
-        if link is None:  # it may be wrapped, as FSDP does
+        if link is None:  # the block may be inside a wrapper, e.g. of FSDP
             link = next((one.__dict__[LINK] for one in block.modules() if isinstance(one.__dict__.get(LINK), BlockLink)), None)
         if link is None:
             raise RuntimeError(
-                f"block {number} was put into the model after it was reduced and knows nothing of its tokens; "
-                "laconic.restore_(model), change its blocks, and reduce it again"
+                f"block {number} was put into the model after it was reduced, so Laconic does not track its tokens; "
+                "call laconic.restore_(model), change its blocks, and reduce it again"
             )
         last = link
     return last is not None and last.index + 1 == reduction.depth
@@ -212,21 +212,21 @@ def _refuse_arguments(host: Any, refused: Sequence[str], args: Sequence[Any], kw
     for name in refused:
         if given.get(name) is not None:
             raise ValueError(
-                f"a reduced {type(host).__name__} takes no {name}: what is made for all tokens does not fit those that are left"
+                f"a reduced {type(host).__name__} takes no {name}: it is made for all tokens and does not fit the kept ones"
             )
 
 
 def _refuse_proxy(x: Any) -> None:
     if type(x).__module__.startswith("torch.fx"):
         raise TypeError(
-            "a reduced model cannot be traced symbolically by torch.fx: how it goes on depends on its tokens. Use "
+            "a reduced model cannot be traced symbolically by torch.fx, because its control flow depends on its tokens. Use "
             "torch.export.export (or laconic.export), or trace the model before it is reduced"
         )
 
 
 # ------------------------------------------------------------------------------------------------ blocks
 def run_block(block: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
-    """Replaces the forward of a block."""
+    """Replacement for the forward of a block."""
     link: BlockLink = block._laconic
     x = args[0] if args else kwargs.get(link.names[0])
     calls = traced or on_thread.calls
@@ -249,13 +249,13 @@ def run_block(block: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
     watcher = reduction.watcher(link.index + 1, history, count)
     last = link.index + 1 == reduction.depth
     reads: Reads = "all"
-    way = call if call is not None else history if _computed_again() else None
-    if way is not None and way.fast and not block.training:
-        reads = "prefix" if last and way.answers else "needed"
+    options = call if call is not None else history if _recomputing() else None
+    if options is not None and options.fast and not block.training:
+        reads = "prefix" if last and options.answers else "needed"
     tokens = pass_block(BlockRun(block, own, link, reduction, named, reducer, watcher, n, reads), tokens)
     if reducer is not None and not reduction.adaptive and len(tokens) != n and tokens.keep_mask is None:
         raise RuntimeError(
-            f"{reduction.config.info.name} left {len(tokens)} patch tokens at block {link.index}; {n} were asked for"
+            f"{reduction.config.info.name} kept {len(tokens)} patch tokens at block {link.index}; the schedule says {n}"
         )
     history, x = history.after(link.index, tokens), tokens.x
     if not last and link.index + 1 in reduction.starts:
@@ -266,14 +266,15 @@ def run_block(block: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def find_history(link: BlockLink, call: Call | None, x: Any) -> History:
-    """The forward that these features go on in: that of their mark, or of the running call of the model.
+    """Return the history of a block's input features: by their mark, or else from the running call of the model.
 
     Raises:
-        TypeError: they are no tensor. RuntimeError: they are of no forward of this model.
+        TypeError: the input is not a tensor.
+        RuntimeError: the features belong to no forward of this model.
     """
     if not isinstance(x, Tensor):
         _refuse_proxy(x)
-        raise TypeError(f"{link.name} got a {type(x).__name__} where its features were expected")
+        raise TypeError(f"{link.name} got a {type(x).__name__}; a tensor of features was expected")
     host = link.ref() if call is None else call.host
     reduction = reduction_in(host) if call is None else call.reduction
     if link.index in reduction.starts:
@@ -282,18 +283,20 @@ def find_history(link: BlockLink, call: Call | None, x: Any) -> History:
     if history is not None and history.reduction.ref is not link.ref:
         history = None
     if history is None and call is not None:
-        history = call.history  # changed on the way, by a hook or by the model: still the tokens of this call
+        history = call.history  # features changed by a hook or by the model: they still belong to this call
     if history is None or history.shape != x.shape[:2]:
         _refuse_features(link, x, history)
     return history
 
 
 def _begin(host: Any, reduction: Any, call: Call | None, link: BlockLink, x: Tensor) -> History:
-    """The tokens as they enter the model, or one of its stages."""
+    """Return the history of the tokens that enter the model, or one of its stages."""
     if host is None:
-        raise RuntimeError(f"the model of {link.name} is gone; keep the model, or restore_ it before its blocks are used alone")
+        raise RuntimeError(
+            f"the model of {link.name} no longer exists; keep a reference to it, or restore_ it before using its blocks alone"
+        )
     stage = reduction.staging.stage(link.index)
-    if call is None and _computed_again():
+    if call is None and _recomputing():
         history = known(x, link.ref)
         if history is not None and history.block < link.index:
             return history
@@ -307,24 +310,24 @@ def _begin(host: Any, reduction: Any, call: Call | None, link: BlockLink, x: Ten
     return history
 
 
-def _computed_again() -> bool:
-    """True in a backward pass: a block that runs there is one of gradient checkpointing, computed again."""
+def _recomputing() -> bool:
+    """Return True in a backward pass, where a block that runs is being recomputed by gradient checkpointing."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def record_output(call: Call | None, history: History, x: Tensor, index: int) -> None:
-    """Let the features that a block hands on be found again; after the last one the forward is complete."""
+    """Mark a block's output features with their history; after the last block the forward is complete."""
     if call is not None:
         call.history = history
         if call.tracing:
             return
-    elif index + 1 == history.reduction.depth and not _computed_again():
-        history.reduction.complete(history)  # blocks that are run by hand; not those that a backward pass computes again
+    elif index + 1 == history.reduction.depth and not _recomputing():
+        history.reduction.complete(history)  # blocks that the user runs one by one; not a recomputation in a backward pass
     mark(x, history)
 
 
 def known(x: Tensor, ref: ModelRef) -> History | None:
-    """The forward that features are marked with, if it is one of this model."""
+    """Return the history that features are marked with, if it belongs to this model."""
     call = call_of(ref)
     if call is not None and call.tracing:
         return None
@@ -333,7 +336,7 @@ def known(x: Tensor, ref: ModelRef) -> History | None:
 
 
 def current(x: Tensor, ref: ModelRef) -> History | None:
-    """The forward of features at the end of a model: by their mark, or by the call that is running."""
+    """Return the history of features after the last block: by their mark, or else from the running call."""
     history = known(x, ref)
     if history is None:
         call = call_of(ref)
@@ -344,15 +347,15 @@ def current(x: Tensor, ref: ModelRef) -> History | None:
 
 def _refuse_features(link: BlockLink, x: Tensor, history: History | None) -> NoReturn:
     if torch.compiler.is_compiling() and not running():
-        raise RuntimeError(f"{link.name} cannot be compiled alone: its tokens are known to the whole model; compile the model")
+        raise RuntimeError(f"{link.name} cannot be compiled alone: only the whole model tracks its tokens; compile the model")
     if history is None:
         raise RuntimeError(
             f"{link.name} got features of shape {tuple(x.shape)} that come from no block of this model: a copy, or the result "
-            "of an operation, outside of the model's own forward. Run the model's forward, or hand on what a block returned"
+            "of an operation, outside the model's own forward. Run the model's forward, or pass what a block returned"
         )
     images, count = history.tokens.shape
     raise RuntimeError(
-        f"block {link.index} got {tuple(x.shape)}, but the block before it left {images} images of {count} tokens; hand on "
+        f"block {link.index} got {tuple(x.shape)}, but the block before it returned {images} images of {count} tokens; pass "
         "what that block returned"
     )
 
@@ -360,12 +363,12 @@ def _refuse_features(link: BlockLink, x: Tensor, history: History | None) -> NoR
 def by_name(
     names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any], own_mask: str | None = None
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The features that a block is called with, and its other arguments by name (``names`` are those of its parameters).
+    """Return a block's input features, and its other arguments by name (``names`` are its parameters).
 
-    A mask under the name ``own_mask`` is the model's own: if it is boolean it hides nothing, and is left out.
+    A mask under the name ``own_mask`` is the model's own: a boolean one hides nothing, and is omitted.
 
     Raises:
-        ValueError: an attention mask is handed over, or attention weights are asked for: neither fits the tokens left.
+        ValueError: an attention mask is passed, or attention weights are requested: neither fits the kept tokens.
     """
     named = {**dict(zip(names, args, strict=False)), **kwargs}
     own = named.get(own_mask) if own_mask is not None else None
@@ -373,5 +376,5 @@ def by_name(
         named[own_mask] = None
     for name in MASKS:
         if name != own_mask and named.get(name) is not None and named[name] is not False:
-            raise ValueError(f"a reduced model takes no {name}: what is made for all tokens does not fit those that are left")
+            raise ValueError(f"a reduced model takes no {name}: it is made for all tokens and does not fit the kept ones")
     return named.pop(names[0]), named

@@ -1,4 +1,4 @@
-"""How many patch tokens each block leaves, as integers known before the forward starts."""
+"""Schedules: the number of patch tokens each block keeps, as integers known before the forward starts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from laconic.core.values import items, shown
 Unit = str
 UNITS = ("keep", "keep_counts", "remove_counts", "adaptive")
 OLD_UNITS = {"leave": "keep_counts", "remove": "remove_counts", "decide": "adaptive"}  # in files of version 0.1
-# turns keep rates (one a reducing block so far), tokens now and patches at the start into the number of tokens to keep
+# (keep rates of the reducing blocks so far, patch tokens at the block's input, patches of the image) -> patch tokens to keep
 CountRule = Callable[[Sequence[float], int, int], int]
 
 
@@ -48,12 +48,12 @@ class Schedule:
         if self.unit != "adaptive":
             return arguments.count(value, self.unit)
         if not isinstance(value, int | float) or value != 1:
-            raise ValueError(f"schedule: where the method decides the value is 1, not {shown(value)}")
+            raise ValueError(f"schedule: if the method decides (unit 'adaptive'), each value must be 1, not {shown(value)}")
         return value
 
     @classmethod
     def rates(cls, keep: float | Sequence[float], at: Sequence[int]) -> Schedule:
-        """Keep rates as the method's paper counts them: one for all blocks, or one for each."""
+        """Return a schedule of keep rates as the method's paper defines them: one for all blocks, or one for each."""
         blocks, values = arguments.blocks(at), arguments.rates(keep)
         return cls(blocks, values if isinstance(values, tuple) else (values,) * len(blocks))
 
@@ -90,7 +90,7 @@ class Schedule:
 
     @classmethod
     def of(cls, value: Schedule | Mapping[str, Any]) -> Schedule:
-        """A schedule, or one from its JSON: ``{"at": [3, 6, 9], "keep": [0.7, 0.7, 0.7]}`` (see `UNITS`)."""
+        """Return a schedule unchanged, or one built from JSON: ``{"at": [3, 6, 9], "keep": [0.7, 0.7, 0.7]}`` (see `UNITS`)."""
         if isinstance(value, Schedule):
             return value
         if not isinstance(value, Mapping):
@@ -106,20 +106,20 @@ class Schedule:
         return cls(arguments.blocks(value["at"]), values, units[0])
 
     def to_json(self) -> dict[str, Any]:
-        """The object that `of` reads."""
+        """Return the JSON object that `of` reads."""
         return {"at": list(self.at), self.unit: list(self.values)}
 
     def check_depth(self, depth: int) -> None:
-        """Refuse blocks that the host does not have."""
+        """Raise ValueError if the model does not have one of the blocks."""
         beyond = [i for i in self.at if i >= depth]
         if beyond:
             raise ValueError(f"schedule: blocks {beyond} are out of range; the model has blocks 0 to {depth - 1}")
 
     def check_falling(self, stages: Sequence[tuple[int, int]]) -> None:
-        """Refuse counts to leave that rise within a stage; ``stages`` are (blocks, patches). A count above the patches is none.
+        """Raise if counts to keep rise within a stage; ``stages`` are (blocks, patches). Counts above the patches are ignored.
 
         Raises:
-            ValueError: a block is to leave more than a block before it leaves.
+            ValueError: a block is to keep more tokens than an earlier block of its stage.
         """
         start = 0
         for depth, patches in stages:
@@ -136,7 +136,7 @@ class Schedule:
             start += depth
 
     def part(self, start: int, stop: int) -> Schedule | None:
-        """The steps at blocks from ``start`` to before ``stop``, with ``start`` as block 0; None where there are none."""
+        """Return the part of the schedule for blocks ``start`` to ``stop`` - 1, with ``start`` as block 0; None if empty."""
         if start == 0 and self.at[-1] < stop:
             return self
         inside = [(block - start, value) for block, value in zip(self.at, self.values, strict=True) if start <= block < stop]
@@ -145,7 +145,7 @@ class Schedule:
         return Schedule(tuple(block for block, _ in inside), tuple(value for _, value in inside), self.unit)
 
     def counts(self, depth: int, patches: int, rule: CountRule) -> tuple[int, ...]:
-        """Patch tokens each of ``depth`` blocks leaves; blocks without a step leave what they get."""
+        """Return the patch tokens that each of ``depth`` blocks keeps; blocks not in the schedule keep all of their input."""
         steps, n, out, rates = dict(zip(self.at, self.values, strict=True)), patches, [], []
         for block in range(depth):
             if block in steps:
@@ -161,16 +161,16 @@ class Schedule:
         return tuple(out)
 
     def targets(self, depth: int, patches: int, rule: CountRule) -> dict[int, float]:
-        """The share of the initial patches each reducing block is to keep (what a ratio loss aims at)."""
+        """Return the share of the initial patches each reducing block is to keep (the target of a ratio loss)."""
         if self.unit == "keep":
             return {block: cumulative(self.values[: i + 1]) for i, block in enumerate(self.at)}
         counts = self.counts(depth, patches, rule)
         return {block: counts[block] / patches for block in self.at}
 
     def scaled(self, rate: Callable[[float], float]) -> Schedule:
-        """This schedule with every keep rate replaced by ``rate(keep)`` (see `WarmIn`)."""
+        """Return this schedule with every keep rate replaced by ``rate(keep)`` (see `WarmIn`)."""
         if self.unit != "keep":
-            raise ValueError(f"schedule: only keep rates can be warmed in, and this one gives counts to {self.unit}")
+            raise ValueError(f"schedule: only keep rates can be warmed in, and this one has the unit {self.unit}")
         return dataclasses.replace(self, values=tuple(rate(value) for value in self.values))
 
 
@@ -182,7 +182,7 @@ class WarmIn:
     length: int
 
     def __call__(self, schedule: Schedule, step: int) -> Schedule:
-        """The schedule at a training step."""
+        """Return the schedule at a training step."""
         if step < self.start:
             return schedule.scaled(lambda keep: 1.0)
         if step >= self.start + self.length:
@@ -197,15 +197,15 @@ def _renamed(old: str, new: str, function: Callable[..., Schedule]) -> Callable[
 
 
 def cumulative(rates: Sequence[float]) -> float:
-    """The product of the rates so far; of equal rates their power, which is how the published code rounds."""
+    """Return the product of the rates so far; for equal rates a power, to round like the published code."""
     return rates[0] ** len(rates) if len(set(rates)) == 1 else math.prod(rates)
 
 
 def of_the_initial(rates: Sequence[float], n: int, patches: int) -> int:
-    """DynamicViT's count: int(initial patches * product of the rates)."""
+    """Return DynamicViT's count: int(initial patches * product of the rates)."""
     return int(patches * cumulative(rates))
 
 
 def quarters(depth: int) -> tuple[int, ...]:
-    """A quarter, a half and three quarters of the depth: blocks 3, 6, 9 of 12 and 4, 8, 12 of 16, as in the papers."""
+    """Return the blocks at the quarters of the depth: 3, 6, 9 of 12 and 4, 8, 12 of 16, as in the papers."""
     return tuple(sorted({depth * part // 4 for part in (1, 2, 3)}))

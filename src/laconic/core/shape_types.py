@@ -1,4 +1,4 @@
-"""Shape annotations: jaxtyping's where it is installed (the tests switch its checks on), plain tensors where it is not."""
+"""Shape annotations: jaxtyping's if it is installed (the tests enable its checks), otherwise plain tensors."""
 
 from typing import TYPE_CHECKING, Any
 

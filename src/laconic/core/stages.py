@@ -1,7 +1,7 @@
-"""Backbones of several stages (PVT, CvT): each is reduced as a small vision transformer of its own.
+"""Backbones of several stages (PVT, CvT): each stage is reduced as a small vision transformer of its own.
 
-Tokens start afresh at a stage's first block, and come back as its full grid after its last one. A plain vision transformer
-is one stage. Methods see one stage at a time: its blocks, its part of the schedule and its grid.
+Every stage starts with all its tokens, and its last block restores its full grid. A plain vision transformer is one stage.
+Methods handle one stage at a time: its blocks, its part of the schedule and its grid.
 """
 
 from __future__ import annotations
@@ -18,37 +18,38 @@ from laconic.core.schedule import Schedule
 
 @dataclass(frozen=True)
 class Stages:
-    """The stages of a host under a method and a schedule.
+    """The stages of a model with a method and a schedule.
 
     Raises:
-        ValueError: the schedule names blocks that the host does not have, or a block keeps less than the method can.
+        ValueError: the schedule names blocks that the model does not have, or a block keeps less than the method can.
     """
 
     config: Method
     schedule: Schedule
     shapes: tuple[StageSpec, ...]
     starts: tuple[int, ...] = field(init=False)  # the first block of each stage
-    usual: tuple[tuple[int, ...], ...] = field(init=False)  # counts of each stage at the host's own size: asked at every block
+    # counts of each stage at the model's own input size, cached since they are needed at every block
+    default_counts: tuple[tuple[int, ...], ...] = field(init=False)
 
     def __post_init__(self) -> None:
         depths = [shape.depth for shape in self.shapes]
         self.schedule.check_depth(sum(depths))
         object.__setattr__(self, "starts", tuple(sum(depths[:i]) for i in range(len(depths))))
-        usual = tuple(self._counts(stage, shape.patches) for stage, shape in enumerate(self.shapes))
-        object.__setattr__(self, "usual", usual)
+        default_counts = tuple(self._counts(stage, shape.patches) for stage, shape in enumerate(self.shapes))
+        object.__setattr__(self, "default_counts", default_counts)
 
     def stage(self, block: int) -> int:
-        """The stage that a block belongs to."""
+        """Return the stage of a block."""
         return 0 if len(self.starts) == 1 else max(i for i, start in enumerate(self.starts) if start <= block)
 
     def part(self, stage: int) -> Schedule | None:
-        """What of the schedule is for this stage, with its own first block as block 0; None where that is nothing."""
+        """Return the part of the schedule for this stage, with the stage's first block as block 0; None if it is empty."""
         start = self.starts[stage]
         return self.schedule.part(start, start + self.shapes[stage].depth)
 
     def stage_counts(self, stage: int, patches: int) -> tuple[int, ...]:
-        """Patch tokens that each block of a stage leaves, of so many patches."""
-        return self.usual[stage] if patches == self.shapes[stage].patches else self._counts(stage, patches)
+        """Return the patch tokens that each block of a stage keeps, starting from ``patches``."""
+        return self.default_counts[stage] if patches == self.shapes[stage].patches else self._counts(stage, patches)
 
     def _counts(self, stage: int, patches: int) -> tuple[int, ...]:
         part, depth = self.part(stage), self.shapes[stage].depth
@@ -59,7 +60,7 @@ class Stages:
         return counts
 
     def counts(self, patches: int | None = None) -> tuple[int, ...]:
-        """Patch tokens that every block leaves, for an image of so many patches in the first stage (None: its own size)."""
+        """Return the patch tokens that every block keeps, for ``patches`` in the first stage (None: the model's own size)."""
         out = list[int]()
         for stage, shape in enumerate(self.shapes):
             own = shape.patches if patches is None else patches * shape.patches // self.shapes[0].patches
@@ -67,7 +68,7 @@ class Stages:
         return tuple(out)
 
     def sites(self) -> dict[int, BlockContext]:
-        """Block -> site, for every block with a reducer. Sites speak of their stage alone."""
+        """Return block -> `BlockContext` for every block with a reducer. A context describes its stage alone."""
         out = dict[int, BlockContext]()
         for stage, (start, shape) in enumerate(zip(self.starts, self.shapes, strict=True)):
             part = self.part(stage)
@@ -81,7 +82,7 @@ class Stages:
         return out
 
     def targets(self, patches: Sequence[int]) -> dict[int, float]:
-        """The share of its stage's patches that each reducing block is to keep; ``patches`` of each stage."""
+        """Return the share of its stage's patches that each reducing block is to keep; ``patches`` has one entry a stage."""
         out = dict[int, float]()
         for stage, (start, shape) in enumerate(zip(self.starts, self.shapes, strict=True)):
             if (part := self.part(stage)) is not None:

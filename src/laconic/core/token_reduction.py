@@ -1,6 +1,6 @@
 """The module ``model.laconic`` of a reduced model: its reducers, its schedule and its options.
 
-Nothing of a forward is kept here but, for each thread, the last one that was complete (see `laconic.core.history`).
+Of the forwards, it stores only the last complete one of each thread (see `laconic.core.history`).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ Compute = Literal["needed", "all"]
 
 
 class TokenReduction(nn.Module):
-    """Lives on the reduced model as ``model.laconic``: its reducers, its schedule, and how it is run."""
+    """The submodule ``model.laconic`` of a reduced model: reducers, schedule and execution options."""
 
-    reduces_tokens: ClassVar[bool] = True  # for `laconic.core.runtime.reduction_in`, which must know it from a wrapper
+    reduces_tokens: ClassVar[bool] = True  # lets `laconic.core.links.reduction_in` tell this module from a wrapper around it
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class TokenReduction(nn.Module):
         self.ref = ModelRef(model)  # the model owns this module, not the other way round
         last = self.staging.shapes[-1]
         self.prefix, self.has_cls, self.grid = last.prefix, last.has_cls, last.grid
-        self.adaptive = isinstance(config, AdaptiveMethod)  # True if every image keeps a number of tokens of its own
+        self.adaptive = isinstance(config, AdaptiveMethod)  # True if every image keeps its own number of tokens
         self.compacts = isinstance(config, AdaptiveMethod) and config.compacts
         self.starts = frozenset(self.staging.starts)
         self.reducers = nn.ModuleDict({str(block): config.build(site) for block, site in self.staging.sites().items()})
@@ -56,28 +56,28 @@ class TokenReduction(nn.Module):
         reference = next(model.parameters())
         self.to(reference.device, reference.dtype)
         self.train(model.training)
-        self.restore = restore  # True or a fill: give every patch features again after the last block
-        self.compute = compute  # as asked for
-        self.skip_unused = False  # True once `laconic.core.verify` has proved that rows that are not read may be left out
-        self.known_readout = False  # True if the methods between the last block and the answer are the library's own
-        self.merges = True  # True if tokens may stand for several patches after the last block
+        self.restore = restore  # True or a fill: restore features for every patch after the last block
+        self.compute = compute  # as the user passed it
+        self.skip_unused = False  # True once `laconic.core.verify` has verified that rows that are not read may be skipped
+        self.known_readout = False  # True if the methods between the last block and the output are the library's own
+        self.merges = True  # True if tokens may hold several patches after the last block
         self.in_tuples = False  # True if the model's blocks return a tuple
-        self.settled: dict[int, Any] = {}  # settings of the model before it was reduced
-        # called as around(own, tokens, *arguments) wherever a reducer works; ``own`` of the rest is what it would do
+        self.old_settings: dict[int, Any] = {}  # settings of the model before it was reduced
+        # wrapper around every phase of every reducer, called as around(own, tokens, *arguments); ``own`` is the reducer's method
         self.around: Callable[..., Tokens] | None = None
         self.forget()
 
     def forget(self) -> None:
-        """Let go of the last forwards."""
+        """Discard the last forwards."""
         self.__dict__["_last"], self.__dict__["_traced"], self.__dict__["_fresh"] = Last(), None, None
 
     # -------------------------------------------------------------------------------------------- learned parameters
     def note_untrained(self) -> None:
-        """Remember what the reducers' parameters are now, so that a use before they are trained or loaded is said."""
+        """Record the state of the reducers' parameters, to warn if they are used before they are trained or loaded."""
         self.__dict__["_fresh"] = self._versions() if self.config.info.learns else None
 
     def warn_untrained(self) -> None:
-        """Say once that the method runs with parameters that were neither trained nor loaded."""
+        """Warn once that the method runs with parameters that were neither trained nor loaded."""
         fresh, self.__dict__["_fresh"] = self.__dict__["_fresh"], None
         if fresh and fresh == self._versions():
             log.warning(
@@ -105,22 +105,22 @@ class TokenReduction(nn.Module):
 
     @property
     def schedule(self) -> Schedule:
-        """How many tokens each block leaves."""
+        """The schedule: the number of tokens each block keeps."""
         return self.staging.schedule
 
     def counts(self, patches: int | None = None) -> tuple[int, ...]:
-        """Patch tokens each block leaves, for an image of that many patches (in the first stage) or of the host's own size."""
+        """Return the patch tokens each block keeps, for ``patches`` in the first stage (None: the model's own size)."""
         return self.staging.counts(patches)
 
     # -------------------------------------------------------------------------------------------- one forward
     def begin(self, host: Any, x: Tensor, stage: int, call: Any, previous: History | None) -> History:
-        """Return the tokens that enter a stage of the model.
+        """Return the first history entry of a stage: the tokens that enter it.
 
-        ``call`` is the `laconic.core.runtime.Call` that knows the grid of the image. Without one (blocks that are run by hand) it is
-        the model's own, unless the model takes images of any size; None where it is not known.
+        ``call`` is the `laconic.core.runtime.Call` with the grid of the image. Without a call (blocks that the user runs one by
+        one) the grid is the model's own, or unknown (None) if the model accepts images of any size.
 
         Raises:
-            ValueError: they are not the prefix tokens and one for every patch of the image.
+            ValueError: ``x`` does not consist of the prefix tokens and one token for every patch of the image.
         """
         shape, start, entry = self.staging.shapes[stage], self.staging.starts[stage], HOSTS[self.host_path]
         prefix, has_cls = entry.prefix(host) if len(self.staging.shapes) == 1 else (shape.prefix, shape.has_cls)
@@ -135,7 +135,7 @@ class TokenReduction(nn.Module):
             raise ValueError(
                 f"{x.shape[1]} tokens enter the first block; expected {prefix} prefix tokens (num_prefix_tokens) and a grid of "
                 f"{grid[0]} x {grid[1]} patches. Tokens of another kind (prompts, registers) must be counted as prefix tokens "
-                "and stand first, or they would be reduced as if they were patches"
+                "and come first, or they would be reduced as if they were patches"
             )
         positions = entry.positions(host) if self.config.reads_positions and len(self.staging.shapes) == 1 else None
         if positions is not None and len(positions) != patches:
@@ -146,11 +146,13 @@ class TokenReduction(nn.Module):
             tokens = tokens.replace(dropped=torch.zeros_like(tokens.patches))
         if fill == "similar":
             tokens = tokens.replace(similar=tokens.token_of_patch)
-        block = start if previous is not None else start - 1  # a later stage: what its first block got is of the stage before
+        block = (
+            start if previous is not None else start - 1
+        )  # the input of a later stage's first block belongs to the stage before
         return History(self, tokens, block, self.staging.stage_counts(stage, patches), start, previous)
 
     def complete(self, history: History | None, tracing: bool = False) -> None:
-        """Remember the last forward of this thread (while a graph is traced: of the model)."""
+        """Store the last forward of this thread (while a graph is traced: of the model)."""
         if tracing:
             self._traced = history
             return
@@ -160,15 +162,15 @@ class TokenReduction(nn.Module):
             last.training = history
 
     def remembered(self) -> tuple[History | None, History | None]:
-        """Return the last forwards of this thread, of any kind and in training mode, for `remember`."""
+        """Return the last forwards of this thread, in any mode and in training mode, for `remember`."""
         return self.__dict__["_last"].any, self.__dict__["_last"].training
 
     def remember(self, forwards: tuple[History | None, History | None]) -> None:
-        """Let these be the last forwards of this thread."""
+        """Set the last forwards of this thread."""
         self.__dict__["_last"].any, self.__dict__["_last"].training = forwards
 
     def last(self, *, training: bool = False) -> History | None:
-        """The last complete forward of this thread (in training mode), or the one that is running."""
+        """Return the last complete forward of this thread (with ``training``, in training mode), or the running one."""
         call = call_of(self.ref)
         if call is not None and call.history is not None and not training:
             return call.history
@@ -176,10 +178,10 @@ class TokenReduction(nn.Module):
         return self.__dict__["_traced"] or (last.training if training else None) or last.any
 
     def entry(self, index: int) -> Tokens:
-        """The tokens that came out of block ``index - 1`` in the last forward of this thread, without their features.
+        """Return the output tokens of block ``index - 1`` in the last forward of this thread, without their features.
 
         Raises:
-            RuntimeError: there was none.
+            RuntimeError: there was no forward.
         """
         history = self.last()
         if history is None:
@@ -188,27 +190,27 @@ class TokenReduction(nn.Module):
 
     @property
     def ledger(self) -> list[Tokens | None]:
-        """The tokens of the last forward of this thread: as they entered, and as each block left them."""
+        """The tokens of the last forward of this thread: those of the input, and those after each block."""
         history = self.last()
         return [None if history is None else history.entry(index) for index in range(self.depth + 1)]
 
     def reducer(self, index: int) -> Reducer | None:
-        """The reducer of block ``index``, if it has one."""
+        """Return the reducer of block ``index``, if it has one."""
         reducer: Any = self._modules["reducers"]._modules.get(str(index))  # type: ignore[union-attr]
         return reducer
 
     def watcher(self, index: int, history: History, count: int) -> Reducer | None:
-        """The reducer of block ``index``, if it looks at the attention of the block before, which leaves ``count`` patches."""
+        """Return the reducer of block ``index`` if it reads the attention of the block before, whose input has ``count`` patches."""
         reducer = self.reducer(index)
         if reducer is None or index in self.starts or "watch" not in reducer.phases:
             return None
         return reducer if history.counts[index - history.start] < count else None
 
     def refuse_lost(self, history: History, tokens: Tokens) -> None:
-        """Features that carry a gradient meet tokens that were noted without: a block is run again by re-entrant checkpointing.
+        """Raise if re-entrant checkpointing recomputes a block whose tokens were recorded without gradients.
 
         Raises:
-            RuntimeError: the method hands something from block to block beside the features.
+            RuntimeError: the method passes tensors other than the features from block to block.
         """
         if history.with_gradient or not torch.is_grad_enabled() or not tokens.x.requires_grad:
             return
@@ -217,13 +219,14 @@ class TokenReduction(nn.Module):
         decides = tokens.keep_mask is not None and learns and any(reducer.straight_through for reducer in found)
         if decides or tokens.per_image or tokens.parked is not None:
             raise RuntimeError(
-                f"what {self.config.info.name} hands from block to block beside the features has lost its gradient: re-entrant "
-                "gradient checkpointing cannot carry it; use use_reentrant=False (timm.layers.set_reentrant_ckpt(False))"
+                f"the tensors that {self.config.info.name} passes from block to block along with the features have lost their "
+                "gradient, since re-entrant gradient checkpointing cannot carry it; use use_reentrant=False "
+                "(timm.layers.set_reentrant_ckpt(False))"
             )
 
     @property
     def execution(self) -> str | None:
-        """How a method runs that decides on the number of tokens: as it was asked for, in static graphs ``masked``."""
+        """The execution of an adaptive method: its option, or ``masked`` in static graphs; None for other methods."""
         if not self.adaptive:
             return None
         static = torch.compiler.is_compiling() or torch._C._is_tracing()
@@ -231,11 +234,11 @@ class TokenReduction(nn.Module):
 
     @property
     def packed(self) -> bool:
-        """True if tokens that are hidden are not run."""
+        """True if hidden tokens are not run."""
         return self.adaptive and not self.training and self.execution == "packed"
 
     def fill_of(self, entry: ModelSpec) -> str:
-        """The fill of dropped patches, where they are given back."""
+        """Return the fill of dropped patches for a restored output."""
         if isinstance(self.restore, str):
             return self.restore
         return "mean" if entry.restores_output else DEFAULT_FILL
@@ -253,18 +256,18 @@ class TokenReduction(nn.Module):
 
     @property
     def pooling(self) -> tuple[str, bool]:
-        """Return how the model reads its last tokens now, and if the prefix tokens are pooled too."""
+        """The model's current pooling, and True if it pools the prefix tokens too."""
         return self.entry_of_host.pooling(self.model)
 
     @property
-    def passed(self) -> set[int]:
-        """The blocks that never have anything to do."""
+    def passthrough(self) -> set[int]:
+        """The blocks that always run their own forward unchanged."""
         links = [block.__dict__.get("_laconic") for block in self.entry_of_host.blocks(self.model)]
         return {link.index for link in links if isinstance(link, BlockLink) and link.passthrough}
 
     # -------------------------------------------------------------------------------------------- copies
     def __getstate__(self) -> dict[str, Any]:
-        # a copy has not run yet: what is remembered belongs to the forwards of the original
+        # a copy has not run yet: the stored forwards belong to the original
         return {name: value for name, value in self.__dict__.items() if name not in ("_last", "_traced", "_fresh")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -277,7 +280,7 @@ assert DEFAULT_FILL in FILLS
 
 
 def passes_through(reduction: TokenReduction, index: int, block: nn.Module) -> bool:
-    """True if a block never has anything to do: no reducer here, none that looks at it, and nothing to be told of tokens."""
+    """Return True if a block always runs unchanged: no reducer, no watching reducer at the next block, no need of positions."""
     starts = reduction.staging.starts[1:]
     ends = {*starts, *(start - 1 for start in starts), reduction.depth - 1}
     following = reduction.reducer(index + 1)
@@ -286,7 +289,7 @@ def passes_through(reduction: TokenReduction, index: int, block: nn.Module) -> b
 
 
 def find_reduction(model: nn.Module) -> TokenReduction | None:
-    """The reduction of a reduced model (or of the model inside of it), or None."""
+    """Return the reduction of a reduced model (or of a reduced model inside it), or None."""
     for module in model.modules():
         if getattr(type(module), "laconic_base", None) is not None and "laconic" in module._modules:
             found: TokenReduction = reduction_in(module)
@@ -297,7 +300,7 @@ def find_reduction(model: nn.Module) -> TokenReduction | None:
 
 
 def reduction_of(model: nn.Module) -> TokenReduction:
-    """The reduction of a reduced model.
+    """Return the reduction of a reduced model.
 
     Raises:
         ValueError: the model is not reduced.

@@ -1,8 +1,8 @@
-"""The token set and its verbs: the one place in Laconic where the number of tokens changes.
+"""The token set and its verbs, the only operations in Laconic that change the number of tokens.
 
-Shapes, here and everywhere: B images, P patches at the start, L patch tokens now, N = prefix + L tokens now, K tokens
-kept, M new tokens, C channels, H heads, D channels of a head. Prefix tokens (class, distillation, register) come first
-in ``x``; they have no other column, because nothing may ever happen to them.
+Shapes, here and everywhere: B images, P patches of the image, L current patch tokens, N = prefix + L current tokens, K kept
+tokens, M new tokens, C channels, H heads, D channels of a head. Prefix tokens (class, distillation, register) come first in
+``x``; the other fields have no entries for them, because they are never dropped or merged.
 """
 
 from __future__ import annotations
@@ -42,35 +42,34 @@ OLD_NAMES = {  # fields and verbs of version 0.1
 
 @dataclass(frozen=True)
 class Tokens:
-    """An immutable set of tokens and everything that belongs to them; every verb returns a new set.
+    """An immutable set of tokens with all data that belongs to them; every verb returns a new set.
 
-    ``token_of_patch[b, p]`` is the patch token (counted from 0, prefix left out) that now holds patch ``p``, or -1 where the
-    patch was dropped; ``size`` counts the patches a token holds, so that always ``size[j] == (where == j).sum()``.
-    ``origin`` is the patch in whose place a token stands (its position); None says that nothing has moved yet.
+    ``token_of_patch[b, p]`` is the patch token (counted from 0, without prefix tokens) that holds patch ``p``, or -1 if the
+    patch was dropped; ``size`` is the number of patches a token holds, so ``size[j] == (token_of_patch == j).sum()``.
+    ``origin`` is the patch whose position a token has; None means that every token still has its own.
     """
 
-    x: Float[Tensor, "B N C"]  # None in what is remembered of a forward (see `laconic.core.history`)
+    x: Float[Tensor, "B N C"]  # None in the entries of `laconic.core.history`
     size: Float[Tensor, "B L"]
     token_of_patch: Int[Tensor, "B P"]
     prefix: int = 1
     has_cls: bool = True
     origin: Int[Tensor, "B L"] | None = None
     attn_scale: Float[Tensor, "B L"] | None = None  # factor on exp(logit) towards a token (proportional attention: its size)
-    keep_mask: Float[Tensor, "B L"] | None = None  # soft keep decision of training: 0 is seen by nobody but itself
-    per_token: dict[str, Tensor] = field(default_factory=dict)  # [B, L, ...] whatever else travels with a token
-    complete: bool = True  # does a token hold every patch? False: some may have been dropped
-    merged: bool = False  # may a token stand for more than one patch? (then pooling weighs tokens by size)
-    visible_prefix: Float[Tensor, "B R"] | None = (
-        None  # the prefix tokens that others may still see (A-ViT's may halt); None: all
-    )
-    attention: Float[Tensor, "B H N N"] | None = None  # weights that the next attention uses in place of its softmax, once
+    keep_mask: Float[Tensor, "B L"] | None = None  # soft keep decision: a token with 0 is hidden from all tokens but itself
+    per_token: dict[str, Tensor] = field(default_factory=dict)  # [B, L, ...] a method's data of each token
+    complete: bool = True  # True if every patch is held by a token; False if some may have been dropped
+    merged: bool = False  # True if a token may hold several patches (pooling then weights tokens by size)
+    # the prefix tokens that are visible to the others, as factors (A-ViT may halt them); None: all
+    visible_prefix: Float[Tensor, "B R"] | None = None
+    attention: Float[Tensor, "B H N N"] | None = None  # weights that replace the softmax of the next attention, once
     switches: Switches | None = None  # factors on the halves and the heads of the next block, once (AdaViT)
-    per_image: dict[str, Tensor] = field(default_factory=dict)  # [B, ...] what a method remembers of an image
-    parked: Tokens | None = None  # tokens that sit out some blocks and come back (Evo-ViT)
-    positions: Tensor | None = None  # [P, C] the host's absolute position embedding, shared by all images
+    per_image: dict[str, Tensor] = field(default_factory=dict)  # [B, ...] a method's data of each image
+    parked: Tokens | None = None  # tokens that skip some blocks and are rejoined later (Evo-ViT)
+    positions: Tensor | None = None  # [P, C] the model's absolute position embedding, shared by all images
     grid: tuple[int, int] | None = None  # rows and columns of the image's patches; None: not known
-    dropped: Tensor | None = None  # [B, P, C] features of dropped patches when they were dropped, where they are wanted
-    # [B, P] the token that a patch shows: that which holds it or, where it was dropped, the most similar one; where wanted
+    dropped: Tensor | None = None  # [B, P, C] features of dropped patches when they were dropped; None unless tracked
+    # [B, P] the token that holds a patch or, for a dropped patch, the most similar token; None unless tracked
     similar: Tensor | None = None
 
     @classmethod
@@ -82,7 +81,7 @@ class Tokens:
         positions: Tensor | None = None,
         grid: tuple[int, int] | None = None,
     ) -> Tokens:
-        """The tokens a host hands to its first block: each patch token holds its own patch."""
+        """Return the tokens at the input of a model's first block: each patch token holds its own patch."""
         batch, patches = x.shape[0], x.shape[1] - prefix
         where = torch.arange(patches, device=x.device).expand(batch, patches)
         size = torch.ones(batch, patches, device=x.device, dtype=torch.float32)
@@ -93,10 +92,10 @@ class Tokens:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Images, and tokens of each, prefix tokens among them."""
+        """The number of images, and of tokens in each, prefix tokens included."""
         return self.size.shape[0], self.prefix + self.size.shape[1]
 
-    def __getattr__(self, name: str) -> Any:  # asked only where a name does not exist
+    def __getattr__(self, name: str) -> Any:  # called only for names that do not exist
         if name not in OLD_NAMES:
             raise AttributeError(f"Tokens has no field {name!r}")
         return getattr(self, _new_name(name))
@@ -113,7 +112,7 @@ class Tokens:
 
     @property
     def is_plain(self) -> bool:
-        """True if a block may run on them as it stands: no token has a factor, is hidden, or is set apart."""
+        """True if a block may run unchanged on these tokens: none has a factor, is hidden or is parked."""
         return (
             self.attn_scale is None
             and self.keep_mask is None
@@ -124,7 +123,7 @@ class Tokens:
         )
 
     def images(self, chosen: slice) -> Tokens:
-        """The same tokens for some images of the batch."""
+        """Return the same tokens for some images of the batch."""
 
         def some(value: Any) -> Any:
             return None if value is None else value[chosen]
@@ -154,12 +153,12 @@ class Tokens:
         return self.x[:, self.prefix :]
 
     def rows(self, index: Int[Tensor, "B K"]) -> Float[Tensor, "B K C"]:
-        """The features of the patch tokens ``index``."""
+        """Return the features of the patch tokens ``index``."""
         return gather_rows(self.x, index + self.prefix)
 
     @property
     def keep_mask_or_ones(self) -> Float[Tensor, "B L"]:
-        """Who is still there: ``keep_mask``, or 1 for every patch token."""
+        """``keep_mask``, or 1 for every patch token."""
         return torch.ones_like(self.size) if self.keep_mask is None else self.keep_mask
 
     @property
@@ -169,7 +168,7 @@ class Tokens:
 
     @property
     def origin_index(self) -> Int[Tensor, "B L"]:
-        """The patch in whose place each token stands."""
+        """The patch whose position each token has."""
         return self.origin if self.origin is not None else arange_like(self.size)
 
     # ------------------------------------------------------------------------------------------------ verbs
@@ -190,9 +189,9 @@ class Tokens:
     ) -> Tokens:
         """Sum tokens into new ones: ``x'[m] = sum of weight[i] * x[i] over dst[i] == m``; ``dst[i] == -1`` drops token i.
 
-        The caller chooses the weights (and whether they sum to one); None makes the mean, every token counted as often as it
-        has patches. ``lead[m]`` is the old token whose place, position and columns new token m inherits. ``complete`` says
-        that no ``dst`` is -1, which saves the operations that look for it.
+        The caller chooses the weights (and whether they sum to one); None means the mean, weighted by size. ``lead[m]`` is
+        the old token whose position and per-token data new token m inherits. ``complete`` promises that no ``dst`` is -1,
+        which saves the operations that handle it.
         """
         count, old, into = lead.shape[1], self.size, dst
         if not complete:
@@ -208,7 +207,7 @@ class Tokens:
         return self._follow(lead, dst, x, size, complete).replace(merged=True)
 
     def merge_max(self, dst: Int[Tensor, "B L"], lead: Int[Tensor, "B M"]) -> Tokens:
-        """The highest value of each channel over ``dst[i] == m``, without weights; all else as in `merge`."""
+        """Merge tokens by the maximum of each channel over ``dst[i] == m``, without weights; otherwise as `merge`."""
         gone, into = dst < 0, dst.clamp_min(0)
         patches, size = self.patches.masked_fill(gone.unsqueeze(-1), -torch.inf), self.size.masked_fill(gone, 0.0)
         new = patches.new_zeros(lead.shape[0], lead.shape[1], patches.shape[2])
@@ -217,7 +216,7 @@ class Tokens:
         return self._follow(lead, dst, x, add_rows(size, into, lead.shape[1]), False).replace(merged=True)
 
     def mix(self, matrix: Float[Tensor, "B M L"]) -> Tokens:
-        """Soft merge, ``x' = matrix @ x``. Sizes are shared out by column; a patch is said to be where most of it went."""
+        """Merge softly, ``x' = matrix @ x``. Each column divides its token's size; a patch goes with its largest share."""
         mass = matrix / matrix.sum(1, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
         mixed = (matrix @ self.patches.to(matrix.dtype)).to(self.x.dtype)
         size = (mass @ self.size.to(mass.dtype).unsqueeze(-1)).squeeze(-1).to(self.size.dtype)
@@ -242,7 +241,7 @@ class Tokens:
         )
 
     def soft_drop(self, alive: Float[Tensor, "B L"], dst: Int[Tensor, "B L"]) -> Tokens:
-        """Soft removal, for training: none leaves, but tokens with ``keep_mask == 0`` hand their patches to ``dst`` (-1: drop)."""
+        """Drop tokens softly: all remain in the set, and a token with ``alive == 0`` gives its patches to ``dst`` (-1: drop)."""
         into = dst.clamp_min(0)
         size = add_rows(self.size.masked_fill(dst < 0, 0.0), into, len(self))
         dropped, similar = self._of_dropped(dst, arange_like(dst), size)
@@ -252,20 +251,20 @@ class Tokens:
         )
 
     def switch(self, halves: Float[Tensor, "B S N"], heads: Float[Tensor, "B H"] | None = None) -> Tokens:
-        """Let the next block use its halves and heads by these factors (see `Switches`); every token goes on."""
+        """Set factors on the halves and heads of the next block (see `Switches`); all tokens are kept."""
         return self.replace(switches=Switches(halves, None if heads is None else heads.unsqueeze(2)))
 
     def set_per_image(self, **notes: Tensor) -> Tokens:
-        """Remember something of every image, [B, ...], in place of what there was under these names."""
+        """Set data of every image, [B, ...], replacing old values of these names."""
         return self.replace(per_image={**self.per_image, **notes})
 
     def append_per_image(self, **columns: Float[Tensor, "B M"]) -> Tokens:
-        """Remember more of every image: new columns at the end of the notes of these names."""
+        """Append columns to the data of every image under these names."""
         old = self.per_image
         return self.set_per_image(**{n: torch.cat([old[n], new], 1) if n in old else new for n, new in columns.items()})
 
     def append(self, x: Float[Tensor, "B M C"], place: Int[Tensor, "B M"]) -> Tokens:
-        """New tokens at the end, in the places of these patches. They hold no patch yet (`fade` may hand them some)."""
+        """Append new tokens with the positions of these patches. They hold no patch yet (`soft_drop` may give them some)."""
         new = torch.ones_like(x[..., 0], dtype=self.size.dtype)
 
         def longer(values: Tensor | None, more: Tensor) -> Tensor | None:
@@ -282,9 +281,9 @@ class Tokens:
         )
 
     def drop_hidden(self) -> Tokens:
-        """Leave out the tokens that nobody sees, as far as every image of the batch has some; the order stays.
+        """Remove hidden tokens, as many as the image with the fewest of them has; the order of tokens is preserved.
 
-        How many are left depends on the data, so the host waits for the device here.
+        The number of kept tokens depends on the data, so this synchronizes with the device.
         """
         if self.keep_mask is None:
             return self
@@ -299,7 +298,7 @@ class Tokens:
         return out.masked_fill((self.token_of_patch < 0).unsqueeze(-1), fill)
 
     def _follow(self, lead: Tensor, dst: Tensor, x: Tensor, size: Tensor, complete: bool) -> Tokens:
-        still = self.origin is None and not self.merged  # every token is its own patch
+        still = self.origin is None and not self.merged  # every token still holds exactly its own patch
         dropped, similar = self._of_dropped(dst, lead, self.size)
         return self.replace(
             x=x,
@@ -315,9 +314,9 @@ class Tokens:
         )
 
     def _of_dropped(self, dst: Tensor, lead: Tensor, size: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Return ``dropped`` and ``similar`` once each token i has gone to ``dst[i]`` (-1: dropped); None where not wanted.
+        """Return ``dropped`` and ``similar`` after each token i is moved to ``dst[i]`` (-1: dropped); None if not tracked.
 
-        ``lead`` are the tokens that stay. One that holds no patch by ``size`` [B, L] is similar to nothing.
+        ``lead`` are the kept tokens. One that holds no patch by ``size`` [B, L] is never the most similar one.
         """
         dropped, similar = self.dropped, self.similar
         if dropped is not None:
@@ -328,7 +327,7 @@ class Tokens:
         return dropped, similar
 
     def _most_similar(self, lead: Int[Tensor, "B M"], size: Float[Tensor, "B L"]) -> Int[Tensor, "B L"]:
-        """For every token the one of ``lead`` whose features have the highest cosine with its own, as a place in ``lead``."""
+        """Return for every token the index into ``lead`` of the token with the highest cosine similarity."""
         features = F.normalize(self.patches.detach().float(), dim=2)
         kept, absent = gather_rows(features, lead).transpose(1, 2), (gather_rows(size, lead) <= 0).unsqueeze(1)
         found = [(part @ kept).masked_fill(absent, -2.0).argmax(2) for part in in_parts(features, lead.shape[1])]

@@ -1,4 +1,4 @@
-"""Values of any kind as plain Python ones, as words of an error message, and of files that nest too deep."""
+"""Convert values to plain Python, describe them in error messages, and limit the nesting of parsed files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-NESTING = 100  # of tables in files; recipes and saved models need less than ten
+NESTING = 100  # maximum nesting of tables in files; recipes and saved models need less than ten
 
 _short = reprlib.Repr()
 _short.maxlist = _short.maxtuple = _short.maxdict = _short.maxset = 16
@@ -20,7 +20,7 @@ _short.maxstring = _short.maxother = 120
 
 
 def shown(value: Any) -> str:
-    """Return the repr of a value for an error message: short, in one line, of any depth."""
+    """Return the repr of a value for an error message: shortened, in one line."""
     try:
         return " ".join(_short.repr(value).split())
     except ValueError:  # an int with more digits than Python writes
@@ -28,13 +28,13 @@ def shown(value: Any) -> str:
 
 
 def nearest_names(name: str, known: Sequence[str]) -> str:
-    """', did you mean ...' for an error message, or nothing."""
+    """Return " Did you mean ...?" for an error message, or an empty string."""
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
 
 
 def choice(owner: str, option: str, value: Any, allowed: Sequence[str]) -> None:
-    """Refuse an option value that is not one of ``allowed``."""
+    """Raise ValueError if an option value is not one of ``allowed``."""
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{owner}: {option} must be one of {', '.join(map(repr, allowed))}, not {shown(value)}")
 
@@ -43,8 +43,8 @@ def choice(owner: str, option: str, value: Any, allowed: Sequence[str]) -> None:
 def plain(value: Any) -> Any:
     """Return a scalar of numpy or torch as a bool, int, float or str, and anything else unchanged.
 
-    A narrow float becomes the shortest decimal that it stands for: np.float32(0.7) becomes 0.7, not 0.699999988079071.
-    A tensor that requires gradients stays one, since its number would learn nothing.
+    A narrow float becomes the shortest decimal that rounds to it: np.float32(0.7) becomes 0.7, not 0.699999988079071.
+    A tensor that requires gradients stays a tensor, since a number would lose its gradient without notice.
     """
     if value is None or type(value) in (bool, int, float, str):
         return value
@@ -85,10 +85,10 @@ def is_whole(value: Any) -> TypeGuard[int]:
 
 # ------------------------------------------------------------------------------------------------ files
 def parsed(parse: Callable[[str], Any], text: str) -> Any:
-    """Return what a parser of JSON or TOML makes of a text.
+    """Parse a text by a parser of JSON or TOML.
 
     Raises:
-        ValueError: the parser's own, or the text nests too deep.
+        ValueError: the parser's own error, or the text is nested too deeply.
     """
     try:
         tree = parse(text)
@@ -99,7 +99,7 @@ def parsed(parse: Callable[[str], Any], text: str) -> Any:
 
 
 def check_nesting(tree: Any) -> None:
-    """Refuse tables and lists that nest so deep that no file of this library can be meant.
+    """Raise if tables and lists are nested more deeply than in any file of this library.
 
     Raises:
         ValueError: more than `NESTING` levels.
@@ -107,7 +107,7 @@ def check_nesting(tree: Any) -> None:
     level = [tree]
     for _ in range(NESTING):
         inner = (part for one in level if isinstance(one, Mapping | list | tuple) for part in _parts(one))
-        level = list({id(part): part for part in inner}.values())  # each once, however often it is there
+        level = list({id(part): part for part in inner}.values())  # each object once, even if it is referenced several times
         if not level:
             return
     raise ValueError(f"tables and lists are nested more than {NESTING} levels deep")

@@ -1,4 +1,4 @@
-"""The proof at attach time: what the model table says about a model is shown on that very model, or it is refused."""
+"""Verification when a model is reduced: its table entry is checked on the model itself, which is refused if they differ."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from laconic.core.backbone import ModelSpec, block_spec, path_of
 from laconic.core.block_forward import attend, first_of, name_of
 from laconic.core.eval_mode import evaluating
 from laconic.core.history import History
-from laconic.core.patching import attach, detach, names_of, refuse_patched, apply_settings, restore_settings
+from laconic.core.patching import apply_settings, attach, detach, names_of, refuse_patched, restore_settings
 from laconic.core.readout_check import check_readout, difference_of
 from laconic.core.runtime import by_name
 from laconic.core.token_reduction import TokenReduction
@@ -27,28 +27,28 @@ TOLERANCE = 1e-3  # of the size of what is compared; on one machine the differen
 
 
 def verify(host: nn.Module, entry: ModelSpec, reduction: TokenReduction, example: Tensor | None) -> None:
-    """Attach ``reduction`` and prove it on one image; on any failure detach it and raise.
+    """Attach ``reduction`` and verify it on one image; on any failure detach it and raise.
 
     Raises:
-        ValueError: a block's two halves are not its forward, its attention is not fused, it was patched by someone else,
-            a prefix token was touched, tokens are not the prefix and a grid, the model reads merged tokens in a way of its
-            own, or the example does not fit the model.
-        LookupError: the method needs something this model has not.
+        ValueError: a block's two halves do not reproduce its forward, its attention is not fused, another tool patched it,
+            a prefix token was changed, the tokens are not prefix tokens and a grid, the model's readout ignores the sizes of
+            merged tokens, or the example does not fit the model.
+        LookupError: the method needs something that this model does not have.
     """
     image = _image(host, entry, example)
     blocks = entry.blocks(host)
     with evaluating(host), torch.no_grad():
         refuse_patched(host, entry)
-        reduction.settled = apply_settings(host, entry)
+        reduction.old_settings = apply_settings(host, entry)
         try:
             base, records = _record(host, blocks, image)
             reduction.in_tuples = any(isinstance(output, tuple) for _, _, output, _ in records)
             for index, (block, record) in enumerate(zip(blocks, records, strict=True)):
                 _check_block(index, block, record)
-            _check_moments(reduction, blocks)
+            _check_phases(reduction, blocks)
             steps_hold = reduction.compute != "all" and all(map(_steps_hold, range(len(blocks)), blocks, records))
         except BaseException:
-            restore_settings(host, entry, reduction.settled)
+            restore_settings(host, entry, reduction.old_settings)
             raise
         attach(host, entry, reduction)
         try:
@@ -59,7 +59,7 @@ def verify(host: nn.Module, entry: ModelSpec, reduction: TokenReduction, example
             reduction.merges = history.tokens.merged
             if history.tokens.merged:
                 check_readout(host, reduction, image)
-            # where nothing is reduced the output stays the model's own, bit for bit, unless it was asked for
+            # if nothing is reduced, the output stays the model's own, bit for bit, unless compute="needed" was passed
             if steps_hold and (works or reduction.compute == "needed"):
                 reduction.skip_unused = _fast_equals(host, reduction, image, reduced)
         except BaseException:
@@ -72,7 +72,7 @@ def verify(host: nn.Module, entry: ModelSpec, reduction: TokenReduction, example
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """How far two ways of the same computation may differ, relative to its size: more where products are rounded to less."""
+    """Return the relative difference allowed between two computations of the same value, given the precision of products."""
     eps = torch.finfo(dtype).eps
     if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
         # products in bfloat16 at "medium"; "high" is TensorFloat32 or two bfloat16
@@ -81,14 +81,14 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def _fast_equals(host: nn.Module, reduction: TokenReduction, image: Tensor, whole: Any) -> bool:
-    """True if the model answers the same without the rows that are not read; if not, all of them are computed, always."""
+    """Return True if the output is the same when unused rows are skipped; otherwise all rows will always be computed."""
     reduction.skip_unused = True
     fast, _ = _run_reduced(host, reduction, image)
     difference, size = difference_of(fast, whole)
     if difference <= tolerance(image.dtype if image.is_floating_point() else torch.float32) * max(size, 1e-6):
         return True
     log.warning(
-        "%s: its answer without the rows that are not read differs by %.2g of %.2g, so all rows are computed",
+        "%s: its output without the rows that are not read differs by %.2g of %.2g, so all rows are computed",
         path_of(type(host)),
         difference,
         size,
@@ -107,7 +107,7 @@ def _image(host: nn.Module, entry: ModelSpec, example: Tensor | None) -> Tensor:
 
 
 def _record(host: nn.Module, blocks: list[nn.Module], image: Tensor) -> tuple[Any, list[tuple[Any, Any, Any, int]]]:
-    """One plain forward: its output, and of every block (input, keywords, output, number of fused-attention calls)."""
+    """Run one plain forward; return its output, and for every block (input, keywords, output, fused-attention calls)."""
     records: list[tuple[Any, Any, Any, int]] = []
     calls: list[dict[str, Any]] = []
     before = [0]
@@ -145,27 +145,27 @@ def _check_block(index: int, block: nn.Module, record: tuple[Any, Any, Any, int]
             halves.attention(block, x, **kwargs)
         fused = len(calls)
     if fused > 1:
-        raise ValueError(f"{name} makes {fused} attention calls; laconic can look at blocks with exactly one only")
+        raise ValueError(f"{name} makes {fused} attention calls; laconic supports only blocks with exactly one")
     if fused != 1:
         raise ValueError(
-            f"{name} makes {fused} calls of scaled_dot_product_attention where laconic needs one: its attention is not fused. "
+            f"{name} makes {fused} calls of scaled_dot_product_attention; laconic needs one: its attention is not fused. "
             "Switch it on (timm.layers.set_fused_attn(True) before creating the model, or block.attn.fused_attn = True; "
             "transformers: make or load it with attn_implementation='sdpa')"
         )
     if halves.attention is None or halves.mlp is None:
-        return  # it is never parted
+        return  # a parallel block never runs in halves
     y = x + halves.attention(block, x, **kwargs)
     y = y + halves.mlp(block, y)
     difference = (y - expected).abs().max().item()
     if not difference <= tolerance(x.dtype) * (expected - x).abs().max().item():
         raise ValueError(
             f"{name}: its two halves differ from its forward by {difference:.2g}. Laconic's entry is for another version of "
-            "this class, or its forward was changed; it cannot be reduced safely"
+            "this class, or its forward was changed; the model cannot be reduced safely"
         )
 
 
 def _steps_hold(index: int, block: nn.Module, record: tuple[Any, Any, Any, int]) -> bool:
-    """True if the steps of a block's attention give what it adds; if not, its rows are always all computed."""
+    """Return True if the steps of a block's attention reproduce it; otherwise all its rows will always be computed."""
     x, kwargs, _, _ = record
     halves = block_spec(block)
     steps = halves.steps
@@ -179,8 +179,8 @@ def _steps_hold(index: int, block: nn.Module, record: tuple[Any, Any, Any, int])
     if difference <= tolerance(x.dtype) * whole.abs().max().item():
         return True
     log.warning(
-        "block %d (%s): its attention in steps differs by %.2g from its own, so all rows are computed, also those that are not "
-        "read",
+        "block %d (%s): its attention computed in steps differs by %.2g from its own, so all rows are computed, even those "
+        "that are not read",
         index,
         path_of(type(block)),
         difference,
@@ -188,13 +188,13 @@ def _steps_hold(index: int, block: nn.Module, record: tuple[Any, Any, Any, int])
     return False
 
 
-def _check_moments(reduction: TokenReduction, blocks: list[nn.Module]) -> None:
+def _check_phases(reduction: TokenReduction, blocks: list[nn.Module]) -> None:
     row = reduction.config.info
     everywhere = all(shape.has_cls for shape in reduction.staging.shapes)
     if row.class_readout and (not everywhere or reduction.pooling[0] != "token"):
         reads = f"reads its tokens by {reduction.pooling[0]!r}" if everywhere else "has none in all of its stages"
         raise LookupError(
-            f"{row.name} gives its answer in the class token, and this model {reads}; take a model that reads the "
+            f"{row.name} gives its result in the class token, and this model {reads}; use a model that reads the "
             "class token, or another method (ats, dtps, dynamicvit)"
         )
     for index, block in enumerate(blocks):
@@ -207,14 +207,18 @@ def _check_moments(reduction: TokenReduction, blocks: list[nn.Module]) -> None:
 
 
 def _run_reduced(host: nn.Module, reduction: TokenReduction, image: Tensor) -> tuple[Any, History]:
-    """The answer of the reduced model, with no prefix token touched, and what became of the tokens."""
+    """Run the reduced model; return its output and its history.
+
+    Raises:
+        ValueError: a reducer changed a prefix token, or the forward does not go through the replaced methods.
+    """
 
     def untouched(own: Any, before: Tokens, *arguments: Any) -> Tokens:
         after: Tokens = own(before, *arguments)
         if reduction.config.info.class_readout:
             return after
         if not torch.equal(before.x[:, : before.prefix], after.x[:, : after.prefix]):
-            raise ValueError(f"{reduction.config.info.name} changed a prefix token; this is a fault of the method")
+            raise ValueError(f"{reduction.config.info.name} changed a prefix token; this is an error in the method")
         return after
 
     reduction.around = untouched
@@ -226,19 +230,19 @@ def _run_reduced(host: nn.Module, reduction: TokenReduction, image: Tensor) -> t
     history = reduction.last()
     if history is None or (history.block + 1 != reduction.depth and not _idle_after(reduction, history)):
         raise ValueError(
-            f"{path_of(type(host))} has a forward of its own (put on it by another tool) that does not go through the methods "
-            "of its class; undo that before reducing"
+            f"{path_of(type(host))} has a forward of its own (set by another tool) that does not call the methods of its "
+            "class; undo that before reducing"
         )
     return out, history
 
 
 def _idle_after(reduction: TokenReduction, history: History) -> bool:
-    """True if no block after this entry has a reducer: those leave no entry."""
+    """Return True if no block after this entry has a reducer: such blocks may add no entry."""
     return all(reduction.reducer(block) is None for block in range(history.block + 1, reduction.depth))
 
 
 def _works(reduction: TokenReduction, history: History) -> bool:
-    """True if any block has anything to reduce."""
+    """Return True if any block has anything to reduce."""
     before = 0
     for block, n in enumerate(reduction.counts(history.entry(0).token_of_patch.shape[1])):
         if block in reduction.starts:
@@ -253,6 +257,6 @@ def _works(reduction: TokenReduction, history: History) -> bool:
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
         return torch.equal(a, b)
-    if isinstance(a, Mapping):  # what transformers' models give
+    if isinstance(a, Mapping):  # the outputs of transformers' models
         return all(_same(x, b[name]) for name, x in a.items())
     return all(_same(x, y) for x, y in zip(a, b, strict=True)) if isinstance(a, tuple | list) else True
