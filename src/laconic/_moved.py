@@ -128,8 +128,10 @@ NAMES: dict[str, dict[str, str]] = {
         "Shape": "StageSpec",
     },
     "core.block_context": {"Site": "BlockContext"},
-    "core.gather": {"take": "gather_rows", "follow": "remap", "iota": "arange_like"},
+    "core.eval_mode": {"aside": "without_recording"},
+    "core.gather": {"take": "gather_rows", "follow": "remap", "iota": "positions"},
     "core.method": {"Row": "MethodInfo", "Site": "BlockContext"},
+    "core.patching": {"settle": "apply_settings", "unsettle": "restore_settings"},
     "core.stages": {"Staging": "Stages"},
     "core.token_reduction": {
         "Compression": "TokenReduction",

@@ -22,7 +22,7 @@ from laconic.analysis.macs import CONVENTIONS, block_cost
 from laconic.analysis.stopwatch import Run, Stopwatch, stopwatch
 from laconic.analysis.summary import TimeBalance
 from laconic.core.backbone import HOSTS, ModelSpec
-from laconic.core.eval_mode import aside
+from laconic.core.eval_mode import without_recording
 from laconic.core.method import Method
 from laconic.core.schedule import Schedule
 from laconic.core.stages import Stages
@@ -128,8 +128,8 @@ def timed(reduction: TokenReduction, example: Tensor | None, macs: Balance | Non
     if known == key:
         return found
     macs = macs or balance(host, entry, reduction.config, schedule, InputSize.of(host, entry, example))
-    with aside(host), torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        host(batch)  # raises if the size is not accepted; also a warm-up: a first forward takes longer than others
+    with without_recording(host), torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        host(batch)  # it may refuse the size; and a first forward takes longer than others
         found = time_balance(reduction, batch, macs)
     _measured[reduction] = key, found
     return found

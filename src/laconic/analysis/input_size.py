@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from laconic.core.backbone import ModelSpec, StageSpec
-from laconic.core.eval_mode import aside
+from laconic.core.eval_mode import without_recording
 
 
 class _StopForward(Exception):
@@ -76,7 +76,7 @@ def _tokens(host: nn.Module, entry: ModelSpec, image: Tensor) -> list[int]:
 
     hooks = [blocks[start].register_forward_pre_hook(enter, with_kwargs=True) for start in starts]
     try:
-        with aside(host), torch.no_grad():
+        with without_recording(host), torch.no_grad():
             host(image)
     except _StopForward:
         pass

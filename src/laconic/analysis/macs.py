@@ -30,7 +30,7 @@ from laconic.analysis.input_size import InputSize, batch_for
 from laconic.analysis.summary import BlockCost, Summary
 from laconic.core.backbone import StageSpec, block_spec, find_host, path_of
 from laconic.core.block_context import BlockContext
-from laconic.core.eval_mode import aside
+from laconic.core.eval_mode import without_recording
 from laconic.core.method import Method
 from laconic.core.schedule import Schedule
 from laconic.core.stages import Stages
@@ -172,7 +172,7 @@ def counted(model: nn.Module, compute: Compute = "all", example: Tensor | None =
     # gradients on: without, the counter fails on a pool that starts from an expanded parameter (SigLIP's)
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = _NoModules()  # type: ignore[assignment]
-    with aside(host, compute), torch.inference_mode(False), torch.enable_grad(), counter:
+    with without_recording(host, compute), torch.inference_mode(False), torch.enable_grad(), counter:
         host(entry.example(host) if example is None else batch_for(host, example)[:1])
     return counter.get_total_flops() // 2
 

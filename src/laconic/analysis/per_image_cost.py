@@ -15,7 +15,7 @@ from laconic.analysis.macs import block_cost, weigh, weights_of
 from laconic.analysis.summary import Observed, Spread
 from laconic.core.backbone import find_host
 from laconic.core.block_context import BlockContext
-from laconic.core.eval_mode import aside
+from laconic.core.eval_mode import without_recording
 from laconic.core.token_reduction import reduction_of
 from laconic.core.tokens import Tokens
 
@@ -36,12 +36,12 @@ class Observer:
 
     @cached_property
     def _sites(self) -> dict[int, BlockContext]:
-        return self.reduction.staging.sites()
+        return self.reduction.stages.sites()
 
     def _cost(self, index: int, before: int, after: int) -> int:
         """Return the MACs of a block; for index -1, of the layers outside the blocks."""
         if (index, before, after) not in self.known:
-            config, staging = self.reduction.config, self.reduction.staging
+            config, staging = self.reduction.config, self.reduction.stages
             if index < 0:
                 first, last = staging.shapes[0].prefix, staging.shapes[-1].prefix
                 macs = weigh(work.ends(self.host, self.entry, before + first, after + last), self.weights)
@@ -63,7 +63,7 @@ class Observer:
             raise ValueError("there are no images to observe; pass batches of them, [B, channels, height, width]")
         starts = {
             start: shape.patches
-            for start, shape in zip(self.reduction.staging.starts[1:], self.reduction.staging.shapes[1:], strict=True)
+            for start, shape in zip(self.reduction.stages.starts[1:], self.reduction.stages.shapes[1:], strict=True)
         }
         macs = [
             self._cost(-1, row[0], row[-1])
@@ -93,7 +93,7 @@ def observe(model: nn.Module, images: Iterable[Tensor] | Tensor, convention: str
     Raises:
         ValueError: the model is not reduced, or there are no images.
     """
-    with observing(model, convention) as observer, aside(observer.host), torch.inference_mode():
+    with observing(model, convention) as observer, without_recording(observer.host), torch.inference_mode():
         for batch in [images] if isinstance(images, Tensor) else images:
             observer.host(batch)
     return observer.result

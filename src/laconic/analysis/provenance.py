@@ -114,9 +114,9 @@ def losses(of: nn.Module | Tensor | Mapping[str, Any] | tuple[Any, ...]) -> dict
     if history is None:
         raise RuntimeError("this reduced model has not run forward yet; run it on a batch of images first")
     reduction: TokenReduction = history.reduction
-    patches = [history.entry(start + 1).token_of_patch.shape[1] for start in reduction.staging.starts]
+    patches = [history.entry(start + 1).token_of_patch.shape[1] for start in reduction.stages.starts]
     parts = list[dict[str, Tensor]]()
-    for block, rate in reduction.staging.targets(patches).items():
+    for block, rate in reduction.stages.targets(patches).items():
         reducer = reduction.reducer(block)
         if reducer is not None and block <= history.block:
             parts.append(reducer.losses(history.entry(block + 1), rate))

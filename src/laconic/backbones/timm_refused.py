@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from laconic.core.backbone import register_refusal
 
-WINDOWS = "it attends within windows of its grid, which would be incomplete without the removed tokens"
+WINDOWS = "it attends in windows of its grid, which would be incomplete without the removed tokens"
 POOLS = "it pools or shifts its tokens on their grid between blocks, and without the removed tokens there is no grid"
-CHANNELS = "it attends between channels or convolves neighbouring positions, so no tokens can be removed"
+CHANNELS = "its attention is between channels or its convolutions mix neighbouring positions, so no tokens can be removed"
 TWO = "it makes several attention calls in one block, so there is no single attention to score tokens with or to bias"
 OWN = "its attention is not one scaled_dot_product_attention over all tokens, so it can be neither read nor biased"
 CLASS_LATE = "its class token joins late and its attention mixes its heads outside scaled_dot_product_attention"

@@ -186,6 +186,6 @@ for _path in (
 for _path in ("Siglip2VisionModel", "Siglip2VisionTransformer"):
     register_refusal(
         f"transformers.models.siglip2.modeling_siglip2.{_path}",
-        "it takes sequences of patches padded to one length (NaFlex), and the number of kept tokens would depend on the padding; "
-        "SigLIP 2 for images of a fixed size is a SiglipModel in transformers, which can be reduced",
+        "it takes sequences of patches padded to one length (NaFlex), and the number of kept tokens would depend on the "
+        "padding; SigLIP 2 for images of a fixed size is a SiglipModel in transformers, which can be reduced",
     )

@@ -1,4 +1,4 @@
-"""The attention and MLP halves of the layers of transformers' vision models, 4.57 and 5; see `laconic.backbones.transformers`."""
+"""Attention and MLP halves of the layers of transformers' vision models, 4.57 and 5; see `laconic.backbones.transformers`."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -27,11 +28,17 @@ class AdaptiveReducer(Reducer):
     def hide(tokens: Tokens, keep: Tensor, into: Tensor | None = None) -> Tokens:
         """Hide the tokens whose ``keep`` [B, L] is 0; tokens that are already hidden remain hidden.
 
-        ``into`` [B, L] is the token that takes over the patches of each hidden token (-1, the default: the patches are dropped).
+        ``into`` [B, L] is the token that takes over the patches of each hidden token (-1, the default: they are dropped).
         """
         keep = keep if tokens.keep_mask is None else keep * tokens.keep_mask
         gone = torch.full_like(tokens.origin_index, -1) if into is None else into
         return tokens.soft_drop(keep, torch.where(keep > 0, arange_like(tokens.size), gone))
+
+    @classmethod
+    def leave(cls, tokens: Tokens, stays: Tensor, into: Tensor | None = None) -> Tokens:
+        """Call `hide`, under its name of version 0.1."""
+        warnings.warn("AdaptiveReducer.leave is now AdaptiveReducer.hide", DeprecationWarning, stacklevel=2)
+        return cls.hide(tokens, stays, into)
 
 
 @dataclass(frozen=True)

@@ -183,7 +183,7 @@ def _by_steps(run: BlockRun, steps: AttentionSteps, between: Reducer | None, tok
     mlp: Any = spec.mlp
     bias = _bias(spec, tokens)
     h = steps.norm(block, tokens.x)
-    if between is not None and between.reads == "class" and not reduction.adaptive and quiet(block):
+    if between is not None and between.reads == "class" and not reduction.adaptive and no_hooks_inside(block):
         k, v = steps.keys_values(block, h)
         call = {"query": steps.queries(block, h[:, :1]), "key": k, "value": v, "attn_mask": bias}
         tokens = apply(reduction, between, "between", tokens, AttentionView.of([call], tokens, run.link.name), run.n)
@@ -209,7 +209,7 @@ def prefix_only(run: BlockRun, tokens: Tokens) -> Tokens | None:
     decides = reducer is not None and (reducer.reads == "anywhere" or reduction.adaptive)
     if decides or run.watcher is not None or spec.attention is None or spec.mlp is None or not _only_gated(tokens):
         return None
-    if spec.grid is not None or spec.relative or not quiet(block):
+    if spec.grid is not None or spec.relative or not no_hooks_inside(block):
         return None
     kwargs, bias = _placed(spec, tokens, None, run.kwargs), _bias(spec, tokens)
     steps = known_steps(run._replace(kwargs=kwargs), tokens)
@@ -238,7 +238,7 @@ def attend(block: Any, steps: AttentionSteps, q: Tensor, k: Tensor, v: Tensor, b
 
 
 # ------------------------------------------------------------------------------------------------ hooks and overrides
-def quiet(module: nn.Module) -> bool:
+def no_hooks_inside(module: nn.Module) -> bool:
     """Return True if neither this module nor a submodule has a hook or a forward set on the instance."""
     waiting: list[Any] = [module]
     while waiting:

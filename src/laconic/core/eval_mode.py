@@ -13,7 +13,7 @@ from laconic.core.token_reduction import Compute, find_reduction
 
 @contextmanager
 def evaluating(*models: Any) -> Iterator[None]:
-    """Set models to evaluation mode, and restore each module's own mode afterwards. Objects that are not modules are ignored."""
+    """Set models to evaluation mode, and restore each module's mode afterwards. Objects that are not modules are ignored."""
     found = [model for model in models if isinstance(model, nn.Module)]
     modes = [(module, module.training) for model in found for module in model.modules()]
     for model in found:
@@ -26,7 +26,7 @@ def evaluating(*models: Any) -> Iterator[None]:
 
 
 @contextmanager
-def aside(host: nn.Module, compute: Compute = "needed") -> Iterator[None]:
+def without_recording(host: nn.Module, compute: Compute = "needed") -> Iterator[None]:
     """Set evaluation mode for measuring forwards: they do not replace the last forward that ``provenance(model)`` reports.
 
     They do not warn about untrained parameters; the first real forward still does.

@@ -31,7 +31,7 @@ Rest = Literal["dropped", "merged", "squeezed", "mixed", "parked"]  # of what ha
 PHASES = ("before", "ahead", "between", "after", "watch")
 ARGUMENTS = ("keep", "at", "schedule", "budget", "restore", "compute", "example")  # those of `laconic.reduce_`, for messages
 
-
+OLD_FACTS = {"moment": "phase"}  # arguments of `method` in version 0.1
 OLD_HOOKS = {  # methods of `Method` in version 0.1
     "leaves": "num_kept",
     "works_at": "reducer_blocks",
@@ -53,9 +53,9 @@ class Reducer(nn.Module):
 
     site: BlockContext
     straight_through: ClassVar[bool] = True  # True if gradients flow through its decisions in training
-    # The inputs of its decisions. "keys": it works only in the phase ``between`` and reads only keys, values and the class query
-    # of the `AttentionView`, and no features (it may merge them). "class": the same, and it only keeps and drops tokens. The fast
-    # path may then run it before the features exist, and skip the computation of rows that are not read. "anywhere": no promise
+    # The inputs of its decisions. "keys": it works only in the phase ``between`` and reads only keys, values and the class
+    # query of the `AttentionView`, and no features (it may merge them). "class": the same, and it only keeps and drops tokens.
+    # The fast path may then run it before the features exist, and skip rows that are not read. "anywhere": no such promise
     reads: Reads = "anywhere"
     phases: ClassVar[frozenset[str]] = frozenset()  # the phases that the class overrides
 
@@ -84,7 +84,7 @@ class Reducer(nn.Module):
         return tokens
 
     def losses(self, tokens: Tokens, rate: float) -> dict[str, Tensor]:
-        """Return extra training losses by name, from the output tokens of this block; ``rate`` is the share of patches to keep."""
+        """Return extra training losses by name, from this block's output tokens; ``rate`` is the share of patches to keep."""
         return {}
 
     def active(self, before: int, n: int) -> bool:
@@ -189,7 +189,7 @@ class Method:
         return dict(weights)
 
     def loss_weights(self) -> Mapping[str, float]:
-        """Return the weights of the method's losses, added to the cross-entropy; losses not listed use the recipe's ``loss.ratio``."""
+        """Return the weights of the method's losses besides cross-entropy; others use the recipe's ``loss.ratio``."""
         return {}
 
     def describe(self) -> dict[str, Any]:
@@ -247,9 +247,9 @@ class Unregistered(Method):
 
 def method(name: str, **facts: Any) -> Callable[[M], M]:
     """Register a method config under the name users type; ``facts`` are the fields of `MethodInfo`."""
-    if "moment" in facts:
-        warnings.warn("method(moment=...) is now method(phase=...)", DeprecationWarning, stacklevel=2)
-        facts["phase"] = facts.pop("moment")
+    for old in OLD_FACTS.keys() & facts.keys():
+        warnings.warn(f"method({old}=...) is now method({OLD_FACTS[old]}=...)", DeprecationWarning, stacklevel=2)
+        facts[OLD_FACTS[old]] = facts.pop(old)
 
     def register(config: M) -> M:
         old = METHODS.get(name)

@@ -200,4 +200,4 @@ def refuse_patched(host: nn.Module, entry: ModelSpec) -> None:
             raise ValueError(f"{path_of(type(module))} has a {name} put on it by another tool; undo that before reducing")
 
 
-__all__ = ["ModelRef", "attach", "detach", "refuse_patched", "apply_settings", "restore_settings"]
+__all__ = ["ModelRef", "apply_settings", "attach", "detach", "refuse_patched", "restore_settings"]

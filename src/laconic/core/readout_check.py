@@ -63,7 +63,7 @@ def _last_block_gives(host: nn.Module, reduction: TokenReduction, *, merged: boo
     def gives(names: tuple[str, ...], *args: Any, **kwargs: Any) -> Any:
         x: Tensor = args[0] if args else kwargs[names[0]]
         call = call_of(reduction.ref)
-        stage = len(reduction.staging.shapes) - 1
+        stage = len(reduction.stages.shapes) - 1
         history = reduction.begin(host, x, stage, call, None)
         noise = torch.empty(x.shape).normal_(generator=torch.Generator().manual_seed(0)).to(x.device, x.dtype)
         patch = torch.arange(len(history.tokens), device=x.device).expand(x.shape[0], -1)

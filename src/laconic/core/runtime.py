@@ -1,8 +1,8 @@
 """The calls of a reduced model, and the forwards of its blocks.
 
-`laconic.core.patching` makes these functions methods of the model and its blocks. A `Call` lasts for one execution of one of the
-model's methods, on one thread; a block finds its input tokens by its input features (`laconic.core.history`) or, if these
-were changed in between, by the running call.
+`laconic.core.patching` makes these functions methods of the model and its blocks. A `Call` lasts for one execution of one of
+the model's methods, on one thread; a block finds its input tokens by its input features (`laconic.core.history`) or, if
+these were changed in between, by the running call.
 
 Under torch.compile and torch.export one trace is one call, and features are not marked: the call carries the forward.
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from laconic.core.backbone import HOSTS, ModelSpec, unhooked
-from laconic.core.block_forward import BlockRun, Reads, bare, pass_block, quiet
+from laconic.core.block_forward import BlockRun, Reads, bare, no_hooks_inside, pass_block
 from laconic.core.dense import finish_output
 from laconic.core.grid import GridMap
 from laconic.core.history import History, find, mark
@@ -177,7 +177,7 @@ def _answers(host: Any, entry: ModelSpec, reduction: Any) -> bool:
         if isinstance(child, nn.Sequential | nn.ModuleList) and not unhooked(child):
             return False
     norm = entry.final_norm(host)
-    return norm is None or (type(norm).__module__.startswith(NORMS) and quiet(norm))
+    return norm is None or (type(norm).__module__.startswith(NORMS) and no_hooks_inside(norm))
 
 
 def _check_blocks(host: Any, entry: ModelSpec, reduction: Any) -> bool:
@@ -295,7 +295,7 @@ def _begin(host: Any, reduction: Any, call: Call | None, link: BlockLink, x: Ten
         raise RuntimeError(
             f"the model of {link.name} no longer exists; keep a reference to it, or restore_ it before using its blocks alone"
         )
-    stage = reduction.staging.stage(link.index)
+    stage = reduction.stages.stage(link.index)
     if call is None and _recomputing():
         history = known(x, link.ref)
         if history is not None and history.block < link.index:

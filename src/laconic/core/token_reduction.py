@@ -43,15 +43,15 @@ class TokenReduction(nn.Module):
         compute: Compute | None = None,
     ) -> None:
         super().__init__()
-        self.staging = Stages(config, schedule, host.shapes(model))
+        self.stages = Stages(config, schedule, host.shapes(model))
         self.config, self.host_path, self.depth = config, host.path, len(host.blocks(model))
         self.ref = ModelRef(model)  # the model owns this module, not the other way round
-        last = self.staging.shapes[-1]
+        last = self.stages.shapes[-1]
         self.prefix, self.has_cls, self.grid = last.prefix, last.has_cls, last.grid
         self.adaptive = isinstance(config, AdaptiveMethod)  # True if every image keeps its own number of tokens
         self.compacts = isinstance(config, AdaptiveMethod) and config.compacts
-        self.starts = frozenset(self.staging.starts)
-        self.reducers = nn.ModuleDict({str(block): config.build(site) for block, site in self.staging.sites().items()})
+        self.starts = frozenset(self.stages.starts)
+        self.reducers = nn.ModuleDict({str(block): config.build(site) for block, site in self.stages.sites().items()})
         self.set_schedule(schedule)
         reference = next(model.parameters())
         self.to(reference.device, reference.dtype)
@@ -63,7 +63,7 @@ class TokenReduction(nn.Module):
         self.merges = True  # True if tokens may hold several patches after the last block
         self.in_tuples = False  # True if the model's blocks return a tuple
         self.old_settings: dict[int, Any] = {}  # settings of the model before it was reduced
-        # wrapper around every phase of every reducer, called as around(own, tokens, *arguments); ``own`` is the reducer's method
+        # wrapper of every phase of every reducer, called as around(own, tokens, *arguments); ``own`` is the reducer's method
         self.around: Callable[..., Tokens] | None = None
         self.forget()
 
@@ -98,19 +98,19 @@ class TokenReduction(nn.Module):
         """
         if schedule.at != self.schedule.at:
             raise ValueError(f"schedule reduces at {list(schedule.at)}, but this model was built for {list(self.schedule.at)}")
-        self.staging = Stages(self.config, schedule, self.staging.shapes)
-        for block, site in self.staging.sites().items():
+        self.stages = Stages(self.config, schedule, self.stages.shapes)
+        for block, site in self.stages.sites().items():
             reducer: Any = self.reducers[str(block)]
             reducer.site = site
 
     @property
     def schedule(self) -> Schedule:
         """The schedule: the number of tokens each block keeps."""
-        return self.staging.schedule
+        return self.stages.schedule
 
     def counts(self, patches: int | None = None) -> tuple[int, ...]:
         """Return the patch tokens each block keeps, for ``patches`` in the first stage (None: the model's own size)."""
-        return self.staging.counts(patches)
+        return self.stages.counts(patches)
 
     # -------------------------------------------------------------------------------------------- one forward
     def begin(self, host: Any, x: Tensor, stage: int, call: Any, previous: History | None) -> History:
@@ -122,10 +122,10 @@ class TokenReduction(nn.Module):
         Raises:
             ValueError: ``x`` does not consist of the prefix tokens and one token for every patch of the image.
         """
-        shape, start, entry = self.staging.shapes[stage], self.staging.starts[stage], HOSTS[self.host_path]
-        prefix, has_cls = entry.prefix(host) if len(self.staging.shapes) == 1 else (shape.prefix, shape.has_cls)
+        shape, start, entry = self.stages.shapes[stage], self.stages.starts[stage], HOSTS[self.host_path]
+        prefix, has_cls = entry.prefix(host) if len(self.stages.shapes) == 1 else (shape.prefix, shape.has_cls)
         patches = x.shape[1] - prefix
-        single = len(self.staging.shapes) == 1
+        single = len(self.stages.shapes) == 1
         grid = None if call is None else call.grid
         if not single:
             grid = shape.grid if shape.patches == patches else None
@@ -137,7 +137,7 @@ class TokenReduction(nn.Module):
                 f"{grid[0]} x {grid[1]} patches. Tokens of another kind (prompts, registers) must be counted as prefix tokens "
                 "and come first, or they would be reduced as if they were patches"
             )
-        positions = entry.positions(host) if self.config.reads_positions and len(self.staging.shapes) == 1 else None
+        positions = entry.positions(host) if self.config.reads_positions and len(self.stages.shapes) == 1 else None
         if positions is not None and len(positions) != patches:
             positions = None
         tokens = Tokens.start(x, prefix, has_cls, positions, grid)
@@ -149,7 +149,7 @@ class TokenReduction(nn.Module):
         block = (
             start if previous is not None else start - 1
         )  # the input of a later stage's first block belongs to the stage before
-        return History(self, tokens, block, self.staging.stage_counts(stage, patches), start, previous)
+        return History(self, tokens, block, self.stages.stage_counts(stage, patches), start, previous)
 
     def complete(self, history: History | None, tracing: bool = False) -> None:
         """Store the last forward of this thread (while a graph is traced: of the model)."""
@@ -200,7 +200,10 @@ class TokenReduction(nn.Module):
         return reducer
 
     def watcher(self, index: int, history: History, count: int) -> Reducer | None:
-        """Return the reducer of block ``index`` if it reads the attention of the block before, whose input has ``count`` patches."""
+        """Return the reducer of block ``index`` if it reads the attention of the previous block.
+
+        ``count`` is the number of patch tokens at that block's input.
+        """
         reducer = self.reducer(index)
         if reducer is None or index in self.starts or "watch" not in reducer.phases:
             return None
@@ -281,7 +284,7 @@ assert DEFAULT_FILL in FILLS
 
 def passes_through(reduction: TokenReduction, index: int, block: nn.Module) -> bool:
     """Return True if a block always runs unchanged: no reducer, no watching reducer at the next block, no need of positions."""
-    starts = reduction.staging.starts[1:]
+    starts = reduction.stages.starts[1:]
     ends = {*starts, *(start - 1 for start in starts), reduction.depth - 1}
     following = reduction.reducer(index + 1)
     watched = following is not None and index + 1 not in reduction.starts and "watch" in following.phases

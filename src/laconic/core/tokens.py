@@ -241,7 +241,7 @@ class Tokens:
         )
 
     def soft_drop(self, alive: Float[Tensor, "B L"], dst: Int[Tensor, "B L"]) -> Tokens:
-        """Drop tokens softly: all remain in the set, and a token with ``alive == 0`` gives its patches to ``dst`` (-1: drop)."""
+        """Drop tokens softly: all stay in the set, and a token with ``alive == 0`` gives its patches to ``dst`` (-1: none)."""
         into = dst.clamp_min(0)
         size = add_rows(self.size.masked_fill(dst < 0, 0.0), into, len(self))
         dropped, similar = self._of_dropped(dst, arange_like(dst), size)

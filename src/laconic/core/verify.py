@@ -190,7 +190,7 @@ def _steps_hold(index: int, block: nn.Module, record: tuple[Any, Any, Any, int])
 
 def _check_phases(reduction: TokenReduction, blocks: list[nn.Module]) -> None:
     row = reduction.config.info
-    everywhere = all(shape.has_cls for shape in reduction.staging.shapes)
+    everywhere = all(shape.has_cls for shape in reduction.stages.shapes)
     if row.class_readout and (not everywhere or reduction.pooling[0] != "token"):
         reads = f"reads its tokens by {reduction.pooling[0]!r}" if everywhere else "has none in all of its stages"
         raise LookupError(
