@@ -12,6 +12,7 @@ import argparse
 import ast
 import re
 import sys
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,7 @@ EXCLUDED = re.compile(
     r"\b(nobody|whoever|beside|anew|likewise|so many|house|books?|moments?|listeners?|guests?)\b", re.IGNORECASE
 )
 NODES = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+PROSE = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
 LIMIT = 0.01
 
 
@@ -53,9 +55,20 @@ def questions(paths: list[Path]) -> tuple[list[str], int]:
     return found, len(every)
 
 
+def prose(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a page; of a Python file its comments and its strings of several words."""
+    if path.suffix != ".py":
+        yield from enumerate(path.read_text().splitlines(), 1)
+        return
+    with path.open("rb") as file:
+        for token in tokenize.tokenize(file.readline):
+            if token.type in PROSE and " " in token.string:
+                yield from enumerate(token.string.splitlines(), token.start[0])
+
+
 def excluded(paths: list[Path]) -> list[str]:
     """Return the lines with an excluded word, as file:line: text."""
-    lines = [(path, number, line) for path in paths for number, line in enumerate(path.read_text().splitlines(), 1)]
+    lines = [(path, number, line) for path in paths for number, line in prose(path)]
     return [f"{path}:{number}: {line.strip()}" for path, number, line in lines if EXCLUDED.search(line)]
 
 
@@ -69,9 +82,8 @@ def main() -> int:
     words = excluded([*own, *pages()])
     if given.list:
         print("\n".join([*found, *words]))
-    print(
-        f"{len(found)} of {total} docstrings open as a question ({len(found) / total:.1%}); {len(words)} lines with excluded words"
-    )
+    share = f"{len(found)} of {total} docstrings ({len(found) / total:.1%}) open as a question"
+    print(f"{share}; {len(words)} lines have excluded words")
     return int(len(found) > LIMIT * total or bool(words))
 
 

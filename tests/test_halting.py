@@ -331,7 +331,7 @@ def test_blocks_that_side_by_side_switch_tokens_only():
     assert all(torch.allclose(answer, answers[0], rtol=1e-4, atol=1e-4) for answer in answers)
     assert not torch.allclose(answers[0], run(make("parallel"), x), atol=1e-2)
     for policies in ("tokens+heads", "tokens+layers"):
-        with pytest.raises(ValueError, match="side by side.*policies='tokens'"):
+        with pytest.raises(ValueError, match="in parallel.*policies='tokens'"):
             laconic.reduce_(make("parallel"), "adavit", policies=policies)
 
 

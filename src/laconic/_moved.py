@@ -129,7 +129,7 @@ NAMES: dict[str, dict[str, str]] = {
     },
     "core.block_context": {"Site": "BlockContext"},
     "core.eval_mode": {"aside": "without_recording"},
-    "core.gather": {"take": "gather_rows", "follow": "remap", "iota": "positions"},
+    "core.gather": {"take": "gather_rows", "follow": "remap", "iota": "arange_like"},
     "core.method": {"Row": "MethodInfo", "Site": "BlockContext"},
     "core.patching": {"settle": "apply_settings", "unsettle": "restore_settings"},
     "core.stages": {"Staging": "Stages"},

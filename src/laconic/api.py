@@ -52,7 +52,7 @@ def reduce_(
         budget: target cost, instead of ``keep`` and ``schedule``: "2.3G" multiply-adds of one image, "1.6x-macs" (1.6
             times fewer of them), or, measured now on this machine, "1.6x" (1.6 times as fast as unreduced) or "12ms" for a
             forward. Costs refer to the size of ``example``, and times to a forward of that batch (without an example: to
-            one image of the model's own input size). `laconic.plan` finds the same schedule and reports its predictions.
+            one image of the model's own input size). `laconic.plan` does the same and reports what it found.
         restore: return features for every patch after the last block and the final norm: those of the token that holds the
             patch or, for a dropped patch, a fill: ``similar`` (the token that was most similar when the patch was dropped;
             True means this one, since it measures best on a dense task), ``nearest`` (the nearest patch that a token holds),

@@ -157,6 +157,7 @@ def load_backbones() -> None:
 
 def hosts() -> dict[str, tuple[str, ...]]:
     """Return the supported model classes and block classes, by full class path."""
+    load_backbones()
     return {"models": tuple(sorted(HOSTS)), "blocks": tuple(sorted(BLOCKS))}
 
 

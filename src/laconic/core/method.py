@@ -206,12 +206,14 @@ class MethodInfo:
     paper: str  # arXiv number
     config: type[Method]
     phase: str
-    score: str
-    rest: str
+    score: Score
+    rest: Rest
     trained: bool  # True if the method should be used only after training
     learns: bool = False  # True if it adds parameters
     count: Literal["constant", "variable"] = "constant"  # "variable": each image of a batch keeps its own number of tokens
     class_readout: bool = False  # True if only the class token carries the result (the method may then change it)
+    score_detail: str = ""  # in words, if ``score`` does not say enough
+    rest_detail: str = ""
     full_attention: bool = False  # True if it needs the whole matrix of attention weights
 
 

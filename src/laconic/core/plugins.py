@@ -13,6 +13,7 @@ GROUP = "laconic.methods"
 @cache
 def discover() -> None:
     """Load the entry points, once. A warning names each one that fails; the others still load."""
+    importlib.import_module("laconic.methods")  # the methods that come with laconic; that package is above this one
     for point in entry_points(group=GROUP):
         try:
             point.load()
