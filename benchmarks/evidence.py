@@ -18,14 +18,14 @@ from benchmarks.experiments.claims import CLAIMS, SEEDS, all_cells
 from laconic.analysis import machine
 from laconic.analysis.timing import Setting
 from laconic.cli.app import run as run_command
-from laconic.cli.commands import Verb
+from laconic.cli.commands import Command
 from laconic.cli.output import Report, Table
 from laconic.core.files import Refusal, write_atomically
 from laconic.core.method import nearest_names
 
 LOG = logging.getLogger("laconic.evidence")
 COMMAND = "python -m benchmarks.evidence"
-VERB = Verb(
+VERB = Command(
     "Test the papers' claims on the generated benchmark.",
     "benchmarks.evidence:evidence",
     (f"{COMMAND} --claim 7-toy", f"{COMMAND} --share 1/2", f"{COMMAND} --page docs/evidence.md"),

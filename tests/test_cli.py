@@ -31,7 +31,7 @@ def image():
 
 
 # ---------------------------------------------------------------------------------------------------- all verbs
-VERBS = {
+COMMANDS = {
     "list": [],
     "doctor": [TINY],
     "bench": [TINY, "--method", "etps", "--batch-size", "1", "--rounds", "1", "--threads", "1"],
@@ -82,12 +82,12 @@ VERBS = {
 
 
 LONG = ("doctor", "sweep", "export")  # tests/test_jobs.py, test_eval.py and test_export.py have shorter ones of these
-CASES = [pytest.param(verb, marks=pytest.mark.slow if verb in LONG else ()) for verb in cli.VERBS]
+CASES = [pytest.param(verb, marks=pytest.mark.slow if verb in LONG else ()) for verb in cli.COMMANDS]
 
 
 @pytest.mark.parametrize("verb", CASES)
 def test_json_is_all_there_is_on_stdout(laconic_, tmp_path, verb):
-    code, out, _ = laconic_(verb, *(word.format(tmp=tmp_path) for word in VERBS[verb]), "--json")
+    code, out, _ = laconic_(verb, *(word.format(tmp=tmp_path) for word in COMMANDS[verb]), "--json")
     assert code == 0
     assert isinstance(json.loads(out), dict)
 
@@ -121,20 +121,20 @@ def test_doctor_as_a_table(laconic_):
     assert "passed" in out
 
 
-@pytest.mark.parametrize("verb", cli.VERBS)
+@pytest.mark.parametrize("verb", cli.COMMANDS)
 def test_help_has_examples(laconic_, verb):
     code, out, _ = laconic_(verb, "--help")
     assert code == 0
     assert "--json" in out
-    for example in cli.VERBS[verb].examples:
+    for example in cli.COMMANDS[verb].examples:
         assert example in out
         assert example.startswith(f"laconic {verb}")
 
 
-@pytest.mark.parametrize("verb", cli.VERBS)
+@pytest.mark.parametrize("verb", cli.COMMANDS)
 def test_examples_parse(verb):
-    for example in cli.VERBS[verb].examples:
-        job, as_json = cli.parse(f"laconic {verb}", cli.VERBS[verb], example.split()[2:])
+    for example in cli.COMMANDS[verb].examples:
+        job, as_json = cli.parse(f"laconic {verb}", cli.COMMANDS[verb], example.split()[2:])
         assert callable(job)
         assert as_json == ("--json" in example)
 
@@ -142,13 +142,13 @@ def test_examples_parse(verb):
 def test_usage_and_version(laconic_):
     code, out, _ = laconic_("--help")
     assert code == 0
-    assert all(verb in out for verb in cli.VERBS)
+    assert all(verb in out for verb in cli.COMMANDS)
     assert laconic_("--version") == (0, f"laconic {laconic.__version__}\n", "")
 
 
 def test_options_of_measuring_reach_the_job():
     words = [TINY, "--rounds", "3", "--threads", "2", "--compile", "--keep", "0.5", "--keep", "0.7"]
-    job, _ = cli.parse("laconic bench", cli.VERBS["bench"], words)
+    job, _ = cli.parse("laconic bench", cli.COMMANDS["bench"], words)
     setting = job.keywords["setting"]
     assert (setting.rounds, setting.threads, setting.compile) == (3, 2, True)
     assert job.keywords["keep"] == (0.5, 0.7)
@@ -220,7 +220,7 @@ def test_a_missing_library_names_the_extra(laconic_, monkeypatch, module, extra)
 
 @pytest.mark.parametrize("module", ["matplotlib", "skimage"])
 def test_the_demo_names_its_extra(laconic_, monkeypatch, tmp_path, module):
-    words = [*(word.format(tmp=tmp_path) for word in VERBS["demo"]), "--model", TINY]  # which looks at photographs
+    words = [*(word.format(tmp=tmp_path) for word in COMMANDS["demo"]), "--model", TINY]  # which looks at photographs
     for loaded in [name for name in sys.modules if name.partition(".")[0] == module]:
         monkeypatch.setitem(sys.modules, loaded, None)
     monkeypatch.setitem(sys.modules, module, None)

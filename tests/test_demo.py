@@ -1,4 +1,4 @@
-"""The demo: scenes with their accuracies and the fates of their objects, other images, photographs; trained scorers."""
+"""The demo: scenes with their accuracies and the outcomes of their objects, other images, photographs; trained scorers."""
 
 import json
 import sys
@@ -60,14 +60,14 @@ def test_scenes_with_random_weights(tmp_path, monkeypatch):
     assert all(judged.accuracy.images == 8 for judged in others[:-1])
     assert (others[-1].accuracy, others[-1].agreement.top1) == (None, None)  # random weights of another model
     assert "Scenes_vit_tiny has random weights here" in text
-    assert [judged.fate is not None for judged in report.judged] == [False, True, True, True, True, False, False]
+    assert [judged.outcomes is not None for judged in report.judged] == [False, True, True, True, True, False, False]
     files = [picture.file for picture in report.pictures]
     assert sorted(f.name for f in files) == [f"test-scene-{i}-{m}-0.5.png" for i in (0, 1) for m in ("dtps", "etps")]
     assert all(np.asarray(Image.open(file).convert("RGB")).std() > 10 for file in [*files, report.sheet])
     found = json.loads(json.dumps(report.to_json()))
     assert found["best"] == report.best
     assert found["rows"][1]["accuracy"]["interval"] == list(others[0].accuracy.interval)
-    assert found["rows"][1]["fate"]["object"]["kept"] == others[0].fate.object.kept
+    assert found["rows"][1]["fate"]["object"]["kept"] == others[0].outcomes.object.kept
     assert (found["rows"][0]["fate"], found["rows"][-1]["accuracy"]) == (None, None)
 
 
@@ -133,14 +133,16 @@ def test_a_scorer_for_other_blocks_is_refused(own_weights, options):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-# ---------------------------------------------------------------------------------------------------- fates
+# ---------------------------------------------------------------------------------------------------- outcomes
 def stage(where, kept):
     where, kept = torch.tensor(where), torch.tensor(kept)
     return laconic.Stage(0, where, torch.ones(kept.shape), kept, None, (2, 2))
 
 
 def test_fates_by_hand():
-    found = patch_outcomes.fates(stage([[0, 0, -1, 1]], [[1, 3]]))  # the first patch is held by a token in the second's place
+    found = patch_outcomes.outcomes(
+        stage([[0, 0, -1, 1]], [[1, 3]])
+    )  # the first patch is held by a token in the second's place
     assert found[0].int().tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 1], [1, 0, 0]]
 
 
@@ -148,9 +150,9 @@ def test_fates_are_means_over_images():
     count = patch_outcomes.Count(torch.tensor([[True, True, False, False], [True, False, False, False], [False] * 4]))
     count.add(stage([[0, 0, -1, 1], [-1, 0, 1, -1]], [[1, 3], [1, 2]]))
     count.add(stage([[0, 1, -1, -1]], [[0, 1]]))  # no patch shows the object
-    assert count.fate.object == patch_outcomes.Shares(kept=0.25, merged=0.25, dropped=0.5)
-    assert count.fate.surroundings.kept == pytest.approx((1 / 2 + 2 / 3 + 1 / 2) / 3)
-    assert count.fate.surroundings.dropped == pytest.approx((1 / 2 + 1 / 3 + 1 / 2) / 3)
+    assert count.outcomes.object == patch_outcomes.Shares(kept=0.25, merged=0.25, dropped=0.5)
+    assert count.outcomes.surroundings.kept == pytest.approx((1 / 2 + 2 / 3 + 1 / 2) / 3)
+    assert count.outcomes.surroundings.dropped == pytest.approx((1 / 2 + 1 / 3 + 1 / 2) / 3)
 
 
 @pytest.mark.parametrize("method", ["evit", "topk", "avg-pool"])
@@ -162,7 +164,7 @@ def test_counting_along_with_a_model(method):
     assert not patch_outcomes.object_patches(images, (20, 20)).equal(shown)
     with patch_outcomes.counting(model, shown) as count:
         evaluate(model, images, batch_size=2)
-    seen, (part, rest) = count.seen, (count.fate.object, count.fate.surroundings)
+    seen, (part, rest) = count.seen, (count.outcomes.object, count.outcomes.surroundings)
     model(torch.zeros(1, 3, 40, 40))
     assert seen == count.seen == 5  # it counts no longer
     assert part.kept + part.merged + part.dropped == pytest.approx(1)
@@ -190,7 +192,7 @@ def test_a_folder_of_images(tmp_path):
         Image.fromarray(noise).save(tmp_path / "val" / label / "one.png")
     report = demo(model=TINY, data=str(tmp_path), method=("etps",), keep=(0.5,), output=tmp_path / "out", **QUICK)
     assert [judged.accuracy.images for judged in report.judged] == [2] * len(report.rows)
-    assert all(judged.fate is None for judged in report.judged)
+    assert all(judged.outcomes is None for judged in report.judged)
     assert report.notes[0].startswith("the model answers for 1000 classes and the data has 2")
     assert [p.file.name for p in report.pictures] == ["one-1-etps-0.5.png", "one-2-etps-0.5.png"]
     assert "What became of the object" not in str(report)
@@ -208,7 +210,7 @@ def test_photographs(tmp_path):
     labels = [row.label for row in report.rows]
     assert labels == ["unreduced", "etps 0.5", "dtps 0.5", "random 0.5", "avg-pool 0.5", "input 160x160 0.5"]
     assert all(j.agreement.cosine is not None and j.agreement.kl is not None for j in report.judged)
-    assert all(j.accuracy is None and j.fate is None for j in report.judged)
+    assert all(j.accuracy is None and j.outcomes is None for j in report.judged)
     names = sorted(p.file.name for p in report.pictures)
     assert names == [f"{p}-{m}-0.5.png" for p in ("astronaut", "chelsea") for m in ("dtps", "etps")]
     found = json.loads(json.dumps(report.to_json()))

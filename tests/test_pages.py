@@ -140,8 +140,8 @@ def test_commands_are_accepted(page):
     for line in "\n".join(fenced(page, "bash")).splitlines():
         words = shlex.split(line, comments=True)
         if words[:1] == ["laconic"]:
-            assert words[1] in cli.VERBS, line
-            cli.parse("laconic", cli.VERBS[words[1]], words[2:])
+            assert words[1] in cli.COMMANDS, line
+            cli.parse("laconic", cli.COMMANDS[words[1]], words[2:])
 
 
 @pytest.mark.parametrize("page", [*PAGES, TOP / "Makefile"], ids=lambda page: page.name)

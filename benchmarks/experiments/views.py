@@ -11,7 +11,7 @@ from laconic.analysis.break_even import stepping
 from laconic.analysis.diversity import diversity_score
 from laconic.analysis.evaluate import transform_for
 from laconic.analysis.provenance import provenance
-from laconic.cli.patch_outcomes import fates
+from laconic.cli.patch_outcomes import outcomes
 from laconic.core.token_reduction import reduction_of
 from laconic.data import ImageSet
 from laconic.data.generated import Scenes
@@ -41,7 +41,7 @@ def look(model: nn.Module, images: ImageSet) -> dict[str, float]:
         model(pixels)
     last = provenance(model).final
     objects = patch_labels(images, list(range(IMAGES)), reduction.grid) < len(images.classes)
-    kept, merged, _ = fates(last).float().unbind(2)
+    kept, merged, _ = outcomes(last).float().unbind(2)
     shares = {"own": kept, "held": kept + merged}
     out = {"diversity": diversity_score(seen[-1]).mean().item()} if seen else {}
     for name, share in shares.items():

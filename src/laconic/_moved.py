@@ -118,6 +118,10 @@ MODULES = {
     "work": "analysis.layer_macs",
 }
 NAMES: dict[str, dict[str, str]] = {
+    "cli.commands": {"Verb": "Command", "VERBS": "COMMANDS"},
+    "cli.demo_input": {"Exhibit": "DemoInput", "open_exhibit": "open_demo_input"},
+    "cli.eval_input": {"Subject": "EvalInput", "open_subject": "open_eval_input"},
+    "cli.patch_outcomes": {"Fate": "Outcomes", "fates": "outcomes"},
     "core.adaptive": {"Deciding": "AdaptiveMethod", "DecidingReducer": "AdaptiveReducer"},
     "core.attention": {"Seen": "AttentionView", "Watch": "AttentionTap"},
     "core.backbone": {

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import io
 import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from laconic.core.text_table import draw
 
 
 @dataclass(frozen=True)
@@ -131,18 +131,5 @@ class Summary:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Format a right-aligned text table, with rich if it is installed."""
-    if importlib.util.find_spec("rich") is None:
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in [header, *rows])
-    from rich.console import Console
-    from rich.table import Table
-
-    drawn = Table()
-    for name in header:
-        drawn.add_column(name, justify="right")
-    for row in rows:
-        drawn.add_row(*row)
-    text = io.StringIO()
-    Console(file=text, width=100, force_terminal=False).print(drawn)
-    return text.getvalue().rstrip()
+    """Return a table of text, right-aligned, that fits 80 columns."""
+    return "\n".join(draw(header, rows, 80)[0])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from laconic.analysis.accuracy import Accuracy
 from laconic.cli.image_io import Photo
-from laconic.cli.patch_outcomes import Fate
+from laconic.cli.patch_outcomes import Outcomes
 from laconic.training.distillation import logit_distillation
 
 
@@ -31,14 +31,14 @@ class Judged:
 
     agreement: Agreement = Agreement()
     accuracy: Accuracy | None = None
-    fate: Fate | None = None
+    outcomes: Outcomes | None = None
 
     def to_json(self) -> dict[str, Any]:
         """All of it, as plain JSON."""
-        accuracy, fate = self.accuracy, self.fate
+        accuracy, outcomes = self.accuracy, self.outcomes
         out: dict[str, Any] = {"agreement": asdict(self.agreement)}
         out["accuracy"] = None if accuracy is None else accuracy.to_json()
-        out["fate"] = None if fate is None else fate.to_json()
+        out["fate"] = None if outcomes is None else outcomes.to_json()  # the key is that of version 0.1
         return out
 
 

@@ -20,13 +20,13 @@ from functools import partial
 from typing import Annotated, Any
 
 from laconic import __version__
-from laconic.cli.commands import MOVED, VERBS, Verb
-from laconic.core.method import nearest_names
+from laconic.cli.commands import COMMANDS, MOVED, Command
 from laconic.core.optional_deps import missing
+from laconic.core.suggestions import nearest_names
 
 JSON_HELP = "print the report as JSON and nothing else"
 EXTRAS = {
-    **dict.fromkeys(("tyro", "rich", "tqdm", "timm", "PIL"), "cli"),
+    **dict.fromkeys(("tyro", "tqdm", "timm", "PIL"), "cli"),
     **dict.fromkeys(("skimage", "matplotlib"), "demo"),
     **dict.fromkeys(("accelerate", "sklearn", "torchvision"), "train"),
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime", "openvino"), "export"),
@@ -46,23 +46,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[:1] and words[0] in MOVED:
         print(f"laconic {words[0]} is now `{MOVED[words[0]]}`, run in a clone of the repository.", file=sys.stderr)
         return 2
-    if not words or words[0] not in VERBS:
-        wrong = f"laconic has no verb {words[0]!r}.{nearest_names(words[0], list(VERBS))}\n\n" if words else ""
+    if not words or words[0] not in COMMANDS:
+        wrong = f"laconic has no verb {words[0]!r}.{nearest_names(words[0], list(COMMANDS))}\n\n" if words else ""
         print(f"{wrong}{usage()}", file=sys.stderr)
         return 2
-    return run(f"laconic {words[0]}", VERBS[words[0]], words[1:])
+    return run(f"laconic {words[0]}", COMMANDS[words[0]], words[1:])
 
 
 def usage() -> str:
     """What there is, verb by verb."""
-    verbs = "\n".join(f"  {name:<10}{verb.line}" for name, verb in VERBS.items())
+    verbs = "\n".join(f"  {name:<10}{verb.line}" for name, verb in COMMANDS.items())
     return (
         "usage: laconic VERB [...]\n\nFewer tokens, same answer: token reduction for vision transformers.\n\n"
         f"{verbs}\n\nlaconic VERB --help says what it takes, with examples; laconic --version."
     )
 
 
-def run(program: str, verb: Verb, words: list[str]) -> int:
+def run(program: str, verb: Command, words: list[str]) -> int:
     """Run a verb as the command ``program``; return the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("laconic").setLevel(logging.INFO)
@@ -104,7 +104,7 @@ def refusal(error: Exception) -> str | None:
 
 
 # ------------------------------------------------------------------------------------------------ a job as a verb
-def parse(program: str, verb: Verb, words: list[str]) -> tuple[Callable[[], Any], bool]:
+def parse(program: str, verb: Command, words: list[str]) -> tuple[Callable[[], Any], bool]:
     """Return the verb's job with its arguments, and True if JSON is asked for. Exits after help or wrong usage."""
     import tyro
 

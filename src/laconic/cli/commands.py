@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Verb:
+class Command:
     """A verb: in a line, where its job is, and examples."""
 
     line: str
@@ -14,8 +14,8 @@ class Verb:
     examples: tuple[str, ...]
 
 
-VERBS = {
-    "demo": Verb(
+COMMANDS = {
+    "demo": Command(
         "Reduce a model by several methods: cost, speed and accuracy in one honest table, and pictures.",
         "laconic.cli.demo:demo",
         (
@@ -24,17 +24,17 @@ VERBS = {
             "laconic demo --model deit_tiny_patch16_224 --method etps --method bat --keep 0.7",
         ),
     ),
-    "list": Verb(
+    "list": Command(
         "The methods and the supported models.",
         "laconic.cli.list:list_",
         ("laconic list", "laconic list --recipes", "laconic list --json"),
     ),
-    "doctor": Verb(
+    "doctor": Command(
         "What works on a model, and why the rest does not.",
         "laconic.cli.doctor:doctor",
         ("laconic doctor vit_base_patch16_siglip_224", "laconic doctor ./my-reduced-model --json"),
     ),
-    "eval": Verb(
+    "eval": Command(
         "How often a model is right, before and after it is reduced.",
         "laconic.cli.eval:eval_",
         (
@@ -43,7 +43,7 @@ VERBS = {
             "laconic eval scenes_vit_small --data scenes --method etps --keep 0.7 --output eval.csv",
         ),
     ),
-    "sweep": Verb(
+    "sweep": Command(
         "Accuracy at many keep rates beside every alternative, as CSV, JSON and plots.",
         "laconic.cli.sweep:sweep",
         (
@@ -51,7 +51,7 @@ VERBS = {
             "laconic sweep deit_small_patch16_224 --data imagenet --method etps --keep 0.9 --output sweep.csv --speed",
         ),
     ),
-    "train": Verb(
+    "train": Command(
         "Train or fine-tune a model, reduced or not, by a recipe.",
         "laconic.cli.train:train",
         (
@@ -61,7 +61,7 @@ VERBS = {
             "laconic train --set method.name=bat --set method.keep=0.5 --data scenes --output bat --resume",
         ),
     ),
-    "bench": Verb(
+    "bench": Command(
         "How much faster reduced models really are on this machine.",
         "laconic.cli.bench:bench",
         (
@@ -71,7 +71,7 @@ VERBS = {
             "laconic bench deit_small_patch16_224 --method etps --batch-size 1 --threads 1 --exported onnx",
         ),
     ),
-    "plan": Verb(
+    "plan": Command(
         "Turn a budget (multiply-adds, a speed-up, milliseconds) into a schedule.",
         "laconic.cli.plan:plan",
         (
@@ -81,7 +81,7 @@ VERBS = {
             "laconic plan --check plan.json",
         ),
     ),
-    "export": Verb(
+    "export": Command(
         "Reduced models as files for ONNX Runtime, OpenVINO and torch: proved, and how much of the speed-up survives.",
         "laconic.cli.export:export",
         (
@@ -90,7 +90,7 @@ VERBS = {
             "laconic export deit_small_patch16_224 --method bat --to torch-export --batch-size 8 --output exported",
         ),
     ),
-    "show": Verb(
+    "show": Command(
         "Pictures of what became of every patch of a photograph.",
         "laconic.cli.show:show",
         (

@@ -16,7 +16,7 @@ from laconic.analysis.timing import Setting
 from laconic.cli import compare, patch_outcomes
 from laconic.cli.agreement import Judged
 from laconic.cli.compare import Row, threads
-from laconic.cli.demo_input import Exhibit, judge, open_exhibit
+from laconic.cli.demo_input import DemoInput, judge, open_demo_input
 from laconic.cli.output import Report, Table, sentence
 from laconic.cli.show import Picture, draw_all
 from laconic.cli.variants import Variant, alternatives, pairs, parse_methods, reduced, unreduced
@@ -86,7 +86,7 @@ class DemoReport(Report):
         rows = zip(self.rows, self.judged, strict=True)
         yield Table(title, (*COST, *tail), tuple((*_cost(row), *_answers(judged, self.labelled)) for row, judged in rows))
         yield " ".join([EXPLAINED, LABELLED if self.labelled else UNLABELLED, *(f"{_capital(note)}." for note in self.notes)])
-        known = [(row.label, j.fate) for row, j in zip(self.rows, self.judged, strict=True) if j.fate is not None]
+        known = [(row.label, j.outcomes) for row, j in zip(self.rows, self.judged, strict=True) if j.outcomes is not None]
         if known:
             yield patch_outcomes.table(known, "What became of the object and of what surrounds it")
             yield patch_outcomes.EXPLAINED
@@ -175,23 +175,25 @@ def demo(
         raise Refusal(f"--batch-size and --pictures must be at least 1, not {least}")
     configs, keeps = parse_methods(method or METHODS, ()), tuple(dict.fromkeys(keep or KEEPS))
     LOG.info("opening %s", model)
-    exhibit = open_exhibit(model, data, split, images, weights, pictures)
+    demo_input = open_demo_input(model, data, split, images, weights, pictures)
     with machine.prepared(setting):
         LOG.info("reducing copies of %s, and proving each of them", model)
-        variants, notes, strangers = _variants(exhibit, configs, keeps)
+        variants, notes, strangers = _variants(demo_input, configs, keeps)
         drawn = [v for v in variants if v.kind == "method" and v.keep in (keeps[0], None)]
-        sheet, files = draw_all(output, drawn, exhibit.read, exhibit.loaded.remark)
-        judged = judge(exhibit, variants, strangers, setting)
+        sheet, files = draw_all(output, drawn, demo_input.read, demo_input.loaded.remark)
+        judged = judge(demo_input, variants, strangers, setting)
         size = batch_size or BATCHES[max(variants[0].image) > SMALL]
         rows = compare.compare(variants, size, setting, warmup=1)
         environment = machine.environment(setting)
-    facts = (model, exhibit.loaded.line, exhibit.line, tuple(rows), tuple(judged), environment)
-    return DemoReport(*facts, (*exhibit.notes, *notes, *compare.busy(rows)), sheet, tuple(files))
+    facts = (model, demo_input.loaded.line, demo_input.line, tuple(rows), tuple(judged), environment)
+    return DemoReport(*facts, (*demo_input.notes, *notes, *compare.busy(rows)), sheet, tuple(files))
 
 
-def _variants(exhibit: Exhibit, configs: Sequence[Method], keeps: Sequence[float]) -> tuple[list[Variant], list[str], set[str]]:
+def _variants(
+    demo_input: DemoInput, configs: Sequence[Method], keeps: Sequence[float]
+) -> tuple[list[Variant], list[str], set[str]]:
     """The unreduced model, the methods, the alternatives; notes; and which of them have nothing in common with the first."""
-    loaded, strangers = exhibit.loaded, set[str]()
+    loaded, strangers = demo_input.loaded, set[str]()
 
     def smaller(other: str) -> nn.Module:
         its = load(other)
@@ -202,8 +204,8 @@ def _variants(exhibit: Exhibit, configs: Sequence[Method], keeps: Sequence[float
     own = [reduced(loaded.model, config, keep) for config, keep in pairs(configs, keeps)]
     own.sort(key=lambda variant: keeps.index(variant.keep) if variant.keep in keeps else len(keeps))
     learned = [v for v in own if any(config.info.name == v.name and config.info.learns for config in configs)]
-    ready = [exhibit.trained and load_scorer(v.model, exhibit.name) for v in learned]
-    others, notes = alternatives(exhibit.name, loaded.model, keeps, smaller)
+    ready = [demo_input.trained and load_scorer(v.model, demo_input.name) for v in learned]
+    others, notes = alternatives(demo_input.name, loaded.model, keeps, smaller)
     notes += [f"{other} has random weights here, so nothing is said of its answers" for other in sorted(strangers)]
     return [unreduced("unreduced", loaded.model), *own, *others], [*_scorers(learned, ready), *notes], strangers
 

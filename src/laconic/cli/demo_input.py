@@ -13,7 +13,7 @@ from laconic.analysis import evaluate
 from laconic.analysis.timing import DTYPES, Setting
 from laconic.cli import agreement, image_io
 from laconic.cli.agreement import Agreement, Judged
-from laconic.cli.eval_input import GENERATED, Reading, open_subject
+from laconic.cli.eval_input import GENERATED, Reading, open_eval_input
 from laconic.cli.image_io import Photo
 from laconic.cli.patch_outcomes import Count, counting, object_patches
 from laconic.cli.variants import Variant
@@ -28,7 +28,7 @@ BATCH = 100  # images in a forward where nothing is timed
 
 
 @dataclass(frozen=True)
-class Exhibit:
+class DemoInput:
     """A model, and what it is shown."""
 
     name: str
@@ -40,7 +40,7 @@ class Exhibit:
     trained: bool  # whether the model has the very weights that scorers were trained for
 
 
-def open_exhibit(model: str, data: str, split: str, images: int, weights: Path | None, pictures: int) -> Exhibit:
+def open_demo_input(model: str, data: str, split: str, images: int, weights: Path | None, pictures: int) -> DemoInput:
     """A model and what it is shown: images of ``data``; without data the scenes for a model of ours, else photographs.
 
     Raises:
@@ -55,15 +55,15 @@ def open_exhibit(model: str, data: str, split: str, images: int, weights: Path |
         shipped = image_io.shipped(pictures)
         sources = "; ".join(f"{path.name}, {source}" for path, source in shipped.items())
         read = tuple(image_io.read(path, loaded.model) for path in shipped)
-        return Exhibit(model, loaded, None, read, f"photographs, as scikit-image ships them: {sources}", (), False)
+        return DemoInput(model, loaded, None, read, f"photographs, as scikit-image ships them: {sources}", (), False)
     split = split or ("test" if data in GENERATED else "val")
-    subject = open_subject(model, data, Reading(split, images, workers=0), weights)
-    line = f"the weights of {model} come with laconic" if _ours(model, subject.pretrained) else subject.weights
-    loaded = Loaded(subject.base, line, subject.random)
-    known = subject.images
+    eval_input = open_eval_input(model, data, Reading(split, images, workers=0), weights)
+    line = f"the weights of {model} come with laconic" if _ours(model, eval_input.pretrained) else eval_input.weights
+    loaded = Loaded(eval_input.base, line, eval_input.random)
+    known = eval_input.images
     what = "; ".join([f"{data}, {split}: {len(known):,} images of {len(known.classes):,} classes", *known.notes])
-    read = _first(subject.images, pictures, loaded)
-    return Exhibit(model, loaded, subject.images, read, what, tuple(subject.notes), subject.pretrained)
+    read = _first(eval_input.images, pictures, loaded)
+    return DemoInput(model, loaded, eval_input.images, read, what, tuple(eval_input.notes), eval_input.pretrained)
 
 
 def _ours(name: str, pretrained: bool) -> bool:
@@ -88,12 +88,12 @@ def _first(images: ImageSet, count: int, loaded: Loaded) -> tuple[Photo, ...]:
 
 
 # ------------------------------------------------------------------------------------------------ answers
-def judge(exhibit: Exhibit, variants: Sequence[Variant], strangers: set[str], setting: Setting) -> list[Judged]:
+def judge(demo_input: DemoInput, variants: Sequence[Variant], strangers: set[str], setting: Setting) -> list[Judged]:
     """What the answers of each variant are worth, the first being the unreduced model; nothing is said of strangers."""
-    if exhibit.images is None:
-        return [Judged(found) for found in _agreement(exhibit.read, variants, strangers)]
+    if demo_input.images is None:
+        return [Judged(found) for found in _agreement(demo_input.read, variants, strangers)]
     host, entry = find_host(variants[0].model)
-    shown, full, out = object_patches(exhibit.images, entry.grid(host)), None, list[Judged]()
+    shown, full, out = object_patches(demo_input.images, entry.grid(host)), None, list[Judged]()
     for variant in tqdm(variants, desc="evaluating", unit="row", leave=False, disable=None):
         if variant.name in strangers:
             out.append(Judged())
@@ -103,10 +103,10 @@ def judge(exhibit: Exhibit, variants: Sequence[Variant], strangers: set[str], se
         if shown is not None and find_reduction(model) is not None:
             count = counting(model, shown)
         with count as counted:
-            said = evaluate.answers(model, exhibit.images, batch_size=BATCH, reference=full, keep_logits=full is None)
+            said = evaluate.answers(model, demo_input.images, batch_size=BATCH, reference=full, keep_logits=full is None)
         found = said.accuracy
         same = Agreement(None, 0.0, 1.0) if full is None else Agreement(None, found.divergence, found.agreement)
-        out.append(Judged(same, found, counted.fate if counted else None))
+        out.append(Judged(same, found, counted.outcomes if counted else None))
         full = full or said
     return out
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from laconic.analysis import machine
 from laconic.analysis.timing import Setting
 from laconic.cli import scores
-from laconic.cli.eval_input import Reading, Subject, command, open_subject
+from laconic.cli.eval_input import EvalInput, Reading, command, open_eval_input
 from laconic.cli.output import Report, Table
 from laconic.cli.scores import Score
 from laconic.cli.variants import Variant, as_reduced, pairs, parse_methods, reduced, unreduced
@@ -94,15 +94,15 @@ def eval_(
     asked = {name: value for name, value in locals().items() if name not in ("model", "reading")}
     asked |= vars(reading)
     setting = Setting(rounds=1, device=device, dtype=dtype)
-    subject = open_subject(model, data, reading, weights, model_args)
-    variants = _variants(subject, method, keep or (0.7,), options)
-    first, said = scores.score(variants[0], subject.images, reading, setting)
-    rows = [first, *(scores.score(v, subject.images, reading, setting, said)[0] for v in variants[1:])]
+    eval_input = open_eval_input(model, data, reading, weights, model_args)
+    variants = _variants(eval_input, method, keep or (0.7,), options)
+    first, said = scores.score(variants[0], eval_input.images, reading, setting)
+    rows = [first, *(scores.score(v, eval_input.images, reading, setting, said)[0] for v in variants[1:])]
     here = {name: fact for name, fact in machine.environment(setting).items() if name not in ("rounds", "compiled")}
-    read = DataReport.of(subject.images, said.unreadable)
-    notes = (*subject.notes, *scorer_notes(variants, subject), *notes_on(rows))
+    read = DataReport.of(eval_input.images, said.unreadable)
+    notes = (*eval_input.notes, *scorer_notes(variants, eval_input), *notes_on(rows))
     title = f"{data}, {reading.split}"
-    report = EvalReport(model, title, subject.weights, tuple(rows), read, here, command("eval", model, asked), notes)
+    report = EvalReport(model, title, eval_input.weights, tuple(rows), read, here, command("eval", model, asked), notes)
     if output is not None:
         write_atomically(output, scores.to_csv(model, rows))
         write_atomically(output.with_suffix(".json"), json.dumps(report.to_json(), indent=2) + "\n")
@@ -119,34 +119,36 @@ def check_output(output: Path | None) -> None:
         raise Refusal(f"--output {output}: give the name of a .csv file; the JSON file is written beside it")
 
 
-def _variants(subject: Subject, method: tuple[str, ...], keep: tuple[float, ...], options: tuple[str, ...]) -> list[Variant]:
-    out = [unreduced("unreduced", subject.base), *saved_variant(subject)]
+def _variants(
+    eval_input: EvalInput, method: tuple[str, ...], keep: tuple[float, ...], options: tuple[str, ...]
+) -> list[Variant]:
+    out = [unreduced("unreduced", eval_input.base), *saved_variant(eval_input)]
     configs = parse_methods(list(dict.fromkeys(method)), options)
-    return out + [reduced_of(subject, config, rate) for config, rate in pairs(configs, keep)]
+    return out + [reduced_of(eval_input, config, rate) for config, rate in pairs(configs, keep)]
 
 
-def reduced_of(subject: Subject, config: Method, keep: float | None) -> Variant:
+def reduced_of(eval_input: EvalInput, config: Method, keep: float | None) -> Variant:
     """A reduced copy, with the trained scorer that comes with laconic where there is one for these weights."""
-    variant = reduced(subject.base, config, keep)
-    if subject.pretrained and config.info.learns:
-        load_scorer(variant.model, subject.name)
+    variant = reduced(eval_input.base, config, keep)
+    if eval_input.pretrained and config.info.learns:
+        load_scorer(variant.model, eval_input.name)
     return variant
 
 
-def scorer_notes(variants: Sequence[Variant], subject: Subject) -> list[str]:
+def scorer_notes(variants: Sequence[Variant], eval_input: EvalInput) -> list[str]:
     """Which methods have parameters of their own, and whether anybody trained them."""
     learned = dict.fromkeys(v.name for v in variants if v.name in METHODS and METHODS[v.name].learns)
-    whose = {name: subject.pretrained and has_scorer(subject.name, name) for name in learned}
+    whose = {name: eval_input.pretrained and has_scorer(eval_input.name, name) for name in learned}
     words = {True: "were trained for this model and come with laconic", False: "are untrained here"}
     return [f"{name} has parameters of its own, which {words[trained]}" for name, trained in whose.items()]
 
 
-def saved_variant(subject: Subject) -> list[Variant]:
+def saved_variant(eval_input: EvalInput) -> list[Variant]:
     """What a directory holds, as a row, if it holds a reduced model."""
-    saved = None if subject.saved is None else find_reduction(subject.saved)
-    if saved is None or subject.saved is None:
+    saved = None if eval_input.saved is None else find_reduction(eval_input.saved)
+    if saved is None or eval_input.saved is None:
         return []
-    return [as_reduced(f"{saved.config.info.name} as saved", subject.saved, None)]
+    return [as_reduced(f"{saved.config.info.name} as saved", eval_input.saved, None)]
 
 
 def notes_on(rows: Sequence[Score]) -> list[str]:

@@ -50,7 +50,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvalInput:
     """A model to evaluate: its unreduced self, the reduced one that a directory holds, and which weights they have."""
 
     name: str
@@ -73,7 +73,7 @@ class Subject:
         return []
 
 
-def open_subject(model: str, data: str, reading: Reading, weights: Path | None, model_args: Sequence[str] = ()) -> Subject:
+def open_eval_input(model: str, data: str, reading: Reading, weights: Path | None, model_args: Sequence[str] = ()) -> EvalInput:
     """A model and the images it is evaluated on.
 
     Raises:
@@ -96,7 +96,7 @@ def open_subject(model: str, data: str, reading: Reading, weights: Path | None, 
     if name in GENERATED:  # as large as the model takes them
         height, _ = config_for(loaded.model)["input_size"][1:]
         images = open_images(name, reading.split, root, reading.limit, height)
-    return Subject(model, loaded.model, saved, loaded.line, pretrained, loaded.random, images)
+    return EvalInput(model, loaded.model, saved, loaded.line, pretrained, loaded.random, images)
 
 
 def _with_weights(name: str, path: Path | None, args: dict[str, Any], classes: int) -> Loaded:

@@ -1,52 +1,58 @@
-"""The report of a job: tables for people, JSON for programs."""
+"""The report of a command: tables and paragraphs for people, JSON for programs."""
 
 from __future__ import annotations
 
 import csv
 import io
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from laconic.core.text_table import draw, wrap
+
 NONE = "–"  # in a table, where there is no value
-NARROWEST = 132  # columns, where the output is no terminal
+WIDTH = 132  # characters in a line of a table, where the output is no terminal
+
+
+class Verbatim(str):
+    """Text to copy, such as a recipe: its lines are printed as they are."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under a header; the first ``words`` columns are set to the left, the others to the right."""
+    """Rows of text under a header; the first ``words`` columns are set to the left, the others to the right.
+
+    Where the table is too wide, the columns ``below`` are printed under their row and then the ``optional`` ones left out.
+    """
 
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     words: int = 1
+    below: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
 
-    def draw(self) -> Any:
-        """The table as rich draws it."""
-        from rich import box
-        from rich.table import Table as Drawn
-        from rich.text import Text
-
-        look: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": box.SIMPLE_HEAD, "pad_edge": False}
-        drawn = Drawn(title=Text(self.title), show_header=any(self.header), **look)
-        for number, name in enumerate(self.header):
-            drawn.add_column(Text(name), justify="left" if number < self.words else "right", overflow="fold")
-        for row in self.rows:
-            drawn.add_row(*map(Text, row))
-        return drawn
+    def lines(self, width: int) -> Iterator[str]:
+        """Yield the table as lines that fit a width."""
+        yield from wrap(self.title, width) if self.title else ()
+        drawn, gone = draw(self.header, self.rows, width, left=self.words, below=self.below, optional=self.optional)
+        yield from drawn
+        if gone:
+            yield from wrap(f"Left out, for want of width: {', '.join(gone)}. --json has all columns.", width)
 
 
 class Report(ABC):
-    """What a job found out."""
+    """The result of a command."""
 
     @abstractmethod
     def parts(self) -> Iterator[str | Table]:
-        """Paragraphs and tables, in the order in which a person reads them."""
+        """Yield paragraphs and tables, in the order in which a person reads them."""
 
     @abstractmethod
     def to_json(self) -> dict[str, Any]:
-        """All of it, as plain JSON."""
+        """Return all of it as plain JSON."""
 
     def __str__(self) -> str:
         text = io.StringIO()
@@ -54,18 +60,30 @@ class Report(ABC):
         return text.getvalue().rstrip()
 
     def write(self, file: Any) -> None:
-        """Print to a text file or a terminal."""
-        from rich.console import Console
+        """Print to a terminal, or to a text file, in which paragraphs are not wrapped (unless COLUMNS is set)."""
+        width = width_of(file)
+        for number, part in enumerate(self.parts()):
+            if isinstance(part, Table):
+                file.write("\n" * bool(number) + "".join(f"{line}\n" for line in part.lines(width or WIDTH)) + "\n")
+            elif width is None or isinstance(part, Verbatim):
+                file.write(f"{part}\n")
+            else:
+                file.write("".join(f"{line}\n" for text in part.split("\n") for line in wrap(text, width)))
 
-        console = Console(file=file, highlight=False, markup=False, emoji=False)
-        if not console.is_terminal:
-            console.width = max(console.width, NARROWEST)
-        for part in self.parts():
-            console.print(part.draw() if isinstance(part, Table) else part, soft_wrap=not isinstance(part, Table))
+
+def width_of(file: Any) -> int | None:
+    """Return the characters in a line, from COLUMNS or of the terminal; None where neither is known."""
+    given = os.environ.get("COLUMNS", "")
+    if given.isdecimal() and int(given) > 0:
+        return int(given)
+    try:
+        return os.get_terminal_size(file.fileno()).columns or None
+    except (OSError, ValueError, AttributeError):  # no terminal, no file
+        return None
 
 
 def csv_text(lines: Sequence[dict[str, Any]]) -> str:
-    """Lines of the same keys as CSV, with those keys as the header; None is left empty."""
+    """Return lines of the same keys as CSV, with those keys as the header; None is left empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
     writer.writeheader()
@@ -74,12 +92,12 @@ def csv_text(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table of markdown; a dash stands for None."""
+    """Return a table of markdown; a dash stands for None."""
     lines = [header, ["---"] * len(header), *rows]
     texts = [[NONE if cell is None else str(cell) for cell in cells] for cells in lines]
     return "\n".join("|" + "".join(f" {text} |" if text else " |" for text in cells) for cells in texts)
 
 
 def sentence(items: Sequence[str]) -> str:
-    """Items as a list in a sentence: a, b and c."""
+    """Return items as a list in a sentence: a, b and c."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}" if items else ""

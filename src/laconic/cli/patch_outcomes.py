@@ -34,7 +34,7 @@ class Shares:
 
 
 @dataclass(frozen=True)
-class Fate:
+class Outcomes:
     """What became of the object's patches and of the others, after the last block that reduces; mean over the images."""
 
     object: Shares
@@ -52,7 +52,7 @@ def object_patches(images: ImageSet, grid: tuple[int, int]) -> Tensor | None:
     return patch_labels(images, list(range(len(images))), grid) < len(images.classes)
 
 
-def fates(stage: Stage) -> Tensor:
+def outcomes(stage: Stage) -> Tensor:
     """Whether each patch of a batch was kept, merged or dropped, [B, P, 3] of bool."""
     held = stage.where >= 0
     own = torch.zeros_like(held).scatter(1, stage.kept, True) & held  # what pads an image stands in a place it does not hold
@@ -60,7 +60,7 @@ def fates(stage: Stage) -> Tensor:
 
 
 class Count:
-    """Adds up the fates of a reduced model's patches while it runs over images in their order.
+    """Adds up the outcomes of a reduced model's patches while it runs over images in their order.
 
     Args:
         shown: which patches show the object, [N, P].
@@ -72,7 +72,7 @@ class Count:
 
     def add(self, stage: Stage) -> None:
         """Count the next batch."""
-        found = fates(stage).cpu().double()
+        found = outcomes(stage).cpu().double()
         shown = self.shown[self.seen : self.seen + len(found)]
         self.seen += len(found)
         for row, chosen in enumerate((shown, ~shown)):
@@ -81,10 +81,10 @@ class Count:
             self.images[row] += (patches > 0).sum()  # an object hidden behind a strip may cover no patch
 
     @property
-    def fate(self) -> Fate:
+    def outcomes(self) -> Outcomes:
         """The means over the images so far."""
         rows = (self.shares / self.images.clamp_min(1)).tolist()
-        return Fate(*(Shares(*row) for row in rows))
+        return Outcomes(*(Shares(*row) for row in rows))
 
 
 @contextmanager
@@ -98,11 +98,11 @@ def counting(model: nn.Module, shown: Tensor) -> Iterator[Count]:
         handle.remove()
 
 
-def table(rows: Sequence[tuple[str, Fate]], title: str) -> Table:
-    """Labels with their fates, for people."""
+def table(rows: Sequence[tuple[str, Outcomes]], title: str) -> Table:
+    """Labels with their outcomes, for people."""
 
-    def cells(label: str, fate: Fate) -> tuple[str, ...]:
-        parts = (fate.object, fate.surroundings)
+    def cells(label: str, found: Outcomes) -> tuple[str, ...]:
+        parts = (found.object, fate.surroundings)
         return (label, *(f"{share * 100:.0f}" for part in parts for share in (part.kept, part.merged, part.dropped)))
 
     return Table(title, HEADER, tuple(cells(*row) for row in rows))

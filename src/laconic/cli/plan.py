@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from laconic.analysis import machine
 from laconic.analysis.evaluate import make_loader
 from laconic.analysis.timing import DTYPES, Setting
-from laconic.cli.eval_input import Reading, Subject, command, digest, open_subject, parse_args
+from laconic.cli.eval_input import EvalInput, Reading, command, digest, open_eval_input, parse_args
 from laconic.cli.models import create, open_model
 from laconic.cli.plan_report import CheckReport, PlanReport, checked
 from laconic.cli.plan_scores import Scores
@@ -94,26 +94,26 @@ def plan(
     budget, (config,) = Target.parse(target), parse_methods([method], options)
     setting = Setting(rounds=rounds or 1, threads=threads, device=device, dtype=dtype)
     reading = Reading(split=split, limit=limit, workers=workers)
-    subject = open_subject(model, data, reading, weights, model_args) if data else None
-    base = opened(model, model_args) if subject is None else subject.base
+    eval_input = open_eval_input(model, data, reading, weights, model_args) if data else None
+    base = opened(model, model_args) if eval_input is None else eval_input.base
     base = base.to(setting.place, DTYPES[setting.dtype]).eval()
     question = {"model": model, "model_args": list(model_args), "method": config.describe(), "target": target, "at": list(at)}
     here = {"batch_size": batch_size, "threads": threads, "device": setting.place.type, "dtype": dtype}
     with machine.prepared(setting):
         measuring = Measuring(batch_size, rounds)
         facts: dict[str, Any] = {"budget": budget, "at": at or None, "measuring": measuring}
-        if subject is None:
+        if eval_input is None:
             found = Planner(ScheduleSpace(base, config), budget, at or None, measuring).plain()
         else:
             read = {"data": data, "split": split, "limit": limit, "seed": seed, "weights": digest(base)}
             scores = Scores(None if output is None else output.with_suffix(".search.jsonl"), {**question, **here, **read})
-            found = searched(base, config, subject, reading, scores, steps, seed, **facts)
+            found = searched(base, config, eval_input, reading, scores, steps, seed, **facts)
         found = timed(found, base, config, measuring)
         environment = {name: fact for name, fact in machine.environment(setting).items() if name not in ("rounds", "compiled")}
     about = {**question, **here, "command": command("plan", model, asked), "commit": commit(), "environment": environment}
-    about["weights"] = "" if subject is None else subject.weights
-    about["data"] = "" if subject is None else f"{data}, {split}, {len(subject.images)} images"
-    report = PlanReport(found, about, () if subject is None else tuple(subject.notes))
+    about["weights"] = "" if eval_input is None else eval_input.weights
+    about["data"] = "" if eval_input is None else f"{data}, {split}, {len(eval_input.images)} images"
+    report = PlanReport(found, about, () if eval_input is None else tuple(eval_input.notes))
     if output is not None:
         write_atomically(output, json.dumps(report.to_json(), indent=2) + "\n")
     return report
@@ -127,7 +127,7 @@ def opened(model: str, model_args: Sequence[str]) -> nn.Module:
 def searched(
     base: nn.Module,
     config: Method,
-    subject: Subject,
+    eval_input: EvalInput,
     reading: Reading,
     scores: Scores,
     steps: int,
@@ -137,23 +137,23 @@ def searched(
     at: Sequence[int] | None,
     measuring: Measuring,
 ) -> Plan:
-    """A plan by search on the subject's images."""
-    if subject.random:
-        raise Refusal(f"{subject.weights}; a search by them would find nothing. Give --weights, or plan without --data")
-    images, labels = pixels_of(base, subject, reading)
+    """A plan by search on the eval_input's images."""
+    if eval_input.random:
+        raise Refusal(f"{eval_input.weights}; a search by them would find nothing. Give --weights, or plan without --data")
+    images, labels = pixels_of(base, eval_input, reading)
     planner = Planner(ScheduleSpace(base, config), budget, at, measuring, scores.table)
     scores.begin(planner.table)
     return planner.searched(images, labels, steps, seed, scores.remember)
 
 
-def pixels_of(base: nn.Module, subject: Subject, reading: Reading) -> tuple[Tensor, Tensor]:
+def pixels_of(base: nn.Module, eval_input: EvalInput, reading: Reading) -> tuple[Tensor, Tensor]:
     """All images that can be read, as the model takes them, and their labels.
 
     Raises:
         Refusal: there are fewer than four.
     """
     pixels, labels = list[Tensor](), list[Tensor]()
-    for batch, names, _, failed in make_loader(base, subject.images, reading.batch_size, reading.workers):
+    for batch, names, _, failed in make_loader(base, eval_input.images, reading.batch_size, reading.workers):
         pixels.append(batch[failed < 0])
         labels.append(names[failed < 0])
     whole = torch.cat(pixels)

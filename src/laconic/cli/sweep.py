@@ -18,7 +18,7 @@ from laconic.cli import plots, scores
 from laconic.cli.bench import METHODS
 from laconic.cli.compare import compare
 from laconic.cli.eval import EXPLAINED, check_output, notes_on, reduced_of, saved_variant, scorer_notes
-from laconic.cli.eval_input import Reading, Subject, command, digest, open_subject
+from laconic.cli.eval_input import EvalInput, Reading, command, digest, open_eval_input
 from laconic.cli.models import smaller_name
 from laconic.cli.output import Report, Table
 from laconic.cli.record import Key, Record
@@ -94,12 +94,12 @@ def sweep(
         raise Refusal(f"--speed-batch must be at least 1, not {speed_batch}")
     plots.check_matplotlib()
     asked = {name: value for name, value in locals().items() if name not in ("model", "reading", "setting")}
-    subject = open_subject(model, data, reading, weights, model_args)
-    variants, notes = collect(subject, method, keep or KEEPS, options, model_args)
-    record = Record(output, question(subject, data, reading, model_args, setting))
+    eval_input = open_eval_input(model, data, reading, weights, model_args)
+    variants, notes = collect(eval_input, method, keep or KEEPS, options, model_args)
+    record = Record(output, question(eval_input, data, reading, model_args, setting))
     record.begin(command("sweep", model, {**asked, **vars(reading), **vars(setting)}), machine.environment(setting))
-    record.notes, record.weights = [*subject.notes, *scorer_notes(variants, subject), *notes], subject.weights
-    computed = evaluate(record, variants, subject, reading, setting)
+    record.notes, record.weights = [*eval_input.notes, *scorer_notes(variants, eval_input), *notes], eval_input.weights
+    computed = evaluate(record, variants, eval_input, reading, setting)
     if speed:
         measure(record, variants, speed_batch, setting)
     order, title = [key_of(variant) for variant in variants], f"{model} on {data}, {reading.split}"
@@ -111,38 +111,38 @@ def sweep(
     return SweepReport(title, tuple(rows), tuple(files), computed, record.to_json(rows))
 
 
-def question(subject: Subject, data: str, reading: Reading, model_args: Sequence[str], setting: Setting) -> dict[str, Any]:
+def question(eval_input: EvalInput, data: str, reading: Reading, model_args: Sequence[str], setting: Setting) -> dict[str, Any]:
     """What rows must agree in to stand in one file: the very weights, the images, and how both are read."""
-    whole = subject.base if subject.saved is None else subject.saved
-    asked = {"model": subject.name, "model_args": list(model_args), "weights": digest(whole)}
-    read = {"data": data, "split": reading.split, "images": len(subject.images), "crop": reading.crop}
+    whole = eval_input.base if eval_input.saved is None else eval_input.saved
+    asked = {"model": eval_input.name, "model_args": list(model_args), "weights": digest(whole)}
+    read = {"data": data, "split": reading.split, "images": len(eval_input.images), "crop": reading.crop}
     return {**asked, **read, "dtype": setting.dtype}
 
 
 def collect(
-    subject: Subject, method: Sequence[str], keeps: Sequence[float], options: Sequence[str], model_args: Sequence[str]
+    eval_input: EvalInput, method: Sequence[str], keeps: Sequence[float], options: Sequence[str], model_args: Sequence[str]
 ) -> tuple[list[Variant], list[str]]:
     """All variants, the unreduced model first; and what is to be said of those that are not there."""
-    keeps, saved = list(dict.fromkeys(keeps)), saved_variant(subject)
-    variants = [unreduced("unreduced", subject.base), *saved]
+    keeps, saved = list(dict.fromkeys(keeps)), saved_variant(eval_input)
+    variants = [unreduced("unreduced", eval_input.base), *saved]
     wanted = method or (() if saved else METHODS)
     configs = parse_methods([name for name in dict.fromkeys(wanted) if name not in ALWAYS], options)
-    variants += [reduced_of(subject, config, rate) for config, rate in pairs(configs, keeps)]
-    smaller, why = _smaller(subject, model_args)
-    others, notes = alternatives(subject.name if smaller else "", subject.base, keeps, lambda _: _given(smaller))
+    variants += [reduced_of(eval_input, config, rate) for config, rate in pairs(configs, keeps)]
+    smaller, why = _smaller(eval_input, model_args)
+    others, notes = alternatives(eval_input.name if smaller else "", eval_input.base, keeps, lambda _: _given(smaller))
     notes = [note for note in notes if not note.startswith("no smaller model row")]
     return variants + others, notes + ([why] if why else [])
 
 
-def _smaller(subject: Subject, model_args: Sequence[str]) -> tuple[nn.Module | None, str]:
+def _smaller(eval_input: EvalInput, model_args: Sequence[str]) -> tuple[nn.Module | None, str]:
     """The next smaller model with weights for the same data, or why there is none."""
-    name = smaller_name(subject.name)
+    name = smaller_name(eval_input.name)
     if name is None:
-        return None, f"no smaller model row: timm has no model like {subject.name} that is a size smaller"
-    if model_args or not (subject.pretrained or subject.random):
+        return None, f"no smaller model row: timm has no model like {eval_input.name} that is a size smaller"
+    if model_args or not (eval_input.pretrained or eval_input.random):
         return None, f"no smaller model row: there are no weights of {name} that were trained like these"
     loaded = load(name)
-    if loaded.random and not subject.random:
+    if loaded.random and not eval_input.random:
         return None, f"no smaller model row: {name} would have random weights"
     return loaded.model, ""
 
@@ -159,7 +159,7 @@ def key_of(variant: Variant) -> Key:
 
 
 # ------------------------------------------------------------------------------------------------ the work
-def evaluate(record: Record, variants: Sequence[Variant], subject: Subject, reading: Reading, setting: Setting) -> int:
+def evaluate(record: Record, variants: Sequence[Variant], eval_input: EvalInput, reading: Reading, setting: Setting) -> int:
     """Evaluate the variants that have no row yet, each written as soon as it is done; how many there were.
 
     If there are any, the unreduced model runs again, since it is what they are compared with; its row stays.
@@ -167,10 +167,10 @@ def evaluate(record: Record, variants: Sequence[Variant], subject: Subject, read
     missing = [variant for variant in variants if key_of(variant) not in record.rows]
     if not missing:
         return 0
-    first, said = score(variants[0], subject.images, reading, setting)
+    first, said = score(variants[0], eval_input.images, reading, setting)
     order = [key_of(variant) for variant in variants]
     for variant in tqdm(missing, desc="sweep", unit="row", leave=False, disable=None):
-        row = first if variant is variants[0] else score(variant, subject.images, reading, setting, said)[0]
+        row = first if variant is variants[0] else score(variant, eval_input.images, reading, setting, said)[0]
         record.add(key_of(variant), row, order)
     return len(missing)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,9 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-NESTING = 100  # maximum nesting of tables in files; recipes and saved models need less than ten
+from laconic.core.suggestions import nearest_names as nearest_names
+
+NESTING = 100  # of tables in files; recipes and saved models need less than ten
 
 _short = reprlib.Repr()
 _short.maxlist = _short.maxtuple = _short.maxdict = _short.maxset = 16
@@ -25,12 +26,6 @@ def shown(value: Any) -> str:
         return " ".join(_short.repr(value).split())
     except ValueError:  # an int with more digits than Python writes
         return f"{type(value).__name__} of thousands of digits"
-
-
-def nearest_names(name: str, known: Sequence[str]) -> str:
-    """Return " Did you mean ...?" for an error message, or an empty string."""
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
 
 
 def choice(owner: str, option: str, value: Any, allowed: Sequence[str]) -> None:
