@@ -20,6 +20,7 @@ from laconic.core.files import write_atomically
 
 CALM = 1.25  # upper by lower quartile of one model's times
 HEADER = ("", "GMACs", "patch tokens", "implied", "measured", "(quartiles)", "CPU time", "efficiency", "images/s", "peak MB")
+BELOW, OPTIONAL = ("patch tokens",), ("CPU time", "peak MB", "images/s", "efficiency")
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def table(rows: Sequence[Row], title: str) -> Table:
         ratios = (f"{row.wall.median:.2f}x", spread, f"{row.cpu.median:.2f}x", f"{row.efficiency:.2f}")
         return (*facts, *ratios, f"{row.images_per_second:.1f}", peak)
 
-    return Table(title, HEADER, tuple(map(cells, rows)))
+    return Table(title, HEADER, tuple(map(cells, rows)), below=BELOW, optional=OPTIONAL)
 
 
 # ------------------------------------------------------------------------------------------------ in words

@@ -84,7 +84,8 @@ class DemoReport(Report):
         title = f"{self.model}, batch {batch}, {here['rounds']} rounds on {here['device']}, {threads(here)}"
         tail = ("top-1 %", "(95 %)", "agrees %") if self.labelled else ("cosine", "KL", "top-1")
         rows = zip(self.rows, self.judged, strict=True)
-        yield Table(title, (*COST, *tail), tuple((*_cost(row), *_answers(judged, self.labelled)) for row, judged in rows))
+        cells = tuple((*_cost(row), *_answers(judged, self.labelled)) for row, judged in rows)
+        yield Table(title, (*COST, *tail), cells, below=("patch tokens",), optional=("M params", "implied"))
         yield " ".join([EXPLAINED, LABELLED if self.labelled else UNLABELLED, *(f"{_capital(note)}." for note in self.notes)])
         known = [(row.label, j.outcomes) for row, j in zip(self.rows, self.judged, strict=True) if j.outcomes is not None]
         if known:

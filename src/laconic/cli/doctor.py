@@ -26,7 +26,7 @@ class DoctorReport(Report):
         for trial in self.found.trials:
             tokens = " ".join(map(str, trial.tokens))
             rows.append((trial.method, "yes" if trial.works else "no", tokens, trial.example or trial.reason))
-        yield Table("Methods", ("method", "works", "patch tokens", "how, or why not"), tuple(rows), words=4)
+        yield Table("Methods", ("method", "works", "patch tokens", "how, or why not"), tuple(rows), words=4, below=("how, or why not",))
 
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, **self.found.to_json()}

@@ -7,12 +7,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from laconic.cli.output import Report, Table
+import laconic.backbones
+import laconic.methods  # noqa: F401 (both register what is listed)
+from laconic.cli.output import Report, Table, Verbatim
+from laconic.cli.shortlist import SHORTLIST, SOURCE
 from laconic.core.backbone import hosts
 from laconic.core.method import MethodInfo, methods
 from laconic.training.recipe import Recipe, names, read
 
-HEADER = ("method", "what it is", "where", "score", "what becomes of the rest", "count", "training", "adds", "matrix", "arXiv")
+HEADER = ("method", "what it is", "where", "score", "other tokens", "count", "training", "adds", "matrix", "arXiv")
+BELOW = ("other tokens", "score", "what it is")
 RECIPES = ("recipe", "method", "model", "keep", "epochs", "top-1", "GMACs", "arXiv")
 
 
@@ -25,22 +29,26 @@ class ListReport(Report):
     blocks: tuple[str, ...]
 
     def parts(self) -> Iterator[str | Table]:
-        yield Table("Methods", HEADER, tuple(map(_cells, self.methods)), words=10)
+        advice = tuple((one.use, ", ".join(one.methods), one.why) for one in SHORTLIST)
+        yield Table("Shortlist", ("use", "method", "why"), advice, words=3)
+        yield SOURCE
+        yield Table("Methods", HEADER, tuple(map(_cells, self.methods)), words=10, below=BELOW)
         yield (
-            "where: before a block, ahead of its attention (but with a look at it), between attention and MLP, or after it. "
-            "count: the same for all images, or each image's own. training: whether it must be trained before it is of use. "
-            "adds: whether it adds parameters to the model. matrix: whether it needs all attention weights, which fused "
-            "attention does not keep."
+            "where: before a block, ahead of its attention (but knowing it), between attention and MLP, or after it. count: the "
+            "same for all images, or each image's own. training: yes if it must be trained before use. adds: yes if it adds "
+            "parameters to the model. matrix: yes if it needs all attention weights, which fused attention does not keep. "
+            "other tokens: what happens to the tokens that are not kept."
         )
-        hosted = [("model", path) for path in self.models] + [("block", path) for path in self.blocks]
-        yield Table("Models", ("", "class"), tuple(hosted), words=2)
+        yield Verbatim("\n  ".join(["Model classes", *self.models]))
+        yield Verbatim("\n  ".join(["\nBlock classes", *self.blocks]) + "\n")
         yield f"Recipes to train by: {len(names())}; laconic list --recipes shows them."
 
     def to_json(self) -> dict[str, Any]:
         rows = [{f.name: getattr(row, f.name) for f in dataclasses.fields(row) if f.name != "config"} for row in self.methods]
         for out, row in zip(rows, self.methods, strict=True):
             out["options"] = {f.name: _plain(f) for f in dataclasses.fields(row.config)}
-        return {"methods": rows, "models": list(self.models), "blocks": list(self.blocks)}
+        shortlist = [dataclasses.asdict(one) for one in SHORTLIST]
+        return {"shortlist": shortlist, "methods": rows, "models": list(self.models), "blocks": list(self.blocks)}
 
 
 def _cells(row: MethodInfo) -> tuple[str, ...]:
@@ -49,7 +57,7 @@ def _cells(row: MethodInfo) -> tuple[str, ...]:
 
 
 def _plain(field: Any) -> dict[str, Any]:
-    """An option's type and default, as JSON."""
+    """Return an option's type and default, as JSON."""
     return {"type": str(field.type), "default": None if field.default is dataclasses.MISSING else field.default}
 
 
@@ -61,7 +69,7 @@ class RecipesReport(Report):
 
     def parts(self) -> Iterator[str | Table]:
         rows = tuple(_recipe_cells(name, recipe) for name, recipe in self.recipes.items())
-        yield Table("Recipes", RECIPES, rows, words=3)
+        yield Table("Recipes", RECIPES, rows, words=3, below=("model", "keep", "arXiv"))
         yield "top-1 and GMACs: as published; empty where they are not. laconic train --recipe NAME --data FOLDER runs one."
 
     def to_json(self) -> dict[str, Any]:

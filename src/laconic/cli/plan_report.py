@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from laconic.cli.compare import threads
-from laconic.cli.output import NONE, Report, Table
+from laconic.cli.output import NONE, Report, Table, Verbatim
 from laconic.core.files import Refusal
 from laconic.planning.budget import Target
 from laconic.planning.fidelity import Judged
@@ -50,7 +50,8 @@ class PlanReport(Report):
         if notes:
             yield "".join(f"{note[0].upper()}{note[1:]}.\n" for note in notes).rstrip()
         kind = f"{here['device']}, {threads(here)}, {here['dtype']}, torch {here['torch']}, {here['date']}"
-        yield f"{kind}\n\nFor laconic train:\n{plan.recipe}"
+        yield f"{kind}\n\nFor laconic train:"
+        yield Verbatim(plan.recipe)
 
     def to_json(self) -> dict[str, Any]:
         # the plan's own facts last: its target and its method say more than what was asked for
@@ -93,7 +94,7 @@ def table(rows: Sequence[Judged], title: str) -> Table:
         agrees = share_of(row.agreement, row.agreement_interval)
         return (f"{row.name}{star}", f"{row.macs / 1e9:.4f}", share, distance, agrees, top1, where)
 
-    return Table(title, HEADER, tuple(map(cells, rows)))
+    return Table(title, HEADER, tuple(map(cells, rows)), below=("schedule",), optional=("predicted time", "top-1 % (95 %)"))
 
 
 def share_of(value: float, interval: tuple[float, float]) -> str:

@@ -119,7 +119,8 @@ def table(rows: Sequence[Score], title: str) -> Table:
         cost = (f"{row.macs / 1e9:.3f}", " ".join(map(str, row.tokens)))
         return (row.label, *right, *cost, *([f"{row.ratio[1]:.2f}x" if row.ratio else ""] if speed else []))
 
-    return Table(title, (*HEADER, *(["measured"] if speed else [])), tuple(map(cells, rows)))
+    header = (*HEADER, *(["measured"] if speed else []))
+    return Table(title, header, tuple(map(cells, rows)), below=("patch tokens",), optional=("top-5 %", "KL"))
 
 
 def to_csv(model: str, rows: Sequence[Score]) -> str:

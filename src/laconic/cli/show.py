@@ -45,7 +45,7 @@ class ShowReport(Report):
     def parts(self) -> Iterator[str | Table]:
         yield self.weights
         rows = tuple((p.image, p.method, p.keep, " ".join(map(str, p.tokens)), str(p.file)) for p in self.pictures)
-        yield Table("Token maps", ("image", "method", "keep", "patch tokens", "picture"), rows, words=5)
+        yield Table("Token maps", ("image", "method", "keep", "patch tokens", "picture"), rows, words=5, below=("picture", "patch tokens"))
 
     def to_json(self) -> dict[str, Any]:
         pictures = [{**vars(p), "file": str(p.file), "tokens": list(p.tokens)} for p in self.pictures]

@@ -107,13 +107,11 @@ def _lines(
         yield "─" * (sum(widths) + len(GAP) * (len(columns) - 1))
     for row in rows:
         yield from line(row)
-        for column in under:
-            if row[column]:
-                yield from wrap(f"{header[column]}: {row[column]}", width, INDENT, INDENT + GAP)
+        if texts := [f"{header[column]}: {row[column]}" for column in under if row[column]]:
+            yield from wrap(" | ".join(texts), width, INDENT, INDENT + GAP)
 
 
 def _record(header: Sequence[str], row: Sequence[str], width: int) -> Iterator[str]:
     yield from wrap(row[0], width)
-    for name, text in zip(header[1:], row[1:], strict=True):
-        if text:
-            yield from wrap(f"{name}: {text}" if name else text, width, INDENT, INDENT + GAP)
+    texts = [f"{name}: {text}" if name else text for name, text in zip(header[1:], row[1:], strict=True) if text]
+    yield from wrap(" | ".join(texts), width, INDENT, INDENT + GAP) if texts else ()
