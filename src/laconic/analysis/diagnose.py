@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import nn
 from laconic.analysis.break_even import quiet
 from laconic.api import reduce_, restore_
 from laconic.core.backbone import ModelSpec, block_spec, find_host, path_of
-from laconic.core.method import METHODS, MethodInfo, methods
+from laconic.core.method import METHODS, MethodInfo, resolve
+from laconic.core.method import methods as all_methods
 from laconic.core.token_reduction import TokenReduction, find_reduction, reduction_of
 
 KEEP = 0.7  # the keep rate for trying methods
@@ -91,17 +93,26 @@ class Report:
         return "\n".join(lines + [f"{t.method + ':':<15}{t.example or 'no: ' + t.reason}" for t in self.trials])
 
 
-def doctor(model: nn.Module) -> Report:
-    """Examine a model: its properties as a backbone and, for every method, a working call or the reason why it fails.
+def doctor(model: nn.Module, methods: Iterable[str] | None = None) -> Report:
+    """Examine a model: what kind of host it is, and for every method whether it works on it or the reason why not.
 
     The model is not changed: methods are tried on copies that share its weights. A reduced model is examined as it was
     before the reduction. For an unsupported model the report has the reason.
 
+    Args:
+        model: the model.
+        methods: names of the methods to try (default: all), each taken from the iterable just before it is tried.
+
     Raises:
-        TypeError: ``model`` is not a torch.nn.Module.
+        TypeError: not a torch.nn.Module. LookupError: an unknown method.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}; create the model first (timm.create_model)")
+    known = all_methods()
+    if methods is not None and not isinstance(methods, Iterator):
+        methods = list(methods)
+        for chosen in methods:
+            resolve(chosen, {})
     name = path_of(type(model))
     model = shared_copy(model)
     if find_reduction(model) is not None:
@@ -126,7 +137,7 @@ def doctor(model: nn.Module) -> Report:
         heads=entry.heads(host),
         pooling=f"{pool}{', prefix tokens included' if with_prefix else ''}",
         self_test=identity if isinstance(identity, str) else "passed",
-        trials=tuple(_try(model, info) for info in methods().values()),
+        trials=tuple(_try(model, known[chosen]) for chosen in (known if methods is None else methods)),
     )
 
 

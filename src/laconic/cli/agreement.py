@@ -1,4 +1,4 @@
-"""How good a model's answers are: how far from the unreduced model's, and how often right where the labels are known."""
+"""Quality of a model's answers: agreement with the unreduced model, and accuracy if the labels are known."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from laconic.training.distillation import logit_distillation
 
 @dataclass(frozen=True)
 class Agreement:
-    """How close a model is to the unreduced one, mean over the images; None where that cannot be said."""
+    """Agreement of a model with the unreduced one, mean over the images; None if it is not defined."""
 
     cosine: float | None = None  # of the features before the head
     kl: float | None = None  # of the class probabilities, KL(unreduced || this)
@@ -27,14 +27,14 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Judged:
-    """What can be said of a model's answers: the accuracy where labels are known, the fate where the object is."""
+    """Quality of a model's answers: accuracy if labels are known, outcomes of patches if the object's place is."""
 
     agreement: Agreement = Agreement()
     accuracy: Accuracy | None = None
     outcomes: Outcomes | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, as plain JSON."""
+        """Return all of it as plain JSON."""
         accuracy, outcomes = self.accuracy, self.outcomes
         out: dict[str, Any] = {"agreement": asdict(self.agreement)}
         out["accuracy"] = None if accuracy is None else accuracy.to_json()
@@ -44,7 +44,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Answers:
-    """Features before the head, and what the head makes of them, in float32."""
+    """Features before the head, and the logits of the head, in float32."""
 
     features: Tensor
     logits: Tensor
@@ -52,7 +52,7 @@ class Answers:
 
 
 def answers(model: Any, read: Sequence[Photo], image: tuple[int, int]) -> Answers:
-    """What a model that takes images of this size says of photographs."""
+    """Return the answers to photographs of a model that takes images of this size."""
     pixels = torch.stack([photo.pixels for photo in read])
     if tuple(pixels.shape[2:]) != image:
         pixels = F.interpolate(pixels, image, mode="bicubic", antialias=True)

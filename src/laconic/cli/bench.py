@@ -1,4 +1,4 @@
-"""``laconic bench``: how much faster reduced models really are, on this machine, beside what the arithmetic promises."""
+"""``laconic bench``: measured speed-ups of reduced models on this machine, next to those that multiply-adds imply."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ from laconic.cli.variants import (
     reduced,
     unreduced,
 )
-from laconic.core.files import Refusal
+from laconic.core.files import Refusal, check_output_file
 from laconic.core.token_reduction import find_reduction
 
 LOG = logging.getLogger(__name__)
-METHODS = ("etps", "bat")  # what is measured where nothing is asked for
+METHODS = ("etps", "bat")  # measured by default
 EXPLAINED = (
-    "implied: the unreduced model's multiply-adds by this one's. measured: its time, before and after, by this one's, median "
-    "and quartiles over the rounds. efficiency: measured by implied; above 1 where rows that the answer does not need are left "
-    "out. Peak MB: what tensors of one forward hold at most, beside weights and images. Class row only: the unreduced model "
-    "without those rows, the stronger base. Images are noise, and a model named as in timm has random weights: neither changes "
-    "the speed."
+    "implied: the unreduced model's multiply-adds divided by this one's. measured: its time, before and after, divided by this "
+    "one's, median and quartiles over the rounds. efficiency: measured divided by implied; above 1 where rows that the answer "
+    "does not need are not computed. Peak MB: the most that tensors of one forward hold, without weights and images. Class "
+    "row only: the unreduced model without those rows, the stronger base. Images are noise, and a model named as in timm has "
+    "random weights: neither changes the speed."
 )
 
 
 @dataclass(frozen=True)
 class BenchReport(Report):
-    """Rows at every batch size, on what they were measured, and what to make of them."""
+    """Rows at every batch size, the machine they were measured on, and a verdict."""
 
     model: str
     rows: tuple[Row, ...]
@@ -54,7 +54,7 @@ class BenchReport(Report):
 
     @property
     def verdict(self) -> str:
-        """What was measured, in words."""
+        """The measurements in words."""
         return compare.verdict(self.rows)
 
     def parts(self) -> Iterator[str | Table]:
@@ -97,7 +97,7 @@ def bench(
         options: option of the methods, as NAME=VALUE or METHOD.NAME=VALUE.
         batch_size: images in a batch (default: 8).
         setting: how to measure.
-        output: write the rows to this CSV file, in timm's columns, and all of it to a JSON file beside it.
+        output: write the rows to this CSV file, in timm's columns, and all of it to a JSON file next to it.
         exported: measure all models as files in ONNX Runtime, in OpenVINO or of torch.export, on the CPU.
 
     Raises:
@@ -107,11 +107,12 @@ def bench(
     if any(size < 1 for size in batch_size):
         raise Refusal(f"--batch-size must be at least 1, not {min(batch_size)}")
     if output is not None and output.suffix == ".json":
-        raise Refusal(f"--output {output}: give the name of a .csv file; the JSON file is written beside it")
+        raise Refusal(f"--output {output}: give the name of a .csv file; the JSON file is written next to it")
+    check_output_file(output)
     check(exported, setting)
     rows = list[Row]()
     with machine.prepared(setting), TemporaryDirectory(prefix="laconic-") as place:
-        LOG.info("reducing copies of %s, and proving each of them", model)
+        LOG.info("reducing copies of %s, and checking each of them", model)
         variants, notes = collect(model, method, keep or (0.7,), options)
         files = None if exported is None else write(variants, exported, Path(place))
         for size in dict.fromkeys(batch_size or (8,)):
@@ -126,7 +127,7 @@ def bench(
 def collect(
     name: str, methods: Sequence[str], keeps: Sequence[float], options: Sequence[str]
 ) -> tuple[list[Variant], list[str]]:
-    """The unreduced model first (then without rows that nobody needs), what a directory holds, methods, and alternatives."""
+    """Return the unreduced model (with and without unread rows), the model a directory holds, methods, and alternatives."""
     model = open_model(name)
     saved = find_reduction(model)
     base = model if saved is None else restore_(shared_copy(model))

@@ -1,4 +1,4 @@
-"""Variants measured against the unreduced model: the rows that ``bench`` and ``demo`` print, and what to say of them."""
+"""Variants measured against the unreduced model: the rows that ``bench`` and ``demo`` print, and their verdict."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from laconic.cli.output import Table, csv_text, sentence
 from laconic.cli.variants import Kind, Variant, label_of, size_of
 from laconic.core.files import write_atomically
 
-CALM = 1.25  # upper by lower quartile of one model's times
+STEADY = 1.25  # upper divided by lower quartile of one model's times, at most
 HEADER = ("", "GMACs", "patch tokens", "implied", "measured", "(quartiles)", "CPU time", "efficiency", "images/s", "peak MB")
 BELOW, OPTIONAL = ("patch tokens",), ("CPU time", "peak MB", "images/s", "efficiency")
 
@@ -39,7 +39,7 @@ class Row:
     implied: float  # the ratio of the multiply-adds
     wall: Quartiles
     cpu: Quartiles
-    peak: int | None = None  # bytes that one forward holds at most, beside weights and images
+    peak: int | None = None  # bytes that one forward holds at most, without weights and images
 
     @property
     def label(self) -> str:
@@ -48,7 +48,7 @@ class Row:
 
     @property
     def efficiency(self) -> float:
-        """The share of the implied ratio that was reached."""
+        """Share of the implied ratio that was measured."""
         return self.wall.median / self.implied
 
     @property
@@ -57,7 +57,7 @@ class Row:
         return self.batch_size / self.seconds.median
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, as plain JSON."""
+        """Return all of it as plain JSON."""
         derived = {"efficiency": self.efficiency, "images_per_second": self.images_per_second}
         fields: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return {**fields, **derived}
@@ -84,7 +84,7 @@ def compare(
 
 
 def rows_of(variants: Sequence[Variant], batch_size: int, samples: dict[str, list[Sample]]) -> list[Row]:
-    """The rows for what was measured of variants, the first of which is the unreduced model."""
+    """Return the rows of measured variants, the first of which is the unreduced model."""
     out = []
     for v in variants:
         own = samples[v.label]
@@ -95,17 +95,17 @@ def rows_of(variants: Sequence[Variant], batch_size: int, samples: dict[str, lis
 
 
 def busy(rows: Sequence[Row]) -> list[str]:
-    """A note for every batch size at which the unreduced model itself took very different times."""
-    bases = [row for row in rows if row.kind == "base" and row.seconds.high > CALM * row.seconds.low]
+    """Return a note for every batch size at which the times of the unreduced model itself vary much."""
+    bases = [row for row in rows if row.kind == "base" and row.seconds.high > STEADY * row.seconds.low]
     return [
         f"at batch {row.batch_size} the unreduced model itself took {row.seconds.low * 1e3:.0f} to "
-        f"{row.seconds.high * 1e3:.0f} ms (quartiles): the machine had other things to do, so take the ratios with care"
+        f"{row.seconds.high * 1e3:.0f} ms (quartiles): the machine had other things to do, so the ratios are not reliable"
         for row in bases
     ]
 
 
 def table(rows: Sequence[Row], title: str) -> Table:
-    """Rows of one batch size, for people."""
+    """Return the table of the rows of one batch size."""
 
     def cells(row: Row) -> tuple[str, ...]:
         facts = (row.label, f"{row.macs / 1e9:.3f}", " ".join(map(str, row.tokens)), f"{row.implied:.2f}x")
@@ -121,12 +121,12 @@ def table(rows: Sequence[Row], title: str) -> Table:
 
 # ------------------------------------------------------------------------------------------------ in words
 def threads(environment: Mapping[str, Any]) -> str:
-    """How many threads, as words."""
+    """Return the number of threads in words."""
     return f"{environment['threads']} thread{'s' * (environment['threads'] != 1)}"
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """What was measured, in words: of every method, and of the alternatives beside it."""
+    """Return the measured speed-ups in words: of every method, then of the alternatives."""
     methods = [row for row in rows if row.kind == "method"]
     others = [row for row in rows if row.kind in ("plain", "resolution", "smaller")]
     many = len({row.keep for row in methods}) > 1
@@ -147,12 +147,12 @@ def _gain(row: Row, many: bool) -> str:
         return f"{ratio} {where}"
     if row.wall.median > 1:
         return f"{where} no clear gain ({ratio}, quartiles {row.wall.low:.2f}-{row.wall.high:.2f})"
-    return f"{where} it does not pay ({ratio})"
+    return f"{where} no faster than unreduced ({ratio})"
 
 
 # ------------------------------------------------------------------------------------------------ as files
 def to_csv(model: str, rows: Sequence[Row]) -> str:
-    """The columns of timm's benchmark results, and after them what they have no column for."""
+    """Return CSV with the columns of timm's benchmark results, and after them our own."""
     return csv_text([_line(model, row) for row in rows])
 
 
@@ -180,8 +180,8 @@ def _line(model: str, row: Row) -> dict[str, Any]:
 
 
 def write_files(path: Path, model: str, rows: Sequence[Row], report: dict[str, Any]) -> tuple[Path, Path]:
-    """Write the rows as CSV to ``path`` and the whole report as JSON beside it; both paths."""
-    beside = path.with_suffix(".json")
+    """Write the rows as CSV to ``path`` and the whole report as JSON next to it; return both paths."""
+    json_path = path.with_suffix(".json")
     write_atomically(path, to_csv(model, rows))
-    write_atomically(beside, json.dumps(report, indent=2) + "\n")
-    return path, beside
+    write_atomically(json_path, json.dumps(report, indent=2) + "\n")
+    return path, json_path

@@ -1,4 +1,4 @@
-"""``laconic demo``: the main job. A model that knows its data, every method on it, one honest table and pictures of it all."""
+"""``laconic demo``: a trained model, several methods on it, one table of cost, speed and accuracy, and pictures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from laconic.cli.output import Report, Table, sentence
 from laconic.cli.show import Picture, draw_all
 from laconic.cli.variants import Variant, alternatives, pairs, parse_methods, reduced, unreduced
 from laconic.cli.weights import load
-from laconic.core.files import Refusal
+from laconic.core.files import Refusal, check_output_folder
 from laconic.core.method import Method
 from laconic.models.scenes import load_scorer
 
@@ -32,15 +32,15 @@ KEEPS = (0.7, 0.5)
 SMALL, BATCHES = 64, (32, 4)  # pixels a side up to which a picture is small, and the batches to time small and others in
 COST = ("", "M params", "GMACs", "patch tokens", "implied", "measured", "(quartiles)")
 EXPLAINED = (
-    "implied: the unreduced model's multiply-adds by this one's. measured: its time, before and after, by this one's, median "
-    "and quartiles over the rounds."
+    "implied: the unreduced model's multiply-adds divided by this one's. measured: its time, before and after, divided by this "
+    "one's, median and quartiles over the rounds."
 )
 LABELLED = (
-    "(95 %): Wilson's interval of top-1. agrees: images with the same first class as the unreduced model's, whichever is "
-    "right. The backbone's weights are the same in all rows but the smaller model's: nothing was fine-tuned for a method."
+    "(95 %): Wilson's interval of top-1. agrees: images with the same first class as the unreduced model's, right or "
+    "wrong. The backbone's weights are the same in all rows but the smaller model's: nothing was fine-tuned for a method."
 )
 UNLABELLED = (
-    "How far each is from the unreduced model, mean over the photographs: cosine of the features before the head, KL "
+    "Agreement with the unreduced model, mean over the photographs: cosine of the features before the head, KL "
     "divergence and agreement in the first class of the class probabilities. Without labelled images there is no accuracy; "
     "--data takes some."
 )
@@ -48,7 +48,7 @@ UNLABELLED = (
 
 @dataclass(frozen=True)
 class DemoReport(Report):
-    """The one table, on what it was measured, and the pictures."""
+    """The table, the machine and images it was measured on, and the pictures."""
 
     model: str
     weights: str
@@ -62,12 +62,12 @@ class DemoReport(Report):
 
     @property
     def labelled(self) -> bool:
-        """Whether there is an accuracy."""
+        """True if there is an accuracy."""
         return self.judged[0].accuracy is not None
 
     @property
     def best(self) -> str:
-        """At every keep rate, the method and the alternative that are right most often; empty without labels."""
+        """The most accurate method and alternative at every keep rate; empty without labels."""
         known = [(row, judged.accuracy) for row, judged in zip(self.rows, self.judged, strict=True) if judged.accuracy]
         said = []
         for keep in dict.fromkeys(row.keep for row, _ in known if row.keep is not None):
@@ -89,10 +89,10 @@ class DemoReport(Report):
         yield " ".join([EXPLAINED, LABELLED if self.labelled else UNLABELLED, *(f"{_capital(note)}." for note in self.notes)])
         known = [(row.label, j.outcomes) for row, j in zip(self.rows, self.judged, strict=True) if j.outcomes is not None]
         if known:
-            yield patch_outcomes.table(known, "What became of the object and of what surrounds it")
+            yield patch_outcomes.table(known, "Outcomes of the patches of the object and of its surroundings")
             yield patch_outcomes.EXPLAINED
         yield "\n" + "\n".join(filter(None, (compare.verdict(self.rows), self.best)))
-        yield f"\nToken maps: {self.sheet}, and {len(self.pictures)} pictures beside it, one for every image and method."
+        yield f"\nToken maps: {self.sheet}, and {len(self.pictures)} pictures next to it, one for every image and method."
 
     def to_json(self) -> dict[str, Any]:
         facts = {"model": self.model, "weights": self.weights, "images": self.images}
@@ -148,10 +148,10 @@ def demo(
     setting: Setting = Setting(rounds=6, threads=1),  # noqa: B008 (it is frozen)
     output: Path = Path("laconic-demo"),
 ) -> DemoReport:
-    """Reduce a model by several methods, and see what that saves and what it costs.
+    """Reduce a model by several methods, and measure the speed gained and the accuracy lost.
 
-    Prints one table (cost, measured speed, accuracy; beside random pruning, pooling, a lower resolution and a smaller model)
-    and draws what became of every patch. All it needs comes with laconic; other models and images are up to you.
+    Prints one table (cost, measured speed, accuracy; also of random pruning, pooling, a lower resolution and a smaller model)
+    and draws the outcome of every patch. The default model and images come with laconic.
 
     Args:
         model: timm name.
@@ -174,15 +174,16 @@ def demo(
     least = min(1 if batch_size is None else batch_size, pictures)
     if least < 1:
         raise Refusal(f"--batch-size and --pictures must be at least 1, not {least}")
+    check_output_folder(output)
     configs, keeps = parse_methods(method or METHODS, ()), tuple(dict.fromkeys(keep or KEEPS))
     LOG.info("opening %s", model)
     demo_input = open_demo_input(model, data, split, images, weights, pictures)
     with machine.prepared(setting):
-        LOG.info("reducing copies of %s, and proving each of them", model)
-        variants, notes, strangers = _variants(demo_input, configs, keeps)
+        LOG.info("reducing copies of %s, and checking each of them", model)
+        variants, notes, unrelated = _variants(demo_input, configs, keeps)
         drawn = [v for v in variants if v.kind == "method" and v.keep in (keeps[0], None)]
         sheet, files = draw_all(output, drawn, demo_input.read, demo_input.loaded.remark)
-        judged = judge(demo_input, variants, strangers, setting)
+        judged = judge(demo_input, variants, unrelated, setting)
         size = batch_size or BATCHES[max(variants[0].image) > SMALL]
         rows = compare.compare(variants, size, setting, warmup=1)
         environment = machine.environment(setting)
@@ -193,13 +194,13 @@ def demo(
 def _variants(
     demo_input: DemoInput, configs: Sequence[Method], keeps: Sequence[float]
 ) -> tuple[list[Variant], list[str], set[str]]:
-    """The unreduced model, the methods, the alternatives; notes; and which of them have nothing in common with the first."""
-    loaded, strangers = demo_input.loaded, set[str]()
+    """Return the unreduced model, methods and alternatives; notes; and the names of models with unrelated weights."""
+    loaded, unrelated = demo_input.loaded, set[str]()
 
     def smaller(other: str) -> nn.Module:
         its = load(other)
         if its.random or loaded.random:  # random weights have nothing to agree on with others
-            strangers.add(other)
+            unrelated.add(other)
         return its.model
 
     own = [reduced(loaded.model, config, keep) for config, keep in pairs(configs, keeps)]
@@ -207,21 +208,21 @@ def _variants(
     learned = [v for v in own if any(config.info.name == v.name and config.info.learns for config in configs)]
     ready = [demo_input.trained and load_scorer(v.model, demo_input.name) for v in learned]
     others, notes = alternatives(demo_input.name, loaded.model, keeps, smaller)
-    notes += [f"{other} has random weights here, so nothing is said of its answers" for other in sorted(strangers)]
-    return [unreduced("unreduced", loaded.model), *own, *others], [*_scorers(learned, ready), *notes], strangers
+    notes += [f"{other} has random weights here, so its answers are not compared" for other in sorted(unrelated)]
+    return [unreduced("unreduced", loaded.model), *own, *others], [*_scorers(learned, ready), *notes], unrelated
 
 
 def _scorers(learned: Sequence[Variant], ready: Sequence[bool]) -> list[str]:
-    """What is to be said of methods that score tokens with a predictor of their own."""
+    """Return notes on methods that score tokens with a predictor of their own."""
     shipped = list(dict.fromkeys(v.name for v, known in zip(learned, ready, strict=True) if known))
     fresh = list(dict.fromkeys(v.name for v in learned if v.name not in shipped))
     notes = []
     if shipped:
-        verb = "score" if len(shipped) > 1 else "scores"
-        notes.append(f"{sentence(shipped)} {verb} tokens with the predictors that come with laconic, trained at keep 0.7")
+        scores = "score" if len(shipped) > 1 else "scores"
+        notes.append(f"{sentence(shipped)} {scores} tokens with the predictors that come with laconic, trained at keep 0.7")
     if fresh:
-        verb = "score" if len(fresh) > 1 else "scores"
+        scores = "score" if len(fresh) > 1 else "scores"
         notes.append(
-            f"{sentence(fresh)} {verb} tokens with a predictor that nobody has trained here, so what they keep is arbitrary"
+            f"{sentence(fresh)} {scores} tokens with an untrained predictor, so the tokens they keep are arbitrary"
         )
     return notes

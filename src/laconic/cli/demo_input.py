@@ -1,4 +1,4 @@
-"""What the demo looks at: a model with its weights, and labelled images or, where none are given, photographs."""
+"""Input of the demo: a model with its weights, and labelled images or, if none are given, photographs."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ BATCH = 100  # images in a forward where nothing is timed
 
 @dataclass(frozen=True)
 class DemoInput:
-    """A model, and what it is shown."""
+    """A model and its images."""
 
     name: str
     loaded: Loaded
     images: ImageSet | None  # labelled ones
-    read: tuple[Photo, ...]  # what is drawn and, where there are no labelled images, compared
-    line: str  # what the images are, in words
+    read: tuple[Photo, ...]  # drawn and, without labelled images, compared
+    line: str  # the images, in words
     notes: tuple[str, ...]
-    trained: bool  # whether the model has the very weights that scorers were trained for
+    trained: bool  # True if the model has the weights that scorers were trained for
 
 
 def open_demo_input(model: str, data: str, split: str, images: int, weights: Path | None, pictures: int) -> DemoInput:
-    """A model and what it is shown: images of ``data``; without data the scenes for a model of ours, else photographs.
+    """Open a model and its images: those of ``data``; without data the scenes for a model of ours, else photographs.
 
     Raises:
         Refusal: no such model, weights that are not its own, no photographs, no image that can be read.
@@ -71,7 +71,7 @@ def _ours(name: str, pretrained: bool) -> bool:
 
 
 def _first(images: ImageSet, count: int, loaded: Loaded) -> tuple[Photo, ...]:
-    """The first images of a set that can be read."""
+    """Return the first images of a set that can be read."""
     out = list[Photo]()
     for number in range(len(images)):
         if len(out) == count:
@@ -88,14 +88,14 @@ def _first(images: ImageSet, count: int, loaded: Loaded) -> tuple[Photo, ...]:
 
 
 # ------------------------------------------------------------------------------------------------ answers
-def judge(demo_input: DemoInput, variants: Sequence[Variant], strangers: set[str], setting: Setting) -> list[Judged]:
-    """What the answers of each variant are worth, the first being the unreduced model; nothing is said of strangers."""
+def judge(demo_input: DemoInput, variants: Sequence[Variant], unrelated: set[str], setting: Setting) -> list[Judged]:
+    """Return the quality of each variant's answers, the first being the unreduced model; empty for unrelated models."""
     if demo_input.images is None:
-        return [Judged(found) for found in _agreement(demo_input.read, variants, strangers)]
+        return [Judged(found) for found in _agreement(demo_input.read, variants, unrelated)]
     host, entry = find_host(variants[0].model)
     shown, full, out = object_patches(demo_input.images, entry.grid(host)), None, list[Judged]()
     for variant in tqdm(variants, desc="evaluating", unit="row", leave=False, disable=None):
-        if variant.name in strangers:
+        if variant.name in unrelated:
             out.append(Judged())
             continue
         model = variant.model.to(setting.place, DTYPES[setting.dtype])
@@ -111,12 +111,12 @@ def judge(demo_input: DemoInput, variants: Sequence[Variant], strangers: set[str
     return out
 
 
-def _agreement(read: Sequence[Photo], variants: Sequence[Variant], strangers: set[str]) -> list[Agreement]:
-    """How far each variant is from the first, on photographs."""
+def _agreement(read: Sequence[Photo], variants: Sequence[Variant], unrelated: set[str]) -> list[Agreement]:
+    """Return the agreement of each variant with the first, on photographs."""
     full = agreement.answers(variants[0].model, read, variants[0].image)
     out = [Agreement(1.0, 0.0, 1.0)]
     for variant in variants[1:]:
-        if variant.name in strangers:
+        if variant.name in unrelated:
             out.append(Agreement())
             continue
         smaller = variant.kind == "smaller"  # it may want its images prepared in another way

@@ -1,4 +1,4 @@
-"""``laconic eval``: how often a model is right before and after it is reduced, image by image on the same data."""
+"""``laconic eval``: accuracy of a model before and after it is reduced, image by image on the same data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from laconic.cli.eval_input import EvalInput, Reading, command, open_eval_input
 from laconic.cli.output import Report, Table
 from laconic.cli.scores import Score
 from laconic.cli.variants import Variant, as_reduced, pairs, parse_methods, reduced, unreduced
-from laconic.core.files import Refusal, write_atomically
+from laconic.core.files import Refusal, check_output_file, write_atomically
 from laconic.core.method import METHODS, Method
 from laconic.core.token_reduction import find_reduction
 from laconic.data import Report as DataReport
@@ -23,13 +23,13 @@ from laconic.models.scenes import has_scorer, load_scorer
 
 EXPLAINED = (
     "(95 %): Wilson's interval of top-1. change: in points, to the unreduced model. agrees: images with the same first "
-    "class as the unreduced model's, whichever is right. KL: of the class probabilities, from the unreduced model's."
+    "class as the unreduced model's, right or wrong. KL: of the class probabilities, from the unreduced model's."
 )
 
 
 @dataclass(frozen=True)
 class EvalReport(Report):
-    """Rows, on what data and with which weights they were found, and what is to be known of them."""
+    """Rows, the data and the weights they were measured with, and notes."""
 
     model: str
     data: str
@@ -76,15 +76,15 @@ def eval_(
         model: timm name, or a directory that laconic.save wrote.
         data: scenes, digits, a folder of images (with a folder for each split, or for each class), a .tar, or a timm
             name (hfds/..., torch/...).
-        reading: which images, and how they are read.
-        method: a method to evaluate beside the unreduced model.
+        reading: images to read.
+        method: a method to evaluate, next to the unreduced model.
         keep: keep rate of every reducing block (default: 0.7).
         options: option of the methods, as NAME=VALUE or METHOD.NAME=VALUE.
         weights: weights of the model, a .safetensors file or a checkpoint of torch (default: timm's pretrained ones).
         model_args: argument of timm.create_model, as NAME=VALUE.
         device: cuda where there is one, else cpu.
         dtype: of weights and images.
-        output: write the rows to this CSV file, in timm's columns, and all of it to a JSON file beside it.
+        output: write the rows to this CSV file, in timm's columns, and all of it to a JSON file next to it.
 
     Raises:
         Refusal: no such model or weights, an option that no method has, a file that cannot be written.
@@ -110,13 +110,14 @@ def eval_(
 
 
 def check_output(output: Path | None) -> None:
-    """Refuse a name that the JSON file would have.
+    """Refuse a CSV file that cannot be written, or that has the name of the JSON file next to it.
 
     Raises:
-        Refusal: it ends in .json.
+        Refusal: it ends in .json, or its folder does not exist or cannot be written.
     """
     if output is not None and output.suffix == ".json":
-        raise Refusal(f"--output {output}: give the name of a .csv file; the JSON file is written beside it")
+        raise Refusal(f"--output {output}: give the name of a .csv file; the JSON file is written next to it")
+    check_output_file(output)
 
 
 def _variants(
@@ -128,7 +129,7 @@ def _variants(
 
 
 def reduced_of(eval_input: EvalInput, config: Method, keep: float | None) -> Variant:
-    """A reduced copy, with the trained scorer that comes with laconic where there is one for these weights."""
+    """Return a reduced copy, with the trained scorer that comes with laconic if there is one for these weights."""
     variant = reduced(eval_input.base, config, keep)
     if eval_input.pretrained and config.info.learns:
         load_scorer(variant.model, eval_input.name)
@@ -136,7 +137,7 @@ def reduced_of(eval_input: EvalInput, config: Method, keep: float | None) -> Var
 
 
 def scorer_notes(variants: Sequence[Variant], eval_input: EvalInput) -> list[str]:
-    """Which methods have parameters of their own, and whether anybody trained them."""
+    """Return notes on the methods with parameters of their own: trained or untrained."""
     learned = dict.fromkeys(v.name for v in variants if v.name in METHODS and METHODS[v.name].learns)
     whose = {name: eval_input.pretrained and has_scorer(eval_input.name, name) for name in learned}
     words = {True: "were trained for this model and come with laconic", False: "are untrained here"}
@@ -144,7 +145,7 @@ def scorer_notes(variants: Sequence[Variant], eval_input: EvalInput) -> list[str
 
 
 def saved_variant(eval_input: EvalInput) -> list[Variant]:
-    """What a directory holds, as a row, if it holds a reduced model."""
+    """Return the row of the reduced model that a directory holds, if it holds one."""
     saved = None if eval_input.saved is None else find_reduction(eval_input.saved)
     if saved is None or eval_input.saved is None:
         return []
@@ -152,6 +153,6 @@ def saved_variant(eval_input: EvalInput) -> list[Variant]:
 
 
 def notes_on(rows: Sequence[Score]) -> list[str]:
-    """What is to be known of the rows themselves."""
+    """Return notes on the rows."""
     bad = [f"{row.label} {row.not_finite:,}" for row in rows if row.not_finite]
     return [f"answers that are not finite, counted as wrong: {', '.join(bad)}"] if bad else []

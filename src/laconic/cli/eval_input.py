@@ -1,4 +1,4 @@
-"""What is evaluated, and on what: a model with weights that fit the data, the data, and how both are read."""
+"""Input of an evaluation: a model with weights that fit the data, the data, and the options of reading it."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from laconic.core.files import Refusal
 from laconic.core.token_reduction import find_reduction
 from laconic.data import ImageSet, find_data, open_images
 
-GENERATED = ("scenes", "digits")  # data whose images have the size that is asked for
+GENERATED = ("scenes", "digits")  # data with images of any size
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Which images, and how they are read.
+    """Options of reading images.
 
     Args:
         split: of the data: val, test, train.
         limit: images at most (0: all): the first scenes, and of other data evenly spaced ones.
         batch_size: images in a forward.
         workers: processes that read images.
-        crop: share of the resized image that the centre crop leaves (default: what timm says of the model).
+        crop: share of the resized image that the centre crop keeps (default: the model's in timm).
     """
 
     split: str = "val"
@@ -51,7 +51,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class EvalInput:
-    """A model to evaluate: its unreduced self, the reduced one that a directory holds, and which weights they have."""
+    """A model to evaluate: the unreduced one, the reduced one that a directory holds, and a line on their weights."""
 
     name: str
     base: nn.Module
@@ -63,7 +63,7 @@ class EvalInput:
 
     @property
     def notes(self) -> list[str]:
-        """What is to be said of the model and the data together."""
+        """Notes on the model together with the data."""
         known, classes = getattr(self.base, "num_classes", 0), len(self.images.classes)
         if known > classes:
             return [
@@ -74,7 +74,7 @@ class EvalInput:
 
 
 def open_eval_input(model: str, data: str, reading: Reading, weights: Path | None, model_args: Sequence[str] = ()) -> EvalInput:
-    """A model and the images it is evaluated on.
+    """Open a model and the images it is evaluated on.
 
     Raises:
         Refusal: no such model, weights that are not its own, or model arguments where a directory was given.
@@ -114,13 +114,13 @@ def _with_weights(name: str, path: Path | None, args: dict[str, Any], classes: i
         lines = str(error).splitlines() or [type(error).__name__]
         raise Refusal(
             f"--weights {path} does not hold the weights of {name} with {classes} classes: {' '.join(lines[:2]).strip()}; "
-            "--model-args num_classes=N says how many classes it knows"
+            "--model-args num_classes=N sets the number of classes"
         ) from error
     return Loaded(model, f"the weights of {name} come from {path}", False)
 
 
 def parse_args(texts: Sequence[str]) -> dict[str, Any]:
-    """Arguments of timm.create_model from NAME=VALUE: Python's literals, or else words.
+    """Return arguments of timm.create_model from NAME=VALUE: Python's literals, or else words.
 
     Raises:
         Refusal: one that is not of this form.
@@ -138,7 +138,7 @@ def parse_args(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def digest(model: nn.Module) -> str:
-    """A short name for the very weights of a model."""
+    """Return a hash of the weights of a model."""
     out = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         out.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -146,11 +146,11 @@ def digest(model: nn.Module) -> str:
     return out.hexdigest()[:16]
 
 
-def command(verb: str, model: str, options: Mapping[str, Any]) -> str:
-    """The command that asks for the same again: tuples are options that repeat, None and what is empty is left out."""
-    words = ["laconic", verb, model]
-    for name, value in options.items():
-        flag = f"--{name.replace('_', '-')}"
+def command(name: str, model: str, options: Mapping[str, Any]) -> str:
+    """Return the command that repeats a run: tuples are options that repeat; None and empty values are omitted."""
+    words = ["laconic", name, model]
+    for option, value in options.items():
+        flag = f"--{option.replace('_', '-')}"
         if value is True:
             words.append(flag)
         elif isinstance(value, tuple):

@@ -1,4 +1,4 @@
-"""``laconic export``: reduced models as files for other runtimes, each proved, and how much of the speed-up survives there."""
+"""``laconic export``: reduced models as files for other runtimes, each checked, and the speed-up that survives there."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from laconic.analysis import machine
 from laconic.analysis.diagnose import shared_copy
 from laconic.analysis.timing import Setting
 from laconic.api import restore_
-from laconic.cli.export_speed import INT8, Quantized, Speed, measure_formats, quantized, table
+from laconic.cli.export_speed import EAGER, INT8, Quantized, Speed, measure_formats, quantized, table
 from laconic.cli.models import open_model
 from laconic.cli.output import Report, Table, sentence
 from laconic.cli.variants import Variant, as_reduced, pairs, parse_methods, reduced, unreduced
-from laconic.core.files import Refusal, write_atomically
+from laconic.core.files import Refusal, check_output_file, check_output_folder, write_atomically
 from laconic.core.token_reduction import find_reduction
 from laconic.exporting import OPSET, SUFFIXES, TOLERANCE, ExportReport, trace, write
 
 LOG = logging.getLogger(__name__)
 EXPLAINED = (
-    "speed-up: the time of the unreduced model by this one's, both in that runtime, interleaved, median and quartiles. kept: "
-    "that speed-up by eager PyTorch's. to eager: the time of the unreduced model in PyTorch by this one's."
+    "speed-up: the time of the unreduced model divided by this one's, both in that runtime, interleaved, median and "
+    "quartiles. kept: that speed-up divided by eager PyTorch's. to eager: the time of the unreduced model in PyTorch divided "
+    "by this one's."
 )
 
 
 @dataclass(frozen=True)
 class Files(Report):
-    """What was written, proved and measured."""
+    """The files that were written, their checks and their speeds."""
 
     model: str
     exports: tuple[tuple[str, ExportReport], ...]  # with the label of the variant
@@ -42,7 +43,11 @@ class Files(Report):
 
     @property
     def verdict(self) -> str:
-        """Whether the speed-up survives, in words."""
+        """The verdict: the speed-up that survives, and the rows that gain nothing."""
+        return " ".join([self._survival, *self._slower])
+
+    @property
+    def _survival(self) -> str:
         lost = [f"{s.label} in {s.runtime} at batch {s.batch} ({s.kept:.2f})" for s in self.speeds if s.survives is False]
         asked = [s for s in self.speeds if s.survives is not None]
         if not asked:
@@ -50,6 +55,27 @@ class Files(Report):
         if lost:
             return f"Less than nine tenths of eager's speed-up is left to {sentence(lost)}."
         return f"At least nine tenths of eager's speed-up survive everywhere (least {min(s.kept or 0 for s in asked):.2f})."
+
+    @property
+    def _slower(self) -> list[str]:
+        """Return sentences on the rows, by median, that reduction or the exported file does not make faster."""
+        eager = {(s.label, s.batch): s.seconds.median for s in self.speeds if s.runtime == EAGER}
+        still = [
+            f"{s.label} at batch {s.batch} ({s.ratio.median:.2f}x)"
+            for s in self.speeds
+            if s.runtime == EAGER and s.ratio is not None and s.ratio.median <= 1
+        ]
+        slow = [
+            f"{s.label} in {s.runtime} at batch {s.batch} ({eager[s.label, s.batch] / s.seconds.median:.2f}x)"
+            for s in self.speeds
+            if s.runtime != EAGER and s.seconds.median > eager.get((s.label, s.batch), float("inf"))
+        ]
+        said = []
+        if still:
+            said.append(f"In eager PyTorch no faster reduced than unreduced: {sentence(still)}.")
+        if slow:
+            said.append(f"Slower exported than the same model in eager PyTorch: {sentence(slow)}.")
+        return said
 
     def parts(self) -> Iterator[str | Table]:
         yield from (str(report) for _, report in self.exports)
@@ -85,7 +111,7 @@ def export(
     threads: int = 1,
     record: Path | None = None,
 ) -> Files:
-    """Write reduced models, and the unreduced one, for other runtimes; prove each file, and measure all of them.
+    """Write reduced models, and the unreduced one, for other runtimes; check each file, and measure all of them.
 
     A file takes its place only when the runtime gives the answers of eager PyTorch on batches of one and of three images.
     The files are for float32, for a batch of any size, and for the one image size of the model.
@@ -93,7 +119,7 @@ def export(
     Args:
         model: timm name (random weights), or a directory that laconic.save wrote.
         output: directory for the files.
-        method: a method of constant counts (default: what the directory holds, or else etps).
+        method: a method of constant counts (default: that of the directory, or else etps).
         keep: keep rate of every reducing block (default: 0.7).
         options: option of the methods, as NAME=VALUE or METHOD.NAME=VALUE.
         to: onnx, torch-export or openvino (default: onnx).
@@ -111,6 +137,8 @@ def export(
     """
     formats = tuple(dict.fromkeys(to or ("onnx",)))
     _check(output, formats, batch_size, rounds, threads, int8)
+    check_output_folder(output)
+    check_output_file(record, "--record")
     variants = collect(model, method, keep or (0.7,), options)
     setting = Setting(rounds=max(rounds, 1), threads=threads, device="cpu")
     try:
@@ -143,13 +171,13 @@ def _check(output: Path, formats: Sequence[str], batches: Sequence[int], rounds:
         if value < least:
             raise Refusal(f"--{name} must be at least {least}, not {value}")
     if int8 and "onnx" not in formats:
-        raise Refusal("--int8 is made of the ONNX file; add --to onnx")
+        raise Refusal("--int8 quantizes the ONNX file; add --to onnx")
     if output.exists() and not output.is_dir():
         raise Refusal(f"{output} is a file; --output takes a directory")
 
 
 def collect(name: str, methods: Sequence[str], keeps: Sequence[float], options: Sequence[str]) -> list[Variant]:
-    """The unreduced model first, then what a directory holds or every method at every keep rate."""
+    """Return the unreduced model, then the one that a directory holds or every method at every keep rate."""
     model = open_model(name)
     saved = find_reduction(model)
     base = model if saved is None else restore_(shared_copy(model))
@@ -163,7 +191,7 @@ def collect(name: str, methods: Sequence[str], keeps: Sequence[float], options: 
 def write_all(
     variants: Sequence[Variant], place: Path, name: str, formats: Sequence[str], opset: int, tolerance: float
 ) -> tuple[list[tuple[str, ExportReport]], dict[tuple[str, str], Path]]:
-    """Every variant in every format, under ``place``: the reports, and the files by label and format."""
+    """Write every variant in every format, under ``place``; return the reports, and the files by label and format."""
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     reports, files = list[tuple[str, ExportReport]](), dict[tuple[str, str], Path]()
@@ -180,7 +208,7 @@ def write_all(
 
 
 def versions() -> dict[str, str]:
-    """Versions of the runtimes that are installed."""
+    """Return the versions of the installed runtimes."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}

@@ -1,4 +1,4 @@
-"""How quick exported files are beside eager PyTorch, and what int8 makes of them."""
+"""Speed of exported files compared with eager PyTorch, and their int8 versions."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ IMAGES = 64  # that int8 is compared on
 
 @dataclass(frozen=True)
 class Speed:
-    """A variant in a runtime, at a batch size: seconds, and how many times quicker than the unreduced model."""
+    """A variant in a runtime, at a batch size: seconds, and the speed-up over the unreduced model."""
 
     label: str
     runtime: str
     batch: int
     seconds: Quartiles
     ratio: Quartiles | None  # to the unreduced model in the same runtime; None for that model itself
-    kept: float | None  # that, by eager PyTorch's
+    kept: float | None  # the ratio divided by eager PyTorch's
     to_eager: float  # to the unreduced model in eager PyTorch, of the medians
 
     @property
     def survives(self) -> bool | None:
-        """Whether nine tenths of eager's speed-up are left; None where there is nothing to ask."""
+        """True if nine tenths of eager's speed-up are left; None for rows without a speed-up to compare."""
         return None if self.kept is None else self.kept >= SURVIVES
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, as plain JSON."""
+        """Return all of it as plain JSON."""
         fields: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return {**fields, "survives": self.survives}
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """An int8 file, and how far it agrees with float32 on noise."""
+    """An int8 file, and its agreement with float32 on noise."""
 
     label: str
     path: str
@@ -59,11 +59,11 @@ class Quantized:
     agreement: float | None
 
     def moved(self, to: Path) -> Quantized:
-        """The same, in another directory."""
+        """Return the same, in another directory."""
         return dataclasses.replace(self, path=str(to / Path(self.path).name))
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, as plain JSON."""
+        """Return all of it as plain JSON."""
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
@@ -132,13 +132,13 @@ def _run(variant: Variant, kind: str, files: Mapping[tuple[str, str], Path], bat
 
 
 def table(rows: Sequence[Speed], title: str) -> Table:
-    """Rows of one batch size, for people."""
+    """Return the table of the rows of one batch size."""
     header = ("runtime", "model", "ms", "speed-up", "(quartiles)", "kept", "to eager")
     return Table(title, header, tuple(cells(row) for row in rows), words=2)
 
 
 def cells(row: Speed) -> tuple[str, ...]:
-    """A row as words."""
+    """Return a row as cells."""
     ratio, ms = row.ratio, f"{row.seconds.median * 1e3:.1f}"
     speed = ("1", "") if ratio is None else (f"{ratio.median:.2f}x", f"({ratio.low:.2f}-{ratio.high:.2f})")
     return (row.runtime, row.label, ms, *speed, "" if row.kept is None else f"{row.kept:.2f}", f"{row.to_eager:.2f}x")

@@ -26,7 +26,7 @@ class Exported:
     files: Mapping[str, Path]
 
     def runs(self, images: Mapping[str, Tensor], threads: int | None) -> dict[str, Run]:
-        """One forward of every file, ready to be run on its images."""
+        """Return one forward of every file, ready to be run on its images."""
         return {label: self._run(label, batch, threads) for label, batch in images.items()}
 
     def _run(self, label: str, images: Tensor, threads: int | None) -> Run:
@@ -35,12 +35,12 @@ class Exported:
 
     @property
     def facts(self) -> dict[str, str]:
-        """What a time depends on besides: the format and the versions of the runtimes that are installed."""
+        """The format, and the versions of the installed runtimes."""
         return {"exported": self.to, **versions()}
 
 
 def check(to: Format | None, setting: Setting) -> None:
-    """Refuse what cannot be measured together.
+    """Refuse options that cannot be measured together.
 
     Raises:
         Refusal: exported and compiled, or on a GPU, or in another precision.
@@ -56,10 +56,10 @@ def check(to: Format | None, setting: Setting) -> None:
 
 
 def write(variants: Sequence[Variant], to: Format, place: Path) -> Exported:
-    """Export every variant to a directory, with the proof of each file (see `laconic.export`).
+    """Export every variant to a directory, with the check of each file (see `laconic.export`).
 
     Raises:
-        ValueError: a method of variable counts, a file that answers otherwise. ImportError: the runtime is missing.
+        ValueError: a method of variable counts, a file with other answers. ImportError: the runtime is missing.
     """
     _, files = write_all(variants, place, "model", (to,), OPSET, TOLERANCE)
     return Exported(to, {label: path for (label, _), path in files.items()})

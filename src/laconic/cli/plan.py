@@ -20,7 +20,7 @@ from laconic.cli.plan_report import CheckReport, PlanReport, checked
 from laconic.cli.plan_scores import Scores
 from laconic.cli.record import commit
 from laconic.cli.variants import parse_methods
-from laconic.core.files import Refusal, write_atomically
+from laconic.core.files import Refusal, check_output_file, write_atomically
 from laconic.core.method import Method, resolve
 from laconic.core.schedule import Schedule
 from laconic.planning.budget import Target
@@ -86,6 +86,7 @@ def plan(
         LookupError, TypeError, ValueError, OSError: as `laconic.plan` and `laconic.data.open_images`.
     """
     asked = {name: value for name, value in locals().items() if name != "model"}
+    check_output_file(output)
     if check is not None:
         return checked_again(check, (model, method, target, data), rounds, output)
     missing = [name for name, value in (("MODEL", model), ("--method", method), ("--target", target)) if not value]

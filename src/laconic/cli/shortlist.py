@@ -21,10 +21,20 @@ SHORTLIST = (
         ("bat", "etps"),
         "65 % and 61 %, where random pruning has 58 % and evit 52 %; at 0.7, random pruning and avg-pool are better",
     ),
-    Advice("least overhead", ("topk", "evit"), "1.5x as fast at keep 0.7, 0.3 % of the time for choosing tokens; less accurate"),
-    Advice("with fine-tuning", ("tome", "atc", "bat"), "most accurate after it; bat loses least at keep 0.3 of the papers' methods"),
-    Advice("a count for each image", ("spvit", "ats"), "spvit after training: 80 %, 1.8x as fast; ats untrained: 70 %, no faster"),
-    Advice("baselines to beat", ("random", "avg-pool"), "no method of a paper: a method that does not beat them is not worth its cost"),
+    Advice(
+        "least overhead", ("topk", "evit"), "1.5x as fast at keep 0.7, 0.3 % of the time for choosing tokens; less accurate"
+    ),
+    Advice(
+        "with fine-tuning", ("tome", "atc", "bat"), "most accurate after it; bat loses least at keep 0.3 of the papers' methods"
+    ),
+    Advice(
+        "a count for each image", ("spvit", "ats"), "spvit after training: 80 %, 1.8x as fast; ats untrained: 70 %, no faster"
+    ),
+    Advice(
+        "baselines to beat",
+        ("random", "avg-pool"),
+        "no method of a paper: a method that does not beat them is not worth its cost",
+    ),
 )
 SOURCE = (
     "Accuracies are of a small model on generated pictures, not ImageNet; speeds of DeiT-S on a CPU: docs/methods.md, "

@@ -18,7 +18,7 @@ from laconic.cli.models import open_model
 from laconic.cli.output import Report, Table, sentence
 from laconic.cli.variants import Variant, pairs, parse_methods, reduced
 from laconic.cli.weights import load
-from laconic.core.files import Refusal
+from laconic.core.files import Refusal, check_output_folder
 from laconic.core.token_reduction import find_reduction
 
 MODEL = "deit_small_patch16_224"
@@ -45,7 +45,13 @@ class ShowReport(Report):
     def parts(self) -> Iterator[str | Table]:
         yield self.weights
         rows = tuple((p.image, p.method, p.keep, " ".join(map(str, p.tokens)), str(p.file)) for p in self.pictures)
-        yield Table("Token maps", ("image", "method", "keep", "patch tokens", "picture"), rows, words=5, below=("picture", "patch tokens"))
+        yield Table(
+            "Token maps",
+            ("image", "method", "keep", "patch tokens", "picture"),
+            rows,
+            words=5,
+            below=("picture", "patch tokens"),
+        )
 
     def to_json(self) -> dict[str, Any]:
         pictures = [{**vars(p), "file": str(p.file), "tokens": list(p.tokens)} for p in self.pictures]
@@ -83,6 +89,7 @@ def show(
     """
     if not images:
         raise Refusal("give at least one image file, e.g. laconic show photo.jpg --method bat")
+    check_output_folder(output)
     base, line, remark = _open(model, weights)
     read = [replace(image_io.read(path, base), image=None) for path in images]  # only the crops are drawn
     saved = find_reduction(base)

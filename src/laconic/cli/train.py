@@ -19,7 +19,7 @@ from laconic.api import reduce_
 from laconic.cli.models import create
 from laconic.cli.output import Report, Table
 from laconic.cli.weights import load
-from laconic.core.files import Refusal, write_atomically
+from laconic.core.files import Refusal, check_output_folder, write_atomically
 from laconic.data import find_data, open_images
 from laconic.training.checks import check
 from laconic.training.input_pipeline import train_transform
@@ -106,6 +106,7 @@ def train(
     chosen = (read(recipe) if recipe else Recipe()).replaced(set)
     if not resume and (output / CHECKPOINT).is_file():
         raise Refusal(f"--output {output} holds a run already; --resume goes on with it, or choose another directory")
+    check_output_folder(output)
     run, line = prepare(chosen, data, output, running)
     loop = Loop(run, resume)  # all processes have met here, and none finds what the main one writes from now on
     if loop.accelerator.is_main_process:

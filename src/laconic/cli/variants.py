@@ -10,7 +10,7 @@ import ast
 import dataclasses
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,16 +25,17 @@ from laconic.api import reduce_
 from laconic.cli.models import create, lower_resolution, smaller_name
 from laconic.core.backbone import find_host
 from laconic.core.files import Refusal
+from laconic.core.from_dict import WORDS
 from laconic.core.method import METHODS, Method, nearest_names, resolve
 from laconic.core.token_reduction import Compute, find_reduction
 
-ALWAYS = ("random", "avg-pool")  # the methods that every comparison has beside those asked for
+ALWAYS = ("random", "avg-pool")  # the methods that every comparison has, next to those asked for
 Kind = Literal["base", "method", "plain", "resolution", "smaller"]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of a comparison. ``keep`` is the rate that it stands for, as a method or in the place of one."""
+    """One row of a comparison. ``keep`` is the keep rate of a method, or the one that an alternative matches."""
 
     name: str
     kind: Kind
@@ -52,18 +53,18 @@ class Variant:
 
 
 def label_of(name: str, keep: float | None) -> str:
-    """What a row is called."""
+    """Return the label of a row: its name, with the keep rate if it has one."""
     return name if keep is None else f"{name} {keep:g}"
 
 
 def size_of(image: tuple[int, int]) -> int | str:
-    """An input size as timm's result files have it: one number where it is square."""
+    """Return an input size as timm's result files have it: one number if it is square."""
     height, width = image
     return height if height == width else f"{height}x{width}"
 
 
 def parse_methods(names: Sequence[str], options: Sequence[str]) -> list[Method]:
-    """Configs for method names and ``[METHOD.]NAME=VALUE`` options; without METHOD. an option is for all that have it.
+    """Return configs for method names and ``[METHOD.]NAME=VALUE`` options; without METHOD. an option is for all that have it.
 
     Raises:
         Refusal: an option that is not of this form, or that none of the methods has.
@@ -94,7 +95,7 @@ def _fields(method: str) -> list[str]:
 
 
 def _value(method: str, option: str, text: str) -> Any:
-    """The value of an option as its config declares it: Python's literals, true, false and none, or else a word."""
+    """Return the value of an option as its config declares it: Python's literals, true, false and none, or else a word."""
     word = {"true": "True", "false": "False", "none": "None"}.get(text.lower(), text)
     try:
         value = ast.literal_eval(word)
@@ -102,8 +103,30 @@ def _value(method: str, option: str, text: str) -> Any:
         value = text
     hint = typing.get_type_hints(METHODS[method].config)[option]
     if not _fits(value, hint):
-        raise Refusal(f"--options {option}={text}: {method} takes {str(hint).replace('typing.', '')} here, not {value!r}")
+        raise Refusal(f"--options {option}={text}: {option} of {method} must be {in_words(hint)}, not {text}")
     return value
+
+
+def in_words(hint: Any) -> str:
+    """Return the values that an annotation takes, as they are typed: ``cosine or previous-attention``, ``a number or none``."""
+    *others, last = dict.fromkeys(_alternatives(hint))
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _alternatives(hint: Any) -> Iterator[str]:
+    kind, inside = typing.get_origin(hint), typing.get_args(hint)
+    if kind is Literal:
+        yield from (str(value) for value in inside)
+    elif kind in (types.UnionType, typing.Union):
+        for option in inside:
+            if not (option is int and float in inside):  # both are numbers
+                yield from _alternatives(option)
+    elif kind is tuple:
+        yield f"several of {in_words(inside[0])} as (A, B)" if typing.get_origin(inside[0]) is Literal else "numbers as (1, 2)"
+    elif hint in (None, types.NoneType):
+        yield "none"
+    else:
+        yield WORDS.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -120,15 +143,16 @@ def _fits(value: Any, hint: Any) -> bool:
 
 # ------------------------------------------------------------------------------------------------ building them
 def unreduced(name: str, model: Any, kind: Kind = "base", keep: float | None = None) -> Variant:
-    """A model as it is, as a row."""
+    """Return the row of a model as it is."""
     cost = summary(model)
     return Variant(name, kind, model, cost.macs, cost.parameters, (cost.tokens[0],), _image(model), keep)
 
 
 def class_row_only(model: nn.Module) -> Variant | None:
-    """The unreduced model as a row, its last block worked out for its class token alone; None where more than that is read.
+    """Return the row of the unreduced model with its last block computed for the class token alone, or None.
 
-    It is the stronger base: exact, and free to whoever reads nothing else. Its multiply-adds are those that are run.
+    It is the stronger base: exact, and free if nothing but the class token is read (None if more than that is read). Its
+    multiply-adds are those that are run.
     """
     host, entry = find_host(model)
     if not entry.head_reads_prefix_only or entry.pooling(host)[0] != "token":
@@ -139,14 +163,14 @@ def class_row_only(model: nn.Module) -> Variant | None:
 
 
 def pairs(configs: Sequence[Method], keeps: Sequence[float]) -> list[tuple[Method, float | None]]:
-    """Every method at every keep rate; one that takes none, once."""
+    """Return every method at every keep rate; a method without a keep rate once."""
     return [(config, keep) for config in configs for keep in (dict.fromkeys(keeps) if config.accepts_keep else (None,))]
 
 
 def reduced(
     model: nn.Module, config: Method, keep: float | None, kind: Kind = "method", compute: Compute | None = None
 ) -> Variant:
-    """A copy of the model (with its very weights) under a method, as a row."""
+    """Return the row of a copy of the model, with the same weights, under a method."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         copy = reduce_(shared_copy(model), config, keep=keep, compute=compute)
@@ -154,7 +178,7 @@ def reduced(
 
 
 def as_reduced(name: str, model: nn.Module, keep: float | None, kind: Kind = "method") -> Variant:
-    """A reduced model, as a row."""
+    """Return the row of a reduced model."""
     reduction, cost = find_reduction(model), summary(model)
     assert reduction is not None
     variant = Variant(name, kind, model, cost.macs, cost.parameters, (), _image(model), keep)
@@ -166,7 +190,7 @@ def as_reduced(name: str, model: nn.Module, keep: float | None, kind: Kind = "me
 
 
 def as_observed(variant: Variant, seen: Observed) -> Variant:
-    """A row of a method that decides for every image, with what images left and cost on average."""
+    """Return the row of a method with a count for each image, with the mean tokens and cost over the images."""
     reduction = find_reduction(variant.model)
     assert reduction is not None
     left = (round(seen.tokens[block].mean) for block in reduction.schedule.at)
@@ -177,7 +201,7 @@ def as_observed(variant: Variant, seen: Observed) -> Variant:
 def alternatives(
     name: str, model: nn.Module, keeps: Sequence[float], make: Callable[[str], nn.Module] = create
 ) -> tuple[list[Variant], list[str]]:
-    """Random pruning, average pooling and a lower resolution for each keep rate, and the next smaller model; and notes.
+    """Return random pruning, average pooling and a lower resolution for each keep rate, the next smaller model, and notes.
 
     ``make`` makes the smaller model from its name.
     """
@@ -196,14 +220,14 @@ def alternatives(
             rows.append(unreduced(f"input {size[0]}x{size[1]}", small, "resolution", keep))
     smaller = smaller_name(name)
     if smaller is None:
-        notes.append(f"no smaller model row: timm has no model like {name} that is a size smaller")
+        notes.append(f"no smaller model row: timm has no smaller model in the family of {name}")
     else:
         rows.append(unreduced(smaller, make(smaller), "smaller"))
     return rows, list(dict.fromkeys(notes))
 
 
 def mean_tokens(model: nn.Module, keep: float) -> float:
-    """Patch tokens that the blocks of this model leave at a keep rate, on average, counted as random pruning does."""
+    """Return the mean number of patch tokens that the blocks of this model keep at a keep rate, counted as random pruning does."""
     config, unreduced_ = resolve("random", {}), summary(model).tokens
     depth, patches = len(unreduced_), unreduced_[0]
     return sum(config.default_schedule(depth, keep, None).counts(depth, patches, config.num_kept)) / depth
