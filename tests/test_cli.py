@@ -1,10 +1,15 @@
 """The command line: JSON, exit codes, help, refusals."""
 
+import contextlib
+import importlib
+import io
 import json
+import re
 import subprocess
 import sys
 
 import pytest
+import timm
 
 import laconic
 from laconic.cli import app as cli
@@ -30,10 +35,10 @@ def image():
     return str(next(iter(image_io.shipped(1))))
 
 
-# ---------------------------------------------------------------------------------------------------- all verbs
+# ---------------------------------------------------------------------------------------------------- all commands
 COMMANDS = {
     "list": [],
-    "doctor": [TINY],
+    "doctor": [TINY, "--all"],
     "bench": [TINY, "--method", "etps", "--batch-size", "1", "--rounds", "1", "--threads", "1"],
     "plan": [
         "scenes_vit_small",
@@ -82,12 +87,12 @@ COMMANDS = {
 
 
 LONG = ("doctor", "sweep", "export")  # tests/test_jobs.py, test_eval.py and test_export.py have shorter ones of these
-CASES = [pytest.param(verb, marks=pytest.mark.slow if verb in LONG else ()) for verb in cli.COMMANDS]
+CASES = [pytest.param(command, marks=pytest.mark.slow if command in LONG else ()) for command in cli.COMMANDS]
 
 
-@pytest.mark.parametrize("verb", CASES)
-def test_json_is_all_there_is_on_stdout(laconic_, tmp_path, verb):
-    code, out, _ = laconic_(verb, *(word.format(tmp=tmp_path) for word in COMMANDS[verb]), "--json")
+@pytest.mark.parametrize("command", CASES)
+def test_json_is_all_there_is_on_stdout(laconic_, tmp_path, command):
+    code, out, _ = laconic_(command, *(word.format(tmp=tmp_path) for word in COMMANDS[command]), "--json")
     assert code == 0
     assert isinstance(json.loads(out), dict)
 
@@ -121,20 +126,20 @@ def test_doctor_as_a_table(laconic_):
     assert "passed" in out
 
 
-@pytest.mark.parametrize("verb", cli.COMMANDS)
-def test_help_has_examples(laconic_, verb):
-    code, out, _ = laconic_(verb, "--help")
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_has_examples(laconic_, command):
+    code, out, _ = laconic_(command, "--help")
     assert code == 0
     assert "--json" in out
-    for example in cli.COMMANDS[verb].examples:
+    for example in cli.COMMANDS[command].examples:
         assert example in out
-        assert example.startswith(f"laconic {verb}")
+        assert example.startswith(f"laconic {command}")
 
 
-@pytest.mark.parametrize("verb", cli.COMMANDS)
-def test_examples_parse(verb):
-    for example in cli.COMMANDS[verb].examples:
-        job, as_json = cli.parse(f"laconic {verb}", cli.COMMANDS[verb], example.split()[2:])
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_examples_parse(command):
+    for example in cli.COMMANDS[command].examples:
+        job, as_json = cli.parse(f"laconic {command}", cli.COMMANDS[command], example.split()[2:])
         assert callable(job)
         assert as_json == ("--json" in example)
 
@@ -142,7 +147,7 @@ def test_examples_parse(verb):
 def test_usage_and_version(laconic_):
     code, out, _ = laconic_("--help")
     assert code == 0
-    assert all(verb in out for verb in cli.COMMANDS)
+    assert all(command in out for command in cli.COMMANDS)
     assert laconic_("--version") == (0, f"laconic {laconic.__version__}\n", "")
 
 
@@ -159,7 +164,7 @@ def test_options_of_measuring_reach_the_job():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "usage: laconic VERB"),
+        ([], "usage: laconic COMMAND"),
         (["bnech"], "Did you mean 'bench'"),
         (["bench"], "MODEL"),
         (["bench", TINY, "--metod", "etps"], "--method"),
@@ -208,7 +213,7 @@ def test_refusals_are_one_paragraph_on_stderr(laconic_, words, message):
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize(("module", "extra"), [("tyro", "cli"), ("rich", "cli"), ("timm", "cli"), ("tqdm", "cli")])
+@pytest.mark.parametrize(("module", "extra"), [("tyro", "cli"), ("timm", "cli"), ("tqdm", "cli")])
 def test_a_missing_library_names_the_extra(laconic_, monkeypatch, module, extra):
     for loaded in [name for name in sys.modules if name.partition(".")[0] == module]:
         monkeypatch.setitem(sys.modules, loaded, None)
@@ -246,3 +251,107 @@ def test_an_interrupt_is_no_traceback(laconic_, monkeypatch):
 def test_the_installed_command():
     out = subprocess.run([sys.executable, "-m", "laconic.cli", "--version"], capture_output=True, text=True, check=True).stdout
     assert out == f"laconic {laconic.__version__}\n"
+
+
+# ---------------------------------------------------------------------------------------------------- light to start
+START = """
+import sys
+from laconic.cli import app
+code = app.main(sys.argv[1:])
+heavy = {"torch", "numpy", "tyro", "timm"} & set(sys.modules)
+sys.exit(f"imported {heavy}" if heavy else code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "code"), [(["--help"], 0), (["--version"], 0), (["bnech"], 2), ([], 2), (["bench", "--help"], 0), (["demo", "-h"], 0)]
+)
+def test_help_and_wrong_commands_import_no_torch(words, code):
+    done = subprocess.run([sys.executable, "-c", START, *words], capture_output=True, text=True)
+    assert (done.returncode, "imported" in done.stderr) == (code, False), done.stderr
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_has_the_options_that_are_parsed(laconic_, command):
+    """The help is read from the source; tyro's, of the imported function, has the same options."""
+    import tyro
+
+    module, _, function = cli.COMMANDS[command].job.partition(":")
+    job = cli.with_json(getattr(importlib.import_module(module), function))
+    with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as text:
+        tyro.cli(job, args=["--help"], config=(tyro.conf.FlagCreatePairsOff,))
+
+    def options(words):
+        return set(re.findall(r"(?m)^[\s│]*(?:-h, )?(--[a-z0-9-]+)", words)) - {"--help"}
+
+    assert options(laconic_(command, "--help")[1]) == options(text.getvalue())
+
+
+# ---------------------------------------------------------------------------------------------------- outputs, values
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["plan", TINY, "--method", "etps", "--target", "2.3G", "--output", "{file}"],
+        ["bench", TINY, "--output", "{file}"],
+        ["sweep", TINY, "--data", "scenes", "--output", "{file}"],
+        ["eval", TINY, "--data", "scenes", "--output", "{file}"],
+        ["export", TINY, "--output", "{tmp}", "--record", "{file}"],
+    ],
+    ids=lambda words: words[0],
+)
+@pytest.mark.parametrize("kind", ["absent", "a file"])
+def test_an_output_is_refused_before_the_work(laconic_, monkeypatch, tmp_path, words, kind):
+    def work(*_):
+        raise AssertionError("the work has begun")
+
+    monkeypatch.setattr("laconic.cli.models.create", work)
+    folder = tmp_path / "folder"
+    if kind == "a file":
+        folder.write_text("")
+    code, out, err = laconic_(*(word.format(tmp=tmp_path, file=folder / "out.csv") for word in words))
+    assert (code, out) == (1, "")
+    assert f"there is no folder {folder}" in err
+
+
+@pytest.mark.parametrize("words", [["demo"], ["export", TINY], ["show", image()], ["train"]], ids=lambda words: words[0])
+def test_an_output_folder_below_a_file_is_refused(laconic_, tmp_path, words):
+    (tmp_path / "file").write_text("")
+    code, _, err = laconic_(*words, "--output", str(tmp_path / "file" / "new"))
+    assert code == 1
+    assert "is a file; choose another --output" in err
+    assert "opening" not in err
+
+
+def test_an_option_of_a_wrong_value_is_told_which_there_are(laconic_):
+    code, _, err = laconic_("bench", TINY, "--method", "etps", "--options", "similarity=euclid")
+    assert code == 1
+    assert "similarity of etps must be cosine or previous-attention, not euclid" in err
+    _, _, err = laconic_("bench", TINY, "--method", "bat", "--options", "steps=9", "--options", "clusters=many")
+    assert "Literal" not in err
+
+
+def test_list_starts_with_a_shortlist_of_known_methods(laconic_):
+    out = laconic_("list")[1]
+    assert out.startswith("Shortlist")
+    found = json.loads(laconic_("list", "--json")[1])["shortlist"]
+    assert found
+    assert {name for one in found for name in one["methods"]} <= set(laconic.methods())
+
+
+def test_doctor_tries_one_method_of_each_kind_and_says_so(laconic_, monkeypatch):
+    from laconic.cli import doctor as job
+
+    small = timm.create_model(TINY, img_size=96, depth=4).eval()
+    monkeypatch.setattr(job, "open_model", lambda _: small)
+    code, out, err = laconic_("doctor", TINY)
+    assert code == 0
+    rows = laconic.methods()
+    facts = [(rows[name].count, rows[name].learns, rows[name].full_attention) for name in job.KINDS]
+    assert {"variable"} <= {count for count, _, _ in facts}
+    assert any(learns for _, learns, _ in facts)
+    assert any(full for _, _, full in facts)
+    for number, name in enumerate(job.KINDS, 1):
+        assert f"trying {name} ({number} of {len(job.KINDS)})" in err
+        assert f"laconic.reduce_(model, {json.dumps(name)}" in out
+    assert "--all tries all" in out
+    assert [t["method"] for t in json.loads(laconic_("doctor", TINY, "--json")[1])["trials"]] == list(job.KINDS)

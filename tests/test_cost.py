@@ -321,17 +321,13 @@ def test_a_summary_is_plain_json():
     assert told["blocks"][1]["mlp_tokens"] == cost.tokens[1] + 1
 
 
-@pytest.mark.parametrize("rich", [True, False], ids=["rich", "plain"])
-def test_a_summary_prints_as_a_table(monkeypatch, rich):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: find(name, *a) if rich or name != "rich" else None)
+def test_a_summary_prints_as_a_table():
     cost = summary(reduced("etps", "plain"), count=True)
     text = str(cost)
-    assert ("┃" in text) is rich
     assert f"VisionTransformer, etps: {cost.parameters:,} parameters" in text
     assert "counted by torch on one image" in text
-    row = next(line for line in text.splitlines() if line.strip("│ ").startswith("1 "))
-    assert [part for part in row.replace("│", " ").split()][:4] == ["1", "37", "23", "22"]
+    row = next(line for line in text.splitlines() if line.split()[:1] == ["1"])
+    assert [part for part in row.split()][:4] == ["1", "37", "23", "22"]
     assert "not reduced" in str(summary(make("plain"), 4))
 
 

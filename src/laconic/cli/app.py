@@ -1,4 +1,6 @@
-"""The command line: one verb a job. What a verb takes is the signature and the docstring of its job, nothing more.
+"""The command line. The options of a command are the parameters of its function, with the texts of its docstring.
+
+Help, the version and errors of usage need the standard library alone; a command imports torch when it runs.
 
 Reports go to stdout, as tables or with ``--json`` as pure JSON; progress and logs go to stderr. Exit codes: 0, 1 for a
 refusal (one paragraph on stderr), 2 for wrong usage.
@@ -20,11 +22,11 @@ from functools import partial
 from typing import Annotated, Any
 
 from laconic import __version__
-from laconic.cli.commands import COMMANDS, MOVED, Command
+from laconic.cli.command_help import help_text
+from laconic.cli.commands import COMMANDS, JSON_HELP, MOVED, Command
 from laconic.core.optional_deps import missing
 from laconic.core.suggestions import nearest_names
 
-JSON_HELP = "print the report as JSON and nothing else"
 EXTRAS = {
     **dict.fromkeys(("tyro", "tqdm", "timm", "PIL"), "cli"),
     **dict.fromkeys(("skimage", "matplotlib"), "demo"),
@@ -35,7 +37,7 @@ EXTRAS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code."""
+    """Run the command line; return the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] in (["--version"], ["-V"]):
         print(f"laconic {__version__}")
@@ -47,28 +49,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"laconic {words[0]} is now `{MOVED[words[0]]}`, run in a clone of the repository.", file=sys.stderr)
         return 2
     if not words or words[0] not in COMMANDS:
-        wrong = f"laconic has no verb {words[0]!r}.{nearest_names(words[0], list(COMMANDS))}\n\n" if words else ""
+        wrong = f"laconic has no command {words[0]!r}.{nearest_names(words[0], list(COMMANDS))}\n\n" if words else ""
         print(f"{wrong}{usage()}", file=sys.stderr)
         return 2
     return run(f"laconic {words[0]}", COMMANDS[words[0]], words[1:])
 
 
 def usage() -> str:
-    """What there is, verb by verb."""
-    verbs = "\n".join(f"  {name:<10}{verb.line}" for name, verb in COMMANDS.items())
+    """Return the help of the whole: all commands."""
+    lines = "\n".join(f"  {name:<8}{command.line}" for name, command in COMMANDS.items())
     return (
-        "usage: laconic VERB [...]\n\nFewer tokens, same answer: token reduction for vision transformers.\n\n"
-        f"{verbs}\n\nlaconic VERB --help says what it takes, with examples; laconic --version."
+        "usage: laconic COMMAND [...]\n\nFewer tokens, same answer: token reduction for vision transformers.\n\n"
+        f"{lines}\n\nlaconic COMMAND --help lists its options, with examples. laconic --version."
     )
 
 
-def run(program: str, verb: Command, words: list[str]) -> int:
-    """Run a verb as the command ``program``; return the exit code."""
+def run(program: str, command: Command, words: list[str]) -> int:
+    """Run a command under the name ``program``; return the exit code."""
+    if {"-h", "--help"} & set(words):
+        print(help_text(program, command))
+        return 0
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("laconic").setLevel(logging.INFO)
     try:
-        job, as_json = parse(program, verb, words)
-        with contextlib.redirect_stdout(sys.stderr):  # whatever a library prints is not the report
+        job, as_json = parse(program, command, words)
+        with contextlib.redirect_stdout(sys.stderr):  # prints of libraries are not the report
             report = job()
         if report is None:  # of several processes that train, the main one reports
             return 0
@@ -91,7 +96,7 @@ def run(program: str, verb: Command, words: list[str]) -> int:
 
 
 def refusal(error: Exception) -> str | None:
-    """What to tell the user of an error, in one paragraph; None if it is a fault of the program."""
+    """Return the message for an error of the user, in one paragraph; None for a fault of the program."""
     from laconic.core.files import Refusal
 
     if isinstance(error, ImportError):
@@ -103,26 +108,21 @@ def refusal(error: Exception) -> str | None:
     return " ".join(str(error).split())
 
 
-# ------------------------------------------------------------------------------------------------ a job as a verb
-def parse(program: str, verb: Command, words: list[str]) -> tuple[Callable[[], Any], bool]:
-    """Return the verb's job with its arguments, and True if JSON is asked for. Exits after help or wrong usage."""
+# ------------------------------------------------------------------------------------------------ parsing
+def parse(program: str, command: Command, words: list[str]) -> tuple[Callable[[], Any], bool]:
+    """Return the command's function with its arguments, and True if JSON is asked for. Exits after wrong usage."""
     import tyro
 
-    module, _, function = verb.job.partition(":")
+    module, _, function = command.job.partition(":")
     job = getattr(importlib.import_module(module), function)
-    try:
-        return tyro.cli(as_verb(job), prog=program, args=words, config=(tyro.conf.FlagCreatePairsOff,))
-    except SystemExit as stop:
-        if stop.code in (0, None) and {"-h", "--help"} & set(words):
-            print("examples:", *(f"  {example}" for example in verb.examples), sep="\n")
-        raise
+    return tyro.cli(with_json(job), prog=program, args=words, config=(tyro.conf.FlagCreatePairsOff,))
 
 
-def as_verb(job: Callable[..., Any]) -> Callable[..., tuple[Callable[[], Any], bool]]:
-    """A function for tyro with the parameters of a job and ``--json``: tuples with a default are options that repeat."""
+def with_json(job: Callable[..., Any]) -> Callable[..., tuple[Callable[[], Any], bool]]:
+    """Return a function for tyro with the parameters of a job and ``--json``; tuples with a default are options that repeat."""
     import tyro
 
-    def verb(*args: Any, json: bool = False, **kwargs: Any) -> tuple[Callable[[], Any], bool]:
+    def command(*args: Any, json: bool = False, **kwargs: Any) -> tuple[Callable[[], Any], bool]:
         return partial(job, *args, **kwargs), json
 
     hints, parameters = typing.get_type_hints(job), []
@@ -133,15 +133,15 @@ def as_verb(job: Callable[..., Any]) -> Callable[..., tuple[Callable[[], Any], b
         elif isinstance(parameter.default, tuple):
             hint = Annotated[hint, tyro.conf.UseAppendAction]
         elif dataclasses.is_dataclass(parameter.default):
-            hint = Annotated[hint, tyro.conf.arg(name="")]  # its fields are options of the verb
+            hint = Annotated[hint, tyro.conf.arg(name="")]  # its fields are options of the command
         parameters.append(parameter.replace(annotation=hint))
     flag = Annotated[bool, tyro.conf.arg(help=JSON_HELP)]
     parameters.append(inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=flag))
-    vars(verb).pop("__wrapped__", None)  # where the tests check types by decorators, tyro would look beneath them
-    verb.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    verb.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    verb.__doc__ = job.__doc__
-    return verb
+    vars(command).pop("__wrapped__", None)  # where the tests check types by decorators, tyro would look beneath them
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    command.__doc__ = job.__doc__
+    return command
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""The verbs of the command line: what each does in a line, where its job is, and examples."""
+"""The commands of the command line: each with a line of help, its function, and examples."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+JSON_HELP = "print the report as JSON and nothing else"
+
 
 @dataclass(frozen=True)
 class Command:
-    """A verb: in a line, where its job is, and examples."""
+    """A command: its line of help, its function, and examples."""
 
     line: str
     job: str  # module:function
@@ -16,7 +18,7 @@ class Command:
 
 COMMANDS = {
     "demo": Command(
-        "Reduce a model by several methods: cost, speed and accuracy in one honest table, and pictures.",
+        "Reduce a model by several methods: a table of cost, speed, accuracy; pictures.",
         "laconic.cli.demo:demo",
         (
             "laconic demo",
@@ -25,17 +27,17 @@ COMMANDS = {
         ),
     ),
     "list": Command(
-        "The methods and the supported models.",
+        "List methods, with a shortlist, and supported models.",
         "laconic.cli.list:list_",
         ("laconic list", "laconic list --recipes", "laconic list --json"),
     ),
     "doctor": Command(
-        "What works on a model, and why the rest does not.",
+        "Try methods on a model; say which work, and why others do not.",
         "laconic.cli.doctor:doctor",
-        ("laconic doctor vit_base_patch16_siglip_224", "laconic doctor ./my-reduced-model --json"),
+        ("laconic doctor vit_base_patch16_siglip_224", "laconic doctor ./my-reduced-model --all --json"),
     ),
     "eval": Command(
-        "How often a model is right, before and after it is reduced.",
+        "Evaluate a model before and after it is reduced.",
         "laconic.cli.eval:eval_",
         (
             "laconic eval deit_small_patch16_224 --data imagenet --method etps --method bat --keep 0.7",
@@ -44,7 +46,7 @@ COMMANDS = {
         ),
     ),
     "sweep": Command(
-        "Accuracy at many keep rates beside every alternative, as CSV, JSON and plots.",
+        "Evaluate at many keep rates, with alternatives: CSV, JSON, plots.",
         "laconic.cli.sweep:sweep",
         (
             "laconic sweep scenes_vit_small --data scenes --method etps --method bat --output sweep.csv",
@@ -62,7 +64,7 @@ COMMANDS = {
         ),
     ),
     "bench": Command(
-        "How much faster reduced models really are on this machine.",
+        "Measure the speed of reduced models on this machine.",
         "laconic.cli.bench:bench",
         (
             "laconic bench deit_small_patch16_224 --method etps --method bat --keep 0.7 --keep 0.5",
@@ -72,7 +74,7 @@ COMMANDS = {
         ),
     ),
     "plan": Command(
-        "Turn a budget (multiply-adds, a speed-up, milliseconds) into a schedule.",
+        "Turn a budget (multiply-adds, speed-up, milliseconds) into a schedule.",
         "laconic.cli.plan:plan",
         (
             "laconic plan deit_small_patch16_224 --method etps --target 2.3G",
@@ -82,7 +84,7 @@ COMMANDS = {
         ),
     ),
     "export": Command(
-        "Reduced models as files for ONNX Runtime, OpenVINO and torch: proved, and how much of the speed-up survives.",
+        "Write files for ONNX Runtime, OpenVINO, torch.export; check and time them.",
         "laconic.cli.export:export",
         (
             "laconic export deit_small_patch16_224 --method etps --keep 0.7 --output exported",
@@ -91,7 +93,7 @@ COMMANDS = {
         ),
     ),
     "show": Command(
-        "Pictures of what became of every patch of a photograph.",
+        "Draw the outcome of every patch of a photograph.",
         "laconic.cli.show:show",
         (
             "laconic show photo.jpg --method bat --keep 0.7",

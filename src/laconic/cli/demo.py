@@ -222,7 +222,5 @@ def _scorers(learned: Sequence[Variant], ready: Sequence[bool]) -> list[str]:
         notes.append(f"{sentence(shipped)} {scores} tokens with the predictors that come with laconic, trained at keep 0.7")
     if fresh:
         scores = "score" if len(fresh) > 1 else "scores"
-        notes.append(
-            f"{sentence(fresh)} {scores} tokens with an untrained predictor, so the tokens they keep are arbitrary"
-        )
+        notes.append(f"{sentence(fresh)} {scores} tokens with an untrained predictor, so the tokens they keep are arbitrary")
     return notes

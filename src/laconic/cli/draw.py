@@ -95,7 +95,7 @@ def colours(stages: Sequence[Map]) -> list[dict[int, np.ndarray]]:
 
 
 def _around(patches: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """The patches beside any of these, corners too."""
+    """Return the patches adjacent to any of these, corners too."""
     mask = np.zeros((grid[0] + 2, grid[1] + 2), bool)
     rows, columns = np.divmod(patches, grid[1])
     for down in range(3):

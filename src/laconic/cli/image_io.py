@@ -1,4 +1,4 @@
-"""Photographs and other images, as a model sees them and as the picture of what it saw."""
+"""Photographs and other images: pixels for the model, and pictures of its crop."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from laconic.core.files import Refusal
 from laconic.data import Unreadable, decode
 from laconic.data.sizes import check_resize, read_bytes
 
-SHIPPED = {  # what scikit-image ships in its wheel and everybody may use: file -> what it is, and who gave it away
+SHIPPED = {  # free images of scikit-image's wheel: file -> subject, author and licence
     "astronaut.png": "Eileen Collins, astronaut (NASA; public domain)",
     "chelsea.png": "Chelsea the cat (Stefan van der Walt; CC0)",
     "coffee.png": "a cup of coffee (Rachel Michetti, courtesy of Pikolo Espresso Bar; CC0)",
@@ -34,12 +34,12 @@ class Photo:
 
     @property
     def stem(self) -> str:
-        """A name for files that are about it."""
+        """File name stem for files about this image."""
         return re.sub(r"[^\w.-]+", "-", Path(self.name).stem)
 
 
 def shipped(count: int) -> dict[Path, str]:
-    """The first ``count`` photographs of the demo, by path, and where they come from.
+    """Return the first ``count`` photographs of the demo by path, with their sources.
 
     Raises:
         Refusal: scikit-image is not there, or ships none of them.
@@ -58,7 +58,7 @@ def shipped(count: int) -> dict[Path, str]:
 
 
 def read(path: Path, model: nn.Module) -> Photo:
-    """An image file, resized, cropped and normalised as timm says this model wants it.
+    """Read an image file, resized, cropped and normalised as timm's config of this model says.
 
     Raises:
         Refusal: there is no such file, it is not an image, or one too large (see `laconic.core.limits`).
@@ -77,7 +77,7 @@ def read(path: Path, model: nn.Module) -> Photo:
 
 
 def prepare(name: str, image: Any, model: nn.Module) -> Photo:
-    """An image of PIL, resized, cropped and normalised as timm says this model wants it.
+    """Prepare a PIL image: resized, cropped and normalised as timm's config of this model says.
 
     Raises:
         Unreadable: it would be resized to a picture too large (see `laconic.core.limits`).

@@ -34,9 +34,9 @@ class ListReport(Report):
         yield SOURCE
         yield Table("Methods", HEADER, tuple(map(_cells, self.methods)), words=10, below=BELOW)
         yield (
-            "where: before a block, ahead of its attention (but knowing it), between attention and MLP, or after it. count: the "
-            "same for all images, or each image's own. training: yes if it must be trained before use. adds: yes if it adds "
-            "parameters to the model. matrix: yes if it needs all attention weights, which fused attention does not keep. "
+            "where: before a block, ahead of its attention but knowing it, between attention and MLP, or after it. count: "
+            "the same for all images, or each image's own. training: yes if it must be trained before use. adds: yes if it "
+            "adds parameters to the model. matrix: yes if it needs all attention weights, which fused attention does not keep. "
             "other tokens: what happens to the tokens that are not kept."
         )
         yield Verbatim("\n  ".join(["Model classes", *self.models]))

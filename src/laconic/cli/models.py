@@ -1,4 +1,4 @@
-"""Models for the jobs: from timm or from a directory; the same at a lower resolution, and the one a size smaller."""
+"""Models for the commands: from timm or from a directory; at a lower resolution; the next smaller one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIZES = ("giant", "huge", "large", "base", "medium", "small", "tiny")  # a word 
 
 
 def create(name: str, *, seed: int = 0, **options: Any) -> nn.Module:
-    """A timm model in evaluation mode, with random weights unless the options say otherwise.
+    """Create a timm model in evaluation mode, with random weights unless the options say otherwise.
 
     Raises:
         Refusal: timm has no model of that name.
@@ -30,7 +30,7 @@ def create(name: str, *, seed: int = 0, **options: Any) -> nn.Module:
     architecture = name.partition(".")[0]
     if ":" not in name and not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models(), n=4, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models('*vit*') lists what there is."
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models('*vit*') lists them."
         raise Refusal(f"timm has no model called {name!r}, and there is no directory of that name; {hint}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -41,7 +41,7 @@ def create(name: str, *, seed: int = 0, **options: Any) -> nn.Module:
 
 
 def open_model(name: str) -> nn.Module:
-    """A model by its timm name (random weights), or from a directory: laconic.save's, or transformers' save_pretrained's."""
+    """Open a model by timm name (random weights), or from a directory of laconic.save or transformers' save_pretrained."""
     if not Path(name).is_dir():
         return create(name)
     from laconic.checkpoints.save_load import RECORD, load
@@ -51,14 +51,14 @@ def open_model(name: str) -> nn.Module:
     try:
         model: nn.Module = from_directory(name) if theirs else load(name)
     except (OSError, ValueError, TypeError, LookupError, RuntimeError) as error:
-        whose = "transformers" if theirs else "laconic"
-        raise Refusal(f"{name} does not hold a model that {whose} saved: {error}") from error
+        library = "transformers" if theirs else "laconic"
+        raise Refusal(f"{name} does not hold a model that {library} saved: {error}") from error
     return model.eval()
 
 
 # ------------------------------------------------------------------------------------------------ the alternatives
 def lower_resolution(model: Any, patches: float) -> Any | None:
-    """The same model, with the same weights, for a smaller image of about ``patches`` patches; None if timm cannot."""
+    """Return the model, with the same weights, for a smaller image of about ``patches`` patches; None if timm cannot."""
     embed = getattr(model, "patch_embed", None)
     grid, size = getattr(embed, "grid_size", None), getattr(embed, "img_size", None)
     if not hasattr(model, "set_input_size") or not grid or not size:
@@ -74,7 +74,7 @@ def lower_resolution(model: Any, patches: float) -> Any | None:
 
 
 def smaller_name(name: str) -> str | None:
-    """The timm model one size down with the rest of the name the same (deit_base… -> deit_small…), or None."""
+    """Return the name of the timm model one size down (deit_base… -> deit_small…), or None."""
     import timm
 
     architecture = name.partition(".")[0]

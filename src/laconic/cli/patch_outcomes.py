@@ -1,4 +1,4 @@
-"""What became of the object and of what surrounds it, where the images know which patches show their object."""
+"""Outcomes of the patches (kept, merged, dropped) of the object and of its surroundings, for images with known objects."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from laconic.training.token_labels import COVERED, patch_labels
 
 HEADER = ("", "object: kept", "merged", "dropped", "surroundings: kept", "merged", "dropped")
 EXPLAINED = (
-    "Shares of the patches in %, at the end, mean over the images. kept: a token stands in the patch's own place. merged: a "
-    "token in another place holds it. dropped: no token does. The object's patches are those of which it covers more than "
+    "Shares of the patches in %, at the end, mean over the images. kept: the patch still has its own token. merged: a token of "
+    "another patch holds it. dropped: no token does. The object's patches are those of which it covers more than "
     f"{COVERED:.0%}, the others are its surroundings."
 )
 
 
 @dataclass(frozen=True)
 class Shares:
-    """Of some patches, which share was kept, merged and dropped: together 1."""
+    """Shares of some patches that were kept, merged and dropped: together 1."""
 
     kept: float
     merged: float
@@ -35,35 +35,35 @@ class Shares:
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What became of the object's patches and of the others, after the last block that reduces; mean over the images."""
+    """Outcomes of the object's patches and of the others, after the last block that reduces; mean over the images."""
 
     object: Shares
     surroundings: Shares
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, as plain JSON."""
+        """Return all of it as plain JSON."""
         return asdict(self)
 
 
 def object_patches(images: ImageSet, grid: tuple[int, int]) -> Tensor | None:
-    """Which patches of every image show its object, [N, P] of bool; None where the images do not know."""
+    """Return a mask of the patches of every image that show its object, [N, P] of bool; None if that is not known."""
     if not isinstance(images, Scenes):
         return None
     return patch_labels(images, list(range(len(images))), grid) < len(images.classes)
 
 
 def outcomes(stage: Stage) -> Tensor:
-    """Whether each patch of a batch was kept, merged or dropped, [B, P, 3] of bool."""
+    """Return masks of the patches of a batch that were kept, merged and dropped, [B, P, 3] of bool."""
     held = stage.where >= 0
-    own = torch.zeros_like(held).scatter(1, stage.kept, True) & held  # what pads an image stands in a place it does not hold
+    own = torch.zeros_like(held).scatter(1, stage.kept, True) & held  # padding has a place, but holds no patch
     return torch.stack([own, held & ~own, ~held & ~own], 2)
 
 
 class Count:
-    """Adds up the outcomes of a reduced model's patches while it runs over images in their order.
+    """Sums of the outcomes of a reduced model's patches, over images in their order.
 
     Args:
-        shown: which patches show the object, [N, P].
+        shown: mask of the patches that show the object, [N, P].
     """
 
     def __init__(self, shown: Tensor) -> None:
@@ -89,7 +89,7 @@ class Count:
 
 @contextmanager
 def counting(model: nn.Module, shown: Tensor) -> Iterator[Count]:
-    """Count along with every forward of a reduced model."""
+    """Count the outcomes of every forward of a reduced model."""
     count = Count(shown)
     handle = model.register_forward_hook(lambda *_: count.add(provenance(model).final))
     try:
@@ -99,7 +99,7 @@ def counting(model: nn.Module, shown: Tensor) -> Iterator[Count]:
 
 
 def table(rows: Sequence[tuple[str, Outcomes]], title: str) -> Table:
-    """Labels with their outcomes, for people."""
+    """Return a table of labels with their outcomes."""
 
     def cells(label: str, found: Outcomes) -> tuple[str, ...]:
         parts = (found.object, fate.surroundings)

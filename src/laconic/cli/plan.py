@@ -1,4 +1,4 @@
-"""``laconic plan``: a budget turned into a schedule, and a plan measured again."""
+"""``laconic plan``: turn a budget into a schedule; measure a plan again."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def plan(
     output: Path | None = None,
     check: Path | None = None,
 ) -> PlanReport | CheckReport:
-    """Find the schedule of a method that just meets a budget, and measure it beside the unreduced model.
+    """Find the schedule of a method that just meets a budget, and measure it next to the unreduced model.
 
-    Without --data it is the method's usual shape with one keep rate. With images a search looks for where and how much to
-    reduce so that the model's answers change least: on half of the images, and its outcome is reported on the other half.
+    Without --data it is the method's default schedule with one keep rate. With images a search finds the blocks and counts
+    that change the model's answers least: on half of the images, and the result is reported on the other half.
 
     Args:
         model: timm name, or a directory that laconic.save wrote.
@@ -78,7 +78,7 @@ def plan(
         model_args: argument of timm.create_model, as NAME=VALUE.
         device: cuda where there is one, else cpu.
         dtype: of weights and images.
-        output: write the plan (with --check, what was found) to this JSON file; a stopped search goes on from there.
+        output: write the plan (with --check, its measurement) to this JSON file; a stopped search resumes from there.
         check: measure the plan in this file again, here and now; exit code 1 if it is off by more than 10 %.
 
     Raises:
@@ -121,7 +121,7 @@ def plan(
 
 
 def opened(model: str, model_args: Sequence[str]) -> nn.Module:
-    """A model whose weights do not matter."""
+    """Open a model without caring for its weights."""
     return create(model, **parse_args(model_args)) if model_args else open_model(model)
 
 
@@ -138,7 +138,7 @@ def searched(
     at: Sequence[int] | None,
     measuring: Measuring,
 ) -> Plan:
-    """A plan by search on the eval_input's images."""
+    """Return a plan by search on the images."""
     if eval_input.random:
         raise Refusal(f"{eval_input.weights}; a search by them would find nothing. Give --weights, or plan without --data")
     images, labels = pixels_of(base, eval_input, reading)
@@ -148,7 +148,7 @@ def searched(
 
 
 def pixels_of(base: nn.Module, eval_input: EvalInput, reading: Reading) -> tuple[Tensor, Tensor]:
-    """All images that can be read, as the model takes them, and their labels.
+    """Return all images that can be read, as the model takes them, and their labels.
 
     Raises:
         Refusal: there are fewer than four.
@@ -164,7 +164,7 @@ def pixels_of(base: nn.Module, eval_input: EvalInput, reading: Reading) -> tuple
 
 
 def timed(plan: Plan, base: nn.Module, config: Method, measuring: Measuring) -> Plan:
-    """The plan with its time measured, if that has not been done: a budget of multiply-adds may cost time."""
+    """Return the plan with its time measured: a budget of multiply-adds says nothing of time."""
     if plan.measured is not None:
         return plan
     measured = measure(ScheduleSpace(base, config), [plan.schedule], measuring)[0]
@@ -173,7 +173,7 @@ def timed(plan: Plan, base: nn.Module, config: Method, measuring: Measuring) -> 
 
 # ------------------------------------------------------------------------------------------------ measured again
 def checked_again(path: Path, others: Sequence[str], rounds: int | None, output: Path | None) -> CheckReport:
-    """Measure a plan that was written before; what was found is written, and then judged.
+    """Measure a plan that was written before; write the result, then refuse a plan that is off.
 
     Raises:
         Refusal: the file is no plan, more was asked for, or the plan is off by more than 10 %.

@@ -1,4 +1,4 @@
-"""What ``laconic plan`` prints: the schedule, what it costs, and how faithful it is."""
+"""The report of ``laconic plan``: the schedule, its cost, and its distance from the unreduced model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from laconic.planning.fidelity import Judged
 from laconic.planning.result import Plan, relative_error
 from laconic.planning.timing import Measured
 
-TOLERANCE = 0.1  # of a plan that is measured again
+TOLERANCE = 0.1  # for a plan that is measured again
 HEADER = ("", "GMACs", "predicted time", "distance (95 %)", "agrees % (95 %)", "top-1 % (95 %)", "schedule")
 EXPLAINED = (
     "distance: mean KL of the class probabilities from the unreduced model's, in nats (without a head: 1 - cosine). agrees: "
@@ -25,7 +25,7 @@ EXPLAINED = (
 
 @dataclass(frozen=True)
 class PlanReport(Report):
-    """A plan, and what it is a plan of."""
+    """A plan, and the model and machine it was made for."""
 
     plan: Plan
     about: Mapping[str, Any]
@@ -59,16 +59,16 @@ class PlanReport(Report):
 
 
 def said(measured: Measured) -> str:
-    """What was measured, in a line."""
+    """Return the measurement in a line."""
     r, own, base = measured.ratio, measured.seconds.median * 1e3, measured.base_seconds.median * 1e3
     return (
-        f"Measured {r.median:.2f}x ({r.low:.2f}-{r.high:.2f}): {own:.2f} ms where the unreduced model takes {base:.2f} ms, "
+        f"Measured {r.median:.2f}x ({r.low:.2f}-{r.high:.2f}): {own:.2f} ms, and the unreduced model takes {base:.2f} ms, "
         f"batch {measured.batch_size}, {measured.rounds} rounds."
     )
 
 
 def words(plan: Plan) -> str:
-    """The comparison with the uniform schedule, with its numbers."""
+    """Return the comparison with the uniform schedule, with its numbers."""
     found = plan.comparison
     assert found is not None
     shift = f"distance {found.distance.mean:+.4f} ± {found.distance.half:.4f}"
@@ -77,7 +77,7 @@ def words(plan: Plan) -> str:
 
 
 def table(rows: Sequence[Judged], title: str) -> Table:
-    """Schedules and their fidelity; a star for those that no other beats in both cost and distance."""
+    """Return a table of schedules and their fidelity, with a star if no other is better in both cost and distance."""
 
     def beaten(row: Judged) -> bool:
         def cost(one: Judged) -> float:
@@ -98,46 +98,46 @@ def table(rows: Sequence[Judged], title: str) -> Table:
 
 
 def share_of(value: float, interval: tuple[float, float]) -> str:
-    """A share with its interval, in per cent."""
+    """Return a share with its interval, in per cent."""
     return f"{100 * value:.1f} ({100 * interval[0]:.1f}-{100 * interval[1]:.1f})"
 
 
 @dataclass(frozen=True)
 class CheckReport(Report):
-    """A plan measured again, beside what was measured when it was made."""
+    """A plan measured again, next to the measurement of when it was made."""
 
     path: str
     target: Target
     before: Measured
     now: Measured
     macs: int
-    base: float  # seconds of the unreduced model that the plan goes by
+    base: float  # seconds of the unreduced model that the plan was made with
     environment: Mapping[str, Any]
 
     @property
     def base_moved(self) -> float:
-        """How much longer the unreduced model takes now."""
+        """Relative change of the unreduced model's time."""
         return self.now.base_seconds.median / self.base - 1
 
     @property
     def off(self) -> float | None:
-        """How far the plan is from its target now; milliseconds as they would be if the unreduced model took what it took."""
-        return relative_error(self.target, self.now, self.base)
+        """Relative distance from the target now; milliseconds are scaled by the change of the unreduced model's time."""
+        return off_target(self.target, self.now, self.base)
 
     @property
     def raw(self) -> float | None:
-        """How far it is by this machine's clock alone."""
-        return relative_error(self.target, self.now)
+        """Relative distance from the target, in unscaled milliseconds."""
+        return off_target(self.target, self.now)
 
     @property
     def line(self) -> str:
-        """In words."""
+        """The result in words."""
         if self.off is None:
             return f"the schedule takes {self.macs} multiply-adds, as planned for {self.target.text}"
         raw = "" if self.raw is None or self.target.kind != "time" else f" (by the clock alone {self.raw:+.1%})"
         return (
             f"planned for {self.target.text}, now off by {self.off:+.1%}{raw}; the unreduced model takes "
-            f"{1 + self.base_moved:.0%} of what it took"
+            f"{1 + self.base_moved:.0%} of its earlier time"
         )
 
     def parts(self) -> Iterator[str | Table]:
@@ -163,7 +163,7 @@ class CheckReport(Report):
 
 
 def checked(report: CheckReport) -> CheckReport:
-    """The report of a plan that holds.
+    """Return the report of a plan that still meets its target.
 
     Raises:
         Refusal: it is off by more than 10 %.

@@ -1,4 +1,4 @@
-"""What a search of ``laconic plan`` knows already, in a file of one JSON object a line: so that it can be stopped."""
+"""Scores of a search of ``laconic plan``, in a file of one JSON object a line, so that the search can be resumed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from laconic.planning.latency import Table
 
 
 class Scores:
-    """Scores by schedule, and the table of times that the search went by.
+    """Scores by schedule, and the table of times that the search uses.
 
     Args:
-        path: the file; None: nothing is kept.
-        question: what a file must agree in to be gone on with.
+        path: the file; None: nothing is saved.
+        question: the facts that a file must agree in to be resumed.
 
     Raises:
         Refusal: the file holds another search.
@@ -42,12 +42,12 @@ class Scores:
             self.known = {Schedule.of(row["schedule"]): row["score"] for row in rows}
 
     def begin(self, table: Table | None) -> None:
-        """Note what the search goes by."""
+        """Write the table of times that the search uses."""
         if not self.begun:
             self._add({"question": self.question, "table": None if table is None else table.to_json()})
 
     def remember(self, score: Callable[[Schedule], float]) -> Callable[[Schedule], float]:
-        """The same scores, each computed once and for all."""
+        """Return the same function, which computes each score once."""
 
         def remembered(schedule: Schedule) -> float:
             if schedule not in self.known:

@@ -12,12 +12,12 @@ from laconic.core.files import Refusal, write_atomically
 
 Against = Literal["GMACs", "speed"]
 LABELS = {"GMACs": "multiply-adds of one image (G)", "speed": "measured speed (x the unreduced model, median)"}
-PLAIN = ("--", "0.55")  # of what needs no method: dashed, grey
+PLAIN = ("--", "0.55")  # of rows without a method: dashed, grey
 MARKERS = "os^Dvph*XP"
 
 
 def check_matplotlib() -> None:
-    """Refuse before hours of work, not after.
+    """Refuse before hours of work, if matplotlib is missing.
 
     Raises:
         Refusal: matplotlib is not there.
@@ -30,7 +30,7 @@ def check_matplotlib() -> None:
 
 
 def lines_of(rows: Sequence[Score], against: Against) -> dict[str, list[tuple[float, float, float, float]]]:
-    """What is drawn: for every name its points (x, top-1, low, high; in per cent), by rising x."""
+    """Return the points (x, top-1, low, high; in per cent) of every name, by rising x."""
     out = dict[str, list[tuple[float, float, float, float]]]()
     for row in rows:
         x = row.macs / 1e9 if against == "GMACs" else row.ratio[1] if row.ratio else None

@@ -1,4 +1,4 @@
-"""A row of ``eval`` and of ``sweep``: a variant, what it costs, and how often it is right."""
+"""A row of ``eval`` and of ``sweep``: a variant, its cost and its accuracy."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HEADER = ("", "top-1 %", "(95 %)", "change", "top-5 %", "agrees %", "KL", "GMACs
 
 @dataclass(frozen=True)
 class Score:
-    """A variant and its accuracy, in shares; ``options`` are the method's. Speed, where it was measured, is the ratio to the
+    """A variant and its accuracy, in shares; ``options`` are the method's. Speed, if measured, is the ratio to the
     unreduced model's time, its quartiles, and images a second.
     """
 
@@ -62,19 +62,19 @@ class Score:
         return label_of(self.name, self.keep)
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, as plain JSON."""
+        """Return all of it as plain JSON."""
         fields: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return fields
 
     @classmethod
     def of_json(cls, fields: dict[str, Any]) -> Score:
-        """What `to_json` wrote."""
+        """Return the score that `to_json` wrote."""
         given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
         return cls(**given)
 
 
 def options_of(variant: Variant) -> dict[str, Any]:
-    """The options of a variant's method, as plain JSON; none where there is no method."""
+    """Return the options of a variant's method as plain JSON; empty without a method."""
     reduction = find_reduction(variant.model)
     found: dict[str, Any] = {} if reduction is None else reduction.config.describe()["options"]
     return dict(json.loads(json.dumps(found)))
@@ -83,7 +83,7 @@ def options_of(variant: Variant) -> dict[str, Any]:
 def score(
     variant: Variant, images: ImageSet, reading: Reading, setting: Setting, reference: Answers | None = None
 ) -> tuple[Score, Answers]:
-    """Evaluate a variant; its row, and its answers (with logits where there is no reference, to be one)."""
+    """Evaluate a variant; return its row and its answers (without a reference they keep logits, to be one)."""
     model = variant.model.to(setting.place, DTYPES[setting.dtype])
     how: dict[str, Any] = {"batch_size": reading.batch_size, "workers": reading.workers, "crop": reading.crop}
     with torch.random.fork_rng(devices=[]):
@@ -101,13 +101,13 @@ def score(
 
 
 def _observing(model: nn.Module) -> AbstractContextManager[Observer | None]:
-    """What a method that decides for every image leaves of these images."""
+    """Observe the tokens of each image, for methods with a count for each image."""
     reduction = find_reduction(model)
     return nullcontext() if reduction is None or reduction.execution is None else observing(model)
 
 
 def table(rows: Sequence[Score], title: str) -> Table:
-    """Rows, for people; changes are in points of per cent, to the first row."""
+    """Return the table of rows; changes are in points of per cent, to the first row."""
     speed = any(row.ratio for row in rows)
 
     def cells(row: Score) -> tuple[str, ...]:
@@ -124,7 +124,7 @@ def table(rows: Sequence[Score], title: str) -> Table:
 
 
 def to_csv(model: str, rows: Sequence[Score]) -> str:
-    """The columns of timm's result files (accuracy in per cent), and after them what they have no column for."""
+    """Return CSV with the columns of timm's result files (accuracy in per cent), and after them our own."""
     return csv_text([_line(model, row) for row in rows])
 
 

@@ -1,4 +1,4 @@
-"""The shortlist of ``laconic list``: a method for each use, by what docs/methods.md, evidence.md and performance.md measured."""
+"""The shortlist of ``laconic list``: a method for each use, by the numbers of docs/methods.md, evidence.md, performance.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``laconic show``: pictures of what became of every patch of a photograph."""
+"""``laconic show``: pictures of the outcome of every patch of a photograph."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MODEL = "deit_small_patch16_224"
 
 @dataclass(frozen=True)
 class Picture:
-    """One file that was written, and what is in it."""
+    """One written file and its content."""
 
     file: Path
     image: str
@@ -69,10 +69,10 @@ def show(
     weights: Path | None = None,
     output: Path = Path("laconic-show"),
 ) -> ShowReport:
-    """Draw what became of every patch of a photograph.
+    """Draw the outcome of every patch of a photograph.
 
     One picture for every image, method and keep rate: the crop that the model saw, then each reducing stage. Patches that
-    share a token have one colour and a border, a patch with a token of its own is left as it is, dropped ones are dark.
+    share a token have one colour and a border, a patch with a token of its own is unchanged, dropped ones are dark.
 
     Args:
         images: image files.
@@ -95,7 +95,7 @@ def show(
     saved = find_reduction(base)
     if saved is not None:
         if method or keep or options:
-            raise Refusal(f"{model} is reduced by {saved.config.info.name} already; leave --method, --keep and --options away")
+            raise Refusal(f"{model} is reduced by {saved.config.info.name} already; leave out --method, --keep and --options")
         models = [(saved.config.info.name, "as saved", base)]
     else:
         configs = parse_methods(method or ("bat",), options)
@@ -104,35 +104,35 @@ def show(
     pictures = list[Picture]()
     names = unique([path.stem for path in images])
     for name, rate, reduced_model in models:
-        ledger = look(reduced_model, read)
+        history = look(reduced_model, read)
         for number, (photo, stem) in enumerate(zip(read, names, strict=True)):
             file = output / f"{stem}-{name}-{rate.replace(' ', '-')}.png"
-            pictures.append(draw_one(file, photo, ledger, number, name, rate, remark))
+            pictures.append(draw_one(file, photo, history, number, name, rate, remark))
     return ShowReport(line, tuple(pictures))
 
 
 def _open(name: str, file: Path | None) -> tuple[nn.Module, str, str]:
-    """The model, which weights it has, and what the pictures should say of that."""
+    """Return the model, a line on its weights, and a remark on them for the pictures."""
     if Path(name).is_dir():
         if file is not None:
-            raise Refusal(f"{name} holds weights already; leave --weights away, or name the model as timm does")
+            raise Refusal(f"{name} holds weights already; leave out --weights, or give the model's timm name")
         return open_model(name), f"the weights come from {name}", ""
     loaded = load(name, file)
     return loaded.model, loaded.line, loaded.remark
 
 
 def look(model: nn.Module, read: Sequence[Photo]) -> Provenance:
-    """Run a reduced model on photographs: what became of their patches."""
+    """Run a reduced model on photographs; return the provenance of their patches."""
     device = next(model.parameters()).device
     with torch.inference_mode():
         model(torch.stack([photo.pixels for photo in read]).to(device))
     return provenance(model)
 
 
-def draw_one(file: Path, photo: Photo, ledger: Provenance, number: int, method: str, rate: str, remark: str = "") -> Picture:
-    """Write the token map of one photograph, the ``number``-th of the ledger, under one method."""
-    stages = draw.maps(ledger, number)
-    patches = ledger.final.where.shape[1]
+def draw_one(file: Path, photo: Photo, history: Provenance, number: int, method: str, rate: str, remark: str = "") -> Picture:
+    """Write the token map of one photograph, the ``number``-th of the batch, under one method."""
+    stages = draw.maps(history, number)
+    patches = history.final.where.shape[1]
     tokens = (patches, *(stage.tokens for stage in stages))
     titles = ["input", *(f"after block {stage.block}" for stage in stages)]
     keep = f"keep {rate}" if rate[0].isdigit() else rate
@@ -142,27 +142,27 @@ def draw_one(file: Path, photo: Photo, ledger: Provenance, number: int, method: 
 
 
 def _rate(keep: float | None) -> str:
-    """A keep rate, in words."""
+    """Return a keep rate in words."""
     return "as it decides" if keep is None else f"{keep:g}"
 
 
 def draw_all(folder: Path, variants: Sequence[Variant], read: Sequence[Photo], remark: str) -> tuple[Path, list[Picture]]:
-    """A picture of every stage for each method and image, and a sheet with the last stage of all of them."""
+    """Draw every stage for each method and image, and a sheet with the last stage of all of them."""
     pictures, panels = list[Picture](), [list[Any]() for _ in read]
     stems = unique([photo.stem for photo in read])
     for variant in tqdm(variants, desc="drawing", unit="method", leave=False, disable=None):
-        ledger = look(variant.model, read)
+        history = look(variant.model, read)
         for number, photo in enumerate(read):
             file = folder / f"{stems[number]}-{variant.name}-{_rate(variant.keep).replace(' ', '-')}.png"
-            pictures.append(draw_one(file, photo, ledger, number, variant.name, _rate(variant.keep), remark))
-            maps = draw.token_maps(photo.picture, draw.maps(ledger, number))
+            pictures.append(draw_one(file, photo, history, number, variant.name, _rate(variant.keep), remark))
+            maps = draw.token_maps(photo.picture, draw.maps(history, number))
             panels[number] += [maps[-1]] if panels[number] else [maps[0], maps[-1]]
     titles = [f"{variants[0].tokens[0]} patches", *(f"{v.name}: {v.tokens[-1]} tokens" for v in variants)]
     rates = sentence(list(dict.fromkeys(_rate(variant.keep) for variant in variants)))
-    heading = f"keep {rates} at {len(variants[0].tokens) - 1} blocks: what is left{remark}"
+    heading = f"keep {rates} at {len(variants[0].tokens) - 1} blocks: remaining tokens{remark}"
     return draw.save_sheet(folder / "token-maps.png", panels, titles, heading), pictures
 
 
 def unique(stems: Sequence[str]) -> list[str]:
-    """The same names, those that repeat with a number after them."""
+    """Return the names, with a number after those that repeat."""
     return [f"{s}-{i}" if stems.count(s) > 1 else s for i, s in enumerate(stems, 1)]

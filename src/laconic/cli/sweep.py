@@ -1,4 +1,4 @@
-"""``laconic sweep``: accuracy at many keep rates, beside everything else that spends fewer multiply-adds; resumable."""
+"""``laconic sweep``: accuracy at many keep rates, next to the alternatives with fewer multiply-adds; resumable."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
 
 @dataclass(frozen=True)
 class SweepReport(Report):
-    """The rows, where they are written, and what is to be known of them."""
+    """The rows, the files they are written to, and notes."""
 
     title: str
     rows: tuple[Score, ...]
     files: tuple[Path, ...]
-    computed: int  # rows that this run evaluated; the others were there
-    record: dict[str, Any]  # what the JSON file holds
+    computed: int  # rows that this run evaluated; the others were read from the files
+    record: dict[str, Any]  # the content of the JSON file
 
     def parts(self) -> Iterator[str | Table]:
         yield scores.table(self.rows, self.title)
@@ -66,24 +66,24 @@ def sweep(
     speed_batch: int = 8,
     setting: Setting = Setting(),  # noqa: B008 (it is frozen)
 ) -> SweepReport:
-    """Accuracy of methods at many keep rates, and of the alternatives that are always there, as CSV, JSON and plots.
+    """Evaluate methods at many keep rates, and the alternatives, as CSV, JSON and plots.
 
-    Rows for the unreduced model, random pruning, average pooling, a lower input resolution and (where there are weights
-    for it) the next smaller model are always there. Asked again, it computes only the rows that the files do not have.
+    Rows for the unreduced model, random pruning, average pooling, a lower input resolution and (if there are weights for it)
+    the next smaller model are always included. Run again, it computes only the rows that the files do not have.
 
     Args:
         model: timm name, or a directory that laconic.save wrote.
         data: scenes, digits, a folder of images, a .tar, or a timm name (hfds/..., torch/...).
-        output: the CSV file; the JSON file and the plots are written beside it.
-        method: a method to sweep (default: etps and bat, or what the directory holds).
+        output: the CSV file; the JSON file and the plots are written next to it.
+        method: a method to sweep (default: etps and bat, or the method of the directory).
         keep: keep rate of every reducing block (default: 0.9 0.8 0.7 0.6 0.5).
         options: option of the methods, as NAME=VALUE or METHOD.NAME=VALUE.
-        reading: which images, and how they are read.
+        reading: images to read.
         weights: weights of the model, a .safetensors file or a checkpoint of torch (default: timm's pretrained ones).
         model_args: argument of timm.create_model, as NAME=VALUE.
         speed: also measure the speed on this machine.
         speed_batch: images in a batch where speed is measured.
-        setting: on what to run, and how to measure the speed.
+        setting: machine, and how to measure the speed.
 
     Raises:
         Refusal: no such model or weights; the files hold another sweep, or cannot be written; matplotlib is not there.
@@ -105,14 +105,14 @@ def sweep(
     order, title = [key_of(variant) for variant in variants], f"{model} on {data}, {reading.split}"
     record.write(order)
     rows = record.ordered(order)
-    files = [output, record.beside, plots.plot(output.with_suffix(".png"), rows, "GMACs", title)]
+    files = [output, record.json_path, plots.plot(output.with_suffix(".png"), rows, "GMACs", title)]
     if any(row.ratio for row in rows):
         files.append(plots.plot(output.with_name(f"{output.stem}-speed.png"), rows, "speed", title))
     return SweepReport(title, tuple(rows), tuple(files), computed, record.to_json(rows))
 
 
 def question(eval_input: EvalInput, data: str, reading: Reading, model_args: Sequence[str], setting: Setting) -> dict[str, Any]:
-    """What rows must agree in to stand in one file: the very weights, the images, and how both are read."""
+    """Return the facts that all rows of a file must agree in: the weights, the images, and the options of reading them."""
     whole = eval_input.base if eval_input.saved is None else eval_input.saved
     asked = {"model": eval_input.name, "model_args": list(model_args), "weights": digest(whole)}
     read = {"data": data, "split": reading.split, "images": len(eval_input.images), "crop": reading.crop}
@@ -122,7 +122,7 @@ def question(eval_input: EvalInput, data: str, reading: Reading, model_args: Seq
 def collect(
     eval_input: EvalInput, method: Sequence[str], keeps: Sequence[float], options: Sequence[str], model_args: Sequence[str]
 ) -> tuple[list[Variant], list[str]]:
-    """All variants, the unreduced model first; and what is to be said of those that are not there."""
+    """Return all variants, the unreduced model first; and notes on missing ones."""
     keeps, saved = list(dict.fromkeys(keeps)), saved_variant(eval_input)
     variants = [unreduced("unreduced", eval_input.base), *saved]
     wanted = method or (() if saved else METHODS)
@@ -135,10 +135,10 @@ def collect(
 
 
 def _smaller(eval_input: EvalInput, model_args: Sequence[str]) -> tuple[nn.Module | None, str]:
-    """The next smaller model with weights for the same data, or why there is none."""
+    """Return the next smaller model with weights for the same data, or the reason for its absence."""
     name = smaller_name(eval_input.name)
     if name is None:
-        return None, f"no smaller model row: timm has no model like {eval_input.name} that is a size smaller"
+        return None, f"no smaller model row: timm has no smaller model in the family of {eval_input.name}"
     if model_args or not (eval_input.pretrained or eval_input.random):
         return None, f"no smaller model row: there are no weights of {name} that were trained like these"
     loaded = load(name)
@@ -154,15 +154,15 @@ def _given(model: nn.Module | None) -> nn.Module:
 
 
 def key_of(variant: Variant) -> Key:
-    """What tells a variant from all others of a sweep."""
+    """Return the key that is unique to a variant of a sweep."""
     return variant.name, variant.keep, json.dumps(options_of(variant), sort_keys=True)
 
 
 # ------------------------------------------------------------------------------------------------ the work
 def evaluate(record: Record, variants: Sequence[Variant], eval_input: EvalInput, reading: Reading, setting: Setting) -> int:
-    """Evaluate the variants that have no row yet, each written as soon as it is done; how many there were.
+    """Evaluate the variants that have no row yet, and write each as soon as it is done; return their number.
 
-    If there are any, the unreduced model runs again, since it is what they are compared with; its row stays.
+    If there are any, the unreduced model runs again, for the comparison; its row stays.
     """
     missing = [variant for variant in variants if key_of(variant) not in record.rows]
     if not missing:

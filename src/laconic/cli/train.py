@@ -34,7 +34,7 @@ MODELS = {"val": "Validation", "val_ema": "Validation of the moving average"}
 
 @dataclass(frozen=True)
 class TrainReport(Report):
-    """What came out of a run, and where it lies; ``accuracies`` are of the model ("val") and its moving average ("val_ema")."""
+    """The result of a run; ``accuracies`` are of the model ("val") and its moving average ("val_ema")."""
 
     recipe: Recipe
     output: Path
@@ -48,7 +48,7 @@ class TrainReport(Report):
 
     @property
     def accuracy(self) -> Accuracy | None:
-        """Of the model in ``saved``: the moving average where there is one."""
+        """Accuracy of the model in ``saved``: the moving average if there is one."""
         return self.accuracies.get("val_ema", self.accuracies.get("val"))
 
     def parts(self) -> Iterator[str | Table]:
@@ -63,7 +63,8 @@ class TrainReport(Report):
             top = f"top-1 {found.top1:.2%} (95 % interval {low:.2%} to {high:.2%}), top-5 {found.top5:.2%}"
             yield f"{MODELS[name]}: {top}; {found.line}."
         if self.unreadable:
-            yield f"{len(self.unreadable)} images could not be read, the next one stood in: {', '.join(self.unreadable[:5])}"
+            first = ", ".join(self.unreadable[:5])
+            yield f"{len(self.unreadable)} images could not be read and were replaced by the next one: {first}"
         kind = "The moving average of the model" if self.recipe.optimization.ema else "The model"
         best = f"the best one so far in {self.output / 'best'}, " if (self.output / "best").is_dir() else ""
         yield f"{kind} is in {self.saved}, {best}the metrics in {self.output / METRICS}."
@@ -87,16 +88,16 @@ def train(
 ) -> TrainReport | None:
     """Train or fine-tune a model, with a method or without, as a recipe says.
 
-    One process as it stands. Several: ``torchrun --nproc_per_node 8 -m laconic.cli.app train ...``, or on GPUs also ``accelerate
-    launch -m laconic.cli.app train ...``. The report is the main process's; the others get None.
+    Runs in one process. For several: ``torchrun --nproc_per_node 8 -m laconic.cli.app train ...``, or on GPUs also
+    ``accelerate launch -m laconic.cli.app train ...``. The main process returns the report, the others None.
 
     Args:
         recipe: name of a recipe that comes with laconic, or a .toml file (default: the defaults of every key).
         data: folder of images with train and val in it, a .tar, or a name that timm knows (default: what the recipe says).
         set: change one key of the recipe, as KEY=VALUE, e.g. optimization.lr=1e-4.
         output: directory for the model, the checkpoint and the metrics.
-        resume: go on with the run in --output, exactly where its last checkpoint was written.
-        running: how to carry it out.
+        resume: continue the run in --output from its last checkpoint.
+        running: device, workers and checkpoints.
 
     Raises:
         Refusal: no such model or data, a checkpoint of another recipe, a loss that is not finite.
@@ -105,7 +106,7 @@ def train(
     """
     chosen = (read(recipe) if recipe else Recipe()).replaced(set)
     if not resume and (output / CHECKPOINT).is_file():
-        raise Refusal(f"--output {output} holds a run already; --resume goes on with it, or choose another directory")
+        raise Refusal(f"--output {output} holds a run already; --resume continues it, or choose another directory")
     check_output_folder(output)
     run, line = prepare(chosen, data, output, running)
     loop = Loop(run, resume)  # all processes have met here, and none finds what the main one writes from now on
@@ -121,7 +122,7 @@ def train(
 
 
 def prepare(recipe: Recipe, data: str, output: Path, running: Running) -> tuple[Run, str]:
-    """A run made ready: its models and images; and in words which weights it starts from.
+    """Prepare a run: its models and images; return it with a line on the weights it starts from.
 
     Raises:
         Refusal, LookupError, TypeError, ValueError: as `train`.
@@ -129,7 +130,7 @@ def prepare(recipe: Recipe, data: str, output: Path, running: Running) -> tuple[
     check(recipe)
     name, root = find_data(data) if data else (recipe.data.name, None)
     if not name and root is None:
-        raise Refusal("--data: this recipe trains on a folder of images; say where it is, with train and val in it")
+        raise Refusal("--data: this recipe trains on a folder of images; give one with train and val in it")
     images = open_images(name, recipe.data.train, root, recipe.data.train_images)
     val = open_images(name, recipe.data.val, root, recipe.data.val_images) if recipe.data.val else None
     base, line = _base(recipe, len(images.classes))
@@ -142,7 +143,7 @@ def prepare(recipe: Recipe, data: str, output: Path, running: Running) -> tuple[
 
 
 def _base(recipe: Recipe, classes: int) -> tuple[nn.Module, str]:
-    """The unreduced model, and in words where its weights come from."""
+    """Return the unreduced model, and a line on its weights."""
     part = recipe.model
     if not part.pretrained:
         torch.manual_seed(recipe.seed)

@@ -1,4 +1,4 @@
-"""What is compared: the unreduced model, methods on it, and always the alternatives that need no method at all.
+"""The rows of a comparison: the unreduced model, methods on it, and always the alternatives that need no method at all.
 
 Random pruning and average pooling show what a method's idea is worth; a lower input resolution and the next smaller model
 are the other two ways to spend fewer multiply-adds.
@@ -227,7 +227,7 @@ def alternatives(
 
 
 def mean_tokens(model: nn.Module, keep: float) -> float:
-    """Return the mean number of patch tokens that the blocks of this model keep at a keep rate, counted as random pruning does."""
+    """Return the mean number of patch tokens that blocks keep at a keep rate, counted as random pruning does."""
     config, unreduced_ = resolve("random", {}), summary(model).tokens
     depth, patches = len(unreduced_), unreduced_[0]
     return sum(config.default_schedule(depth, keep, None).counts(depth, patches, config.num_kept)) / depth

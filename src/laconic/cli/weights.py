@@ -1,4 +1,4 @@
-"""Weights for the jobs: of a file, or timm's pretrained ones, or random ones; and in words which they are."""
+"""Weights for the commands: of a file, or timm's pretrained ones, or random ones; with a line that says which."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from laconic.cli.models import create
 from laconic.core import limits
 from laconic.core.files import Refusal
 
-PATIENCE = 6.0  # seconds that the hub of pretrained weights may take to answer at all
+TIMEOUT = 6.0  # seconds to wait for the hub of pretrained weights
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model, and in words which weights it has."""
+    """A model, and a line on its weights."""
 
     model: nn.Module
     line: str
@@ -30,12 +30,12 @@ class Loaded:
 
     @property
     def remark(self) -> str:
-        """What the heading of a picture says of the weights."""
+        """A remark on the weights for the heading of a picture."""
         return " (random weights)" if self.random else ""
 
 
 def load(name: str, weights: Path | None = None, **options: Any) -> Loaded:
-    """A timm model with the weights of a file, else with timm's pretrained ones, else (no network, say) with random ones.
+    """Return a timm model with the weights of a file, else timm's pretrained ones, else (without network) random ones.
 
     Raises:
         Refusal: there is no such model, or the file is not its weights.
@@ -48,7 +48,9 @@ def load(name: str, weights: Path | None = None, **options: Any) -> Loaded:
     if path is None and not cfg.get("hf_hub_id") and not cfg.get("url"):
         return _random(model, "timm has no pretrained ones for this model")
     if path is None and not _hub_answers():
-        return _random(model, "pretrained ones are not in timm's cache, and their hub does not answer; --weights takes a file")
+        return _random(
+            model, "pretrained ones are not in timm's cache, and their hub does not answer; give a file with --weights"
+        )
     try:
         overlay: dict[str, Any] = {} if path is None else {"pretrained_cfg_overlay": {"file": str(path)}}
         tag = ".".join(filter(None, (cfg.get("architecture", name), cfg.get("tag"))))
@@ -57,7 +59,7 @@ def load(name: str, weights: Path | None = None, **options: Any) -> Loaded:
         return Loaded(made, f"the weights of {name} are {whose}", False)
     except (Refusal, OSError) as error:
         reason = str(error).splitlines()[0]
-        return _random(model, f"pretrained ones could not be had: {reason}; --weights takes a file")
+        return _random(model, f"pretrained ones could not be loaded: {reason}; give a file with --weights")
 
 
 def _random(model: nn.Module, reason: str) -> Loaded:
@@ -100,7 +102,7 @@ def fill(model: nn.Module, path: Path) -> None:
 
 
 def _cached(cfg: dict[str, Any]) -> Path | None:
-    """The file of the pretrained weights if it is on this machine already; asks no network."""
+    """Return the file of the pretrained weights if it is on this machine; uses no network."""
     if cfg.get("file"):  # ours come with laconic
         return Path(cfg["file"])
     if cfg.get("hf_hub_id"):
@@ -117,7 +119,7 @@ def _cached(cfg: dict[str, Any]) -> Path | None:
 
 
 def _hub_answers() -> bool:
-    """Whether the hub answers at all, with anything, within a few seconds: its own client would try for a minute."""
+    """Return True if the hub answers within a few seconds; its own client would try for a minute."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -126,7 +128,7 @@ def _hub_answers() -> bool:
 
     def ask() -> None:
         try:
-            urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=PATIENCE).close()
+            urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=TIMEOUT).close()
         except urllib.error.HTTPError:
             pass  # an answer all the same
         except (OSError, ValueError):
@@ -135,5 +137,5 @@ def _hub_answers() -> bool:
 
     thread = threading.Thread(target=ask, daemon=True)  # a name server may take far longer than any timeout we can set
     thread.start()
-    thread.join(PATIENCE)
+    thread.join(TIMEOUT)
     return answers.is_set()
