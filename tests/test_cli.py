@@ -264,7 +264,8 @@ sys.exit(f"imported {heavy}" if heavy else code)
 
 
 @pytest.mark.parametrize(
-    ("words", "code"), [(["--help"], 0), (["--version"], 0), (["bnech"], 2), ([], 2), (["bench", "--help"], 0), (["demo", "-h"], 0)]
+    ("words", "code"),
+    [(["--help"], 0), (["--version"], 0), (["bnech"], 2), ([], 2), (["bench", "--help"], 0), (["demo", "-h"], 0)],
 )
 def test_help_and_wrong_commands_import_no_torch(words, code):
     done = subprocess.run([sys.executable, "-c", START, *words], capture_output=True, text=True)

@@ -1,7 +1,6 @@
 """Costs: the papers' numbers, and the closed form against what torch counts."""
 
 import dataclasses
-import importlib.util
 import json
 
 import pytest

@@ -85,7 +85,7 @@ class DemoReport(Report):
         tail = ("top-1 %", "(95 %)", "agrees %") if self.labelled else ("cosine", "KL", "top-1")
         rows = zip(self.rows, self.judged, strict=True)
         cells = tuple((*_cost(row), *_answers(judged, self.labelled)) for row, judged in rows)
-        yield Table(title, (*COST, *tail), cells, below=("patch tokens",), optional=("M params", "implied"))
+        yield Table(title, (*COST, *tail), cells, below=("patch tokens",), optional=("M params", "implied", "(quartiles)"))
         yield " ".join([EXPLAINED, LABELLED if self.labelled else UNLABELLED, *(f"{_capital(note)}." for note in self.notes)])
         known = [(row.label, j.outcomes) for row, j in zip(self.rows, self.judged, strict=True) if j.outcomes is not None]
         if known:

@@ -39,8 +39,8 @@ class DoctorReport(Report):
         for trial in self.found.trials:
             tokens = " ".join(map(str, trial.tokens))
             rows.append((trial.method, "yes" if trial.works else "no", tokens, trial.example or trial.reason))
-        header = ("method", "works", "patch tokens", "how, or why not")
-        yield Table("Methods", header, tuple(rows), words=4, below=("how, or why not",))
+        header = ("method", "works", "patch tokens", "")
+        yield Table("Methods", header, tuple(rows), words=4, below=("",))
         if not self.all:
             tried = sentence([f"{name} ({kind})" for name, kind in KINDS.items()])
             yield f"Tried: one method of each kind, {tried}. --all tries all {len(methods())} methods."

@@ -134,7 +134,7 @@ def _run(variant: Variant, kind: str, files: Mapping[tuple[str, str], Path], bat
 def table(rows: Sequence[Speed], title: str) -> Table:
     """Return the table of the rows of one batch size."""
     header = ("runtime", "model", "ms", "speed-up", "(quartiles)", "kept", "to eager")
-    return Table(title, header, tuple(cells(row) for row in rows), words=2)
+    return Table(title, header, tuple(cells(row) for row in rows), words=2, optional=("(quartiles)",))
 
 
 def cells(row: Speed) -> tuple[str, ...]:

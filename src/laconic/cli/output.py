@@ -40,7 +40,7 @@ class Table:
         drawn, gone = draw(self.header, self.rows, width, left=self.words, below=self.below, optional=self.optional)
         yield from drawn
         if gone:
-            yield from wrap(f"Left out, for want of width: {', '.join(gone)}. --json has all columns.", width)
+            yield from wrap(f"Not shown at this width: {', '.join(gone)}. --json has all columns.", width)
 
 
 class Report(ABC):
@@ -62,13 +62,15 @@ class Report(ABC):
     def write(self, file: Any) -> None:
         """Print to a terminal, or to a text file, in which paragraphs are not wrapped (unless COLUMNS is set)."""
         width = width_of(file)
-        for number, part in enumerate(self.parts()):
+        before: str | Table | None = None
+        for part in self.parts():
             if isinstance(part, Table):
-                file.write("\n" * bool(number) + "".join(f"{line}\n" for line in part.lines(width or WIDTH)) + "\n")
+                file.write("\n" * isinstance(before, str) + "".join(f"{line}\n" for line in part.lines(width or WIDTH)) + "\n")
             elif width is None or isinstance(part, Verbatim):
                 file.write(f"{part}\n")
             else:
                 file.write("".join(f"{line}\n" for text in part.split("\n") for line in wrap(text, width)))
+            before = part
 
 
 def width_of(file: Any) -> int | None:

@@ -102,7 +102,7 @@ def table(rows: Sequence[tuple[str, Outcomes]], title: str) -> Table:
     """Return a table of labels with their outcomes."""
 
     def cells(label: str, found: Outcomes) -> tuple[str, ...]:
-        parts = (found.object, fate.surroundings)
+        parts = (found.object, found.surroundings)
         return (label, *(f"{share * 100:.0f}" for part in parts for share in (part.kept, part.merged, part.dropped)))
 
     return Table(title, HEADER, tuple(cells(*row) for row in rows))

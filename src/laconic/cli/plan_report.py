@@ -15,6 +15,7 @@ from laconic.planning.result import Plan, relative_error
 from laconic.planning.timing import Measured
 
 TOLERANCE = 0.1  # for a plan that is measured again
+UNITS = {"keep": "keep rate", "keep_counts": "patch tokens to keep", "remove_counts": "patch tokens to remove"}
 HEADER = ("", "GMACs", "predicted time", "distance (95 %)", "agrees % (95 %)", "top-1 % (95 %)", "schedule")
 EXPLAINED = (
     "distance: mean KL of the class probabilities from the unreduced model's, in nats (without a head: 1 - cosine). agrees: "
@@ -35,7 +36,7 @@ class PlanReport(Report):
         plan, here = self.plan, self.about["environment"]
         name = f"{self.about['model']}, {plan.method['name']}, {plan.target.text}"
         blocks = zip(plan.schedule.at, plan.schedule.values, strict=True)
-        unit = f"patch tokens to {plan.schedule.unit}" if plan.schedule.unit != "keep" else "keep rate"
+        unit = UNITS[plan.schedule.unit]
         yield f"{name}:"
         yield Table("", ("block", unit), tuple((str(block), f"{value:g}") for block, value in blocks))
         yield f"{plan.macs / 1e9:.4f} GMACs of {plan.baseline_macs / 1e9:.4f} ({plan.baseline_macs / plan.macs:.3f}x fewer)."

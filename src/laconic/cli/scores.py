@@ -120,7 +120,7 @@ def table(rows: Sequence[Score], title: str) -> Table:
         return (row.label, *right, *cost, *([f"{row.ratio[1]:.2f}x" if row.ratio else ""] if speed else []))
 
     header = (*HEADER, *(["measured"] if speed else []))
-    return Table(title, header, tuple(map(cells, rows)), below=("patch tokens",), optional=("top-5 %", "KL"))
+    return Table(title, header, tuple(map(cells, rows)), below=("patch tokens",), optional=("top-5 %", "KL", "agrees %"))
 
 
 def to_csv(model: str, rows: Sequence[Score]) -> str:

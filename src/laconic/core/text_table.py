@@ -74,6 +74,8 @@ def _widths(
 
 
 def _least(header: Sequence[str], rows: Sequence[Sequence[str]], column: int, natural: int) -> int:
+    if all(text.replace(" ", "").isdecimal() for row in rows if (text := row[column])):  # a list of numbers
+        return natural
     words = max(_longest(header[column]), *(_longest(row[column]) for row in rows)) if rows else _longest(header[column])
     return max(words, min(natural, LEAST_PROSE if column else LEAST_LABEL))
 
@@ -107,11 +109,16 @@ def _lines(
         yield "─" * (sum(widths) + len(GAP) * (len(columns) - 1))
     for row in rows:
         yield from line(row)
-        if texts := [f"{header[column]}: {row[column]}" for column in under if row[column]]:
+        if texts := [_named(header[column], row[column]) for column in under if row[column]]:
             yield from wrap(" | ".join(texts), width, INDENT, INDENT + GAP)
 
 
 def _record(header: Sequence[str], row: Sequence[str], width: int) -> Iterator[str]:
     yield from wrap(row[0], width)
-    texts = [f"{name}: {text}" if name else text for name, text in zip(header[1:], row[1:], strict=True) if text]
-    yield from wrap(" | ".join(texts), width, INDENT, INDENT + GAP) if texts else ()
+    for name, text in zip(header[1:], row[1:], strict=True):
+        if text:
+            yield from wrap(_named(name, text), width, INDENT, INDENT + GAP)
+
+
+def _named(name: str, text: str) -> str:
+    return f"{name}: {text}" if name else text
