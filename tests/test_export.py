@@ -18,7 +18,7 @@ from families import CLASS_SCORED, METHODS, VARIABLE, fill, images, make, option
 from laconic.analysis.timing import Quartiles
 from laconic.cli import app as cli
 from laconic.cli import export as job
-from laconic.cli.export_speed import Speed
+from laconic.cli.export_speed import EAGER, Speed
 from laconic.core.files import Refusal
 from laconic.exporting import graph, inspect, openvino, proof, runner, trace, write
 from zoo import ZOO
@@ -281,7 +281,7 @@ def test_the_command_refuses_and_leaves_nothing(tiny, tmp_path, capsys):
         (dict(batch_size=(0,)), "--batch-size must be at least 1"),
         (dict(to=("openvino",), int8=True), "--int8 is made of the ONNX file; add --to onnx"),
         (dict(output="file"), "is a file; --output takes a directory"),
-        (dict(output="file/below"), "cannot be written"),
+        (dict(output="file/below"), "is a file; choose another --output"),
     ],
 )
 def test_wrong_words(tiny, tmp_path, given, match):
@@ -301,6 +301,19 @@ def test_the_verdict():
     assert "No reduced model" in files(speed("unreduced", None)).verdict
     assert "survive everywhere (least 0.90)" in files(speed("a", 0.9), speed("b", 1.1)).verdict
     assert "left to b in OpenVINO at batch 1 (0.89)" in files(speed("a", 0.9), speed("b", 0.89)).verdict
+
+
+def test_the_verdict_says_where_nothing_is_gained():
+    def speed(label, runtime, seconds, ratio=None):
+        times = None if ratio is None else Quartiles(ratio, ratio, ratio)
+        return Speed(label, runtime, 8, Quartiles(seconds, seconds, seconds), times, None if runtime == EAGER else ratio, 1.0)
+
+    base, fast, slow = speed("unreduced", EAGER, 2.0), speed("a", EAGER, 1.0, 2.0), speed("b", EAGER, 2.5, 0.8)
+    files = [speed("unreduced", "OpenVINO", 1.0), speed("a", "OpenVINO", 1.5, 1.0), speed("b", "OpenVINO", 1.0, 1.0)]
+    said = job.Files("m", (), (), (base, fast, slow, *files), {}).verdict
+    assert "In eager PyTorch no faster reduced than unreduced: b at batch 8 (0.80x)." in said
+    assert "Slower exported than the same model in eager PyTorch: a in OpenVINO at batch 8 (0.67x)." in said
+    assert "lower" not in job.Files("m", (), (), (base, fast), {}).verdict
 
 
 def test_a_missing_library_is_named(traced, tmp_path, monkeypatch):

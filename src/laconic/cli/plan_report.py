@@ -36,7 +36,7 @@ class PlanReport(Report):
         plan, here = self.plan, self.about["environment"]
         name = f"{self.about['model']}, {plan.method['name']}, {plan.target.text}"
         blocks = zip(plan.schedule.at, plan.schedule.values, strict=True)
-        unit = UNITS[plan.schedule.unit]
+        unit = UNITS.get(plan.schedule.unit, plan.schedule.unit)
         yield f"{name}:"
         yield Table("", ("block", unit), tuple((str(block), f"{value:g}") for block, value in blocks))
         yield f"{plan.macs / 1e9:.4f} GMACs of {plan.baseline_macs / 1e9:.4f} ({plan.baseline_macs / plan.macs:.3f}x fewer)."

@@ -16,8 +16,8 @@ INDENT = "    "
 
 def wrap(text: str, width: int, indent: str = "", hanging: str = "") -> list[str]:
     """Return the lines of a text, broken at spaces alone; a word longer than a line has a line of its own."""
-    kept = {"break_long_words": False, "break_on_hyphens": False}
-    return textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=hanging, **kept) or [""]
+    wrapper = textwrap.TextWrapper(width, indent, hanging, break_long_words=False, break_on_hyphens=False)
+    return wrapper.wrap(text) or [""]
 
 
 def draw(
