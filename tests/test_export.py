@@ -279,7 +279,7 @@ def test_the_command_refuses_and_leaves_nothing(tiny, tmp_path, capsys):
         (dict(rounds=-1), "--rounds must be at least 0, not -1"),
         (dict(threads=0), "--threads must be at least 1"),
         (dict(batch_size=(0,)), "--batch-size must be at least 1"),
-        (dict(to=("openvino",), int8=True), "--int8 is made of the ONNX file; add --to onnx"),
+        (dict(to=("openvino",), int8=True), "--int8 quantizes the ONNX file; add --to onnx"),
         (dict(output="file"), "is a file; --output takes a directory"),
         (dict(output="file/below"), "is a file; choose another --output"),
     ],

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import sys
 import time
 import urllib.error
 

@@ -160,9 +160,8 @@ def _values(module: str, annotation: ast.expr | None) -> tuple[str, bool]:
     if isinstance(annotation, ast.Subscript):
         head, inside = ast.unparse(annotation.value), annotation.slice
         if head == "Literal":
-            return "{" + ",".join(
-                map(str, ast.literal_eval(inside if isinstance(inside, ast.Tuple) else [inside]))
-            ) + "}", False
+            words = inside.elts if isinstance(inside, ast.Tuple) else [inside]
+            return f"{{{','.join(str(ast.literal_eval(word)) for word in words)}}}", False
         if head == "tuple" and isinstance(inside, ast.Tuple):
             return _values(module, inside.elts[0])[0], True
     if isinstance(annotation, ast.Name):
