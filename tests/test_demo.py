@@ -50,7 +50,7 @@ def test_scenes_with_random_weights(tmp_path, monkeypatch):
     text = str(report)
     assert text.startswith("Weights are RANDOM (seed 0)")
     assert "Scenes, test: 8 images of 24 classes." in text
-    assert "dtps scores tokens with a predictor that nobody has trained here" in text.lower().replace("Dtps", "dtps")
+    assert "dtps scores tokens with an untrained predictor" in text.lower().replace("Dtps", "dtps")
     labels = [row.label for row in report.rows]
     assert labels == ["unreduced", "etps 0.5", "dtps 0.5", "random 0.5", "avg-pool 0.5", "input 28x28 0.5", "scenes_vit_tiny"]
     assert [row.tokens for row in report.rows][1:3] == [(100, 50, 25, 13), (100, 50, 25, 12)]
@@ -77,7 +77,7 @@ def test_scenes_with_weights_and_a_scorer(own_weights, tmp_path):
     assert report.weights == "the weights of scenes_vit_small come with laconic"
     assert "RANDOM" not in str(report)
     assert report.notes[0] == "dtps scores tokens with the predictors that come with laconic, trained at keep 0.7"
-    assert report.notes[1].startswith("dynamicvit scores tokens with a predictor that nobody has trained here")
+    assert report.notes[1].startswith("dynamicvit scores tokens with an untrained predictor")
     assert report.rows[-1].name == "scenes_vit_tiny"
     assert report.judged[-1].accuracy.images == 4
 
@@ -86,7 +86,7 @@ def test_a_scorer_is_for_the_shipped_weights_only(own_weights, tmp_path):
     write_scorer(own_weights, "dtps")
     file = own_weights / "scenes_vit_small.safetensors"
     report = demo(weights=file, images=4, method=("dtps",), keep=(0.7,), output=tmp_path / "out", **QUICK)
-    assert report.notes[0].startswith("dtps scores tokens with a predictor that nobody has trained here")
+    assert report.notes[0].startswith("dtps scores tokens with an untrained predictor")
 
 
 def test_what_is_best_is_said(tmp_path):
@@ -204,7 +204,7 @@ def test_photographs(tmp_path):
     text = str(report)
     assert text.startswith("Weights are RANDOM (seed 0)")
     assert "astronaut.png, Eileen Collins, astronaut (NASA; public domain)" in text
-    assert "predictor that nobody has trained here" in text
+    assert "an untrained predictor" in text
     assert "there is no accuracy" in text
     assert report.best == ""
     labels = [row.label for row in report.rows]

@@ -365,7 +365,7 @@ def test_a_sweep_measures_and_draws(tmp_path):
     kept = report.rows[1].ratio
     assert run_sweep(tmp_path / "out.csv", speed=True, speed_batch=2).rows[1].ratio == kept
     assert "measured" in str(report)
-    assert "timm has no model like deit_tiny" in " ".join(report.record["notes"])
+    assert "timm has no smaller model in the family of deit_tiny" in " ".join(report.record["notes"])
 
 
 def row(name, kind, keep, macs, ratio=None):

@@ -345,8 +345,8 @@ def test_options_go_to_the_methods_that_have_them():
         ("similarity", "expected NAME=VALUE"),
         ("simlarity=cosine", "Did you mean 'similarity'"),
         ("bat.clusters=3", "bat has no such option here"),
-        ("similarity=dot", "takes Literal"),
-        ("temperature=warm", "not 'warm'"),
+        ("similarity=dot", "must be cosine or previous-attention, not dot"),
+        ("temperature=warm", "must be a number, not warm"),
     ],
 )
 def test_options_that_are_refused(option, message):
@@ -485,7 +485,7 @@ def test_the_hub_is_asked_once_and_not_for_long(monkeypatch, answer, expected):
         raise answer
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(weights, "PATIENCE", 0.2)
+    monkeypatch.setattr(weights, "TIMEOUT", 0.2)
     monkeypatch.setattr(urllib.request, "urlopen", answering)
     assert weights._hub_answers() is expected
 

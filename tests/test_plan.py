@@ -686,7 +686,7 @@ def test_a_check_goes_by_ratios():
     slow = report("50ms", 2.0, now=0.2)  # a machine that is half as quick now
     assert checked(slow).off == pytest.approx(0)
     assert slow.raw == pytest.approx(1.0)
-    assert "200% of what it took" in str(slow)
+    assert "200% of its earlier time" in str(slow)
     for bad in (report("1.5x", 1.3), report("1.5x", 1.8), report("50ms", 1.7)):
         with pytest.raises(Refusal, match=r"now off by .*Plan it again"):
             checked(bad)
