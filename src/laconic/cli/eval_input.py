@@ -110,7 +110,7 @@ def _with_weights(name: str, path: Path | None, args: dict[str, Any], classes: i
     model = create(name, **{"num_classes": classes, **args})
     try:
         fill(model, path)
-    except Exception as error:  # whatever a damaged file makes the readers of two libraries raise
+    except Exception as error:  # the readers of two libraries raise many kinds
         lines = str(error).splitlines() or [type(error).__name__]
         raise Refusal(
             f"--weights {path} does not hold the weights of {name} with {classes} classes: {' '.join(lines[:2]).strip()}; "

@@ -76,7 +76,7 @@ def _from_file(name: str, path: Path, options: dict[str, Any]) -> nn.Module:
         raise Refusal(f"--weights {path}: there is no such file; give a .safetensors file or a checkpoint of torch")
     try:
         fill(model, path)
-    except Exception as error:  # whatever a damaged file makes the readers of two libraries raise
+    except Exception as error:  # the readers of two libraries raise many kinds
         lines = str(error).splitlines() or [type(error).__name__]
         raise Refusal(f"--weights {path} does not hold the weights of {name}: {' '.join(lines[:2]).strip()}") from error
     return model
@@ -86,7 +86,7 @@ def fill(model: nn.Module, path: Path) -> None:
     """Fill a timm model with the weights of a file, as timm reads it.
 
     Raises:
-        Exception: whatever a damaged file makes the readers of two libraries raise; ValueError: it claims far more than it
+        Exception: the file is damaged (two libraries raise many kinds); ValueError: it claims far more than it
             holds (see `laconic.core.limits`), or its tensors are not weights.
     """
     from timm.models import load_checkpoint, load_state_dict

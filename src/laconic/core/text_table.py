@@ -36,13 +36,14 @@ def draw(
         rows: cells.
         width: characters in a line.
         left: columns from the first on that are set to the left and may wrap; the others are numbers, set to the right.
-        below: columns to print under their row if the table is too wide, the first to go first.
+        below: columns to print under their row, rather than wrapped, if the table is too wide; the first to go first.
         optional: columns to leave out if that is not enough, the first to go first.
     """
     columns, under = list(range(len(header))), list[int]()
     moves = [(header.index(name), under) for name in below] + [(header.index(name), None) for name in optional]
     gone = list[str]()
-    while (widths := _widths(header, rows, columns, width, left)) is None and moves:
+    prose = [column for column in range(left) if header[column] not in below]
+    while (widths := _widths(header, rows, columns, width, prose)) is None and moves:
         column, target = moves.pop(0)
         columns = [one for one in columns if one != column]
         if target is None:
@@ -55,7 +56,7 @@ def draw(
 
 
 def _widths(
-    header: Sequence[str], rows: Sequence[Sequence[str]], columns: Sequence[int], width: int, left: int
+    header: Sequence[str], rows: Sequence[Sequence[str]], columns: Sequence[int], width: int, prose: Sequence[int]
 ) -> list[int] | None:
     """Return the width of every column, or None if the columns do not fit."""
     room = width - len(GAP) * (len(columns) - 1)
@@ -64,7 +65,9 @@ def _widths(
     if sum(whole) <= room:
         return whole
     found = [max(_longest(header[column]), size) for column, size in zip(columns, cells, strict=True)]
-    least = [_least(header, rows, column, size) if column < left else size for column, size in zip(columns, found, strict=True)]
+    least = [
+        _least(header, rows, column, size) if column in prose else size for column, size in zip(columns, found, strict=True)
+    ]
     while (over := sum(found) - room) > 0:
         place = max(range(len(found)), key=lambda i: found[i] - least[i])
         if found[place] == least[place]:
