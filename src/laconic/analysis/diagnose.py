@@ -172,7 +172,11 @@ def _try(model: nn.Module, info: MethodInfo) -> Trial:
 def _attempt(model: nn.Module, method: str, keep: float | None, options: dict[str, Any]) -> TokenReduction | str:
     """Reduce a copy; return its reduction, or the reason why the method does not work on this model."""
     try:
-        with quiet(), torch.random.fork_rng(devices=[]):  # a learned scorer draws its first weights; nobody else is to notice
+        with (
+            quiet(),
+            torch.random.fork_rng(devices=[]),
+            # a learned scorer draws its first weights; the global generator must not change
+        ):
             return reduction_of(reduce_(shared_copy(model), method, keep=keep, compute="all", **options))
     except (TypeError, ValueError, LookupError, RuntimeError) as error:
         return str(error)

@@ -22,7 +22,6 @@ from functools import partial
 from typing import Annotated, Any
 
 from laconic import __version__
-from laconic.cli.command_help import help_text
 from laconic.cli.commands import COMMANDS, JSON_HELP, MOVED, Command
 from laconic.core.optional_deps import missing
 from laconic.core.suggestions import nearest_names
@@ -66,9 +65,6 @@ def usage() -> str:
 
 def run(program: str, command: Command, words: list[str]) -> int:
     """Run a command under the name ``program``; return the exit code."""
-    if {"-h", "--help"} & set(words):
-        print(help_text(program, command))
-        return 0
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("laconic").setLevel(logging.INFO)
     try:
@@ -115,7 +111,12 @@ def parse(program: str, command: Command, words: list[str]) -> tuple[Callable[[]
 
     module, _, function = command.job.partition(":")
     job = getattr(importlib.import_module(module), function)
-    return tyro.cli(with_json(job), prog=program, args=words, config=(tyro.conf.FlagCreatePairsOff,))
+    try:
+        return tyro.cli(with_json(job), prog=program, args=words, config=(tyro.conf.FlagCreatePairsOff,))
+    except SystemExit as stop:
+        if stop.code in (0, None) and {"-h", "--help"} & set(words):
+            print("examples:", *(f"  {example}" for example in command.examples), sep="\n")
+        raise
 
 
 def with_json(job: Callable[..., Any]) -> Callable[..., tuple[Callable[[], Any], bool]]:

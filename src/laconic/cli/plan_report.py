@@ -123,12 +123,12 @@ class CheckReport(Report):
     @property
     def off(self) -> float | None:
         """Relative distance from the target now; milliseconds are scaled by the change of the unreduced model's time."""
-        return off_target(self.target, self.now, self.base)
+        return relative_error(self.target, self.now, self.base)
 
     @property
     def raw(self) -> float | None:
         """Relative distance from the target, in unscaled milliseconds."""
-        return off_target(self.target, self.now)
+        return relative_error(self.target, self.now)
 
     @property
     def line(self) -> str:

@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 GAP = "  "
-LEAST_LABEL, LEAST_PROSE = 14, 24  # columns that wrap keep at least so many characters, if their text has them
+LEAST_LABEL, LEAST_PROSE = 14, 24  # columns that wrap keep at least this number of characters, if their text is that long
 INDENT = "    "
 
 
