@@ -161,7 +161,7 @@ def test_a_model_around_a_timm_model_is_filled_not_built(tmp_path):
     model, x = stirred(laconic.reduce_(whole(), "dtps", keep=0.6, at=AT)), images("plain")
     model.pretrained_cfg = model[1].pretrained_cfg  # even if it says so, it is not the model of that name
     save(model, tmp_path)
-    with pytest.raises(ValueError, match=r"(?s)laconic\.json does not say.*Sequential.*model=your_model"):
+    with pytest.raises(ValueError, match=r"(?s)laconic\.json does not tell.*Sequential.*model=your_model"):
         load(tmp_path)
     fresh = whole()
     assert load(tmp_path, model=fresh) is fresh
@@ -636,7 +636,7 @@ def test_files_that_are_no_checkpoints(content, tmp_path):
 def test_places_that_are_no_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no file .*gone\.pth"):
         import_checkpoint(tmp_path / "gone.pth", "topk", keep=0.7)
-    with pytest.raises(ValueError, match=r"is a directory; what laconic\.save wrote is read by laconic\.load"):
+    with pytest.raises(ValueError, match=r"is a directory.*laconic\.save.*laconic\.load"):
         import_checkpoint(tmp_path, "topk", keep=0.7)
 
 

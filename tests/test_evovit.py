@@ -30,9 +30,9 @@ def test_the_authors_model_and_its_checkpoint():
     orders, scores = [], []
 
     def look(before, after):
-        if after.aside is not None and before.aside is None:
-            orders.append(torch.cat([after.place, after.aside.place], 1))
-            scores.append(torch.cat([after.columns[EVOLVED], after.aside.columns[EVOLVED]], 1))
+        if after.parked is not None and before.parked is None:
+            orders.append(torch.cat([after.origin_index, after.parked.origin_index], 1))
+            scores.append(torch.cat([after.per_token[EVOLVED], after.parked.per_token[EVOLVED]], 1))
 
     observe(model, look)
     with torch.no_grad():
@@ -100,9 +100,9 @@ def test_parked_tokens_come_back_as_they_were_and_fast_ones_all_move_alike():
         model = laconic.reduce_(make("plain"), "evovit", keep=0.5, at=[2], update=update)
 
         def look(old, new, update=update):
-            if old.aside is None and new.aside is not None:
-                before[update] = new.aside
-            if old.aside is not None and new.aside is None:
+            if old.parked is None and new.parked is not None:
+                before[update] = new.parked
+            if old.parked is not None and new.parked is None:
                 after[update] = new
 
         observe(model, look)
@@ -119,13 +119,13 @@ def test_what_is_kept_evolves_and_what_is_parked_keeps_its_score():
     observe(model, lambda old, new: seen.append((old, new)))
     with torch.no_grad():
         model(images("plain"))
-    chosen = next(new for old, new in seen if old.aside is None and new.aside is not None)
-    joined = next(new for old, new in seen if old.aside is not None and new.aside is None)
-    assert (chosen.columns[EVOLVED].min(1).values >= chosen.aside.columns[EVOLVED].max(1).values).all()
-    assert torch.equal(joined.columns[EVOLVED][:, 18:], chosen.aside.columns[EVOLVED])
-    assert (joined.columns[EVOLVED][:, :18] != chosen.columns[EVOLVED]).all()
-    looks = [new.columns[EVOLVED] for old, new in seen if new.aside is not None and old.aside is not None][:2]
-    assert (looks[0] > chosen.columns[EVOLVED] / 2).all()  # half of the old, and half of an attention above zero
+    chosen = next(new for old, new in seen if old.parked is None and new.parked is not None)
+    joined = next(new for old, new in seen if old.parked is not None and new.parked is None)
+    assert (chosen.per_token[EVOLVED].min(1).values >= chosen.parked.per_token[EVOLVED].max(1).values).all()
+    assert torch.equal(joined.per_token[EVOLVED][:, 18:], chosen.parked.per_token[EVOLVED])
+    assert (joined.per_token[EVOLVED][:, :18] != chosen.per_token[EVOLVED]).all()
+    looks = [new.per_token[EVOLVED] for old, new in seen if new.parked is not None and old.parked is not None][:2]
+    assert (looks[0] > chosen.per_token[EVOLVED] / 2).all()  # half of the old, and half of an attention above zero
 
 
 # ------------------------------------------------------------------------------------------------ the second head
@@ -141,17 +141,17 @@ def test_the_second_head_reads_the_class_token_in_training(update, keep):
     head = model.laconic.reducers["3"].second_head
     with torch.no_grad():
         expected = model(images("plain"))
-        assert CLASS_LOGITS not in model.laconic.entry(4).notes  # nothing is computed at inference
+        assert CLASS_LOGITS not in model.laconic.entry(4).per_image  # nothing is computed at inference
         torch.nn.init.normal_(head.norm.weight)
         torch.nn.init.normal_(head.head.bias)
     logits = model.train()(images("plain"))
     torch.testing.assert_close(logits.detach(), expected)
-    noted, x = model.laconic.entry(4).notes[CLASS_LOGITS], seen[-1]
+    noted, x = model.laconic.entry(4).per_image[CLASS_LOGITS], seen[-1]
     by_hand = (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + 1e-6).sqrt()
     by_hand = (by_hand * head.norm.weight + head.norm.bias) @ head.head.weight.T + head.head.bias
     assert noted.shape == (3, 7)
     torch.testing.assert_close(noted, by_hand, rtol=1e-4, atol=1e-5)
-    assert set(model.laconic.entry(4).notes) == {CLASS_LOGITS}
+    assert set(model.laconic.entry(4).per_image) == {CLASS_LOGITS}
     torch.nn.functional.cross_entropy(noted, torch.tensor([0, 1, 2])).backward()
     for name, p in model.named_parameters():
         if name.startswith(("laconic.", "blocks.0.")):
@@ -196,7 +196,7 @@ def test_half_of_the_loss_is_the_second_heads():
     model, x = with_second_head(classes=10).train(), images("plain")
     for target in (torch.tensor([0, 1, 4]), torch.eye(10)[[0, 1, 4]] * 0.9 + 0.01):
         parts = Objective(model, None, LossPart())(x, target)
-        noted = model.laconic.entry(4).notes[CLASS_LOGITS].detach()
+        noted = model.laconic.entry(4).per_image[CLASS_LOGITS].detach()
         assert set(parts) == {"loss", "cross_entropy", CLASS_LOGITS}
         torch.testing.assert_close(parts[CLASS_LOGITS], torch.nn.functional.cross_entropy(noted, target))
         torch.testing.assert_close(parts["loss"].detach(), (parts["cross_entropy"] + parts[CLASS_LOGITS]) / 2)

@@ -85,11 +85,11 @@ def test_reduced_deit(name, method):
         count = kept.shape[1]
         close(after.x[..., :8], z[f"tokens8_{i}"], CHANNELS)
         # which tokens stayed, in which order: the place of each is that of the token it was before
-        ours = before.place.gather(1, torch.from_numpy(kept))
-        assert torch.equal(after.place[:, :count], ours)
+        ours = before.origin_index.gather(1, torch.from_numpy(kept))
+        assert torch.equal(after.origin_index[:, :count], ours)
         if f"host_{i}" in z.files:
-            dropped = before.place.gather(1, torch.from_numpy(z[f"dropped_rel_{i}"]))
-            assert torch.equal(after.where.gather(1, dropped), torch.from_numpy(z[f"host_{i}"]))
+            dropped = before.origin_index.gather(1, torch.from_numpy(z[f"dropped_rel_{i}"]))
+            assert torch.equal(after.token_of_patch.gather(1, dropped), torch.from_numpy(z[f"host_{i}"]))
 
 
 def test_class_attention_and_scores():
@@ -113,7 +113,7 @@ def test_tome(k):
     assert model.laconic.prefix + stage.size.shape[1] == z["tokens_after_block"][k]
     # the official map of tokens to tokens, composed with where the patches were, is where the patches are
     assignment = torch.from_numpy(z[f"assign_block{k}"])[:, 1:] - 1
-    assert torch.equal(assignment.gather(1, before.where), stage.where)
+    assert torch.equal(assignment.gather(1, before.token_of_patch), stage.token_of_patch)
     if k == 11:
         close(F.pad(stage.size, (1, 0), value=1.0), z["final_size"], 0)
 
@@ -175,8 +175,8 @@ def test_dynamicvit_training(kind, monkeypatch):
     close(logits.detach(), z["train_logits"], LOGITS)
     close(features[:, 1:, :8].detach(), z["train_features8"], CHANNELS)
     for i, block in enumerate(AT):
-        assert torch.equal(model.laconic.entry(block + 1).alive.detach(), torch.from_numpy(z[f"decision_{i}"]).float())
-    alive = laconic.provenance(model).final.alive
+        assert torch.equal(model.laconic.entry(block + 1).keep_mask.detach(), torch.from_numpy(z[f"decision_{i}"]).float())
+    alive = laconic.provenance(model).final.keep_mask
     assert torch.equal(alive, torch.from_numpy(z["final_mask"])[..., 0])
     ours = {
         "cls": -(torch.from_numpy(z["labels"]) * logits.log_softmax(-1)).sum(-1).mean(),

@@ -57,9 +57,9 @@ def test_losses_of_avit_as_published():
     model(picture())
     assert 5e-4 * laconic.losses(model)["ponder"].item() == pytest.approx(float(z["ponder_loss_x0_0005"][0]), rel=1e-5)
     means = torch.from_numpy(z["halting_score"]).mean(2)
-    torch.testing.assert_close(model.laconic.entry(12).notes[HALTING].detach(), means, rtol=1e-4, atol=0)
+    torch.testing.assert_close(model.laconic.entry(12).per_image[HALTING].detach(), means, rtol=1e-4, atol=0)
     model(picture()[1:])  # the published mean over a batch leaves its first image out
-    close(model.laconic.entry(12).notes[HALTING][0].detach(), z["halting_score_layer"], 1e-12)
+    close(model.laconic.entry(12).per_image[HALTING][0].detach(), z["halting_score_layer"], 1e-12)
     assert 1e-3 * laconic.losses(model)["distribution"].item() == pytest.approx(float(z["distr_loss_x0_001"][0]), rel=1e-5)
     close(depth_target(12, 8, range(12), torch.ones(1)), z["distr_target"], 1e-6)
 
@@ -102,9 +102,9 @@ def test_avit_by_hand(execution, scale, center):
     torch.testing.assert_close(run(model, x), expected, rtol=1e-4, atol=1e-4)
     for i in range(3):
         entry = model.laconic.entry(i + 1)
-        assert torch.equal((entry.where >= 0).float(), masks[:, i + 1, 1:])
-        assert torch.equal(entry.shown, masks[:, i + 1, :1])
-    torch.testing.assert_close(model.laconic.entry(4).notes[PONDER].mean(), ponder)
+        assert torch.equal((entry.token_of_patch >= 0).float(), masks[:, i + 1, 1:])
+        assert torch.equal(entry.visible_prefix, masks[:, i + 1, :1])
+    torch.testing.assert_close(model.laconic.entry(4).per_image[PONDER].mean(), ponder)
     torch.testing.assert_close(sums, torch.ones_like(sums))
     model.train()
     torch.testing.assert_close(run(model, x), expected, rtol=1e-4, atol=1e-4)
@@ -130,7 +130,7 @@ def test_executions_of_avit_agree_and_images_are_alone(family):
         singles = torch.cat([run(model, image.unsqueeze(0)) for image in x])
         torch.testing.assert_close(answers[-1], singles, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(answers[-1], answers[0], rtol=1e-4, atol=1e-4)
-    assert (model.laconic.entry(4).where < 0).any()
+    assert (model.laconic.entry(4).token_of_patch < 0).any()
 
 
 def pass_all(config, features, depth=4, prefix=2):
@@ -227,9 +227,9 @@ def test_avit_between_the_blocks_of_a_schedule():
     x = images("plain")
     model = laconic.reduce_(make("plain"), "avit", at=[1, 3], gate_scale=3.0, gate_center=2.0)
     run(model, x)
-    assert SPENT not in model.laconic.entry(1).notes
-    assert model.laconic.entry(2).notes[ANSWER].shape == (3, 1, 48)
-    assert model.laconic.entry(4).notes[HALTING].shape == (3, 2)
+    assert SPENT not in model.laconic.entry(1).per_image
+    assert model.laconic.entry(2).per_image[ANSWER].shape == (3, 1, 48)
+    assert model.laconic.entry(4).per_image[HALTING].shape == (3, 2)
     assert laconic.losses(model)["ponder"] <= 3
 
 
@@ -239,7 +239,7 @@ def test_adavit_as_published(execution):
     z = golden("adavit_token_only")
     model = laconic.import_checkpoint(published("adavit_token_only"), "adavit", execution=execution)
     close(run(model, picture()), z["logits"], LOGITS)
-    used = torch.stack([model.laconic.entry(i + 1).alive for i in range(12)], 1)
+    used = torch.stack([model.laconic.entry(i + 1).keep_mask for i in range(12)], 1)
     assert torch.equal(used, torch.from_numpy(z["token_select"])[:, :, 1:].float())
     assert torch.equal(used.sum(2).long() + 1, torch.from_numpy(z["tokens_kept_per_block"]))
     mean = torch.from_numpy(z["token_select"]).float().mean()
@@ -287,7 +287,7 @@ def test_adavit_by_hand(policies, execution):
         expected, used, heads, layers = adavit_by_hand(unreduced_with(model), x)
     torch.testing.assert_close(run(model, x), expected, rtol=1e-4, atol=1e-4)
     for i in range(4):
-        assert torch.equal(model.laconic.entry(i + 1).alive, used[:, i, 1:])
+        assert torch.equal(model.laconic.entry(i + 1).keep_mask, used[:, i, 1:])
     means = {"used_tokens": (used.mean() - 0.5) ** 2}
     if "heads" in policies:
         means["used_heads"] = (heads.mean() - 0.5).abs()
@@ -316,7 +316,7 @@ def test_executions_of_adavit_agree_and_images_are_alone(family):
         singles = torch.cat([run(model, image.unsqueeze(0)) for image in x])
         torch.testing.assert_close(answers[-1], singles, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(answers[-1], answers[0], rtol=1e-4, atol=1e-4)
-    shares = {name: note.mean().item() for name, note in model.laconic.entry(4).notes.items()}
+    shares = {name: note.mean().item() for name, note in model.laconic.entry(4).per_image.items()}
     assert len(shares) == 3
     assert 0 < shares[TOKENS] < 1
     tokens_alone = full(family, policies="tokens")
@@ -344,7 +344,7 @@ def test_skipped_tokens_come_out_as_they_went_in():
         run(model, x)
         for entering, leaving in zip(moments[::2], moments[1::2], strict=True):
             same = (entering.patches == leaving.patches).all(2)
-            assert same[entering.columns[USED] == 0].all()
+            assert same[entering.per_token[USED] == 0].all()
         assert same.any()
         assert not same.all()
 
@@ -354,8 +354,8 @@ def test_a_block_that_decides_nothing_uses_all_tokens():
     model = full(at=[1], policies="tokens")
     run(model, x)
     assert list(model.laconic.reducers) == ["1", "2"]
-    assert (model.laconic.entry(2).alive == 0).any()
-    assert model.laconic.entry(3).alive is None
+    assert (model.laconic.entry(2).keep_mask == 0).any()
+    assert model.laconic.entry(3).keep_mask is None
     assert laconic.losses(model)["used_tokens"] > 0
     with torch.no_grad():
         model.laconic.reducers["1"].tokens.bias.fill_(1e6)  # uses all
@@ -435,7 +435,7 @@ def test_terms_that_are_off_note_nothing():
     model = full()
     run(model, images("plain"))
     assert set(laconic.losses(model)) == {"used_tokens", "used_heads", "used_layers"}
-    assert not any(name in model.laconic.entry(4).notes for name in NOTED.values())
+    assert not any(name in model.laconic.entry(4).per_image for name in NOTED.values())
 
 
 def test_diverse_and_entropy_are_trained():

@@ -123,9 +123,9 @@ def test_faults_are_the_hosts_own():
 
 def test_blocks_are_cut_off_before_not_after():
     model = laconic.reduce_(make("plain"), "topk", keep=0.5, at=AT)
-    with pytest.raises(ValueError, match=r"laconic.restore_\(model\) first, cut, and reduce again"):
+    with pytest.raises(ValueError, match=r"laconic.restore_\(model\) first"):
         model.prune_intermediate_layers([1])
-    with pytest.raises(ValueError, match="first, cut"):
+    with pytest.raises(ValueError, match="restore_"):
         FeatureGetterNet(model, out_indices=(1, 2))
     laconic.restore_(model)
     model.prune_intermediate_layers([1])

@@ -395,11 +395,11 @@ def test_tensors_of_another_kind_are_no_weights(dtype, tmp_path):
     model, weights = make("plain"), make("plain").state_dict()
     weights["head.weight"] = weights["head.weight"].to(dtype)
     before = model.state_dict()["head.weight"].clone()
-    with pytest.raises(ValueError, match=f"head.weight in the given dict is of {dtype}, where torch.float32 was expected"):
+    with pytest.raises(ValueError, match=f"head.weight in the given dict is of {dtype}, but torch.float32 was expected"):
         import_checkpoint(weights, "evit", model=model, keep=0.7, at=AT)
     assert torch.equal(model.head.weight, before)
     torch.save(weights, tmp_path / "a.pth")
-    with pytest.raises(ValueError, match="where torch.float32 was expected"):
+    with pytest.raises(ValueError, match="but torch.float32 was expected"):
         fill(make("plain"), tmp_path / "a.pth")
 
 

@@ -16,7 +16,7 @@ from laconic.core.half_limit import check_halves
 from laconic.core.schedule import cumulative
 from laconic.core.tokens import Tokens
 from laconic.methods import diffrate
-from laconic.methods.diffrate import FLOOR, DiffRateReducer
+from laconic.methods.diffrate import MIN_ATTN_SCALE, DiffRateReducer
 from laconic.methods.mctf import LEAST, LateMCTFReducer, MCTFReducer, fuse
 from laconic.methods.ops import SCORES, as_in_0_1, by_parity, cosine, soft_matching
 from laconic.methods.pitome import PiToMeReducer
@@ -291,7 +291,7 @@ def test_diffrate_by_hand(prune_kept, sizes):
             torch.testing.assert_close(out.patches[b, new], t.patches[b, groups[j]].mean(0), **CLOSE)
             assert all(out.token_of_patch[b, i] == new for i in groups[j])
             if tail:
-                assert out.attn_scale[b, new].item() == pytest.approx(max(grown[j], FLOOR), rel=1e-4)
+                assert out.attn_scale[b, new].item() == pytest.approx(max(grown[j], MIN_ATTN_SCALE), rel=1e-4)
         assert all(out.token_of_patch[b, i] == -1 for i in line[p:])
 
 
@@ -301,7 +301,7 @@ def test_unlike_tokens_take_weight_away_but_never_all():
     seen = look(t)
     seen.k.zero_()  # equal attention: they stand in line as they are
     out = DiffRateReducer(SCORES["class"], None, 0.0).between(t, seen, 1)
-    torch.testing.assert_close(out.attn_scale, torch.full((2, 1), FLOOR))
+    torch.testing.assert_close(out.attn_scale, torch.full((2, 1), MIN_ATTN_SCALE))
     torch.testing.assert_close(out.patches[:, 0], torch.tensor([[-2 / 3, 0.0]] * 2))
     assert torch.equal(out.size, torch.full((2, 1), 3.0))
 
@@ -685,7 +685,7 @@ def scatter_counts(run):
 
 def test_hiding_is_removing(toy, monkeypatch):
     """With the counts fixed the search computes what the reduced model does."""
-    monkeypatch.setattr(diffrate, "FLOOR", 1.0)  # as in the search
+    monkeypatch.setattr(diffrate, "MIN_ATTN_SCALE", 1.0)  # as in the search
     model, x, _ = toy
     run = DiffRateSearch(model, gmacs=0.004)
     scatter_counts(run)

@@ -373,7 +373,7 @@ def test_restore_dense():
         assert torch.equal(dense[1, p], features[1, 2 + stage.where[1, p]])
     grid = laconic.restore_dense(model, features[:, 2:], layout="NCHW")
     assert torch.equal(grid.flatten(2).transpose(1, 2), dense)
-    with pytest.raises(ValueError, match="come from no known forward"):
+    with pytest.raises(ValueError, match="are not a known output"):
         laconic.restore_dense(model, features[:, 1:])
 
 

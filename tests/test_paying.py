@@ -139,7 +139,7 @@ def test_steps_that_take_longer_than_the_blocks_are_spared(caplog, monkeypatch, 
     assert (found.shape, found.device) == ((1, 3, 96, 96), "cpu")
     for told in (caplog.text, str(laconic.summary(model))):
         assert "SLOWER than unreduced (0.91x)" in told
-        assert "163 ms a forward instead of 148 ms" in told
+        assert "163 ms per forward instead of 148 ms" in told
     assert laconic.summary(model).macs < laconic.summary(model).baseline_macs
 
 

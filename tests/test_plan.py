@@ -307,7 +307,7 @@ def pretend(model, watch, per_token=1e-4, per_pair=1e-6, stem=2e-3, noise=None):
     for block in model.blocks:
         block.attn.register_forward_hook(attention)
         block.mlp.register_forward_hook(mlp)
-    model.patch_embed.register_forward_hook(lambda *_: spend(patch_embed))
+    model.patch_embed.register_forward_hook(lambda *_: spend(stem))
     return model
 
 

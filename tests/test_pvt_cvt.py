@@ -216,7 +216,7 @@ def test_the_map_follows_the_tokens():
     assert torch.equal(grid.own(x[:, 1:]), reduced.patches)
     assert torch.equal(grid.fill(reduced.patches).nonzero()[:, :2].unique(dim=0).shape[0] * torch.ones(()), torch.tensor(18.0))
     dst = torch.zeros(2, 16, dtype=torch.long)
-    faded = start.fade(torch.cat([torch.ones(2, 1), torch.zeros(2, 15)], 1), dst)
+    faded = start.soft_drop(torch.cat([torch.ones(2, 1), torch.zeros(2, 15)], 1), dst)
     soft = GridMap.of(faded)
     assert torch.equal(soft.fill(faded.patches), x[:, 1:2].expand(-1, 16, -1))
     assert torch.equal(soft.own(x[:, 1:]), x[:, 1:])
@@ -628,7 +628,7 @@ def test_soft_training_agrees_with_removal(name, method, monkeypatch):
             module.eval()
     torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-3)
     assert len(model.laconic.entry(at[-1] + 1)) == (9 if name == "pvt_tiny" else 36)
-    assert (model.laconic.entry(at[0] + 1).alive.sum(1) < (144 if name == "pvt_tiny" else 36)).all()
+    assert (model.laconic.entry(at[0] + 1).keep_mask.sum(1) < (144 if name == "pvt_tiny" else 36)).all()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -83,8 +83,8 @@ def test_hard_clusters(name, method):
     for block, left, (before, after) in zip(BLOCKS, LEFT, moments, strict=True):
         centres, cluster = (torch.from_numpy(z[f"{part}_block{block}"]) for part in ("Kept_Tokens", "Assignment_Maps"))
         assert len(after) == left
-        assert torch.equal(after.place, before.place.gather(1, centres))
-        assert torch.equal(after.where, cluster.gather(1, before.where))
+        assert torch.equal(after.origin_index, before.origin_index.gather(1, centres))
+        assert torch.equal(after.token_of_patch, cluster.gather(1, before.token_of_patch))
 
 
 @pytest.mark.parametrize(("name", "method"), [("tr_patchmerger", "patchmerger"), ("tr_sinkhorn", "sinkhorn")])
@@ -104,10 +104,12 @@ def test_atc():
     logits, moments = answer(deit("atc"), picture())
     close(logits, z["logits"], LOGITS)
     # labels are arbitrary there, and follow the order of the tokens: compare who is together with whom
-    theirs = arange_like(moments[0][0].where)
+    theirs = arange_like(moments[0][0].token_of_patch)
     for block, (_, after) in zip(BLOCKS, moments, strict=True):
         theirs = torch.from_numpy(z[f"cluster_of_token_block{block}"])[:, 1:].sub(1).gather(1, theirs)
-        assert torch.equal(theirs.unsqueeze(1) == theirs.unsqueeze(2), after.where.unsqueeze(1) == after.where.unsqueeze(2))
+        assert torch.equal(
+            theirs.unsqueeze(1) == theirs.unsqueeze(2), after.token_of_patch.unsqueeze(1) == after.token_of_patch.unsqueeze(2)
+        )
 
 
 @pytest.mark.parametrize(
@@ -135,9 +137,9 @@ def stir(module, scale=0.7):
 
 
 def check_mass(t):
-    held = (t.where.unsqueeze(1) == arange_like(t.size).unsqueeze(2)).sum(2)
+    held = (t.token_of_patch.unsqueeze(1) == arange_like(t.size).unsqueeze(2)).sum(2)
     assert torch.equal(held.float(), t.size)
-    assert torch.equal(t.where.gather(1, t.place), arange_like(t.size))
+    assert torch.equal(t.token_of_patch.gather(1, t.origin_index), arange_like(t.size))
 
 
 # ------------------------------------------------------------------------------------------------ DPC-KNN
@@ -168,8 +170,8 @@ def test_dpc_knn_by_hand(weights, k):
     check_mass(out)
     for b in range(2):
         centres, cluster = density_peaks_by_hand(t.patches[b], 7, k)
-        assert out.place[b].tolist() == centres
-        assert out.where[b].tolist() == cluster
+        assert out.origin_index[b].tolist() == centres
+        assert out.token_of_patch[b].tolist() == cluster
         score = [0.0] * 20 if weights == "equal" else reducer.score(t.patches[b])[:, 0].tolist()
         for new in range(7):
             members = [i for i in range(20) if cluster[i] == new]
@@ -242,17 +244,17 @@ def test_kmedoids_by_hand(cost, iterations, weights):
     reducer = laconic.KMedoids(iterations=iterations, cost=cost, weights=weights).build(site(6))
     if weights == "attention":
         out = reducer.before(t.replace(per_token={RECEIVED: weight, "other": weight}), 6)
-        assert list(out.columns) == ["other"]
+        assert list(out.per_token) == ["other"]
         starts = [weight[b].argsort(descending=True)[:6].tolist() for b in range(2)]
     else:
         out = reducer.before(t, 6)
         weight, starts = torch.ones_like(weight), spread(torch.cdist(t.patches, t.patches), 6).tolist()
     check_mass(out)
-    assert torch.equal(out.x, torch.cat([t.x[:, :1], t.rows(out.place)], 1))  # nothing is averaged
+    assert torch.equal(out.x, torch.cat([t.x[:, :1], t.rows(out.origin_index)], 1))  # nothing is averaged
     for b in range(2):
         medoids, cluster = kmedoids_by_hand(t.patches[b], weight[b].tolist(), starts[b], iterations, cost)
-        assert out.place[b].tolist() == medoids
-        assert out.where[b].tolist() == cluster
+        assert out.origin_index[b].tolist() == medoids
+        assert out.token_of_patch[b].tolist() == cluster
 
 
 def test_the_two_costs_of_kmedoids_differ_as_said():
@@ -281,7 +283,7 @@ def test_weights_of_kmedoids_are_the_attention_received_in_the_block_before():
     model.blocks[1].attn.register_forward_pre_hook(look)
     answer(model, x)
     assert torch.equal(laconic.provenance(model).final.kept, attention[0].argsort(1, descending=True)[:, :18])
-    assert not model.laconic.entry(3).columns
+    assert not model.laconic.entry(3).per_token
 
 
 def test_kmedoids_needs_a_block_before():
@@ -356,7 +358,7 @@ def test_atc_counts_sizes_in_the_mean_and_in_attention_or_in_neither(linkage, pr
     for (before, after), k in zip(moments, keys, strict=True):
         check_mass(after)
         # of the last block's tokens: which became which (a token holds at least one patch)
-        became = torch.full_like(before.place, -1).scatter(1, before.where, after.where)
+        became = torch.full_like(before.origin_index, -1).scatter(1, before.token_of_patch, after.token_of_patch)
         for b, one in enumerate(F.normalize(k, dim=-1)):
             assert became[b].tolist() == agglomerate_by_hand((1 - one @ one.T).tolist(), len(after), linkage)
         weight = group_normalize(before.size if proportional else torch.ones_like(before.size), became, len(after))
@@ -364,7 +366,7 @@ def test_atc_counts_sizes_in_the_mean_and_in_attention_or_in_neither(linkage, pr
             1, became.unsqueeze(2).expand_as(before.patches), before.patches * weight.unsqueeze(2)
         )
         torch.testing.assert_close(after.patches, expected, rtol=1e-4, atol=1e-5)
-        assert (after.gate is after.size) if proportional else (after.gate is None)
+        assert (after.attn_scale is after.size) if proportional else (after.attn_scale is None)
 
 
 # ------------------------------------------------------------------------------------------------ soft mixers
@@ -522,7 +524,7 @@ def test_the_token_fuser_by_hand(version):
         torch.testing.assert_close(model(x), model.head(model.norm(y)[:, 0]), rtol=1e-4, atol=1e-4)
     final = laconic.provenance(model).final
     assert torch.equal(final.where, torch.arange(36).expand(3, -1))
-    assert model.laconic.entry(4).aside is None
+    assert model.laconic.entry(4).parked is None
     assert not model.laconic.entry(4).merged
 
 
@@ -645,7 +647,7 @@ def test_the_published_radius_rule_and_masks(norm, keep):
     logits, moments = answer(model, x)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     for (_, after), mask in zip(moments, masks.values(), strict=True):
-        assert torch.equal(after.place, mask.nonzero()[:, 0].expand(2, -1))
+        assert torch.equal(after.origin_index, mask.nonzero()[:, 0].expand(2, -1))
 
 
 def test_the_counts_that_the_benchmark_reports_for_discs():
@@ -670,25 +672,25 @@ def test_the_nearest_n_patches_stay(norm, grid):
     y, x = torch.meshgrid(*(torch.arange(s) - (s - 1) / 2 for s in grid), indexing="ij")
     far = torch.linalg.vector_norm(torch.stack([y, x], 2), ord=order, dim=2).flatten().tolist()
     expected = sorted(sorted(range(36), key=lambda p: (round(far[p], 5), p))[:11])
-    assert out.place.tolist() == [expected] * 2
+    assert out.origin_index.tolist() == [expected] * 2
     assert torch.equal(out.patches, t.patches[:, expected])
-    assert (out.where >= 0).sum() == 22
+    assert (out.token_of_patch >= 0).sum() == 22
 
 
 def test_the_pattern_goes_by_the_places_of_the_tokens():
     """Whatever has left before: of those that are there, the ones nearest to the centre stay."""
     t = tokens(patches=36, grid=(6, 6)).keep(torch.tensor([[35, 0, 14, 1, 21], [7, 15, 3, 30, 5]]))
     out = laconic.Heuristic().build(site(2, 36, grid=(6, 6))).before(t, 2)
-    assert out.place.tolist() == [[14, 21], [7, 15]]
+    assert out.origin_index.tolist() == [[14, 21], [7, 15]]
 
 
 def test_a_square_image_of_another_size():
     out = laconic.Heuristic().build(site(4, 36, grid=(6, 6))).before(tokens(patches=16), 4)
-    assert out.place.tolist() == [[5, 6, 9, 10]] * 2
+    assert out.origin_index.tolist() == [[5, 6, 9, 10]] * 2
     with pytest.raises(ValueError, match="20 patches do not form a square"):
         laconic.Heuristic().build(site(4, 36, grid=(6, 6))).before(tokens(patches=20), 4)
     out = laconic.Heuristic().build(site(4, 36, grid=(6, 6))).before(tokens(patches=20, grid=(2, 10)), 4)
-    assert out.place.tolist() == [[4, 5, 14, 15]] * 2
+    assert out.origin_index.tolist() == [[4, 5, 14, 15]] * 2
 
 
 @pytest.mark.parametrize("smallest", [1.0, 0.0, 2.5])

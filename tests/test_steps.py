@@ -107,11 +107,11 @@ def test_the_loss_is_that_of_the_answer_by_draws_and_the_policys(mixed):
     parts = step(x, target)
     with torch.no_grad():
         greedy = model.eval()(x)
-        kept = model.laconic.entry(4).notes[KEPT]
+        kept = model.laconic.entry(4).per_image[KEPT]
         baseline = rewards(greedy.argmax(1) == labels, kept, (1.0, 2.0, 3.0))
     torch.manual_seed(3)
     logits = model.train()(x)
-    notes = model.laconic.entry(4).notes
+    notes = model.laconic.entry(4).per_image
     reward = rewards(logits.argmax(1) == labels, notes[KEPT], (1.0, 2.0, 3.0))
     policy = policy_loss(notes[LOG_PROBABILITY], reward, baseline)
     assert (reward > 0).sum(1).tolist() == [3, 3, 0]
@@ -359,9 +359,9 @@ def squared(own, wanted, chosen):
 
 def test_parked_tokens_are_distilled_in_the_places_that_they_come_back_to():
     value, own, wanted, left = distilled("evovit")
-    assert not torch.equal(left.place, torch.arange(36).expand(3, -1))
-    assert left.place.sort().values.tolist() == [list(range(36))] * 3
-    pairs = [(b, i, int(left.place[b, i])) for b in range(3) for i in range(36)]
+    assert not torch.equal(left.origin_index, torch.arange(36).expand(3, -1))
+    assert left.origin_index.sort().values.tolist() == [list(range(36))] * 3
+    pairs = [(b, i, int(left.origin_index[b, i])) for b in range(3) for i in range(36)]
     assert value.item() == pytest.approx(squared(own, wanted, pairs), rel=1e-5)
 
 
@@ -369,7 +369,7 @@ def test_parked_tokens_are_distilled_in_the_places_that_they_come_back_to():
 def test_hidden_tokens_are_not_distilled(name):
     options = {"gate_scale": 1.0, "gate_center": 1.0} if name == "avit" else {}
     value, own, wanted, left = distilled(name, **options)
-    there = left.alive > 0.5
+    there = left.keep_mask > 0.5
     assert 0 < there.sum() < there.numel()
     pairs = [(b, i, i) for b in range(3) for i in range(36) if there[b, i]]
     assert value.item() == pytest.approx(squared(own, wanted, pairs), rel=1e-5)
@@ -377,13 +377,13 @@ def test_hidden_tokens_are_not_distilled(name):
 
 def test_packages_are_not_distilled():
     value, own, wanted, left = distilled("spvit")
-    packages = left.columns[PACKAGE] > 0
+    packages = left.per_token[PACKAGE] > 0
     assert packages.sum(1).tolist() == [3] * 3
-    there = (left.alive > 0.5) & ~packages
+    there = (left.keep_mask > 0.5) & ~packages
     assert there.sum() < 3 * 36
-    pairs = [(b, i, int(left.place[b, i])) for b in range(3) for i in range(39) if there[b, i]]
+    pairs = [(b, i, int(left.origin_index[b, i])) for b in range(3) for i in range(39) if there[b, i]]
     assert value.item() == pytest.approx(squared(own, wanted, pairs), rel=1e-5)
-    with_packages = token_distillation(own, wanted.gather(1, left.place.unsqueeze(2).expand_as(own)), left.alive)
+    with_packages = token_distillation(own, wanted.gather(1, left.origin_index.unsqueeze(2).expand_as(own)), left.keep_mask)
     assert value.item() != pytest.approx(with_packages.item(), rel=1e-3)
 
 
@@ -401,8 +401,8 @@ def test_ratio_losses_count_the_tokens_that_are_there(name):
     by_hand = []
     for stage, block in enumerate(AT):
         entry = model.laconic.entry(block + 1)
-        ordinary = 1 - entry.columns.get(PACKAGE, torch.zeros_like(entry.alive))
-        share = (entry.alive * ordinary).sum(1) / 36
+        ordinary = 1 - entry.per_token.get(PACKAGE, torch.zeros_like(entry.keep_mask))
+        share = (entry.keep_mask * ordinary).sum(1) / 36
         if name == "spvit":
             by_hand.append(
                 (share.mean() - model.laconic.reducer(block).ratio).square()
@@ -421,7 +421,7 @@ def test_a_second_head_counts_as_its_method_says():
     laconic.reduce_(model, "evovit", second_head=10)
     objective = Objective(model, None, LossPart())
     answer = objective.answer(x)
-    second = model.laconic.entry(4).notes[CLASS_LOGITS]
+    second = model.laconic.entry(4).per_image[CLASS_LOGITS]
     parts = objective.losses(x, answer, target, None)
     losses = [F.cross_entropy(logits, target).item() for logits in (answer.logits, second)]
     assert parts["cross_entropy"].item() == pytest.approx(losses[0])

@@ -54,7 +54,7 @@ def test_the_highest_scores_stay_and_nothing_is_drawn_at_inference():
         out, again = reducer.before(t, 5), reducer.before(t, 5)
         expected = reducer.scorer(t.patches).squeeze(-1).argsort(dim=1, descending=True)[:, :5]
     assert torch.equal(out.x, again.x)
-    assert torch.equal(out.place, expected)
+    assert torch.equal(out.origin_index, expected)
     assert torch.equal(out.patches, t.rows(expected))
 
 
@@ -66,7 +66,7 @@ def test_training_draws_noise_that_favours_high_scores(rest):
         chosen = torch.zeros(12)
         for _ in range(400):
             out = reducer.before(t, 4)
-            chosen[out.place[0, : 4 - (rest == "zero")]] += 1
+            chosen[out.origin_index[0, : 4 - (rest == "zero")]] += 1
         score = reducer.scorer(t.patches).squeeze()
     assert chosen.sum() == 400 * (4 - (rest == "zero"))
     assert (chosen > 0).all()
@@ -79,13 +79,13 @@ def test_the_straight_through_gradient_is_that_of_the_softmax(tau):
     torch.manual_seed(5)
     out = reducer.before(t, 5)
     per_token = (t.patches * weight.unsqueeze(-1)).sum(-1)
-    assert torch.equal(out.patches, t.rows(out.place))
-    (out.patches * weight.gather(1, out.place).unsqueeze(-1)).sum().backward()
+    assert torch.equal(out.patches, t.rows(out.origin_index))
+    (out.patches * weight.gather(1, out.origin_index).unsqueeze(-1)).sum().backward()
     found, reducer.scorer.weight.grad = reducer.scorer.weight.grad, None
     noisy = noisy_by_hand(reducer, t, 5)
-    assert torch.equal(noisy[:, 1:].argsort(dim=1, descending=True)[:, :5], out.place)
+    assert torch.equal(noisy[:, 1:].argsort(dim=1, descending=True)[:, :5], out.origin_index)
     soft = (noisy / tau).softmax(-1)[:, 1:]
-    (soft.gather(1, out.place) * per_token.gather(1, out.place)).sum().backward()
+    (soft.gather(1, out.origin_index) * per_token.gather(1, out.origin_index)).sum().backward()
     torch.testing.assert_close(found, reducer.scorer.weight.grad)
     assert found.abs().max() > 1e-4
 
@@ -138,7 +138,7 @@ def test_one_zero_token_does_what_the_published_many_do(family, training):
     expected = published(plain, reducer, x, 14, 7 if training else None)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     assert len(model.laconic.entry(4)) == 15
-    assert model.laconic.entry(4).gate[0].tolist() == [1.0] * 14 + [22.0]
+    assert model.laconic.entry(4).attn_scale[0].tolist() == [1.0] * 14 + [22.0]
     for logits in (got, expected):
         logits.square().mean().backward()
     for (name, p), q in zip(
@@ -157,9 +157,9 @@ def test_zero_tokens_of_two_stages_are_zero_again():
     with torch.no_grad():
         once = reducer.before(t, 6)
         twice = reducer.before(once, 4)
-    assert once.gate.tolist() == [[1.0] * 5 + [7.0]] * 2
+    assert once.attn_scale.tolist() == [[1.0] * 5 + [7.0]] * 2
     assert torch.equal(once.patches[:, 5], torch.zeros(2, 8))
-    assert torch.equal(twice.gate.sum(1), torch.full((2,), 12.0))
+    assert torch.equal(twice.attn_scale.sum(1), torch.full((2,), 12.0))
     assert torch.equal(twice.size.sum(1), torch.full((2,), 12.0))
     assert torch.equal(twice.patches[:, 3], torch.zeros(2, 8))
 
@@ -178,7 +178,7 @@ def test_selection_learns_which_tokens_matter(rest):
         optimizer.step()
     t = tokens(64, channels=4)
     with torch.no_grad():
-        place = reducer.eval().before(t, 4).place[:, :count]
+        place = reducer.eval().before(t, 4).origin_index[:, :count]
     best = t.patches[..., 0].topk(count, dim=1).indices
     agreement = (place.unsqueeze(2) == best.unsqueeze(1)).any(2).float().mean()
     assert agreement > 0.9

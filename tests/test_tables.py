@@ -1,5 +1,6 @@
 """Reports fit the width they are printed in: no line is longer, no word is split, no list of tokens folds at 120."""
 
+import io
 import re
 from pathlib import Path
 
@@ -124,7 +125,9 @@ REPORTS = (list_, published, bench, demo, lambda: demo(labelled=False), scored, 
 
 def printed(report, columns, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
-    return str(report)
+    text = io.StringIO()
+    report.write(text)
+    return text.getvalue().rstrip()
 
 
 @pytest.mark.parametrize("columns", [80, 100, 120])

@@ -14,7 +14,7 @@ def tokens(batch=2, patches=6, channels=3, prefix=1):
 def test_start_holds_every_patch():
     t = tokens()
     assert len(t) == 6
-    assert t.where.tolist() == [[0, 1, 2, 3, 4, 5]] * 2
+    assert t.token_of_patch.tolist() == [[0, 1, 2, 3, 4, 5]] * 2
     assert t.size.tolist() == [[1.0] * 6] * 2
     assert torch.equal(t.patches, t.x[:, 1:])
 
@@ -27,9 +27,9 @@ def test_keep():
         assert torch.equal(kept.x[b, 0], t.x[b, 0])
         for new, old in enumerate(index[b].tolist()):
             assert torch.equal(kept.patches[b, new], t.patches[b, old])
-            assert kept.where[b, old] == new
-    assert (kept.where >= 0).sum(1).tolist() == [3, 3]
-    assert torch.equal(kept.place, index)
+            assert kept.token_of_patch[b, old] == new
+    assert (kept.token_of_patch >= 0).sum(1).tolist() == [3, 3]
+    assert torch.equal(kept.origin_index, index)
     assert not kept.merged
 
 
@@ -44,8 +44,8 @@ def test_merge_sums_drops_and_follows():
             expected = sum(weight[b, i] * t.patches[b, i] for i in members)
             torch.testing.assert_close(merged.patches[b, m], expected)
             assert merged.size[b, m] == len(members)
-    assert torch.equal(merged.where, dst)
-    assert torch.equal(merged.place, lead)
+    assert torch.equal(merged.token_of_patch, dst)
+    assert torch.equal(merged.origin_index, lead)
     assert merged.merged
 
 
@@ -55,18 +55,18 @@ def test_what_travels_follows_its_token():
     index = torch.tensor([[3, 1], [0, 5]])
     dst = torch.tensor([[1, 1, 0, 0, 1, 1]] * 2)
     for after in (t.keep(index), t.merge(dst, torch.ones(2, 6), index)):
-        assert torch.equal(after.gate, t.gate.gather(1, index))
-        assert torch.equal(after.alive, t.alive.gather(1, index))
-        assert torch.equal(after.columns["note"], gather_rows(t.columns["note"], index))
+        assert torch.equal(after.attn_scale, t.attn_scale.gather(1, index))
+        assert torch.equal(after.keep_mask, t.keep_mask.gather(1, index))
+        assert torch.equal(after.per_token["note"], gather_rows(t.per_token["note"], index))
 
 
 def test_verbs_compose():
     t = tokens()
     first = t.merge(torch.tensor([[0, 0, 1, 2, 3, 3]] * 2), torch.ones(2, 6), torch.tensor([[1, 2, 3, 4]] * 2))
     second = first.keep(torch.tensor([[3, 0], [2, 1]]))
-    assert second.where.tolist() == [[1, 1, -1, -1, 0, 0], [-1, -1, 1, 0, -1, -1]]
+    assert second.token_of_patch.tolist() == [[1, 1, -1, -1, 0, 0], [-1, -1, 1, 0, -1, -1]]
     assert second.size.tolist() == [[2.0, 2.0], [1.0, 1.0]]
-    assert second.place.tolist() == [[4, 1], [3, 2]]
+    assert second.origin_index.tolist() == [[4, 1], [3, 2]]
 
 
 def test_mix_conserves_mass():
@@ -75,7 +75,7 @@ def test_mix_conserves_mass():
     mixed = t.mix(matrix)
     torch.testing.assert_close(mixed.patches, matrix @ t.patches)
     torch.testing.assert_close(mixed.size.sum(1), torch.full((2,), 6.0))
-    assert torch.equal(mixed.where, matrix.argmax(1))
+    assert torch.equal(mixed.token_of_patch, matrix.argmax(1))
     assert torch.equal(mixed.x[:, 0], t.x[:, 0])
 
 
@@ -87,7 +87,7 @@ def test_join():
     assert len(kept) == len(parked) == 3
     joined = kept.join(parked)
     assert torch.equal(joined.dense(joined.patches), t.patches)
-    assert torch.equal(joined.dense(joined.columns["note"]), t.columns["note"])
+    assert torch.equal(joined.dense(joined.per_token["note"]), t.per_token["note"])
     assert joined.size.tolist() == [[1.0] * 6] * 2
 
 
@@ -95,10 +95,10 @@ def test_fade_keeps_the_shape_and_hands_patches_over():
     t = tokens()
     alive = torch.tensor([[1.0, 0, 1, 0, 1, 1]] * 2)
     dst = torch.tensor([[0, 0, 2, -1, 4, 5]] * 2)
-    faded = t.fade(alive, dst)
+    faded = t.soft_drop(alive, dst)
     assert len(faded) == 6
     assert faded.size.tolist() == [[2.0, 0, 1, 0, 1, 1]] * 2
-    assert faded.where.tolist() == dst.tolist()
+    assert faded.token_of_patch.tolist() == dst.tolist()
     assert torch.equal(faded.x, t.x)
 
 
@@ -142,10 +142,10 @@ def test_fading_fills_dropped_patches_as_keeping_does():
         chosen = torch.stack([torch.randperm(stays.shape[1])[:count].sort().values for _ in range(3)])
         hard, stays = hard.keep(chosen), stays.gather(1, chosen)
         alive = torch.zeros(3, 12).scatter(1, stays, 1.0)
-        soft = soft.fade(alive, torch.where(alive > 0, torch.arange(12), -1))
+        soft = soft.soft_drop(alive, torch.where(alive > 0, torch.arange(12), -1))
         soft = soft.replace(x=torch.randn(3, 13, 8))
         hard = hard.replace(x=torch.cat([soft.x[:, :1], soft.rows(stays)], 1))
-        for left in (soft, soft.compact()):
+        for left in (soft, soft.drop_hidden()):
             assert torch.equal(left.dropped, hard.dropped)
-            assert torch.equal(left.place.gather(1, left.similar), hard.place.gather(1, hard.similar))
-    assert ((soft.dropped.abs().sum(2) > 0) == (soft.where < 0)).all()
+            assert torch.equal(left.origin_index.gather(1, left.similar), hard.origin_index.gather(1, hard.similar))
+    assert ((soft.dropped.abs().sum(2) > 0) == (soft.token_of_patch < 0)).all()

@@ -201,7 +201,7 @@ def test_a_finished_run_has_nothing_to_resume(tmp_path):
 
 def test_a_run_is_not_written_over(tmp_path):
     go(tmp_path, "optimization.epochs=1")
-    with pytest.raises(Refusal, match="holds a run already; --resume goes on with it"):
+    with pytest.raises(Refusal, match="holds a run already; --resume"):
         go(tmp_path, "optimization.epochs=1")
 
 

@@ -102,7 +102,7 @@ def test_the_contract(name, method, record_property):
     reduction = laconic.core.token_reduction.reduction_of(model)
     if laconic.methods()[method].count == "constant":
         assert not torch.equal(out, base)
-        assert len(reduction.entry(reduction.depth)) < reduction.entry(reduction.depth).where.shape[1]
+        assert len(reduction.entry(reduction.depth)) < reduction.entry(reduction.depth).token_of_patch.shape[1]
     singles = torch.cat([answer(name, model, x[i : i + 1]) for i in range(3)])
     torch.testing.assert_close(singles, out, rtol=1e-3, atol=1e-4)
     assert {key for key in model.state_dict() if "laconic." not in key} == keys

@@ -1,4 +1,4 @@
-"""Check that a reduction pays: by multiply-adds in closed form, and by the time of the method's own steps on this machine.
+"""Check that token reduction is worth its cost: by computed multiply-adds, and by measured time on this machine.
 
 Multiply-adds do not count sorting, merging one pair after the other, or the overhead of many small operations. So one reduced
 forward is timed, and the method's steps in it. The unreduced model is timed only if these steps may take as long as the time
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 LEAST_MACS = 1e9  # multiply-adds of the unreduced blocks on the whole batch; below, nothing is timed
 CLEAR = 1.1  # expected speed relative to the unreduced model from which no further measurement is needed
-ROUNDS, PATIENCE = (2, 5), 2.0  # fewest and most rounds; seconds after which no more than the fewest are run
+ROUNDS, PATIENCE = (2, 5), 2.0  # minimum and maximum rounds; after this many seconds, no round beyond the minimum starts
 ADVICE = (
     "Reduce in fewer or in earlier blocks, keep fewer tokens, or use a method whose cost grows more slowly with their number "
     "(topk, evit, etps)"
@@ -107,7 +107,7 @@ def warn_unless_it_pays(
         )
     if found is not None and found.ratio < 1:
         promised = macs.whole / (macs.whole - macs.spared + macs.spent)
-        log.warning("%s is %s; its multiply-adds promise %.2fx. %s", config.info.name, found, promised, ADVICE)
+        log.warning("%s is %s; from its multiply-adds, %.2fx was expected. %s", config.info.name, found, promised, ADVICE)
 
 
 def timed(reduction: TokenReduction, example: Tensor | None, macs: Balance | None = None) -> TimeBalance | None:
@@ -129,7 +129,7 @@ def timed(reduction: TokenReduction, example: Tensor | None, macs: Balance | Non
         return found
     macs = macs or balance(host, entry, reduction.config, schedule, InputSize.of(host, entry, example))
     with without_recording(host), torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        host(batch)  # it may refuse the size; and a first forward takes longer than others
+        host(batch)  # warm-up; also raises here if the model does not accept this input size
         found = time_balance(reduction, batch, macs)
     _measured[reduction] = key, found
     return found

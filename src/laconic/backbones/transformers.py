@@ -18,7 +18,7 @@ from torch import Tensor
 from laconic.core.backbone import MethodOverride, ModelSpec, Setting, register_host, register_refusal
 
 FUSED = "sdpa"
-GRID = "it reads tokens on their grid, and a reduced model has no full grid; for other uses reduce the backbone inside it"
+NEEDS_GRID = "it reads tokens on their grid, and a reduced model has no full grid; for other uses reduce the backbone inside it"
 
 
 def _blocks(m: Any) -> list[Any]:
@@ -53,10 +53,7 @@ def _example(m: Any) -> Tensor:
 def _unsupported_reason(m: Any) -> str | None:
     name = m.config._attn_implementation
     if name not in (FUSED, "eager"):
-        return (
-            f"its attention implementation is {name!r}, which laconic cannot read; call model.set_attn_implementation('sdpa') "
-            "first"
-        )
+        return f"its attention implementation is {name!r}, not supported; call model.set_attn_implementation('sdpa') first"
     if m.config.output_attentions:
         return (
             "its config requests attention weights, which fused attention cannot return; set config.output_attentions = False"
@@ -182,7 +179,7 @@ for _path in (
     "dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersBackbone",
     "dinov3_vit.modeling_dinov3_vit.DINOv3ViTBackbone",
 ):
-    register_refusal(f"transformers.models.{_path}", GRID)
+    register_refusal(f"transformers.models.{_path}", NEEDS_GRID)
 for _path in ("Siglip2VisionModel", "Siglip2VisionTransformer"):
     register_refusal(
         f"transformers.models.siglip2.modeling_siglip2.{_path}",

@@ -1,6 +1,6 @@
 """Describe a transformers model by its class, its config and further constructor arguments, so that it can be rebuilt.
 
-Only classes of transformers itself are built, never code that came with a model. The description is verified: a model built
+Only classes of transformers itself are built, never custom code from a repository. The description is verified: a model built
 from it must have the same keys, shapes, module classes and plain attributes.
 """
 

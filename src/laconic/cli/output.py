@@ -56,12 +56,14 @@ class Report(ABC):
 
     def __str__(self) -> str:
         text = io.StringIO()
-        self.write(text)
+        self._write(text, None)
         return text.getvalue().rstrip()
 
     def write(self, file: Any) -> None:
         """Print to a terminal, or to a text file, in which paragraphs are not wrapped (unless COLUMNS is set)."""
-        width = width_of(file)
+        self._write(file, width_of(file))
+
+    def _write(self, file: Any, width: int | None) -> None:
         before: str | Table | None = None
         for part in self.parts():
             if isinstance(part, Table):

@@ -17,7 +17,7 @@ from laconic.core.dense import laid_out, restored
 from laconic.core.history import History
 from laconic.core.runtime import call_method
 
-TAKEN = "image_intermediates"  # the key of the intermediates in a dict of results
+INTERMEDIATES_KEY = "image_intermediates"  # the key of the intermediates in a dict of results
 
 
 def forward_intermediates(host: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
@@ -47,11 +47,11 @@ def forward_intermediates(host: Any, own: Any, *args: Any, **kwargs: Any) -> Any
         return [_dense(history, block, one, wanted, norm) for block, one in zip(blocks, found, strict=True)]
 
     if isinstance(out, dict):
-        return {**out, TAKEN: dense(out[TAKEN])}
+        return {**out, INTERMEDIATES_KEY: dense(out[INTERMEDIATES_KEY])}
     return (out[0], dense(out[1])) if isinstance(out, tuple) else dense(out)
 
 
-def refuse_pruning(host: Any, own: Any, *args: Any, **kwargs: Any) -> None:
+def refuse_layer_removal(host: Any, own: Any, *args: Any, **kwargs: Any) -> None:
     """Replacement for ``prune_intermediate_layers``: removing blocks does not fit the reducers, which belong to blocks.
 
     Raises:

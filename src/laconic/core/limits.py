@@ -1,6 +1,6 @@
 """Limits on the sizes that a file may declare, so that no memory is allocated beyond what the file's bytes can justify.
 
-A few bytes can declare any size: a picture of 100,000 x 100,000 pixels, a tensor without values, a model of a million blocks.
+A few bytes can declare any size: a image of 100,000 x 100,000 pixels, a tensor without values, a model of a million blocks.
 Such sizes are compared with these limits first. The environment variable ``LACONIC_LIMITS`` is a factor on every limit.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_buffer_registration_hook, register_module_parameter_registration_hook
 
 VARIABLE = "LACONIC_LIMITS"
-PIXELS = 2**26  # of a picture, as stored and after it is resized: 8192 x 8192
+PIXELS = 2**26  # of a image, as stored and after it is resized: 8192 x 8192
 PICTURE_BYTES = 2**29  # of an image file
 RECORD_BYTES = 2**24  # of a JSON file that describes a model
 NUMBER = 2**20  # the largest whole number in such a description: a width, a depth, a count
@@ -61,7 +61,7 @@ def check(claim: str, found: int | float, limit: int | float, unit: str = "bytes
     allowed = limit * factor()
     if found > allowed:
         raise TooLarge(
-            f"{claim} {_amount(found, unit)}, and the limit is {_amount(allowed, unit)}; if the file is genuine, set the "
+            f"{claim} {_amount(found, unit)}, and the limit is {_amount(allowed, unit)}; if you trust the file, set the "
             f"environment variable {VARIABLE}={math.ceil(found / limit)} or more, a factor on all limits"
         )
 

@@ -26,7 +26,9 @@ from laconic.core.tokens import Tokens
 from laconic.core.values import nearest_names as nearest_names
 
 Reads = Literal["anywhere", "keys", "class"]
-Score = Literal["attention", "similarity", "learned", "position", "features", "none"]  # of what a token is scored by
+Score = Literal[
+    "class attention", "attention", "similarity", "learned", "position", "features", "none"
+]  # of what a token is scored by
 Rest = Literal["dropped", "merged", "squeezed", "mixed", "parked"]  # of what happens to tokens that are not kept
 PHASES = ("before", "ahead", "between", "after", "watch")
 ARGUMENTS = ("keep", "at", "schedule", "budget", "restore", "compute", "example")  # those of `laconic.reduce_`, for messages

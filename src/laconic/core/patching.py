@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from laconic.core.backbone import ModelSpec, block_path, path_of
-from laconic.core.intermediates import forward_intermediates, refuse_pruning
+from laconic.core.intermediates import forward_intermediates, refuse_layer_removal
 from laconic.core.links import LINK, BlockLink, ModelRef, PartLink
 from laconic.core.readout import pool, read
 from laconic.core.runtime import run_block, run_call
@@ -34,7 +34,7 @@ CALLS = ("forward", "forward_features")
 OVERRIDES: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None]] = {
     "pool": (read, pool),
     "forward_intermediates": (forward_intermediates, None),
-    "prune_intermediate_layers": (refuse_pruning, None),
+    "prune_intermediate_layers": (refuse_layer_removal, None),
 }
 _subclasses: WeakKeyDictionary[type, dict[Replaced, type]] = WeakKeyDictionary()
 

@@ -1,4 +1,4 @@
-"""The token set and its verbs, the only operations in Laconic that change the number of tokens.
+"""The token set and its operations. Only these change the number of tokens in Laconic.
 
 Shapes, here and everywhere: B images, P patches of the image, L current patch tokens, N = prefix + L current tokens, K kept
 tokens, M new tokens, C channels, H heads, D channels of a head. Prefix tokens (class, distillation, register) come first in

@@ -1,17 +1,17 @@
 """DiffRate: Differentiable Compression Rate for Efficient Vision Transformers (Chen et al., ICCV 2023, arXiv:2305.17997).
 
-Between attention and MLP the patch tokens are sorted by class attention (mean over heads). The tokens at the end are pruned
+Between attention and MLP the patch tokens are sorted by class attention (mean over heads), highest first. The last are pruned
 until p are left; then the tail [n:] of these is merged into the head [:n], each token into the head token with the most
 similar features (cosine of x after the attention residual). A merged token is the plain mean of its group. With
 proportional attention, log(size) is added to the logits towards a token; here ``size`` grows by similarity times the size of
 each token merged in, so that dissimilar tokens add little.
 
-The method is the choice of how many tokens each block prunes and merges: both counts are learned for every block
+How many tokens each block prunes and merges is learned, separately for every block,
 (`laconic.training.diffrate_search`) and then fixed. ``prune_kept`` and ``merge_kept`` take them as published, one number per
 block with one class token counted; a count above the number of tokens has no effect. With a keep rate instead, at three
 blocks by default, the share ``pruned`` of the removed tokens is pruned and the others are merged.
 
-Departure: a size that negative similarities would reduce to zero is clamped at `FLOOR`; the published code takes its
+Departure: a size that negative similarities would reduce to zero is clamped at `MIN_ATTN_SCALE`; the published code takes its
 logarithm.
 """
 
@@ -29,7 +29,7 @@ from laconic.core.schedule import Schedule
 from laconic.core.tokens import Tokens
 from laconic.methods.ops import SCORES, Score, ScoreName, group_normalize, nearest, topk_split
 
-FLOOR = 1e-3
+MIN_ATTN_SCALE = 1e-3
 
 
 def after_pruning(before: int, after: int, prune_kept: int | None, pruned: float) -> int:
@@ -57,16 +57,15 @@ class DiffRateReducer(Reducer):
         gate = tokens.attn_scale_or_ones
         grown = gate * torch.cat([torch.ones_like(gate[:, :n]), similarity], 1)
         tokens = tokens.merge(dst, group_normalize(torch.ones_like(tokens.size), dst, n), head)
-        return tokens.replace(attn_scale=add_rows(grown, dst, n).clamp_min(FLOOR))
+        return tokens.replace(attn_scale=add_rows(grown, dst, n).clamp_min(MIN_ATTN_SCALE))
 
 
 @method(
     "diffrate",
-    title="DiffRate: prune, then merge, as many as was learned",
+    title="DiffRate: prune, then merge, with learned counts",
     paper="2305.17997",
     phase="between",
-    score="attention",
-    score_detail="class attention",
+    score="class attention",
     rest="merged",
     rest_detail="dropped or merged",
     trained=False,

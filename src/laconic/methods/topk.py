@@ -27,8 +27,7 @@ def drop(tokens: Tokens, score: Tensor, n: int) -> Tokens:
     title="Top-K: keep the most attended tokens",
     paper="2202.07800",
     phase="between",
-    score="attention",
-    score_detail="class attention",
+    score="class attention",
     rest="dropped",
     trained=False,
 )
