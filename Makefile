@@ -19,8 +19,8 @@ test-slow: $(VENV)/.dev
 		tests/test_timm_families.py tests/test_torchvision.py tests/test_open_clip.py tests/test_lvvit_psvit.py
 
 check: $(VENV)/.dev
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks scripts
+	$(BIN)/ruff format --check src tests benchmarks scripts
 	$(BIN)/mypy
 
 # The pages that need no measurement.

@@ -39,14 +39,14 @@ def test_late_names_are_found_in_a_new_interpreter():
     found = answer(
         "import laconic; early = set(vars(laconic))\n"
         "from laconic import plan, BAT\n"
-        "out = [laconic.export.__module__, plan.__module__, laconic.planning.__name__, laconic.training.recipe.__name__]\n"
+        "out = [laconic.export.__module__, plan.__module__, laconic.planning.__name__, laconic.training.__name__]\n"
         "out += [sorted({'export', 'Plan', 'recipe'} & early), 'push_to_hub' in dir(laconic), hasattr(laconic, 'nothing')]"
     )
     assert found == [
         "laconic.exporting",
         "laconic.planning.planner",
         "laconic.planning",
-        "laconic.training.recipe",
+        "laconic.training",
         [],
         True,
         False,

@@ -9,7 +9,6 @@ import importlib.util
 import sys
 import types
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 MODULES = {
@@ -174,7 +173,7 @@ class OldModule(types.ModuleType):
 class OldNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Find modules of version 0.1 by their old names; Python asks this finder only for modules that no other finder knows."""
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         """Return the spec of an old name, or None."""
         package, _, old = fullname.partition(".")
         if package != "laconic" or new_name(old) is None:
