@@ -88,8 +88,8 @@ def train(
 ) -> TrainReport | None:
     """Train or fine-tune a model, with a method or without, as a recipe says.
 
-    Runs in one process. For several: ``torchrun --nproc_per_node 8 -m laconic.cli.app train ...``, or on GPUs also
-    ``accelerate launch -m laconic.cli.app train ...``. The main process returns the report, the others None.
+    Runs in one process. For several: ``torchrun --nproc_per_node 8 -m laconic.cli train ...``, or on GPUs also
+    ``accelerate launch -m laconic.cli train ...``. The main process returns the report, the others None.
 
     Args:
         recipe: name of a recipe that comes with laconic, or a .toml file (default: the defaults of every key).
