@@ -45,8 +45,12 @@ UNUSUAL: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def describe_model(model: nn.Module, reduction: TokenReduction, model_args: Mapping[str, Any] | Literal["omit"] | None) -> Any:
+def describe_model(
+    model: nn.Module, reduction: TokenReduction | None, model_args: Mapping[str, Any] | Literal["omit"] | None
+) -> Any:
     """Return the entry of a model in `laconic.json`: timm's name and arguments, or only its class if it is not timm's.
+
+    ``reduction`` is None for a model that is not reduced.
 
     Raises:
         TypeError: ``model_args`` is neither a dict nor "omit".
@@ -55,7 +59,7 @@ def describe_model(model: nn.Module, reduction: TokenReduction, model_args: Mapp
     if not (model_args is None or model_args == "omit" or isinstance(model_args, Mapping)):
         raise TypeError(f"model_args must be a dict of arguments of timm.create_model, 'omit' or None, not {model_args!r}")
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
-    architecture = config.get("architecture") if isinstance(config, Mapping) and reduction.model is model else None
+    architecture = config.get("architecture") if isinstance(config, Mapping) and _whole(model, reduction) else None
     if model_args == "omit" or architecture is None:
         if isinstance(model_args, Mapping):
             raise ValueError(
@@ -84,6 +88,11 @@ def describe_model(model: nn.Module, reduction: TokenReduction, model_args: Mapp
             "that you build: laconic.load(directory, model=your_model)"
         )
     return {"library": "timm", "architecture": architecture, "tag": tag, "args": args}
+
+
+def _whole(model: nn.Module, reduction: TokenReduction | None) -> bool:
+    """Return True if the model itself is reduced, not a transformer inside it; True without a reduction."""
+    return reduction is None or reduction.model is model
 
 
 def build(architecture: str, tag: str, args: Mapping[str, Any], device: str) -> nn.Module:
@@ -118,10 +127,12 @@ class NothingToFill(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def compare(model: nn.Module, reduction: TokenReduction, fresh: nn.Module) -> str:
+def compare(model: nn.Module, reduction: TokenReduction | None, fresh: nn.Module) -> str:
     """Return how a model, without its reduction, differs from a fresh one, as text; empty if they are the same."""
-    own = next(f"{name}." for name, module in model.named_modules() if module is reduction)
-    weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(own)}
+    weights = dict(model.state_dict())
+    if reduction is not None:
+        own = next(f"{name}." for name, module in model.named_modules() if module is reduction)
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith(own)}
     difference = mismatch(fresh.state_dict(), weights, "this model", "timm's")
     return difference or "\n".join(f"  {line}" for line in _traits(model, fresh)[:LISTED])
 

@@ -1,4 +1,6 @@
-"""Reduced models on disk: ``model.safetensors`` with all weights, ``laconic.json`` with how to build and reduce the model.
+"""Models on disk: ``model.safetensors`` with all weights, ``laconic.json`` with how to build and reduce the model.
+
+`laconic.checkpoints.plain` writes the same two files for a model that is not reduced; its method and schedule are null.
 
 `laconic.checkpoints.official_weights` reads the weights of the papers' authors, `laconic.checkpoints.hub` repositories on
 the Hugging Face Hub.
@@ -89,10 +91,10 @@ def save(model: nn.Module, directory: Place, *, model_args: Mapping[str, Any] | 
 
 
 def load(directory: Place, *, model: nn.Module | None = None, device: str | torch.device = "cpu") -> nn.Module:
-    """Load the reduced model that `save` wrote, in eval mode.
+    """Load the reduced model that `save` wrote, in eval mode; or the model of a run without a method, unreduced.
 
     Args:
-        directory: a directory written by `save`.
+        directory: a directory written by `save`, or by ``laconic train``.
         model: an unreduced model to reduce and fill in place, on its own device and in its own dtype; without it timm or
             transformers builds the model, in the dtype it was saved in.
         device: device of the model, if it is built here.
@@ -104,7 +106,9 @@ def load(directory: Place, *, model: nn.Module | None = None, device: str | torc
             memory than its weights (see `laconic.core.limits`), or the weights do not fit. A given ``model`` is then restored.
     """
     directory = _existing(directory)
-    record = _read_record(directory / RECORD)
+    record = read_record(directory / RECORD)
+    if record["method"] is None:
+        return _load_unreduced(directory, record, model, device)
     config, schedule = _read_method(directory / RECORD, record)
     schedule = as_in_0_1(config, schedule)
     how: dict[str, Any] = {name: record.get(name) for name in ("restore", "compute")}
@@ -122,11 +126,27 @@ def load(directory: Place, *, model: nn.Module | None = None, device: str | torc
     build_on = partial(_build, directory / RECORD, record["model"])
     model = build_within(build_on, source, held, len(weights), (config, schedule))
     reduce_(model, config, schedule=schedule, **how)
+    return _filled(model, weights, directory).to(device).eval()
+
+
+def _load_unreduced(directory: Path, record: dict[str, Any], model: nn.Module | None, device: str | torch.device) -> nn.Module:
+    """Load the model of a record without a method."""
+    weights = read_safetensors(directory / WEIGHTS)
+    if model is not None:
+        load_strictly(unwrapped(model), weights, str(directory))
+        return model.eval()
+    held, source = limits.check_file(directory / WEIGHTS), str(directory / RECORD)
+    built = build_within(partial(_build, directory / RECORD, record["model"]), source, held, len(weights))
+    return _filled(built, weights, directory).to(device).eval()
+
+
+def _filled(model: nn.Module, weights: Mapping[str, Tensor], directory: Path) -> nn.Module:
+    """Return a model that was just built with the weights of a directory, in their dtype if they have one only."""
     dtypes = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
     if len(dtypes) == 1:
         model.to(dtypes.pop())
     load_strictly(model, weights, str(directory))
-    return model.to(device).eval()
+    return model
 
 
 def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], source: str, advice: str = "") -> None:
@@ -175,9 +195,21 @@ def _existing(directory: Place) -> Path:
     raise FileNotFoundError(f"there is no directory {path}; laconic.load takes the directory that laconic.save wrote")
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
+    """Read a ``laconic.json``; its method and schedule are None for a model that is not reduced.
+
+    Raises:
+        FileNotFoundError: it is missing. ValueError: it is damaged, of a newer format, or asks for too much memory.
+    """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing, so {path.parent} is not a directory that laconic.save has finished")
+        advice = ""
+        if (path.parent / WEIGHTS).is_file():
+            advice = (
+                f"; if {WEIGHTS} in it are the weights of a timm model, give that model's name, and the file with --weights"
+            )
+        raise FileNotFoundError(
+            f"{path} is missing, so {path.parent} is not a directory that laconic.save has finished{advice}"
+        )
     try:
         record = limits.read_json(path)
         check_nesting(record)
@@ -191,7 +223,8 @@ def _read_record(path: Path) -> dict[str, Any]:
             f"{path} has format {found}, written by laconic {record.get('laconic')}; this version reads up to {FORMAT}: "
             "pip install --upgrade laconic"
         )
-    if found is None or not all(isinstance(record.get(part), dict) for part in ("model", "method", "schedule")):
+    parts = ("model",) if _has_no_method(record) else ("model", "method", "schedule")
+    if found is None or not all(isinstance(record.get(part), dict) for part in parts):
         raise ValueError(f"{path} is not a record of laconic.save: it must hold format, model, method and schedule")
     if not is_whole(found) or found < 1:
         raise ValueError(f"{path}: format must be a whole number from 1 to {FORMAT}, not {shown(found)}")
@@ -201,10 +234,16 @@ def _read_record(path: Path) -> dict[str, Any]:
         check_compute(record["compute"])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    options = record["method"].get("options", {})
+    options = (record["method"] or {}).get("options", {})
     sizes = {name: value for name, value in options.items() if name != "seed"} if isinstance(options, dict) else {}
     limits.check_numbers({"model": record["model"], "options": sizes, "schedule": record["schedule"]}, str(path))
     return record
+
+
+def _has_no_method(record: Any) -> bool:
+    """Return True for the record of a model that is not reduced."""
+    absent = object()
+    return isinstance(record, dict) and all(record.get(part, absent) is None for part in ("method", "schedule"))
 
 
 def _read_method(path: Path, record: dict[str, Any]) -> tuple[Method, Schedule]:

@@ -103,23 +103,20 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def save_weights(model: nn.Module, folder: Path, options: Mapping[str, Any]) -> None:
-    """Write a reduced model with ``laconic.save``, any other as a model.safetensors that timm can load.
+    """Write a reduced model with ``laconic.save``, any other in the same way but without a method; timm can load its file.
 
     ``options`` are the arguments that timm built the model with; they are written if they cannot be read from the model. To
     save the result of long training in any case, this does not raise if the model cannot be described: then the file does not
     tell how to build the model, and loading it needs ``model=``.
     """
-    if find_reduction(model) is None:
-        from safetensors.torch import save as to_bytes
-
-        weights = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in model.state_dict().items()}
-        write_atomically(folder / "model.safetensors", to_bytes(weights))
-        return
+    from laconic.checkpoints.model_spec import REFUSED
+    from laconic.checkpoints.plain import save_plain
     from laconic.checkpoints.save_load import save
 
-    for arguments in (None, options):
+    write = save_plain if find_reduction(model) is None else save
+    for arguments in (None, {name: value for name, value in options.items() if name not in REFUSED}):
         try:
-            return save(model, folder, model_args=arguments)
+            return write(model, folder, model_args=arguments)
         except ValueError as error:
             LOG.debug("%s", error)
-    save(model, folder, model_args="omit")
+    write(model, folder, model_args="omit")
