@@ -32,6 +32,7 @@ from laconic.core.token_reduction import TokenReduction, reduction_of
 EVIT = "2202.07800"  # the arXiv number of methods that the arguments in an EViT file apply to
 DEIT = {192: "deit_tiny", 384: "deit_small", 768: "deit_base"}  # by width
 LONGEST = 1000  # characters of a list of blocks in the training arguments
+LIGHTNING = ("lightning.fabric.utilities.data", "lightning_fabric.utilities.data", "pytorch_lightning.utilities.parsing")
 _scalar: Any = np.float64(0).__reduce__()[0]
 
 
@@ -46,6 +47,7 @@ SAFE: list[Any] = [  # allowed in addition to torch's own list: training argumen
     *{type(np.dtype(kind)) for kind in "?bhilqBHILQefd"},
     (_number, "numpy.core.multiarray.scalar"),
     (_number, "numpy._core.multiarray.scalar"),
+    *((dict, f"{module}.AttributeDict") for module in LIGHTNING),  # the hyper-parameters in a checkpoint of Lightning
 ]
 
 
@@ -114,10 +116,15 @@ def _content(place: Place | Mapping[str, Any]) -> tuple[Any, str, int | None]:
     if isinstance(place, Mapping):
         return place, "the given dict", None
     path = Path(place)
-    return _read(path), str(path), limits.check_file(path)
+    return read_file(path), str(path), limits.check_file(path)
 
 
-def _read(path: Path) -> Any:
+def read_file(path: Path) -> Any:
+    """Return the content of a torch or safetensors file, without executing code of it.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: it is damaged, or holds other objects than tensors and plain values.
+    """
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}; download it first, from the link of the method's authors")
     if path.is_dir():

@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from laconic.analysis.accuracy import Accuracy
 from laconic.analysis.diagnose import shared_copy
 from laconic.analysis.macs import summary
 from laconic.api import reduce_
+from laconic.checkpoints.starting_weights import Start, start_from, take_learned
 from laconic.cli.models import create
 from laconic.cli.output import Report, Table
 from laconic.cli.weights import load
@@ -133,25 +135,47 @@ def prepare(recipe: Recipe, data: str, output: Path, running: Running) -> tuple[
         raise Refusal("--data: this recipe trains on a folder of images; give one with train and val in it")
     images = open_images(name, recipe.data.train, root, recipe.data.train_images)
     val = open_images(name, recipe.data.val, root, recipe.data.val_images) if recipe.data.val else None
-    base, line = _base(recipe, len(images.classes))
+    start, line = _base(recipe, len(images.classes))
+    base = start.model
     # a teacher shares no weights with the student, whose training would change it
     teacher = copy.deepcopy(base) if recipe.loss.logits or recipe.loss.tokens else None
     student = _reduced(shared_copy(base), recipe) if recipe.method.name else base
+    taken = take_learned(student, start)
+    line = f"{line}; {taken}" if taken else line
     if recipe.optimization.grad_checkpointing:
         _checkpoint_gradients(student, recipe)
     return Run(recipe, student, teacher, images, val, train_transform(student, recipe.augmentation), output, running), line
 
 
-def _base(recipe: Recipe, classes: int) -> tuple[nn.Module, str]:
-    """Return the unreduced model, and a line on its weights."""
-    part = recipe.model
+def _base(recipe: Recipe, classes: int) -> tuple[Start, str]:
+    """Return the unreduced model to start from, and a line on its weights."""
+    part, (file, options) = recipe.model, _file_and_options(recipe)
     if not part.pretrained:
         torch.manual_seed(recipe.seed)
-        return create(part.name, seed=recipe.seed, num_classes=classes, **part.options), "trained from random weights"
-    loaded = load(part.name, Path(part.weights) if part.weights else None, num_classes=classes, **part.options)
+        return Start(create(part.name, seed=recipe.seed, num_classes=classes, **options)), "trained from random weights"
+    if file and Path(file).suffix.lower() not in (".npz", ".npy"):  # timm alone reads these
+        start = start_from(Path(file), part.name, classes, options, partial(create, seed=recipe.seed))
+        return start, "; ".join([f"the weights of {part.name} come from {file}", *start.notes])
+    loaded = load(part.name, Path(file) if file else None, num_classes=classes, **options)
     if loaded.random:
         raise Refusal(f"the recipe starts from pretrained weights of {part.name}, but {loaded.line}")
-    return loaded.model, loaded.line
+    return Start(loaded.model), loaded.line
+
+
+def _file_and_options(recipe: Recipe) -> tuple[str, dict[str, Any]]:
+    """Return the file of the weights, and the options of the model without it: timm's users give it as an overlay.
+
+    Raises:
+        Refusal: a file is given in both ways, or is given and would not be used.
+    """
+    part, options = recipe.model, dict(recipe.model.options)
+    overlay = dict(options.pop("pretrained_cfg_overlay", {}))
+    file = overlay.pop("file", "")
+    overlay.pop("num_classes", None) if file else None  # of the file, which is read from it
+    if file and (part.weights or not part.pretrained):
+        other = f"model.weights={part.weights} too" if part.weights else "model.pretrained=false, so it would not be used"
+        raise Refusal(f"model.options.pretrained_cfg_overlay gives the file {file}, and the recipe sets {other}; leave one out")
+    return part.weights or file, options | ({"pretrained_cfg_overlay": overlay} if overlay else {})
 
 
 def _reduced(model: nn.Module, recipe: Recipe) -> nn.Module:

@@ -52,10 +52,10 @@ def load(name: str, weights: Path | None = None, **options: Any) -> Loaded:
             model, "pretrained ones are not in timm's cache, and their hub does not answer; give a file with --weights"
         )
     try:
-        overlay: dict[str, Any] = {} if path is None else {"pretrained_cfg_overlay": {"file": str(path)}}
+        overlay = options.pop("pretrained_cfg_overlay", {}) | ({} if path is None else {"file": str(path)})
         tag = ".".join(filter(None, (cfg.get("architecture", name), cfg.get("tag"))))
         whose = "those that come with laconic" if cfg.get("file") else f"timm's pretrained ones ({tag})"
-        made = create(name, pretrained=True, **options, **overlay)
+        made = create(name, pretrained=True, **options, **({"pretrained_cfg_overlay": overlay} if overlay else {}))
         return Loaded(made, f"the weights of {name} are {whose}", False)
     except (Refusal, OSError) as error:
         reason = str(error).splitlines()[0]
