@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Sampler, WeightedRandomSampler
 
 from laconic.data.prepared import Key
 
@@ -30,6 +32,7 @@ class Order(Sampler[list[Key]]):
         repeats: number of consecutive copies of an image, numbered 0, 1, ... (repeated augmentation). As in DeiT, an epoch
             still has ``length // batch_size`` steps, so it sees ``repeats`` times fewer images.
         start: steps of the first epoch to skip.
+        draw: weights with which the images are drawn, with replacement; without them, every image comes once.
 
     Raises:
         ValueError: the batch cannot be divided evenly, there are fewer images than one batch, or a number is out of range.
@@ -46,6 +49,7 @@ class Order(Sampler[list[Key]]):
         accumulate: int = 1,
         repeats: int = 1,
         start: int = 0,
+        draw: Tensor | None = None,
     ) -> None:
         least = {"batch_size": batch_size, "world": world, "accumulate": accumulate, "repeats": repeats}
         for name, value in least.items():
@@ -62,6 +66,7 @@ class Order(Sampler[list[Key]]):
             raise ValueError(f"{length} images do not fill one batch of {batch_size}; use a batch of at most {length}")
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.rank, self.world, self.accumulate, self.repeats = rank, world, accumulate, repeats
+        self.draw = draw
         self.begin(epoch, start)
 
     @property
@@ -84,10 +89,16 @@ class Order(Sampler[list[Key]]):
 
     def __iter__(self) -> Iterator[list[Key]]:
         epoch, word = self.epoch, np.random.SeedSequence([self.seed % 2**64, self.epoch]).generate_state(1)
-        order = torch.randperm(self.length, generator=torch.Generator().manual_seed(int(word[0]))).numpy()
+        order = self._order(torch.Generator().manual_seed(int(word[0])))
         share = self.batch_size // (self.world * self.accumulate)
         for step in range(self.start, self.steps):
             for forward in range(self.accumulate):
                 first = step * self.batch_size + (forward * self.world + self.rank) * share
                 places = range(first, first + share)
                 yield [(epoch, place % self.repeats, int(order[place // self.repeats])) for place in places]
+
+    def _order(self, generator: torch.Generator) -> NDArray[np.int64]:
+        """Return the numbers of the images of an epoch."""
+        if self.draw is None:
+            return torch.randperm(self.length, generator=generator).numpy()
+        return np.fromiter(WeightedRandomSampler(self.draw, self.length, generator=generator), np.int64)  # type: ignore[arg-type]

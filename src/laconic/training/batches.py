@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from laconic.data import Order, Prepared
+from laconic.training.balance import draw_weights
 from laconic.training.run_config import Run
 from laconic.training.token_labels import patch_labels
 
@@ -32,6 +33,7 @@ class Batches:
 
     def __init__(self, run: Run, rank: int, world: int, *, pinned: bool = False, grid: tuple[int, int] | None = None) -> None:
         self.run, self.rank, self.world, self.pinned, self.grid = run, rank, world, pinned, grid
+        self.draw = draw_weights(run.train, run.recipe.data.sampler)
         self.steps = self._order(0, 0).steps
 
     def _order(self, epoch: int, start: int) -> Order:
@@ -46,6 +48,7 @@ class Batches:
             accumulate=self.run.running.accumulate,
             repeats=recipe.augmentation.repeats,
             start=start,
+            draw=self.draw,
         )
 
     def of_steps(self, epoch: int, start: int) -> Iterator[list[Batch]]:

@@ -52,6 +52,11 @@ def check(recipe: Recipe) -> None:
         raise ValueError(
             f"loss.token_labels needs the positions of objects in the image, and augmentation.{moved[0]} moves them; remove one"
         )
+    if loss.class_weights != "none" and recipe.data.sampler != "uniform":
+        raise ValueError(
+            f"loss.class_weights={loss.class_weights} and data.sampler={recipe.data.sampler} both make up for few images of a "
+            "class, and together they would do it twice; leave one of them out"
+        )
     for name in ("logits", "tokens"):
         if getattr(loss, name) and not method.name:
             raise ValueError(

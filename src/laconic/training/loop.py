@@ -17,6 +17,7 @@ from torch import Tensor
 
 from laconic.analysis.evaluate import Accuracy, Processes, evaluate
 from laconic.core.token_reduction import find_reduction
+from laconic.training.balance import class_weights
 from laconic.training.batches import Batch, Batches
 from laconic.training.finite_checks import check_loss, check_weights
 from laconic.training.input_pipeline import mixer, seed_everything
@@ -49,7 +50,8 @@ class Loop:
             run.teacher.to(self.accelerator.device).eval().requires_grad_(False)
         seed_everything(run.recipe.seed, 2)
         self.labelled = head_for(self.model, run.recipe.loss.token_labels, len(run.train.classes))
-        self.step_module: Step = kind.make(Objective(self.model, run.teacher, run.recipe.loss, self.labelled), options)
+        weights = class_weights(run.train, run.recipe.loss.class_weights)
+        self.step_module: Step = kind.make(Objective(self.model, run.teacher, run.recipe.loss, self.labelled, weights), options)
         self.optimizer = make_optimizer(self.model, self.part)
         if self.labelled is not None:
             facts = {"lr": self.optimizer.param_groups[0]["lr"], "lr_scale": 1.0, "backbone": False, "weight_decay": 0.0}

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from laconic.analysis.provenance import losses as own_losses
@@ -15,6 +14,7 @@ from laconic.core.gather import gather_rows
 from laconic.core.token_reduction import find_reduction
 from laconic.methods.ops import CLASS_LOGITS
 from laconic.methods.spvit import PACKAGE
+from laconic.training.balance import weighted_cross_entropy
 from laconic.training.distillation import logit_distillation, token_distillation
 from laconic.training.recipe import LossPart, Recipe
 from laconic.training.token_labels import TokenLabels
@@ -74,15 +74,23 @@ class Objective(Step):
         teacher: the unreduced model, if the weights include distillation; it is neither trained nor saved.
         weights: the weight of each part of the loss.
         token_labels: the head for token labelling, if the recipe uses it.
+        class_weights: the weight of every class in the cross-entropies, [classes].
 
     Raises:
         ValueError: the weights include distillation, and there is no teacher.
     """
 
     def __init__(
-        self, student: nn.Module, teacher: nn.Module | None, weights: LossPart, token_labels: TokenLabels | None = None
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        weights: LossPart,
+        token_labels: TokenLabels | None = None,
+        class_weights: Tensor | None = None,
     ) -> None:
         super().__init__()
+        self.class_weights: Tensor | None
+        self.register_buffer("class_weights", class_weights, persistent=False)
         self.student, self.weights, self.token_labels = student, weights, token_labels
         if teacher is None and (weights.logits or weights.tokens):
             raise ValueError("distillation needs a teacher, the unreduced model; set loss.logits and loss.tokens to 0 without")
@@ -105,13 +113,13 @@ class Objective(Step):
         """Return the loss and its parts as `forward`, for an output that the model has just computed."""
         model: Any = self.student
         features, logits = answer
-        parts = {"cross_entropy": cross_entropy(logits, target)}
+        parts = {"cross_entropy": self.cross_entropy(logits, target)}
         total = parts["cross_entropy"]
         if (reduction := find_reduction(model)) is not None:
             own, notes = reduction.config.loss_weights(), reduction.entry(reduction.depth).per_image
             total = own.get("cross_entropy", 1.0) * total
             if CLASS_LOGITS in notes:
-                parts[CLASS_LOGITS] = cross_entropy(notes[CLASS_LOGITS].float(), target)
+                parts[CLASS_LOGITS] = self.cross_entropy(notes[CLASS_LOGITS].float(), target)
                 total = total + own.get(CLASS_LOGITS, 1.0) * parts[CLASS_LOGITS]
             for name, value in own_losses(model).items():
                 parts[name] = value
@@ -123,6 +131,10 @@ class Objective(Step):
             parts["token_labels"] = self.token_labels(features[:, model.num_prefix_tokens :], patches)
             total = total + self.weights.token_labels * parts["token_labels"]
         return {"loss": total, **{name: value.detach() for name, value in parts.items()}}
+
+    def cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Return the cross-entropy with class indices [B], or class probabilities [B, C] as mixup and smoothing make them."""
+        return weighted_cross_entropy(logits, target, self.class_weights)
 
     def _distilled(self, images: Tensor, features: Tensor, logits: Tensor) -> dict[str, Tensor]:
         teacher: Any = self.teacher
@@ -151,8 +163,3 @@ class Objective(Step):
             if PACKAGE in last.per_token:  # package tokens have no position
                 alive = alive * (1 - last.per_token[PACKAGE])
         return token_distillation(own, wanted, alive, self.weights.token_kind)
-
-
-def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Return the cross-entropy with class indices [B], or with class probabilities [B, C] as mixup and smoothing make them."""
-    return F.cross_entropy(logits, target)

@@ -102,6 +102,7 @@ class MethodPart:
 class DataPart:
     """The images: "scenes", "digits", "" for an image folder, or a name of one of timm's readers; 0 images means all.
 
+    ``sampler``: every image once an epoch, or ``balanced``: drawn with replacement, every class equally often.
     ``val_crop`` is the share of the resized image that is cropped for validation (default: the model's setting in timm).
     """
 
@@ -111,6 +112,7 @@ class DataPart:
     train_images: int = 0
     val_images: int = 0
     val_crop: float | None = None
+    sampler: Literal["uniform", "balanced"] = "uniform"
 
     def __post_init__(self) -> None:
         _not_negative(data__train_images=self.train_images, data__val_images=self.val_images)
@@ -215,12 +217,16 @@ class OptimizationPart:
 class LossPart:
     """Weights of the losses added to the cross-entropy: the method's ratio loss, distillation from the unreduced model, and
     token labelling.
+
+    ``class_weights`` weight the classes in the cross-entropies, for data with few images of some: ``balanced``, by the inverse
+    of a class's number of images, or ``square-root``, by the square root of that; the mean over the images is 1.
     """
 
     ratio: float = 2.0
     logits: float = 0.0
     tokens: float = 0.0
     token_kind: Literal["mse", "kl"] = "mse"
+    class_weights: Literal["none", "balanced", "square-root"] = "none"
     token_labels: float = 0.0  # classify every patch, if the images have patch labels
 
     def __post_init__(self) -> None:

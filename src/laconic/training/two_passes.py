@@ -52,5 +52,6 @@ class TwoPasses(Step):
         parts = self.objective.losses(images, answer, target, patches)
         student = Answer.of(model, answer.features)
         both = consistency_losses(student, teacher, target, self.options.confidence, self.options.judge)
+        both["teacher"] = self.objective.cross_entropy(teacher.logits, target)  # with the weights of the classes
         loss = parts["loss"] + both["teacher"] + self.options.weight * both["consistency"]
         return {**parts, "loss": loss, **{name: value.detach() for name, value in both.items()}}
