@@ -48,14 +48,12 @@ def draw_weights(images: ImageSet, name: Sampling) -> Tensor | None:
     return (1 / labels.bincount(minlength=len(images.classes)).double())[labels]
 
 
-def weighted_cross_entropy(logits: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
+def weighted_cross_entropy(logits: Tensor, target: Tensor, weights: Tensor) -> Tensor:
     """Return the cross-entropy, a mean over the images, with class indices [B] or probabilities [B, C].
 
-    With weights, the sum is divided by the number of images, not by the sum of their weights as torch does: so a batch gives
+    The sum is divided by the number of images, not by the sum of their weights as torch does: so a batch gives
     the same loss in one piece and in several.
     """
-    if weights is None:
-        return F.cross_entropy(logits, target)
     return F.cross_entropy(logits, target, weight=weights, reduction="sum") / len(logits)
 
 

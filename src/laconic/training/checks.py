@@ -15,7 +15,7 @@ def check(recipe: Recipe) -> None:
     Raises:
         LookupError: no such method or kind of step. TypeError: no such option of it. ValueError: keys exclude each other.
     """
-    method, part, loss = recipe.method, recipe.optimization, recipe.loss
+    method, part = recipe.method, recipe.optimization
     learns = False
     if method.name:
         learns = resolve(method.name, tuples(method.options)).info.learns
@@ -47,6 +47,13 @@ def check(recipe: Recipe) -> None:
             )
     if recipe.model.weights and not recipe.model.pretrained:
         raise ValueError("model.weights is set, but model.pretrained is false: the weights would not be used")
+    _check_losses(recipe)
+    asked_for(recipe)
+
+
+def _check_losses(recipe: Recipe) -> None:
+    """Raise if parts of the loss do not fit the augmentation, the sampler, the method or the model."""
+    method, loss = recipe.method, recipe.loss
     moved = [name for name in ("crop", "hflip", "vflip", "mixup", "cutmix") if getattr(recipe.augmentation, name)]
     if loss.token_labels and moved:
         raise ValueError(
@@ -64,7 +71,6 @@ def check(recipe: Recipe) -> None:
             )
         if getattr(loss, name) and not recipe.model.pretrained:
             raise ValueError(f"loss.{name} distils from the unreduced model, which would be random; set model.pretrained")
-    asked_for(recipe)
 
 
 def _check_changes(recipe: Recipe) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from laconic.analysis.provenance import losses as own_losses
@@ -134,6 +135,8 @@ class Objective(Step):
 
     def cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the cross-entropy with class indices [B], or class probabilities [B, C] as mixup and smoothing make them."""
+        if self.class_weights is None:
+            return cross_entropy(logits, target)
         return weighted_cross_entropy(logits, target, self.class_weights)
 
     def _distilled(self, images: Tensor, features: Tensor, logits: Tensor) -> dict[str, Tensor]:
@@ -163,3 +166,8 @@ class Objective(Step):
             if PACKAGE in last.per_token:  # package tokens have no position
                 alive = alive * (1 - last.per_token[PACKAGE])
         return token_distillation(own, wanted, alive, self.weights.token_kind)
+
+
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the unweighted cross-entropy, a mean over the images."""
+    return F.cross_entropy(logits, target)
