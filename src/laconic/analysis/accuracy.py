@@ -13,7 +13,7 @@ from torch import Tensor
 from laconic.analysis.intervals import wilson
 from laconic.data import Unreadable, count_read
 
-COLUMNS = ("read", "top1", "top5", "loss", "finite", "agrees", "divergence", "failed")
+COLUMNS = ("read", "top1", "top5", "loss", "finite", "agrees", "divergence", "label", "predicted", "failed")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,10 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Answers:
-    """The outputs of a model per image: ``table`` [N, COLUMNS] for all images, ``logits`` for this process's images."""
+    """The outputs of a model per image: ``table`` [N, COLUMNS] for all images, ``logits`` for this process's images.
+
+    In the table, ``predicted`` is the number of the top class, and -1 where logits are not finite.
+    """
 
     table: Tensor
     rows: Tensor  # [n], image numbers of this process

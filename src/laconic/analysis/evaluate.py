@@ -134,7 +134,8 @@ class Run:
             agrees = (logits.argmax(1) == full.argmax(1)) & finite
             divergence = (other.exp() * (other - own)).sum(1)
         read, failed = torch.ones(len(labels)), torch.zeros(len(labels))
-        columns = (read, hits[:, 0], hits.any(1), loss, finite, agrees, divergence, failed)
+        first = logits.argmax(1).where(finite, -1)
+        columns = (read, hits[:, 0], hits.any(1), loss, finite, agrees, divergence, labels, first, failed)
         return torch.stack([column.double() for column in columns], 1), logits
 
     def _reference(self, pixels: Tensor, index: Tensor) -> Tensor:

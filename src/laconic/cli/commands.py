@@ -42,6 +42,7 @@ COMMANDS = {
         (
             "laconic eval deit_small_patch16_224 --data imagenet --method etps --method bat --keep 0.7",
             "laconic eval ./my-reduced-model --data imagenet --split val --limit 5000",
+            "laconic eval run/model --data pictures --per-class --output eval.csv",
             "laconic eval scenes_vit_small --data scenes --method etps --keep 0.7 --output eval.csv",
         ),
     ),

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from laconic.analysis import machine
+from laconic.analysis.per_class import Confusion
 from laconic.analysis.timing import Setting
-from laconic.cli import scores
+from laconic.cli import per_class as classes
+from laconic.cli import plots, scores
 from laconic.cli.eval_input import EvalInput, Reading, command, open_eval_input
 from laconic.cli.output import Report, Table
 from laconic.cli.scores import Score
@@ -39,10 +41,16 @@ class EvalReport(Report):
     environment: dict[str, Any]
     command: str
     notes: tuple[str, ...]
+    classes: classes.Named = ()  # the confusion matrix of each row, if asked for
+    files: tuple[Path, ...] = ()  # of the classes
 
     def parts(self) -> Iterator[str | Table]:
         here = self.environment
         yield scores.table(self.rows, f"{self.model} on {self.data}")
+        if self.classes:
+            yield from classes.tables(self.classes)
+        if self.files:
+            yield f"Classes and confusion matrices: {', '.join(map(str, self.files))}."
         yield f"{self.weights[0].upper()}{self.weights[1:]}."
         yield "".join(f"{line[0].upper()}{line[1:]}.\n" for line in self.read.lines()).rstrip()
         yield " ".join([EXPLAINED, *(f"{note[0].upper()}{note[1:]}." for note in self.notes)])
@@ -52,7 +60,7 @@ class EvalReport(Report):
         facts = {"model": self.model, "data": self.data, "weights": self.weights, "command": self.command}
         rows = [row.to_json() for row in self.rows]
         read = {"images": self.read.to_json(), "environment": self.environment, "notes": list(self.notes)}
-        return {**facts, **read, "rows": rows}
+        return {**facts, **read, "rows": rows, **({"per_class": classes.to_json(self.classes)} if self.classes else {})}
 
 
 def eval_(
@@ -69,6 +77,7 @@ def eval_(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     output: Path | None = None,
+    per_class: bool = False,
 ) -> EvalReport:
     """Evaluate a model and reduced copies of it on the same images.
 
@@ -85,24 +94,31 @@ def eval_(
         device: cuda where there is one, else cpu.
         dtype: of weights and images.
         output: write the rows to this CSV file, in timm's columns, and all of it to a JSON file next to it.
+        per_class: also the accuracy of every class and the confusion matrices; with --output as CSV files and pictures.
 
     Raises:
         Refusal: no such model or weights, an option that no method has, a file that cannot be written.
         LookupError, TypeError, ValueError, OSError: as `laconic.reduce_` and `laconic.data.open_images`.
     """
     check_output(output)
+    if per_class and output is not None:
+        plots.check_matplotlib()
     asked = {name: value for name, value in locals().items() if name not in ("model", "reading")}
     asked |= vars(reading)
     setting = Setting(rounds=1, device=device, dtype=dtype)
     eval_input = open_eval_input(model, data, reading, weights, model_args)
     variants = _variants(eval_input, method, keep or (0.7,), options)
     first, said = scores.score(variants[0], eval_input.images, reading, setting)
-    rows = [first, *(scores.score(v, eval_input.images, reading, setting, said)[0] for v in variants[1:])]
+    others = [scores.score(variant, eval_input.images, reading, setting, said) for variant in variants[1:]]
+    rows = [first, *(row for row, _ in others)]
     here = {name: fact for name, fact in machine.environment(setting).items() if name not in ("rounds", "compiled")}
     read = DataReport.of(eval_input.images, said.unreadable)
     notes = (*eval_input.notes, *scorer_notes(variants, eval_input), *notes_on(rows))
     title = f"{data}, {reading.split}"
-    report = EvalReport(model, title, eval_input.weights, tuple(rows), read, here, command("eval", model, asked), notes)
+    facts = (model, title, eval_input.weights, tuple(rows), read, here, command("eval", model, asked), notes)
+    every = zip(rows, (said, *(answers for _, answers in others)), strict=True)
+    named = tuple((row.label, Confusion.of(answers, eval_input.images.classes)) for row, answers in every) if per_class else ()
+    report = EvalReport(*facts, named, tuple(classes.write(output, named, title)) if named and output is not None else ())
     if output is not None:
         write_atomically(output, scores.to_csv(model, rows))
         write_atomically(output.with_suffix(".json"), json.dumps(report.to_json(), indent=2) + "\n")
