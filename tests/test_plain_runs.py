@@ -8,10 +8,11 @@ from safetensors.torch import load_file
 
 import laconic
 from laconic.checkpoints.plain import save_plain
-from laconic.cli import models
+from laconic.cli import image_io, models
 from laconic.cli.eval import eval_
 from laconic.cli.eval_input import Reading
 from laconic.cli.export import collect
+from laconic.cli.show import show
 from laconic.cli.train import train
 from laconic.core.files import Refusal
 from laconic.training.run_config import Running
@@ -59,6 +60,13 @@ def test_a_plain_run_is_evaluated(run):
 def test_a_plain_run_is_exported_and_reduced(run):
     assert [v.label for v in collect(str(run / "model"), (), (0.7,), ())] == ["unreduced", "etps 0.7"]
     assert laconic.is_reduced(laconic.reduce_(laconic.load(run / "model"), "bat", keep=0.5))
+
+
+def test_a_plain_run_is_drawn_at_the_size_it_was_trained_at(run, tmp_path):
+    image = next(iter(image_io.shipped(1)))
+    (picture,) = show((image,), model=str(run / "model"), method=("bat",), keep=(0.5,), output=tmp_path).pictures
+    assert picture.tokens[0] == 25
+    assert picture.file.is_file()
 
 
 def test_a_plain_run_fills_a_given_model(run):

@@ -57,8 +57,8 @@ def shipped(count: int) -> dict[Path, str]:
     return dict(list(found.items())[:count])
 
 
-def read(path: Path, model: nn.Module) -> Photo:
-    """Read an image file, resized, cropped and normalised as timm's config of this model says.
+def read(path: Path, model: nn.Module, size: tuple[int, ...] | None = None) -> Photo:
+    """Read an image file, resized, cropped and normalised as timm's config of this model says; ``size`` as in `prepare`.
 
     Raises:
         Refusal: there is no such file, it is not an image, or one too large (see `laconic.core.limits`).
@@ -67,7 +67,7 @@ def read(path: Path, model: nn.Module) -> Photo:
 
     try:
         image = decode(read_bytes(path, path.name), path.name)
-        return replace(prepare(path.name, image, model), image=image)
+        return replace(prepare(path.name, image, model, size), image=image)
     except OSError as error:
         raise Refusal(f"{path} cannot be read as an image: {error.strerror or error}") from error
     except Unreadable as error:
@@ -76,8 +76,10 @@ def read(path: Path, model: nn.Module) -> Photo:
         raise Refusal(f"{path} cannot be read as an image: {error.reason}") from error
 
 
-def prepare(name: str, image: Any, model: nn.Module) -> Photo:
+def prepare(name: str, image: Any, model: nn.Module, size: tuple[int, ...] | None = None) -> Photo:
     """Prepare a PIL image: resized, cropped and normalised as timm's config of this model says.
+
+    ``size`` [channels, height, width] replaces the input size in that config, which is that of the pretrained weights.
 
     Raises:
         Unreadable: it would be resized to a picture too large (see `laconic.core.limits`).
@@ -85,7 +87,8 @@ def prepare(name: str, image: Any, model: nn.Module) -> Photo:
     from timm.data.config import resolve_model_data_config
     from timm.data.transforms_factory import create_transform
 
-    config: dict[str, Any] = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
+    args = {} if size is None else {"input_size": size}
+    config: dict[str, Any] = resolve_model_data_config(model, args=args)  # type: ignore[no-untyped-call]
     transform: Any = create_transform(**config, is_training=False)
     check_resize(name, image, transform)
     pixels: Tensor = transform(image)

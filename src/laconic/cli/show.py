@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from laconic.analysis.evaluate import config_for
 from laconic.analysis.provenance import Provenance, provenance
 from laconic.cli import draw, image_io
 from laconic.cli.image_io import Photo
@@ -91,7 +92,8 @@ def show(
         raise Refusal("give at least one image file, e.g. laconic show photo.jpg --method bat")
     check_output_folder(output)
     base, line, remark = _open(model, weights)
-    read = [replace(image_io.read(path, base), image=None) for path in images]  # only the crops are drawn
+    size = config_for(base)["input_size"]  # of the model as it is, which a run may have trained at another size
+    read = [replace(image_io.read(path, base, size), image=None) for path in images]  # only the crops are drawn
     saved = find_reduction(base)
     if saved is not None:
         if method or keep or options:
