@@ -12,10 +12,11 @@ import warnings
 from pathlib import Path
 
 from laconic.core.optional_deps import need
+from laconic.exporting.half import mark
 
 
 def quantize(source: Path, target: Path) -> None:
-    """Quantize the ONNX file ``source`` to int8, and write it to ``target``.
+    """Quantize the ONNX file ``source`` to int8, and write it to ``target`` with the metadata ``laconic.precision``.
 
     Raises:
         ImportError: onnxruntime is not installed.
@@ -40,3 +41,4 @@ def quantize(source: Path, target: Path) -> None:
             )
     finally:
         logging.disable(level)
+    mark(target, "int8")

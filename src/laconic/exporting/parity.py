@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +46,14 @@ def compare(batch: int, found: Sequence[Tensor], expected: Sequence[Tensor]) -> 
     return Parity(batch, worst if worst == worst else float("inf"), agreement)
 
 
-def prove(traced: Traced, run: Runner, runtime: str, tolerance: float) -> list[Parity]:
+OPSETS_DIFFER = "Try another opset, or a larger tolerance if you know why they differ"
+HALF_DIFFERS = (
+    "In fp16 numbers above 65504 overflow, and scores that are almost equal may choose other tokens: export float32, or allow "
+    "a larger tolerance after measuring the accuracy of the file"
+)
+
+
+def prove(traced: Traced, run: Runner, runtime: str, tolerance: float, advice: str = OPSETS_DIFFER) -> list[Parity]:
     """Compare a file with the eager model on batches of all sizes in ``traced.batches``.
 
     Raises:
@@ -60,8 +68,31 @@ def prove(traced: Traced, run: Runner, runtime: str, tolerance: float) -> list[P
         if not parity.difference <= tolerance:
             raise ValueError(
                 f"in {runtime} the exported model differs from the eager one by {parity.difference:.1e} of its largest output "
-                f"at batch {batch}; at most {tolerance:g} is allowed, so no file was written. Try another opset, or a larger "
-                "tolerance if you know why they differ"
+                f"at batch {batch}; at most {tolerance:g} is allowed, so no file was written. {advice}"
             )
         parities.append(parity)
     return parities
+
+
+def prove_arithmetic(traced: Traced, tolerance: float) -> str:
+    """Compare the eager model in fp16 with that in float32, and return the difference as text, for the metadata.
+
+    Runtimes on a CPU may compute an fp16 file in float32, and so hide an overflow that a GPU would have.
+
+    Raises:
+        ValueError: the outputs differ by more than ``tolerance``.
+    """
+    half, images = copy.deepcopy(traced.model).half(), traced.images(traced.batches[-1])
+    with torch.no_grad():
+        expected = tensors(traced.model(images))
+        try:
+            found = [out.float() for out in tensors(half(images.half()))]
+        except (RuntimeError, TypeError) as error:  # an operator that this torch has not for fp16 on a CPU
+            return f"not checked: {' '.join(str(error).split())[:200]}"
+    difference = compare(len(images), found, expected).difference
+    if not difference <= tolerance:
+        raise ValueError(
+            f"in fp16 the eager model differs from itself in float32 by {difference:.1e} of its largest output; at most "
+            f"{tolerance:g} is allowed, so no file was written. {HALF_DIFFERS}"
+        )
+    return f"difference {difference:.1e} in eager PyTorch"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from laconic.exporting.description import RANDOM
 from laconic.exporting.graph import Graph
 from laconic.exporting.parity import Parity
 
@@ -40,6 +41,11 @@ class ExportReport:
         shares = [parity.agreement for parity in self.parities if parity.agreement is not None]
         return min(shares) if shares else None
 
+    @property
+    def random(self) -> bool:
+        """True if the file has random weights, as its metadata says."""
+        return RANDOM in self.metadata.get("weights", "")
+
     def moved(self, to: Path) -> ExportReport:
         """Return the report with its files in another directory."""
         return dataclasses.replace(self, paths=tuple(str(to / Path(path).name) for path in self.paths))
@@ -48,7 +54,7 @@ class ExportReport:
         """Return all fields as plain JSON."""
         fields: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         graph = None if self.graph is None else self.graph.to_json()
-        return {**fields, "graph": graph, "difference": self.difference, "agreement": self.agreement}
+        return {**fields, "graph": graph, "difference": self.difference, "agreement": self.agreement, "random": self.random}
 
     def __str__(self) -> str:
         sizes = ", ".join(str(parity.batch) for parity in self.parities)
@@ -56,5 +62,9 @@ class ExportReport:
         agreed = "" if self.agreement is None else f", the same top class for {self.agreement:.0%} of the images"
         proof = f"verified at batch {sizes}: difference {self.difference:.1e} (at most {self.tolerance:g}){agreed}"
         opset = "" if self.opset is None else f", opset {self.opset}"
-        line = f"{self.paths[-1]}: {self.to}{opset}, {any_}, {self.bytes / 1e6:.1f} MB; {proof}"
+        precision = f", {self.metadata['precision']}" if "precision" in self.metadata else ""
+        random = f", {RANDOM} weights" if self.random else ""
+        arithmetic = self.metadata.get("fp16_arithmetic")
+        proof += f"; fp16 arithmetic: {arithmetic}" if arithmetic else ""
+        line = f"{self.paths[-1]}: {self.to}{opset}{precision}, {any_}, {self.bytes / 1e6:.1f} MB{random}; {proof}"
         return line if self.graph is None else f"{line}\n  {self.graph}"

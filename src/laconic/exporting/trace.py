@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from laconic.core.backbone import find_host, path_of, unwrapped
 from laconic.core.token_reduction import find_reduction
+from laconic.exporting.description import describe_use
 
 BATCHES = (1, 3)  # batch sizes of the parity check, if any batch size is allowed
 TRACED = 2  # batch size of the trace: torch would specialise a batch of 1 as a constant
@@ -26,6 +28,7 @@ class Traced:
     program: Any  # torch.export.ExportedProgram
     shape: tuple[int, ...]  # of one image
     batch: int | None
+    use: Mapping[str, str] = field(default_factory=dict)  # entries of the metadata on the use of the model
 
     def images(self, batch: int, seed: int = 0) -> Tensor:
         """Return noise images [batch, channels, height, width]; the same for the same arguments."""
@@ -37,7 +40,7 @@ class Traced:
         return BATCHES if self.batch is None else (self.batch,)
 
     def facts(self) -> dict[str, str]:
-        """Return the metadata that is written to the file: model, method, schedule, versions."""
+        """Return the metadata that is written to the file: model, method, schedule, versions, and the entries of ``use``."""
         from laconic import __version__
 
         reduction = find_reduction(self.model)
@@ -47,15 +50,24 @@ class Traced:
             facts["architecture"] = architecture["architecture"]
         facts["input"] = " x ".join(map(str, self.shape))
         facts["batch"] = "any" if self.batch is None else str(self.batch)
+        facts |= self.use
         if reduction is None:
             return {**facts, "method": "none"}
         facts["method"] = json.dumps(reduction.config.describe())
         facts["schedule"] = json.dumps(reduction.schedule.to_json())
+        facts["patches"] = str(reduction.grid[0] * reduction.grid[1])
         facts["patch_tokens"] = json.dumps(list(reduction.counts()))
         return facts
 
 
-def trace(model: nn.Module, example: Tensor | None = None, batch: int | None = None) -> Traced:
+def trace(
+    model: nn.Module,
+    example: Tensor | None = None,
+    batch: int | None = None,
+    *,
+    classes: Sequence[str] | None = None,
+    weights: str | None = None,
+) -> Traced:
     """Trace a copy of a model; arguments and errors as `laconic.export`."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
@@ -63,6 +75,7 @@ def trace(model: nn.Module, example: Tensor | None = None, batch: int | None = N
         raise ValueError(f"batch must be at least 1, or None for any number, not {batch}")
     copy = copied(unwrapped(model))
     shape = tuple(_example(copy, example).shape[1:])
+    use = describe_use(copy, shape, classes, weights)
     dynamic = ({0: torch.export.Dim.DYNAMIC},) if batch is None else None
     images = torch.randn(TRACED if batch is None else batch, *shape, generator=torch.Generator().manual_seed(0))
     try:
@@ -74,7 +87,7 @@ def trace(model: nn.Module, example: Tensor | None = None, batch: int | None = N
         any_ = "a batch of any size; try batch=1" if batch is None else f"batch {batch}"
         raise ValueError(f"torch cannot trace this {type(model).__name__} with {any_}: {message}") from error
     _portable(program)
-    return Traced(copy, program, shape, batch)
+    return Traced(copy, program, shape, batch, use)
 
 
 def _portable(program: Any) -> None:

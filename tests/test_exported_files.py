@@ -1,0 +1,127 @@
+"""Exported files that say how they are used, their fp16 and int8 versions, and `laconic eval` on them."""
+
+import json
+
+import onnx
+import pytest
+import timm
+import torch
+from torch import nn
+
+import laconic
+from laconic.exporting import open_exported, quantize, trace, write
+from laconic.exporting.reading import FileModel
+
+pytestmark = [pytest.mark.unchecked, pytest.mark.usefixtures("no_pretrained_weights")]
+TINY = "deit_tiny_patch16_224"
+ARGS = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 48, "num_heads": 3}
+NAMES = ['a "b" & <c>', "é", " z"]
+
+
+def small(classes=3, **how):
+    torch.manual_seed(0)
+    model = timm.create_model(TINY, num_classes=classes, **ARGS, **how).eval()
+    nn.init.normal_(model.head.weight)  # so that its answers differ
+    return laconic.reduce_(model, "topk", keep=0.5, at=(0,))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """One model in every kind of file."""
+    place = tmp_path_factory.mktemp("files")
+    model = small()
+    traced = trace(model, classes=NAMES, weights="weights are RANDOM (seed 0)")
+    names = {"m.onnx": "onnx", "m.xml": "openvino", "m.pt2": "torch-export"}
+    reports = {name: write(traced, place / name, to) for name, to in names.items()}
+    for name, to in (("h.onnx", "onnx"), ("h.xml", "openvino")):
+        reports[name] = write(traced, place / name, to, precision="fp16", source=place / "m.onnx")
+    quantize(place / "m.onnx", place / "q.onnx")
+    return model, place, reports
+
+
+ALL = ("m.onnx", "m.xml", "m.pt2", "h.onnx", "h.xml", "q.onnx")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_file_says_how_it_is_used_and_runs(written, name):
+    model, place, _ = written
+    file = open_exported(place / name, 1)
+    assert (file.classes, file.image, file.batch, file.random) == (NAMES, (3, 32, 32), None, True)
+    config = timm.data.resolve_model_data_config(model)
+    assert file.preprocessing == json.loads(json.dumps({**config, "input_size": (3, 32, 32)}))
+    assert file.facts["macs"] == str(laconic.summary(model).macs)
+    assert file.facts.get("precision") == {"m": None, "h": "fp16", "q": "int8"}[name[0]]
+    pixels = torch.randn(5, 3, 32, 32)
+    found, expected = FileModel(file)(pixels), model(pixels).detach()
+    rough = {"m": 1e-4, "h": 2e-2, "q": 0.3}[name[0]] * float(expected.abs().max())
+    assert torch.allclose(found, expected, atol=rough, rtol=0)
+
+
+def test_fp16_is_half_as_large_checked_and_stated(written):
+    _, place, reports = written
+    assert (place / "h.onnx").stat().st_size < 0.6 * (place / "m.onnx").stat().st_size
+    assert {tensor.data_type for tensor in onnx.load(place / "h.onnx").graph.initializer} >= {onnx.TensorProto.FLOAT16}
+    for name in ("h.onnx", "h.xml"):
+        report = reports[name]
+        assert report.tolerance == 2e-2
+        assert 1e-6 < report.difference <= 2e-2
+        assert "fp16" in str(report)
+        assert report.metadata["precision"] == "fp16"
+    assert reports["h.onnx"].graph.problems == ()
+
+
+def test_the_report_says_that_weights_are_random(written):
+    _, _, reports = written
+    for report in reports.values():
+        assert "RANDOM" in str(report)
+        assert report.to_json()["random"] is True
+    assert laconic.export(small(), written[1] / "n.pt2", "torch-export", weights="from a file").random is False
+
+
+def test_fp16_that_overflows_is_refused(tmp_path):
+    model = small()
+    with torch.no_grad():
+        model.blocks[0].mlp.fc2.weight.mul_(1e6)
+    with pytest.raises(ValueError, match="above 65504 overflow"):
+        laconic.export(model, tmp_path / "m.onnx", precision="fp16")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        (dict(path="m.pt2", to="torch-export", precision="fp16"), "torch-export is written in float32 only"),
+        (dict(precision="int8"), "precision must be float32 or fp16"),
+        (dict(classes=["a"] * 2), "a name more than once: a"),
+        (dict(classes=list("abcd")), "4 names, but the model has 3 outputs"),
+    ],
+)
+def test_wrong_arguments(tmp_path, given, match):
+    path = tmp_path / given.pop("path", "m.onnx")
+    with pytest.raises(ValueError, match=match):
+        laconic.export(small(), path, **given)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fixed_batch_is_filled(tmp_path):
+    model = small()
+    laconic.export(model, tmp_path / "m.pt2", "torch-export", batch=2)
+    file = open_exported(tmp_path / "m.pt2")
+    assert file.batch == 2
+    pixels = torch.randn(5, 3, 32, 32)
+    assert torch.allclose(FileModel(file)(pixels), model(pixels), atol=1e-5)
+
+
+def test_files_that_cannot_be_opened(tmp_path, written):
+    _, place, _ = written
+    (tmp_path / "m.onnx").write_bytes((place / "m.onnx").read_bytes()[:1000])
+    (tmp_path / "m.xml").write_bytes((place / "m.xml").read_bytes())
+    (tmp_path / "m.pt2").write_text("no archive")
+    with pytest.raises(ValueError, match="m.onnx cannot be read as a file for onnx"):
+        open_exported(tmp_path / "m.onnx")
+    with pytest.raises(ValueError, match="m.pt2 cannot be read as a file for torch-export"):
+        open_exported(tmp_path / "m.pt2")
+    with pytest.raises(FileNotFoundError, match="m.bin is missing"):
+        open_exported(tmp_path / "m.xml")
+    with pytest.raises(ValueError, match=r"expected one that ends in .onnx, .pt2, .xml"):
+        open_exported(tmp_path / "m.pth")
