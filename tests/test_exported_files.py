@@ -1,14 +1,21 @@
 """Exported files that say how they are used, their fp16 and int8 versions, and `laconic eval` on them."""
 
+import copy
 import json
 
 import onnx
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
 
 import laconic
+from laconic.analysis.evaluate import evaluate
+from laconic.cli.eval import eval_
+from laconic.cli.eval_input import Reading
+from laconic.core.files import Refusal
+from laconic.data import open_images
 from laconic.exporting import open_exported, quantize, trace, write
 from laconic.exporting.reading import FileModel
 
@@ -125,3 +132,74 @@ def test_files_that_cannot_be_opened(tmp_path, written):
         open_exported(tmp_path / "m.xml")
     with pytest.raises(ValueError, match=r"expected one that ends in .onnx, .pt2, .xml"):
         open_exported(tmp_path / "m.pth")
+
+
+# ---------------------------------------------------------------------------------------------------- laconic eval
+def pictures(root, names, count=3):
+    """Folders of pictures of plain colours, one colour for each picture."""
+    for number, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            colour = (40 * number + 60, 70 * i, 255 - 50 * number)
+            Image.new("RGB", (48, 40), colour).save(root / name / f"{i}.png")
+    return root
+
+
+READING = Reading(workers=0, batch_size=4)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_eval_of_every_file_is_that_of_the_model(written, tmp_path, name):
+    model, place, _ = written
+    images = pictures(tmp_path / "images", sorted(NAMES))
+    order = [NAMES.index(c) for c in sorted(NAMES)]
+    head = copy.deepcopy(model)
+    head.head.weight.data, head.head.bias.data = model.head.weight.data[order], model.head.bias.data[order]
+    expected = evaluate(head, open_images("", "val", images))
+    report = eval_(str(place / name), data=str(images), reading=READING, output=tmp_path / "out.csv")
+    row = report.rows[0]
+    assert (row.top1, row.images, row.macs) == (expected.top1, 9, laconic.summary(model).macs)
+    assert row.tokens == (16, 8)
+    assert row.loss == pytest.approx(expected.loss, rel={"m": 1e-4, "h": 2e-2, "q": 0.5}[name[0]])
+    assert "Weights are RANDOM" in str(report)
+    assert json.loads((tmp_path / "out.json").read_text())["rows"][0]["top1"] == row.top1
+
+
+def test_eval_maps_classes_by_name(tmp_path):
+    """Folders that sort otherwise than the outputs, one class missing, one name in another Unicode form."""
+    model = small(4)
+    images = pictures(tmp_path / "images", ["b", "cafe\u0301", "a"], 2)
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.bias.copy_(torch.tensor([0.0, 1, 2, 9]))
+    for at, expected in ((3, 1 / 3), (2, 0.0)):  # the last output is one of the data's three classes, or not
+        names = ["b", "a", "other"]
+        names.insert(at, "caf\u00e9")
+        laconic.export(model, tmp_path / "m.pt2", "torch-export", classes=names)
+        report = eval_(str(tmp_path / "m.pt2"), data=str(images), reading=READING)
+        assert report.rows[0].top1 == pytest.approx(expected)
+    (images / "a").rename(images / "aa")
+    with pytest.raises(
+        Refusal, match=r"the data has the class 'aa', which .*m.pt2 does not know; it also knows the classes 'a'"
+    ):
+        eval_(str(tmp_path / "m.pt2"), data=str(images), reading=READING)
+
+
+def test_eval_says_what_a_file_does_not_say(tmp_path):
+    model = small(4)
+    del model.pretrained_cfg
+    laconic.export(model, tmp_path / "m.pt2", "torch-export")
+    report = eval_(str(tmp_path / "m.pt2"), data=str(pictures(tmp_path / "images", "ab")), reading=READING)
+    text = " ".join(str(report).split())
+    assert "The file does not say where its weights come from" in text
+    assert "The file does not say how images are prepared; timm's defaults were used (mean (0.485" in text
+    assert "4 outputs without names and the data has 2 classes" in text
+
+
+def test_eval_of_a_file_refuses(tmp_path, written):
+    _, place, _ = written
+    images = str(pictures(tmp_path / "images", sorted(NAMES)))
+    with pytest.raises(Refusal, match="leave out --method, --dtype"):
+        eval_(str(place / "m.pt2"), data=images, method=("topk",), dtype="bfloat16")
+    with pytest.raises(Refusal, match="none.onnx: there is no such file"):
+        eval_(str(tmp_path / "none.onnx"), data=images)

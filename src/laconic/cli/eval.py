@@ -13,6 +13,7 @@ from laconic.analysis.per_class import Confusion
 from laconic.analysis.timing import Setting
 from laconic.cli import per_class as classes
 from laconic.cli import plots, scores
+from laconic.cli.eval_file import evaluate_file, is_exported
 from laconic.cli.eval_input import EvalInput, Reading, command, open_eval_input
 from laconic.cli.output import Report, Table
 from laconic.cli.scores import Score
@@ -82,7 +83,7 @@ def eval_(
     """Evaluate a model and reduced copies of it on the same images.
 
     Args:
-        model: timm name, or a directory that laconic.save wrote.
+        model: timm name, a directory that laconic.save wrote, or a file that laconic export wrote (.onnx, .xml, .pt2).
         data: scenes, digits, a folder of images (with a folder for each split, or for each class), a .tar, or a timm
             name (hfds/..., torch/...).
         reading: images to read.
@@ -97,7 +98,8 @@ def eval_(
         per_class: also the accuracy of every class and the confusion matrices; with --output as CSV files and pictures.
 
     Raises:
-        Refusal: no such model or weights, an option that no method has, a file that cannot be written.
+        Refusal: no such model or weights, other classes than an exported file has, an option that no method has, a file that
+            cannot be written.
         LookupError, TypeError, ValueError, OSError: as `laconic.reduce_` and `laconic.data.open_images`.
     """
     check_output(output)
@@ -105,8 +107,32 @@ def eval_(
         plots.check_matplotlib()
     asked = {name: value for name, value in locals().items() if name not in ("model", "reading")}
     asked |= vars(reading)
-    setting = Setting(rounds=1, device=device, dtype=dtype)
-    eval_input = open_eval_input(model, data, reading, weights, model_args)
+    if is_exported(model) and not Path(model).is_dir():
+        report = _of_file(model, data, reading, asked)
+    else:
+        report = _of_model(model, data, reading, Setting(rounds=1, device=device, dtype=dtype), asked)
+    if output is not None:
+        write_atomically(output, scores.to_csv(model, report.rows))
+        write_atomically(output.with_suffix(".json"), json.dumps(report.to_json(), indent=2) + "\n")
+    return report
+
+
+def _of_file(model: str, data: str, reading: Reading, asked: dict[str, Any]) -> EvalReport:
+    names = ("method", "keep", "options", "weights", "model_args", "per_class")
+    refused = {name: asked[name] for name in names}
+    refused |= {"device": asked["device"] == "cuda", "dtype": asked["dtype"] != "float32"}
+    found = evaluate_file(model, data, reading, refused)
+    here = {**machine.environment(Setting(rounds=1, device="cpu")), "runtime": found.runtime}
+    here = {name: fact for name, fact in here.items() if name not in ("rounds", "compiled")}
+    notes = (f"the file ran in {found.runtime}", *found.notes, *notes_on([found.row]))
+    read = DataReport.of(found.images, found.unreadable)
+    title = f"{data}, {reading.split}"
+    return EvalReport(model, title, found.weights, (found.row,), read, here, command("eval", model, asked), notes)
+
+
+def _of_model(model: str, data: str, reading: Reading, setting: Setting, asked: dict[str, Any]) -> EvalReport:
+    method, keep, options = asked["method"], asked["keep"], asked["options"]
+    eval_input = open_eval_input(model, data, reading, asked["weights"], asked["model_args"])
     variants = _variants(eval_input, method, keep or (0.7,), options)
     first, said = scores.score(variants[0], eval_input.images, reading, setting)
     others = [scores.score(variant, eval_input.images, reading, setting, said) for variant in variants[1:]]
@@ -117,12 +143,10 @@ def eval_(
     title = f"{data}, {reading.split}"
     facts = (model, title, eval_input.weights, tuple(rows), read, here, command("eval", model, asked), notes)
     every = zip(rows, (said, *(answers for _, answers in others)), strict=True)
-    named = tuple((row.label, Confusion.of(answers, eval_input.images.classes)) for row, answers in every) if per_class else ()
-    report = EvalReport(*facts, named, tuple(classes.write(output, named, title)) if named and output is not None else ())
-    if output is not None:
-        write_atomically(output, scores.to_csv(model, rows))
-        write_atomically(output.with_suffix(".json"), json.dumps(report.to_json(), indent=2) + "\n")
-    return report
+    output = asked["output"]
+    named = tuple((row.label, Confusion.of(answers, eval_input.images.classes)) for row, answers in every)
+    named = named if asked["per_class"] else ()
+    return EvalReport(*facts, named, tuple(classes.write(output, named, title)) if named and output is not None else ())
 
 
 def check_output(output: Path | None) -> None:

@@ -33,7 +33,7 @@ def lines_of(rows: Sequence[Score], against: Against) -> dict[str, list[tuple[fl
     """Return the points (x, top-1, low, high; in per cent) of every name, by rising x."""
     out = dict[str, list[tuple[float, float, float, float]]]()
     for row in rows:
-        x = row.macs / 1e9 if against == "GMACs" else row.ratio[1] if row.ratio else None
+        x = (row.macs or 0) / 1e9 if against == "GMACs" else row.ratio[1] if row.ratio else None
         if x is not None:
             name = "lower resolution" if row.kind == "resolution" else row.name
             out.setdefault(name, []).append((x, row.top1 * 100, row.interval[0] * 100, row.interval[1] * 100))

@@ -18,7 +18,7 @@ from laconic.analysis.evaluate import answers, config_for
 from laconic.analysis.per_image_cost import Observer, observing
 from laconic.analysis.timing import DTYPES, Setting
 from laconic.cli.eval_input import Reading
-from laconic.cli.output import Table, csv_text
+from laconic.cli.output import NONE, Table, csv_text
 from laconic.cli.variants import Kind, Variant, as_observed, label_of, size_of
 from laconic.core.token_reduction import find_reduction
 from laconic.data import ImageSet
@@ -39,7 +39,7 @@ class Score:
     image: tuple[int, int]
     tokens: tuple[int, ...]
     parameters: int
-    macs: int
+    macs: int | None  # None where they are not known, of an exported file
     crop: float
     interpolation: str
     images: int
@@ -116,7 +116,7 @@ def table(rows: Sequence[Score], title: str) -> Table:
         agrees = "" if row.agreement is None else f"{row.agreement * 100:.2f}"
         divergence = "" if row.divergence is None else f"{row.divergence:.4f}"
         right = (f"{row.top1 * 100:.2f}", f"({spread})", change, f"{row.top5 * 100:.2f}", agrees, divergence)
-        cost = (f"{row.macs / 1e9:.3f}", " ".join(map(str, row.tokens)))
+        cost = (NONE if row.macs is None else f"{row.macs / 1e9:.3f}", " ".join(map(str, row.tokens)))
         return (row.label, *right, *cost, *([f"{row.ratio[1]:.2f}x" if row.ratio else ""] if speed else []))
 
     header = (*HEADER, *(["measured"] if speed else []))
@@ -140,7 +140,7 @@ def _line(model: str, row: Score) -> dict[str, Any]:
         "param_count": round(row.parameters / 1e6, 2),
         "crop_pct": row.crop,
         "interpolation": row.interpolation,
-        "infer_gmacs": round(row.macs / 1e9, 3),
+        "infer_gmacs": None if row.macs is None else round(row.macs / 1e9, 3),
         "infer_samples_per_sec": row.images_per_second and round(row.images_per_second, 2),
         "infer_batch_size": row.speed_batch,
         "variant": row.name,

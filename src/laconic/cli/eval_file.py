@@ -1,0 +1,163 @@
+"""``laconic eval`` of an exported file: its accuracy in its runtime, with the preprocessing and the classes it carries."""
+
+from __future__ import annotations
+
+import json
+import math
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from laconic.analysis.evaluate import answers
+from laconic.cli.eval_input import GENERATED, Reading
+from laconic.cli.scores import Score
+from laconic.core.files import Refusal
+from laconic.core.schedule import Schedule
+from laconic.data import ImageSet, Prepared, Unreadable, find_data, open_images
+from laconic.exporting import RUNTIMES, ExportedFile, open_exported
+from laconic.exporting.reading import KINDS, FileModel
+
+SHOWN = 5  # class names in a message
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The row of an exported file, the images and those that could not be read, a line on its weights, and notes."""
+
+    row: Score
+    images: ImageSet
+    unreadable: tuple[Unreadable, ...]
+    weights: str
+    runtime: str
+    notes: tuple[str, ...]
+
+
+def is_exported(model: str) -> bool:
+    """Return True if the text names an exported file, by its suffix; it may be missing."""
+    return Path(model).suffix.lower() in KINDS
+
+
+def evaluate_file(model: str, data: str, reading: Reading, refused: dict[str, Any]) -> Evaluated:
+    """Evaluate an exported file on the CPU.
+
+    Args:
+        model: path of the file.
+        data: as for `laconic.cli.eval.eval_`.
+        reading: images to read.
+        refused: options that an exported file cannot have, with their values; all must be empty.
+
+    Raises:
+        Refusal: there is no such file, one of these options is given, or the classes of the data are not those of the file.
+        ValueError, FileNotFoundError, ImportError: as `open_exported` and `laconic.data.open_images`.
+    """
+    given = [f"--{name.replace('_', '-')}" for name, value in refused.items() if value]
+    if given:
+        raise Refusal(
+            f"{model} is an exported file, with its weights and its method fixed, and runs on the CPU in the precision it was "
+            f"exported in; leave out {', '.join(given)}, or evaluate the model that it was exported from"
+        )
+    if not Path(model).is_file():
+        raise Refusal(f"{model}: there is no such file; give the path of a file that laconic export wrote")
+    file = open_exported(Path(model))
+    config, notes = _preprocessing(file, reading.crop)
+    name, root = find_data(data)
+    images = open_images(name, reading.split, root, reading.limit)
+    if name in GENERATED:  # as large as the model takes them
+        images = open_images(name, reading.split, root, reading.limit, file.image[1])
+    outputs = _outputs(file)
+    order = None if file.classes is None else match_classes(file.classes, images.classes, outputs, model)
+    if order is None and outputs != len(images.classes):
+        notes.append(
+            f"the file has {outputs} outputs without names and the data has {len(images.classes)} classes: labels are numbers "
+            "from 0 in the order of the data's class names, and unless these are the model's first ones, the accuracies mean "
+            "nothing"
+        )
+    said = answers(FileModel(file, order), _loader(images, config, reading), title=Path(model).name)
+    weights = file.facts.get("weights", "the file does not say where its weights come from")
+    row = _row(file, said.accuracy, config)
+    return Evaluated(row, images, said.unreadable, weights, RUNTIMES[file.to], tuple(notes))
+
+
+def match_classes(theirs: Sequence[str], ours: Sequence[str], outputs: int, file: str) -> torch.Tensor:
+    """Return the numbers of the outputs in the order of the data's classes, matched by name; the other outputs follow.
+
+    Args:
+        theirs: names of the file's outputs.
+        ours: names of the data's classes.
+        outputs: number of the file's outputs.
+        file: path of the file, for the message.
+
+    Raises:
+        Refusal: a class of the data is not among those of the file.
+    """
+    place = {unicodedata.normalize("NFC", name): number for number, name in enumerate(theirs)}
+    names = [unicodedata.normalize("NFC", name) for name in ours]
+    unknown = [name for name in names if name not in place]
+    if unknown:
+        unused = [name for name in place if name not in set(names)]
+        raise Refusal(
+            f"the data has {_some(unknown)}, which {file} does not know; it also knows {_some(unused)}. Rename the folders of "
+            "the data after the classes of the file, or evaluate on the data that the model was trained for"
+        )
+    first = [place[name] for name in names]
+    return torch.tensor([*first, *sorted(set(range(outputs)) - set(first))])
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    word = "class" if len(names) == 1 else "classes"
+    return f"the {word} {', '.join(map(repr, names[:SHOWN]))}{more}" if names else "no other class"
+
+
+def _preprocessing(file: ExportedFile, crop: float | None) -> tuple[dict[str, Any], list[str]]:
+    """Return the data config of timm for the images of a file, and a note if the file has none."""
+    from timm.data import resolve_data_config  # type: ignore[attr-defined]
+
+    if crop is not None and not 0 < crop <= 1:
+        raise ValueError(f"crop must be a share above 0 and at most 1, not {crop}")
+    known = file.preprocessing
+    config: dict[str, Any] = resolve_data_config({}, pretrained_cfg={"input_size": file.image}) if known is None else {**known}
+    config = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
+    if crop is not None:
+        config["crop_pct"] = crop
+    note = (
+        "the file does not say how images are prepared; timm's defaults were used "
+        f"(mean {config['mean']}, std {config['std']}, crop {config['crop_pct']}, {config['interpolation']})"
+    )
+    return config, [note] if known is None else []
+
+
+def _outputs(file: ExportedFile) -> int:
+    out = FileModel(file)(torch.zeros(1, *file.image))
+    if out.dim() != 2:
+        raise ValueError(
+            f"expected logits [images, classes] from {file.path}, got {list(out.shape)}; export a model with a classifier"
+        )
+    return int(out.shape[1])
+
+
+def _loader(images: ImageSet, config: dict[str, Any], reading: Reading) -> DataLoader[Any]:
+    from timm.data import create_transform  # type: ignore[attr-defined]
+
+    prepared = Prepared(images, create_transform(**config, is_training=False), replace=False)
+    return DataLoader(prepared, reading.batch_size, num_workers=reading.workers, generator=torch.Generator())
+
+
+def _row(file: ExportedFile, found: Any, config: dict[str, Any]) -> Score:
+    facts, method = file.facts, json.loads(file.facts.get("method", '"none"') if "schedule" in file.facts else "{}")
+    tokens = tuple[int, ...]()
+    if "schedule" in facts and "patches" in facts:
+        counts = json.loads(facts["patch_tokens"])
+        tokens = (int(facts["patches"]), *(counts[block] for block in Schedule.of(json.loads(facts["schedule"])).at))
+    cost = (int(facts.get("parameters", 0)), int(facts["macs"]) if "macs" in facts else None)
+    shares = (found.images, len(found.unreadable), found.top1, found.top5, found.interval)
+    loss = found.loss if math.isfinite(found.loss) else None
+    how = (file.image[1:], tokens, *cost, config["crop_pct"], config["interpolation"])
+    kind = "method" if method else "base"
+    name = file.path.name
+    return Score(name, kind, None, method.get("options", {}), *how, *shares, loss, None, None, found.not_finite)  # type: ignore[arg-type]
