@@ -18,7 +18,9 @@ from families import CLASS_SCORED, METHODS, VARIABLE, fill, images, make, option
 from laconic.analysis.timing import Quartiles
 from laconic.cli import app as cli
 from laconic.cli import export as job
+from laconic.cli import export_input
 from laconic.cli.export_speed import EAGER, Speed
+from laconic.cli.weights import Loaded
 from laconic.core.files import Refusal
 from laconic.exporting import graph, inspect, openvino, proof, runner, trace, write
 from zoo import ZOO
@@ -231,7 +233,8 @@ def test_what_tensorrt_would_trip_on_is_found(tmp_path):
 # ---------------------------------------------------------------------------------------------------- the command
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setattr(job, "open_model", lambda name: make("plain", depth=2))
+    loaded = Loaded(make("plain", depth=2), "the weights come from a test", False)
+    monkeypatch.setattr(export_input, "open_weights", lambda *_: loaded)
 
 
 def test_the_command(tiny, tmp_path, capsys):

@@ -14,6 +14,8 @@ import laconic
 from laconic.analysis.evaluate import evaluate
 from laconic.cli.eval import eval_
 from laconic.cli.eval_input import Reading
+from laconic.cli.export import export
+from laconic.cli.export_input import open_export_input
 from laconic.core.files import Refusal
 from laconic.data import open_images
 from laconic.exporting import open_exported, quantize, trace, write
@@ -203,3 +205,89 @@ def test_eval_of_a_file_refuses(tmp_path, written):
         eval_(str(place / "m.pt2"), data=images, method=("topk",), dtype="bfloat16")
     with pytest.raises(Refusal, match="none.onnx: there is no such file"):
         eval_(str(tmp_path / "none.onnx"), data=images)
+
+
+# ---------------------------------------------------------------------------------------------------- laconic export
+MODEL_ARGS = tuple(f"{name}={value}" for name, value in ARGS.items())
+QUICK = {"method": ("topk",), "keep": (0.5,), "rounds": 0}
+
+
+def metadata(path):
+    return {entry.key.removeprefix("laconic."): entry.value for entry in onnx.load(path).metadata_props}
+
+
+def test_export_says_that_weights_are_random(tmp_path):
+    done = export(TINY, output=tmp_path, model_args=MODEL_ARGS, **QUICK)
+    assert done.to_json()["random"] is True
+    assert "RANDOM" in done.verdict
+    assert "Weights are RANDOM (seed 0), as with --model-args and without --weights" in str(done)
+    for file in tmp_path.glob("*.onnx"):
+        assert "RANDOM" in metadata(file)["weights"]
+        assert "classes" not in metadata(file)
+
+
+def test_export_without_a_cache_or_a_hub_is_random_too(monkeypatch):
+    found = open_export_input(TINY, None, (), ("topk",), (0.5,), ())
+    assert found.random
+    assert "RANDOM" in found.weights
+
+
+def test_export_takes_weights_of_a_file_as_eval_does(tmp_path):
+    model = small(7)
+    torch.save(laconic.restore_(copy.deepcopy(model)).state_dict(), tmp_path / "w.pth")
+    given = {"weights": tmp_path / "w.pth", "model_args": (*MODEL_ARGS, "num_classes=7")}
+    done = export(TINY, output=tmp_path / "out", to=("torch-export",), **given, **{**QUICK, "keep": (1.0,)})
+    assert done.random is False
+    assert f"come from {tmp_path / 'w.pth'}" in str(done)
+    pixels = torch.randn(2, 3, 32, 32)
+    found = FileModel(open_exported(tmp_path / "out" / f"{TINY}.pt2"))(pixels)
+    assert torch.allclose(found, laconic.restore_(model)(pixels), atol=1e-5)
+    with pytest.raises(Refusal, match="there is no such file"):
+        export(TINY, output=tmp_path / "out", weights=tmp_path / "none.pth", **QUICK)
+
+
+def test_scorers_of_a_method_are_trained_or_said_to_be_random():
+    ours = open_export_input("scenes_vit_small", None, (), ("dynamicvit",), (0.7,), ())
+    assert (ours.random, ours.untrained) == (False, ())
+    other = open_export_input(TINY, None, MODEL_ARGS, ("dynamicvit", "topk"), (0.5,), ())
+    assert other.untrained == ("dynamicvit 0.5",)
+    assert "parameters of its own, which are RANDOM" in other.weights_of(other.variants[1])
+    assert "of its own" not in other.weights_of(other.variants[2])
+
+
+def test_a_saved_model_with_classes_in_lower_precision_on_pictures(tmp_path):
+    laconic.save(small(), tmp_path / "saved")
+    record = json.loads((tmp_path / "saved" / "laconic.json").read_text())
+    (tmp_path / "saved" / "laconic.json").write_text(json.dumps({**record, "data": {"classes": NAMES}}))
+    images = pictures(tmp_path / "images", sorted(NAMES))
+    how = {"precision": ("fp16",), "int8": True, "data": str(images), "limit": 6, "rounds": 1}
+    done = export(str(tmp_path / "saved"), output=tmp_path / "out", **how)
+    kinds = ("onnx", "fp16.onnx", "int8.onnx")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {f"saved{m}.{k}" for m in ("", ".topk") for k in kinds}
+    for name in ("saved.topk.onnx", "saved.topk.fp16.onnx", "saved.topk.int8.onnx"):
+        assert json.loads(metadata(tmp_path / "out" / name)["classes"]) == NAMES
+        assert "come from" in metadata(tmp_path / "out" / name)["weights"]
+    rows = {(row.label, row.precision): row for row in done.agreements}
+    assert set(rows) == {(label, p) for label in ("unreduced", "topk") for p in ("float32", "fp16", "int8")}
+    assert all(row.images == 6 and row.source == f"6 pictures of {images}, val" for row in rows.values())
+    assert rows["topk", "float32"].difference < 1e-4 < rows["topk", "fp16"].difference < 2e-2
+    assert {row["precision"] for row in done.to_json()["agreement"]} == {"float32", "fp16"}
+    assert {s.runtime for s in done.speeds} == {"eager PyTorch", "ONNX Runtime", "ONNX Runtime, int8", "ONNX Runtime, fp16"}
+    assert eval_(str(tmp_path / "out" / "saved.topk.fp16.onnx"), data=str(images), reading=READING).rows[0].images == 9
+    with pytest.raises(Refusal, match="leave out --weights"):
+        export(str(tmp_path / "saved"), output=tmp_path / "out", model_args=("depth=2",))
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        (dict(precision=("fp8",)), "--precision fp8: there is no such precision; there are fp16 and int8"),
+        (dict(precision=("fp16",), to=("torch-export",)), "--precision fp16 is for onnx and openvino"),
+        (dict(precision=("int8",), to=("openvino",)), "add --to onnx"),
+        (dict(limit=0), "--limit must be at least 1"),
+    ],
+)
+def test_export_refuses(tmp_path, given, match):
+    with pytest.raises(Refusal, match=match):
+        export(TINY, output=tmp_path / "out", **given)
+    assert not (tmp_path / "out").exists()

@@ -121,7 +121,8 @@ def _preprocessing(file: ExportedFile, crop: float | None) -> tuple[dict[str, An
     if crop is not None and not 0 < crop <= 1:
         raise ValueError(f"crop must be a share above 0 and at most 1, not {crop}")
     known = file.preprocessing
-    config: dict[str, Any] = resolve_data_config({}, pretrained_cfg={"input_size": file.image}) if known is None else {**known}
+    defaults: dict[str, Any] = resolve_data_config({"input_size": file.image})  # type: ignore[no-untyped-call]
+    config = defaults if known is None else known
     config = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
     if crop is not None:
         config["crop_pct"] = crop

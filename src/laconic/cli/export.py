@@ -5,23 +5,21 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from laconic.analysis import machine
-from laconic.analysis.diagnose import shared_copy
 from laconic.analysis.timing import Setting
-from laconic.api import restore_
-from laconic.cli.export_speed import EAGER, INT8, Quantized, Speed, measure_formats, quantized, table
-from laconic.cli.models import open_model
+from laconic.cli.export_input import ExportInput, open_export_input, read_pictures
+from laconic.cli.export_speed import EAGER, FP16, IMAGES, INT8, Quantized, Speed, add_int8, compared, measure_formats, table
 from laconic.cli.output import Report, Table, sentence
-from laconic.cli.variants import Variant, as_reduced, pairs, parse_methods, reduced, unreduced
+from laconic.cli.variants import Variant
 from laconic.core.files import Refusal, check_output_file, check_output_folder, write_atomically
-from laconic.core.token_reduction import find_reduction
-from laconic.exporting import OPSET, SUFFIXES, TOLERANCE, ExportReport, trace, write
+from laconic.exporting import HALF_TOLERANCE, OPSET, SUFFIXES, TOLERANCE, ExportReport, trace, write
+from laconic.exporting.description import RANDOM
 
 LOG = logging.getLogger(__name__)
 EXPLAINED = (
@@ -37,14 +35,26 @@ class Files(Report):
 
     model: str
     exports: tuple[tuple[str, ExportReport], ...]  # with the label of the variant
-    int8: tuple[Quantized, ...]
+    agreements: tuple[Quantized, ...]
     speeds: tuple[Speed, ...]
     environment: dict[str, Any]
+    weights: tuple[str, ...] = ()  # sentences on the weights
+
+    @property
+    def int8(self) -> tuple[Quantized, ...]:
+        """The int8 files, with their agreement."""
+        return tuple(row for row in self.agreements if row.precision == INT8)
+
+    @property
+    def random(self) -> bool:
+        """True if a file has random weights, of the model or of its method."""
+        return any(report.random for _, report in self.exports)
 
     @property
     def verdict(self) -> str:
-        """The verdict: the speed-up that survives, and the rows that gain nothing."""
-        return " ".join([self._survival, *self._slower])
+        """The verdict: random weights, the speed-up that survives, and the rows that gain nothing."""
+        random = [f"The files have {RANDOM} weights: do not use their answers."] if self.random else []
+        return " ".join([*random, self._survival, *self._slower])
 
     @property
     def _survival(self) -> str:
@@ -79,7 +89,8 @@ class Files(Report):
 
     def parts(self) -> Iterator[str | Table]:
         yield from (str(report) for _, report in self.exports)
-        yield from (str(row) for row in self.int8)
+        yield from (str(row) for row in self.agreements)
+        yield from self.weights
         for batch in dict.fromkeys(speed.batch for speed in self.speeds):
             yield table([speed for speed in self.speeds if speed.batch == batch], f"{self.model}, batch {batch}")
         here = self.environment
@@ -89,8 +100,10 @@ class Files(Report):
 
     def to_json(self) -> dict[str, Any]:
         exports = [{"variant": label, **report.to_json()} for label, report in self.exports]
-        rows = {"int8": [row.to_json() for row in self.int8], "speeds": [row.to_json() for row in self.speeds]}
-        facts = {"model": self.model, "environment": self.environment}
+        others = [row.to_json() for row in self.agreements if row.precision != INT8]
+        rows = {"int8": [row.to_json() for row in self.int8], "agreement": others}
+        rows["speeds"] = [row.to_json() for row in self.speeds]
+        facts = {"model": self.model, "environment": self.environment, "weights": list(self.weights), "random": self.random}
         return {**facts, "exports": exports, **rows, "verdict": self.verdict}
 
 
@@ -102,10 +115,17 @@ def export(
     method: tuple[str, ...] = (),
     keep: tuple[float, ...] = (),
     options: tuple[str, ...] = (),
+    weights: Path | None = None,
+    model_args: tuple[str, ...] = (),
     to: tuple[str, ...] = (),
     opset: int = OPSET,
     int8: bool = False,
+    precision: tuple[str, ...] = (),
     tolerance: float = TOLERANCE,
+    fp16_tolerance: float = HALF_TOLERANCE,
+    data: str = "",
+    split: str = "val",
+    limit: int = IMAGES,
     batch_size: tuple[int, ...] = (),
     rounds: int = 10,
     threads: int = 1,
@@ -114,18 +134,26 @@ def export(
     """Write reduced models, and the unreduced one, for other runtimes; check each file, and measure all of them.
 
     A file takes its place only when the runtime gives the answers of eager PyTorch on batches of one and of three images.
-    The files are for float32, for a batch of any size, and for the one image size of the model.
+    The files take images in float32, a batch of any size, and the one image size of the model. Their metadata has the
+    preprocessing, the names of the classes if they are known, and where the weights come from.
 
     Args:
-        model: timm name (random weights), or a directory that laconic.save wrote.
+        model: timm name, or a directory that laconic.save wrote.
         output: directory for the files.
         method: a method of constant counts (default: that of the directory, or else etps).
         keep: keep rate of every reducing block (default: 0.7).
         options: option of the methods, as NAME=VALUE or METHOD.NAME=VALUE.
+        weights: weights of the model, a .safetensors file or a checkpoint of torch (default: timm's pretrained ones).
+        model_args: argument of timm.create_model, as NAME=VALUE.
         to: onnx, torch-export or openvino (default: onnx).
         opset: version of ONNX's operators, for onnx and openvino.
         int8: also write the ONNX files with int8 matrix products, and measure how far they agree.
-        tolerance: the greatest difference from eager allowed, as a share of the largest output; not for int8.
+        precision: fp16 or int8: also write ONNX files (fp16: and OpenVINO ones) in it, and measure how far they agree.
+        tolerance: the greatest difference from eager allowed, as a share of the largest output; for files in float32.
+        fp16_tolerance: the same for files in fp16.
+        data: pictures to measure agreement on, named as for laconic eval (default: noise, for int8 and fp16 alone).
+        split: of the data: val, test, train.
+        limit: pictures at most, evenly spaced.
         batch_size: images in the batches that are timed (default: 1).
         rounds: rounds; each runs everything once, and the unreduced model around it. 0 measures no time.
         threads: CPU threads, the same for every runtime.
@@ -135,74 +163,97 @@ def export(
         Refusal: no such model or option, an output that is no directory.
         LookupError, TypeError, ValueError: as `laconic.reduce_` and `laconic.export`. Nothing is written then.
     """
-    formats = tuple(dict.fromkeys(to or ("onnx",)))
-    _check(output, formats, batch_size, rounds, threads, int8)
+    formats, lower = tuple(dict.fromkeys(to or ("onnx",))), {*precision, *([INT8] if int8 else ())}
+    _check(output, formats, lower, {"batch-size": min(batch_size, default=1), "threads": threads, "limit": limit}, rounds)
     check_output_folder(output)
     check_output_file(record, "--record")
-    variants = collect(model, method, keep or (0.7,), options)
+    given = open_export_input(model, weights, model_args, method, keep or (0.7,), options)
+    pictures = read_pictures(given.variants[0].model, data, split, limit) if data else None
     setting = Setting(rounds=max(rounds, 1), threads=threads, device="cpu")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        unfinished = TemporaryDirectory(dir=output, prefix=".unfinished-")
-    except OSError as error:
-        raise Refusal(f"{output} cannot be written: {error.strerror or error}; choose another --output") from error
-    with machine.prepared(setting), unfinished as place:
-        exports, files = write_all(variants, Path(place), Path(model).name, formats, opset, tolerance)
-        small = tuple(quantized(v, files, threads) for v in variants) if int8 else ()
-        kinds = (*formats, INT8) if int8 else formats
-        speeds = [
-            s for b in dict.fromkeys(batch_size or (1,)) for s in measure_formats(variants, files, kinds, b, rounds, threads)
-        ]
+    half = fp16_tolerance if "fp16" in lower else None
+    with machine.prepared(setting), _unfinished(output) as place:
+        exports, files = write_all(given.variants, Path(place), Path(model).name, formats, opset, tolerance, half, given)
+        for variant in given.variants if INT8 in lower else ():
+            add_int8(variant, files)
+        kinds = tuple(dict.fromkeys(kind for _, kind in files))
+        wanted = kinds if data else [kind for kind in kinds if kind not in formats]
+        small = [row for v in given.variants for row in compared(v, wanted, files, threads, pictures)] if wanted else []
+        sizes = dict.fromkeys(batch_size or (1,))
+        speeds = [s for size in sizes for s in measure_formats(given.variants, files, kinds, size, rounds, threads)]
         here = {**machine.environment(setting), "rounds": rounds, **versions()}
         for file in sorted(Path(place).iterdir(), key=lambda file: file.suffix == ".xml"):
             os.replace(file, output / file.name)
     placed = tuple((label, report.moved(output)) for label, report in exports)
-    done = Files(model, placed, tuple(row.moved(output) for row in small), tuple(speeds), here)
+    done = Files(model, placed, tuple(row.moved(output) for row in small), tuple(speeds), here, tuple(given.says))
     if record is not None:
         write_atomically(record, json.dumps(done.to_json(), indent=2) + "\n")
     return done
 
 
-def _check(output: Path, formats: Sequence[str], batches: Sequence[int], rounds: int, threads: int, int8: bool) -> None:
+def _unfinished(output: Path) -> TemporaryDirectory[str]:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        return TemporaryDirectory(dir=output, prefix=".unfinished-")
+    except OSError as error:
+        raise Refusal(f"{output} cannot be written: {error.strerror or error}; choose another --output") from error
+
+
+def _check(output: Path, formats: Sequence[str], lower: set[str], numbers: Mapping[str, int], rounds: int) -> None:
     for name in formats:
         if name not in SUFFIXES:
             raise Refusal(f"--to {name}: there is no such format; there are {', '.join(SUFFIXES)}")
-    for name, least, value in (("batch-size", 1, min(batches, default=1)), ("rounds", 0, rounds), ("threads", 1, threads)):
-        if value < least:
-            raise Refusal(f"--{name} must be at least {least}, not {value}")
-    if int8 and "onnx" not in formats:
+    for name, value in numbers.items():
+        if value < 1:
+            raise Refusal(f"--{name} must be at least 1, not {value}")
+    if rounds < 0:
+        raise Refusal(f"--rounds must be at least 0, not {rounds}")
+    for name in sorted(lower - {"fp16", INT8}):
+        raise Refusal(f"--precision {name}: there is no such precision; there are fp16 and int8, next to float32")
+    if INT8 in lower and "onnx" not in formats:
         raise Refusal("--int8 quantizes the ONNX file; add --to onnx")
+    if "fp16" in lower and not set(FP16) & set(formats):
+        raise Refusal("--precision fp16 is for onnx and openvino; add --to onnx, or run the .pt2 under torch.autocast")
     if output.exists() and not output.is_dir():
         raise Refusal(f"{output} is a file; --output takes a directory")
 
 
-def collect(name: str, methods: Sequence[str], keeps: Sequence[float], options: Sequence[str]) -> list[Variant]:
-    """Return the unreduced model, then the one that a directory holds or every method at every keep rate."""
-    model = open_model(name)
-    saved = find_reduction(model)
-    base = model if saved is None else restore_(shared_copy(model))
-    variants = [unreduced("unreduced", base)]
-    if saved is not None:
-        variants.append(as_reduced(saved.config.info.name, model, None))
-    configs = parse_methods(list(dict.fromkeys(methods or (("etps",) if saved is None else ()))), options)
-    return variants + [reduced(base, config, keep) for config, keep in pairs(configs, keeps)]
-
-
 def write_all(
-    variants: Sequence[Variant], place: Path, name: str, formats: Sequence[str], opset: int, tolerance: float
+    variants: Sequence[Variant],
+    place: Path,
+    name: str,
+    formats: Sequence[str],
+    opset: int,
+    tolerance: float,
+    fp16_tolerance: float | None = None,
+    given: ExportInput | None = None,
 ) -> tuple[list[tuple[str, ExportReport]], dict[tuple[str, str], Path]]:
-    """Write every variant in every format, under ``place``; return the reports, and the files by label and format."""
+    """Write every variant in every format, under ``place``; return the reports, and the files by label and kind.
+
+    With an ``fp16_tolerance`` also in fp16, in the formats that have it. ``given`` has what the metadata says of the weights.
+    """
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     reports, files = list[tuple[str, ExportReport]](), dict[tuple[str, str], Path]()
     with tqdm(total=len(variants) * len(formats), desc="exporting", unit="file", leave=False, disable=None) as bar:
         for variant in variants:
-            traced = trace(variant.model)
+            facts: dict[str, Any] = {}
+            if given is not None:
+                facts = {"classes": given.classes, "weights": given.weights_of(variant)}
+            traced = trace(variant.model, **facts)
             stem = name if variant.kind == "base" else f"{name}.{variant.label.replace(' ', '-')}"
             for to in formats:
                 path = place / f"{stem}{SUFFIXES[to]}"
                 reports.append((variant.label, write(traced, path, to, opset=opset, tolerance=tolerance)))
                 files[variant.label, to] = path
+                if fp16_tolerance is not None and to in FP16:
+                    small = place / f"{stem}.fp16{SUFFIXES[to]}"
+                    how: dict[str, Any] = {
+                        "opset": opset,
+                        "tolerance": fp16_tolerance,
+                        "source": files.get((variant.label, "onnx")),
+                    }
+                    reports.append((variant.label, write(traced, small, to, precision="fp16", **how)))
+                    files[variant.label, FP16[to]] = small
                 bar.update()
     return reports, files
 

@@ -1,4 +1,4 @@
-"""Speed of exported files compared with eager PyTorch, and their int8 versions."""
+"""Speed of exported files compared with eager PyTorch, and the agreement of their int8 and fp16 versions."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from laconic.analysis import timing
 from laconic.analysis.timing import Quartiles
@@ -19,9 +20,16 @@ from laconic.exporting import RUNTIMES, quantize, runner
 from laconic.exporting.parity import compare, tensors
 
 INT8, EAGER = "int8", "eager PyTorch"
-NAMES = {"torch-export": "torch.export, loaded", INT8: "ONNX Runtime, int8"}
+FP16 = {"onnx": "fp16", "openvino": "openvino-fp16"}  # the kind of file in fp16, by format
+RUNTIME_OF = {INT8: "onnx", "fp16": "onnx", "openvino-fp16": "openvino"}
+NAMES = {
+    "torch-export": "torch.export, loaded",
+    INT8: "ONNX Runtime, int8",
+    "fp16": "ONNX Runtime, fp16",
+    "openvino-fp16": "OpenVINO, fp16",
+}
 SURVIVES = 0.9  # of eager's speed-up
-IMAGES = 64  # that int8 is compared on
+IMAGES = 64  # that files are compared on
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Quantized:
-    """An int8 file, and its agreement with float32 on noise."""
+    """A file in int8, fp16 or float32, and its agreement with the eager model on noise or on pictures."""
 
     label: str
     path: str
@@ -57,6 +65,8 @@ class Quantized:
     images: int
     difference: float
     agreement: float | None
+    precision: str = INT8
+    source: str = f"{IMAGES} images of noise"
 
     def moved(self, to: Path) -> Quantized:
         """Return the same, in another directory."""
@@ -67,27 +77,51 @@ class Quantized:
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
-        agreed = "" if self.agreement is None else f"the same first class for {self.agreement:.0%} of {self.images} images, "
-        return f"{self.path}: int8 matrix products, {self.bytes / 1e6:.1f} MB; {agreed}difference {self.difference:.1e}"
+        agreed = "" if self.agreement is None else f"the same first class as eager for {self.agreement:.1%} of "
+        what = "int8 matrix products" if self.precision == INT8 else self.precision
+        return f"{self.path}: {what}, {self.bytes / 1e6:.1f} MB; {agreed}{self.source}, difference {self.difference:.1e}"
 
 
-def quantized(variant: Variant, files: dict[tuple[str, str], Path], threads: int) -> Quantized:
-    """Quantize the ONNX file of a variant, add the new one to ``files``, and compare the two on noise.
+def add_int8(variant: Variant, files: dict[tuple[str, str], Path]) -> None:
+    """Quantize the ONNX file of a variant, and add the new one to ``files``."""
+    source = files[variant.label, "onnx"]
+    files[variant.label, INT8] = source.with_suffix(".int8.onnx")
+    quantize(source, files[variant.label, INT8])
+
+
+def compared(
+    variant: Variant,
+    kinds: Sequence[str],
+    files: Mapping[tuple[str, str], Path],
+    threads: int,
+    pictures: tuple[Tensor, str] | None = None,
+) -> list[Quantized]:
+    """Compare files of a variant with its eager model, on pictures (with a line that says which) or on noise.
 
     Raises:
-        ValueError: its outputs are not finite.
+        ValueError: the outputs of a file are not finite.
     """
-    source = files[variant.label, "onnx"]
-    target = source.with_suffix(".int8.onnx")
-    quantize(source, target)
-    files[variant.label, INT8] = target
-    images = torch.randn(IMAGES, 3, *variant.image, generator=torch.Generator().manual_seed(2))
-    old, new = (runner(path, "onnx", threads) for path in (source, target))
-    answers = [[torch.cat(parts) for parts in zip(*map(run, torch.tensor_split(images, 8)), strict=True)] for run in (old, new)]
-    found = compare(IMAGES, answers[1], answers[0])
-    if found.difference == float("inf"):
-        raise ValueError(f"the int8 model of {variant.label} gives outputs that are not finite; export it without int8")
-    return Quantized(variant.label, str(target), target.stat().st_size, IMAGES, found.difference, found.agreement)
+    images, source = pictures or (_noise(variant), f"{IMAGES} images of noise")
+    parts, rows = torch.split(images, 8), list[Quantized]()
+    with torch.no_grad():
+        expected = [torch.cat(outs) for outs in zip(*(tensors(variant.model(part)) for part in parts), strict=True)]
+    for kind in kinds:
+        path = files[variant.label, kind]
+        run = runner(path, RUNTIME_OF.get(kind, kind), threads)
+        found = compare(len(images), [torch.cat(outs) for outs in zip(*map(run, parts), strict=True)], expected)
+        precision = INT8 if kind == INT8 else "fp16" if kind in FP16.values() else "float32"
+        if found.difference == float("inf"):
+            raise ValueError(
+                f"the {precision} model of {variant.label} gives outputs that are not finite; export it without it"
+            )
+        size = sum(part.stat().st_size for part in (path, path.with_suffix(".bin")) if part.is_file())
+        shares = (len(images), found.difference, found.agreement)
+        rows.append(Quantized(variant.label, str(path), size, *shares, precision, source))
+    return rows
+
+
+def _noise(variant: Variant) -> Tensor:
+    return torch.randn(IMAGES, 3, *variant.image, generator=torch.Generator().manual_seed(2))
 
 
 def measure_formats(
@@ -127,7 +161,7 @@ def _run(variant: Variant, kind: str, files: Mapping[tuple[str, str], Path], bat
     images = torch.randn(batch, 3, *variant.image, generator=torch.Generator().manual_seed(0))
     if kind == "eager":
         return lambda: tensors(variant.model(images))
-    run = runner(files[variant.label, kind], "onnx" if kind == INT8 else kind, threads)
+    run = runner(files[variant.label, kind], RUNTIME_OF.get(kind, kind), threads)
     return lambda: run(images)
 
 

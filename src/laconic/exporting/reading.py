@@ -81,7 +81,7 @@ class FileModel(nn.Module):
         else:
             missing = -len(pixels) % size
             filled = torch.cat([pixels, pixels.new_zeros(missing, *pixels.shape[1:])])
-            out = torch.cat([self.file.run(part)[0] for part in filled.split(size)])[: len(pixels)]
+            out = torch.cat([self.file.run(part)[0] for part in torch.split(filled, size)])[: len(pixels)]
         return out if self.order is None else out[:, self.order]
 
 

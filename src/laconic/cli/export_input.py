@@ -1,0 +1,125 @@
+"""Input of an export: the model with weights, the variants with their trained scorers, and pictures to compare on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laconic.analysis.diagnose import shared_copy
+from laconic.analysis.evaluate import make_loader
+from laconic.api import restore_
+from laconic.cli.eval_input import parse_args
+from laconic.cli.models import create, open_model
+from laconic.cli.variants import Variant, as_reduced, pairs, parse_methods, reduced, unreduced
+from laconic.cli.weights import Loaded, load
+from laconic.core.files import Refusal
+from laconic.core.method import METHODS
+from laconic.core.token_reduction import find_reduction
+from laconic.data import find_data, open_images
+from laconic.exporting.description import RANDOM
+from laconic.models.scenes import load_scorer
+
+RECORD = "laconic.json"  # of a directory of laconic.save
+UNTRAINED = f"its method has parameters of its own, which are {RANDOM} (untrained)"
+
+
+@dataclass(frozen=True)
+class ExportInput:
+    """The variants to export, by the name of their model; a line on its weights, and the names of its classes if known."""
+
+    variants: tuple[Variant, ...]
+    weights: str
+    random: bool
+    classes: list[str] | None
+    untrained: tuple[str, ...]  # labels of the variants with random parameters of their method
+
+    def weights_of(self, variant: Variant) -> str:
+        """Return the line on the weights of a variant, for the metadata of its file."""
+        return f"{self.weights}; {UNTRAINED}" if variant.label in self.untrained else self.weights
+
+    @property
+    def says(self) -> list[str]:
+        """Return sentences on the weights."""
+        line = f"{self.weights[0].upper()}{self.weights[1:]}."
+        return [line, *(f"{label}: {UNTRAINED}." for label in self.untrained)]
+
+
+def open_weights(name: str, weights: Path | None, model_args: Sequence[str]) -> Loaded:
+    """Open a model by timm name as `laconic eval` does, or from a directory, with a line on its weights.
+
+    Raises:
+        Refusal: no such model, weights that are not its own, or weights or arguments where a directory was given.
+    """
+    if Path(name).is_dir():
+        if weights is not None or model_args:
+            raise Refusal(f"{name} is a directory with weights and arguments of its own; leave out --weights and --model-args")
+        return Loaded(open_model(name), f"the weights come from {name}", False)
+    args = parse_args(model_args)
+    if weights is None and args:
+        line = f"weights are {RANDOM} (seed 0), as with --model-args and without --weights: the answers mean nothing"
+        return Loaded(create(name, **args), line, True)
+    return load(name, weights, **args)
+
+
+def open_export_input(
+    name: str,
+    weights: Path | None,
+    model_args: Sequence[str],
+    methods: Sequence[str],
+    keeps: Sequence[float],
+    options: Sequence[str],
+) -> ExportInput:
+    """Open the unreduced model, then the one that a directory holds or every method at every keep rate.
+
+    Raises:
+        Refusal: as `open_weights`, or an option that no method has.
+    """
+    loaded = open_weights(name, weights, model_args)
+    model, untrained = loaded.model, list[str]()
+    saved = find_reduction(model)
+    base = model if saved is None else restore_(shared_copy(model))
+    variants = [unreduced("unreduced", base)]
+    if saved is not None:
+        variants.append(as_reduced(saved.config.info.name, model, None))
+    for config, keep in pairs(
+        parse_methods(list(dict.fromkeys(methods or (("etps",) if saved is None else ()))), options), keeps
+    ):
+        variant = reduced(base, config, keep)
+        variants.append(variant)
+        trained = weights is None and not loaded.random and not Path(name).is_dir() and load_scorer(variant.model, name)
+        if METHODS[config.info.name].learns and not trained:
+            untrained.append(variant.label)
+    return ExportInput(tuple(variants), loaded.line, loaded.random, classes_of(name), tuple(untrained))
+
+
+def classes_of(name: str) -> list[str] | None:
+    """Return the names of the classes in the record of a directory of laconic.save; None if it has none."""
+    file = Path(name, RECORD)
+    if not file.is_file():
+        return None
+    data: Any = json.loads(file.read_text(encoding="utf-8")).get("data")
+    found = data.get("classes") if isinstance(data, dict) else None
+    return [str(one) for one in found] if isinstance(found, list) and found else None
+
+
+def read_pictures(model: nn.Module, data: str, split: str, limit: int) -> tuple[Tensor, str]:
+    """Return at most ``limit`` pictures, evenly spaced, as the model takes them, and a line that says which.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: as `laconic.data.open_images`; ValueError: none could be read.
+    """
+    name, root = find_data(data)
+    height = int(unreduced("", model).image[0])
+    images = open_images(name, split, root, limit, height)
+    batches = [pixels[failed < 0] for pixels, _, _, failed in make_loader(model, images)]
+    pixels = torch.cat(batches)
+    if not len(pixels):
+        raise ValueError(f"none of the {len(images)} pictures of {data} could be read")
+    unread = f", {len(images) - len(pixels)} more could not be read" if len(pixels) < len(images) else ""
+    return pixels, f"{len(pixels)} pictures of {data}, {split}{unread}"
