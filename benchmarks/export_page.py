@@ -14,7 +14,7 @@ from typing import Any
 from laconic.cli.export_speed import SURVIVES
 from laconic.cli.output import markdown
 from laconic.core.files import write_atomically
-from laconic.exporting import OPSET, TOLERANCE, TOPK_LIMIT
+from laconic.exporting import HALF_TOLERANCE, OPSET, TOLERANCE, TOPK_LIMIT
 
 HEAD = """# Models in other runtimes
 
@@ -34,13 +34,23 @@ print(report)
 **Guarantees.** A file is written only after its runtime has reproduced the outputs of eager PyTorch on batches of one and of
 three images, to {tolerance:g} of the largest output (`--tolerance`); otherwise the export fails and leaves no file. Token
 counts are constants of the graph. The batch size is dynamic unless you fix it (`batch=`); the image size is that of the
-model. The file describes its contents (method with options, schedule, versions, opset): `metadata_props` in ONNX,
-`laconic.json` in `.pt2`, `rt_info` in OpenVINO. Your model is not changed. The tests export every method with constant counts
-on a plain ViT, on DINOv3 with RoPE and on SigLIP without a class token (except methods that `laconic.reduce_` refuses there),
-one method on every family of [backbones.md](backbones.md), and opsets from the first to the last.
+model. Your model is not changed. The tests export every method with constant counts on a plain ViT, on DINOv3 with RoPE and on
+SigLIP without a class token (except methods that `laconic.reduce_` refuses there), one method on every family of
+[backbones.md](backbones.md), and opsets from the first to the last.
+
+**Metadata** (`metadata_props` in ONNX, `laconic.json` in `.pt2`, `rt_info` in OpenVINO): method with options, schedule,
+versions, opset, cost; `preprocessing` (mean, std, crop and interpolation of a timm model); `classes`, if the saved model has
+their names; `weights`: where they come from, with the word RANDOM if they were not trained.
 
 **Not supported.** Adaptive methods, which keep a number of tokens for each image: with constant shapes they would run masked,
-on all tokens, and save nothing. Weights that are not float32: export float32 and let the runtime lower the precision.
+on all tokens, and save nothing. Weights that are not float32: call `model.float()`, and choose fp16 as below.
+
+**Weights** are timm's pretrained ones, `--weights FILE`, or those of a directory of `laconic.save`, as for `laconic eval`.
+Where they are random (no network, `--model-args` without `--weights`, a method with untrained parameters of its own), the
+report, its JSON (`random`) and the file say RANDOM.
+
+**Accuracy of a file:** `laconic eval model.onnx --data DIR` runs any of these files in its runtime, with the preprocessing it
+carries, and matches the classes of the data by name if it has their names.
 
 | to | file | read by | needs |
 |---|---|---|---|
@@ -53,9 +63,15 @@ report has the checks that are possible without it: standard operators only, a c
 NonZero, Loop, If or Scan, no `ScatterND` with a reduction (TensorRT has ignored the reduction), and no dynamic dimension but
 the batch.
 
+**fp16** (`--precision fp16`, in Python `precision="fp16"`) writes `.fp16.onnx` with weights and arithmetic in fp16, and images
+and outputs in float32; for OpenVINO the weights are stored in fp16 and the device chooses the arithmetic. The file may differ
+from eager PyTorch in float32 by at most {half:g} of the largest output (`--fp16-tolerance`), in its runtime and, since runtimes
+on a CPU may compute in float32 and so hide an overflow, in eager PyTorch in fp16; otherwise it is not written.
+`--data DIR` measures how often every file gives the first class of the eager model on your pictures.
+
 **int8** (`--int8`) writes a second ONNX file with dynamic quantization by ONNX Runtime: matrix products with constant weights
 in int8, one scale per output channel, activations quantized at run time; everything else, token selection included, stays in
-float32. Its accuracy is not guaranteed: agreement is measured on noise, so measure it on your own images before you use it.
+float32. Its accuracy is not guaranteed: without `--data` agreement is measured on noise, so measure it on your own images.
 """
 LEGEND = """*speed-up*: time of the unreduced model divided by that of the row, in the same runtime, interleaved, median
 (quartiles). *kept*: this speed-up divided by that in eager PyTorch; {survives} or more counts as retained. *to eager*: time
@@ -68,7 +84,7 @@ def page(record: dict[str, Any]) -> str:
     """Return the text of the page."""
     here, verdict = record["environment"], record["verdict"]
     runtimes = ", ".join(f"{name} {here[name]}" for name in ("torch", "onnxruntime", "openvino", "timm") if name in here)
-    head = HEAD.format(tolerance=TOLERANCE, opset=OPSET, topk=TOPK_LIMIT)
+    head = HEAD.format(tolerance=TOLERANCE, half=HALF_TOLERANCE, opset=OPSET, topk=TOPK_LIMIT)
     setting = f"threads: {here['threads']}, {here['rounds']} rounds, {runtimes}, {here['date'][:10]}"
     title = f"## Speed-up in each runtime\n\n{record['model']}, {here['device']}, {setting}.\n"
     parts = [head, title, speeds(record), LEGEND.format(survives=SURVIVES, verdict=verdict)]

@@ -12,6 +12,7 @@ from torch import nn
 
 import laconic
 from laconic.analysis.evaluate import evaluate
+from laconic.cli import weights
 from laconic.cli.eval import eval_
 from laconic.cli.eval_input import Reading
 from laconic.cli.export import export
@@ -24,6 +25,7 @@ from laconic.exporting.reading import FileModel
 pytestmark = [pytest.mark.unchecked, pytest.mark.usefixtures("no_pretrained_weights")]
 TINY = "deit_tiny_patch16_224"
 ARGS = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 48, "num_heads": 3}
+CACHED = weights._cached
 NAMES = ['a "b" & <c>', "é", " z"]
 
 
@@ -226,7 +228,7 @@ def test_export_says_that_weights_are_random(tmp_path):
         assert "classes" not in metadata(file)
 
 
-def test_export_without_a_cache_or_a_hub_is_random_too(monkeypatch):
+def test_export_without_a_cache_or_a_hub_is_random_too():
     found = open_export_input(TINY, None, (), ("topk",), (0.5,), ())
     assert found.random
     assert "RANDOM" in found.weights
@@ -246,7 +248,8 @@ def test_export_takes_weights_of_a_file_as_eval_does(tmp_path):
         export(TINY, output=tmp_path / "out", weights=tmp_path / "none.pth", **QUICK)
 
 
-def test_scorers_of_a_method_are_trained_or_said_to_be_random():
+def test_scorers_of_a_method_are_trained_or_said_to_be_random(monkeypatch):
+    monkeypatch.setattr(weights, "_cached", CACHED)  # the weights that come with laconic
     ours = open_export_input("scenes_vit_small", None, (), ("dynamicvit",), (0.7,), ())
     assert (ours.random, ours.untrained) == (False, ())
     other = open_export_input(TINY, None, MODEL_ARGS, ("dynamicvit", "topk"), (0.5,), ())

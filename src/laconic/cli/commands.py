@@ -43,6 +43,7 @@ COMMANDS = {
             "laconic eval deit_small_patch16_224 --data imagenet --method etps --method bat --keep 0.7",
             "laconic eval ./my-reduced-model --data imagenet --split val --limit 5000",
             "laconic eval run/model --data pictures --per-class --output eval.csv",
+            "laconic eval exported/my-reduced-model.onnx --data ./pictures",
             "laconic eval scenes_vit_small --data scenes --method etps --keep 0.7 --output eval.csv",
         ),
     ),
@@ -90,6 +91,7 @@ COMMANDS = {
         (
             "laconic export deit_small_patch16_224 --method etps --keep 0.7 --output exported",
             "laconic export ./my-reduced-model --to onnx --to openvino --int8 --output exported",
+            "laconic export ./my-reduced-model --precision fp16 --data ./pictures --output exported",
             "laconic export deit_small_patch16_224 --method bat --to torch-export --batch-size 8 --output exported",
         ),
     ),

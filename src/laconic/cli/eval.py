@@ -122,7 +122,7 @@ def _of_file(model: str, data: str, reading: Reading, asked: dict[str, Any]) -> 
     refused = {name: asked[name] for name in names}
     refused |= {"device": asked["device"] == "cuda", "dtype": asked["dtype"] != "float32"}
     found = evaluate_file(model, data, reading, refused)
-    here = {**machine.environment(Setting(rounds=1, device="cpu")), "runtime": found.runtime}
+    here = {**machine.environment(Setting(rounds=1, device="cpu")), "runtime": found.runtime, "dtype": found.precision}
     here = {name: fact for name, fact in here.items() if name not in ("rounds", "compiled")}
     notes = (f"the file ran in {found.runtime}", *found.notes, *notes_on([found.row]))
     read = DataReport.of(found.images, found.unreadable)

@@ -34,6 +34,7 @@ class Evaluated:
     unreadable: tuple[Unreadable, ...]
     weights: str
     runtime: str
+    precision: str
     notes: tuple[str, ...]
 
 
@@ -78,9 +79,11 @@ def evaluate_file(model: str, data: str, reading: Reading, refused: dict[str, An
             "nothing"
         )
     said = answers(FileModel(file, order), _loader(images, config, reading), title=Path(model).name)
-    weights = file.facts.get("weights", "the file does not say where its weights come from")
+    weights = file.facts.get("weights") or "the file does not say where its weights come from"
     row = _row(file, said.accuracy, config)
-    return Evaluated(row, images, said.unreadable, weights, RUNTIMES[file.to], tuple(notes))
+    return Evaluated(
+        row, images, said.unreadable, weights, RUNTIMES[file.to], file.facts.get("precision", "float32"), tuple(notes)
+    )
 
 
 def match_classes(theirs: Sequence[str], ours: Sequence[str], outputs: int, file: str) -> torch.Tensor:
