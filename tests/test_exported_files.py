@@ -166,6 +166,7 @@ def test_eval_of_every_file_is_that_of_the_model(written, tmp_path, name):
     assert row.tokens == (16, 8)
     assert row.loss == pytest.approx(expected.loss, rel={"m": 1e-4, "h": 2e-2, "q": 0.5}[name[0]])
     assert "Weights are RANDOM" in str(report)
+    assert report.environment["dtype"] == {"m": "float32", "h": "fp16", "q": "int8"}[name[0]]
     assert json.loads((tmp_path / "out.json").read_text())["rows"][0]["top1"] == row.top1
 
 

@@ -1,4 +1,4 @@
-"""What a model's file says about the use of the model: preprocessing, names of the classes, source of the weights, cost."""
+"""Entries of a file's metadata on the use of its model: preprocessing, names of the classes, source of the weights, cost."""
 
 from __future__ import annotations
 
