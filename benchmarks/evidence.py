@@ -20,7 +20,8 @@ from laconic.analysis.timing import Setting
 from laconic.cli.app import run as run_command
 from laconic.cli.commands import Command
 from laconic.cli.output import Report, Table
-from laconic.core.files import Refusal, write_atomically
+from laconic.cli.outputs import reported
+from laconic.core.files import Refusal, check_output_file, check_output_folder, write_atomically
 from laconic.core.method import nearest_names
 
 LOG = logging.getLogger("laconic.evidence")
@@ -84,22 +85,26 @@ def evidence(
 
     import torch
 
+    check_output_folder(output.parent)
+    check_output_file(page, "--page")
     torch.set_num_threads(threads)
     wanted = _cells(claim, seeds)
     number, parts = _share(share)
     weights, start = fingerprint(), time.monotonic()
     for cell in tqdm(_mine(wanted, number, parts), desc="cells", unit="cell", disable=None):
-        if cell in store.read(output, weights):
+        if cell in store.read(output, weights):  # another process may have added it
             continue
         if minutes and time.monotonic() - start > 60 * minutes:
             break
         LOG.info("%s", cell.key)
         store.append(output, run(cell) | {"threads": threads})
-    results = store.read(output, weights)
+    results = store.read(output, weights) if page is None else store.tidy(output, weights)
     missing = sum(cell not in results for cell in wanted)
+    report = EvidenceReport(claim or CLAIMS, len(wanted) - missing, missing, output, page)
     if page is not None:
-        _write_page(page, results, output)
-    return EvidenceReport(claim or CLAIMS, len(wanted) - missing, missing, output, page)
+        with reported(report):
+            _write_page(page, results, output)
+    return report
 
 
 def _cells(claims: tuple[str, ...], seeds: int) -> list[Cell]:
@@ -129,7 +134,6 @@ def _write_page(page: Path, results: store.Results, source: Path) -> None:
     facts = source.with_suffix(".environment.json")
     if not facts.is_file():
         write_atomically(facts, json.dumps(environment, indent=2))
-    store.tidy(source, results.values())
     write_page(page, results, json.loads(facts.read_text()))
 
 

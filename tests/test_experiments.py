@@ -94,7 +94,7 @@ def test_results_survive_a_torn_line_and_other_weights(tmp_path):
     store.append(path, result(second))
     store.append(path, result(third) | {"weights": "other"})
     assert set(store.read(path, "w")) == {first, second}
-    store.tidy(path, store.read(path, "w").values())
+    store.tidy(path, "w")
     assert [json.loads(line)["keep"] for line in path.read_text().splitlines()] == [0.9, 0.7]
 
 

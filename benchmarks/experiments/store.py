@@ -1,17 +1,17 @@
-"""Results on disk, one JSON object per line. Each line is appended in one write: processes may share a file or be killed."""
+"""Results on disk, one JSON object per line. Processes may share a file, which they change under its lock, or be killed."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.experiments.cells import Cell
-from laconic.core.files import json_lines, write_atomically
+from laconic.core.files import append_line, json_lines, write_atomically
+from laconic.core.locks import locked_file
 
 Results = dict[Cell, dict[str, Any]]
+WAIT = 60.0  # seconds for another process, which holds the lock for milliseconds
 
 
 def read(path: Path, weights: str) -> Results:
@@ -27,20 +27,21 @@ def read(path: Path, weights: str) -> Results:
 def append(path: Path, row: dict[str, Any]) -> None:
     """Append one result, in a single write."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    torn = path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
-    line = ("\n" if torn else "") + json.dumps(row) + "\n"
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(handle, line.encode())
-    finally:
-        os.close(handle)
+    with locked_file(path, wait=WAIT):
+        append_line(path, json.dumps(row))
 
 
-def tidy(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Rewrite the file with ``rows``, sorted; incomplete lines and those of other weights are removed."""
+def tidy(path: Path, weights: str) -> Results:
+    """Rewrite the file with the results for these weights, sorted, and return them; other lines are removed.
+
+    The file is read again under its lock: results that another process has added since stay.
+    """
 
     def place(row: dict[str, Any]) -> tuple[Any, ...]:
         return row["data"], row["method"], -row["keep"], json.dumps(row["options"]), row["steps"], row["seed"]
 
-    ordered = sorted(rows, key=place)
-    write_atomically(path, "".join(f"{json.dumps(row)}\n" for row in ordered))
+    with locked_file(path, wait=WAIT):
+        results = read(path, weights)
+        ordered = sorted(results.values(), key=place)
+        write_atomically(path, "".join(f"{json.dumps(row)}\n" for row in ordered))
+    return results

@@ -6,6 +6,7 @@ number of processes: the numbers of all images are in one table, which is summed
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from laconic.analysis.accuracy import ALONE, COLUMNS, Accuracy, Answers, Process
 from laconic.core.backbone import find_host, unwrapped
 from laconic.core.eval_mode import evaluating
 from laconic.data import ImageSet, Prepared
+from laconic.data.workers import batches as read_batches
+from laconic.data.workers import begin, check_shared_memory
 
 __all__ = ["ALONE", "Accuracy", "Answers", "Processes", "answers", "evaluate", "make_loader", "transform_for"]
 
@@ -150,10 +153,10 @@ class Run:
 
 def _progress(loader: DataLoader[Any], title: str) -> Iterable[Any]:
     if not title:
-        return loader
+        return read_batches(loader)
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    bar: Iterable[Any] = tqdm(loader, desc=title, unit="batch", leave=False, disable=None)
+    bar: Iterable[Any] = tqdm(read_batches(loader), total=len(loader), desc=title, unit="batch", leave=False, disable=None)
     return bar
 
 
@@ -170,8 +173,9 @@ def make_loader(
     prepared = Prepared(images, transform_for(model, crop), replace=False)
     share: Sequence[int] = range(processes.rank, len(images), processes.world)
     cuda = next(model.parameters(), torch.zeros(())).is_cuda
+    check_shared_memory(workers, 4 * min(batch_size, len(images)) * math.prod(config_for(model)["input_size"]))
     own = torch.Generator()  # without its own generator, a loader would advance the generator of a training run
-    settings: dict[str, Any] = {"num_workers": workers, "pin_memory": cuda, "generator": own}
+    settings: dict[str, Any] = {"num_workers": workers, "pin_memory": cuda, "generator": own, "worker_init_fn": begin}
     return DataLoader(prepared, batch_size, sampler=share, **settings)
 
 

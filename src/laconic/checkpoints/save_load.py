@@ -14,7 +14,6 @@ import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -29,6 +28,7 @@ from laconic.checkpoints.model_spec import build, describe_model, mismatch
 from laconic.core import limits
 from laconic.core.arguments import check_compute, fill
 from laconic.core.backbone import unwrapped
+from laconic.core.files import follow_umask, unfinished, writing
 from laconic.core.method import Method, resolve
 from laconic.core.schedule import Schedule
 from laconic.core.token_reduction import find_reduction
@@ -57,6 +57,7 @@ def save(model: nn.Module, directory: Place, *, model_args: Mapping[str, Any] | 
         ValueError: the model is not reduced, timm does not build it from its name and ``model_args``, or an option cannot be
             written as JSON; nothing is written.
         NotADirectoryError: the path is a file.
+        Unwritable: the directory cannot be written, or there is no room (the message has the sizes).
     """
     from laconic import __version__
 
@@ -82,12 +83,13 @@ def save(model: nn.Module, directory: Place, *, model_args: Mapping[str, Any] | 
     except TypeError as error:
         raise ValueError(f"nothing was saved to {directory}: an option of the method is not plain JSON ({error})") from error
     weights = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in model.state_dict().items()}
-    directory.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=directory, prefix=".unfinished-") as unfinished:
-        save_file(weights, Path(unfinished, WEIGHTS), metadata={"format": "pt"})
-        Path(unfinished, RECORD).write_text(text, encoding="utf-8")
+    size = sum(tensor.nbytes for tensor in weights.values()) + len(text)
+    with unfinished(directory / WEIGHTS, size) as place, writing(directory / WEIGHTS, size):
+        save_file(weights, place / WEIGHTS, metadata={"format": "pt"})
+        (place / RECORD).write_text(text, encoding="utf-8")
         for name in (WEIGHTS, RECORD):
-            os.replace(Path(unfinished, name), directory / name)
+            follow_umask(place / name)
+            os.replace(place / name, directory / name)
 
 
 def load(directory: Place, *, model: nn.Module | None = None, device: str | torch.device = "cpu") -> nn.Module:

@@ -3,7 +3,7 @@
 Help, the version and errors of usage need the standard library alone; a command imports torch when it runs.
 
 Reports go to stdout, as tables or with ``--json`` as pure JSON; progress and logs go to stderr. Exit codes: 0, 1 for a
-refusal (one paragraph on stderr), 2 for wrong usage.
+refusal (one paragraph on stderr), 2 for wrong usage, 128 and the signal's number where one stopped the command (130: Ctrl-C).
 """
 
 from __future__ import annotations
@@ -15,14 +15,18 @@ import inspect
 import json
 import logging
 import os
+import signal
 import sys
+import tempfile
 import typing
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 from laconic import __version__
 from laconic.cli.commands import COMMANDS, JSON_HELP, MOVED, Command
+from laconic.core import signals
 from laconic.core.optional_deps import missing
 from laconic.core.suggestions import nearest_names
 
@@ -67,34 +71,62 @@ def run(program: str, command: Command, words: list[str]) -> int:
     """Run a command under the name ``program``; return the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("laconic").setLevel(logging.INFO)
-    try:
-        job, as_json = parse(program, command, words)
-        with contextlib.redirect_stdout(sys.stderr):  # prints of libraries are not the report
-            report = job()
-        if report is None:  # of several processes that train, the main one reports
-            return 0
-        if as_json:
-            print(json.dumps(report.to_json(), indent=2))
-        else:
-            report.write(sys.stdout)
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:
-        message = refusal(error)
-        if message is None or os.environ.get("LACONIC_TRACEBACK"):
-            raise
-        print(f"{program}: {message}", file=sys.stderr)
-        return 1
+    with signals.interruptible() as noted:
+        try:
+            _run(program, command, words)
+        except SystemExit as stop:
+            return stop.code if isinstance(stop.code, int) else 2
+        except signals.Stopped as stopped:
+            if stopped.detail or main_process():
+                print(f"{program}: {stopped}", file=sys.stderr)
+            return stopped.code
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        except Exception as error:
+            if noted.number:  # libraries turn an interrupt into errors of their own
+                print("interrupted", file=sys.stderr)
+                return 128 + noted.number
+            message = refusal(error)
+            if message is None or os.environ.get("LACONIC_TRACEBACK"):
+                raise
+            print(f"{program}: {message}", file=sys.stderr)
+            return 1
     return 0
+
+
+def _run(program: str, command: Command, words: list[str]) -> None:
+    """Run a command and print its report, also where only its files could not be written."""
+    job, as_json = parse(program, command, words)
+    unwritten = None
+    with contextlib.redirect_stdout(sys.stderr):  # prints of libraries are not the report
+        try:
+            report = job()
+        except Exception as error:
+            report, unwritten = getattr(error, "report", None), error
+            if report is None:
+                raise
+    if report is not None and as_json:  # of several processes that train, the main one reports
+        print(json.dumps(report.to_json(), indent=2))
+    elif report is not None:
+        report.write(sys.stdout)
+    if unwritten is not None:
+        sys.stdout.flush()
+        raise unwritten
+
+
+def main_process() -> bool:
+    """Return True unless a launcher started this process as another one than the first."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def refusal(error: Exception) -> str | None:
     """Return the message for an error of the user, in one paragraph; None for a fault of the program."""
-    from laconic.core.files import Refusal
+    from laconic.core.files import Refusal, is_full, unwritable
 
+    if not isinstance(error, Refusal) and is_full(error):
+        name = getattr(error, "filename", None)
+        return str(unwritable(Path(name if isinstance(name, str) else tempfile.gettempdir()), error))
     if isinstance(error, ImportError):
         module = (error.name or "").partition(".")[0]
         extra = EXTRAS.get(module)
@@ -146,4 +178,5 @@ def with_json(job: Callable[..., Any]) -> Callable[..., tuple[Callable[[], Any],
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # before and after the command
     sys.exit(main())

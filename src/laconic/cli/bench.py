@@ -18,6 +18,7 @@ from laconic.cli.compare import Row, threads
 from laconic.cli.exported import Format, check, write
 from laconic.cli.models import open_model
 from laconic.cli.output import Report, Table
+from laconic.cli.outputs import holds, reported
 from laconic.cli.variants import (
     ALWAYS,
     Variant,
@@ -29,7 +30,7 @@ from laconic.cli.variants import (
     reduced,
     unreduced,
 )
-from laconic.core.files import Refusal, check_output_file
+from laconic.core.files import Refusal
 from laconic.core.token_reduction import find_reduction
 
 LOG = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class BenchReport(Report):
         return {**facts, "rows": rows, "verdict": self.verdict}
 
 
+@holds("output")
 def bench(
     model: str,
     /,
@@ -108,7 +110,6 @@ def bench(
         raise Refusal(f"--batch-size must be at least 1, not {min(batch_size)}")
     if output is not None and output.suffix == ".json":
         raise Refusal(f"--output {output}: give the name of a .csv file; the JSON file is written next to it")
-    check_output_file(output)
     check(exported, setting)
     rows = list[Row]()
     with machine.prepared(setting), TemporaryDirectory(prefix="laconic-") as place:
@@ -120,7 +121,8 @@ def bench(
         environment = {**machine.environment(setting), **({} if files is None else files.facts)}
     report = BenchReport(model, tuple(rows), environment, (*notes, *compare.busy(rows)))
     if output is not None:
-        compare.write_files(output, model, rows, report.to_json())
+        with reported(report):
+            compare.write_files(output, model, rows, report.to_json())
     return report
 
 

@@ -18,10 +18,11 @@ from laconic.cli.agreement import Judged
 from laconic.cli.compare import Row, threads
 from laconic.cli.demo_input import DemoInput, judge, open_demo_input
 from laconic.cli.output import Report, Table, sentence
+from laconic.cli.outputs import holds
 from laconic.cli.show import Picture, draw_all
 from laconic.cli.variants import Variant, alternatives, pairs, parse_methods, reduced, unreduced
 from laconic.cli.weights import load
-from laconic.core.files import Refusal, check_output_folder
+from laconic.core.files import Refusal
 from laconic.core.method import Method
 from laconic.models.scenes import load_scorer
 
@@ -134,6 +135,7 @@ def _answers(judged: Judged, labelled: bool) -> tuple[str, ...]:
 
 
 # ------------------------------------------------------------------------------------------------ the job
+@holds(folder="output")
 def demo(
     *,
     model: str = MODEL,
@@ -174,7 +176,6 @@ def demo(
     least = min(1 if batch_size is None else batch_size, pictures)
     if least < 1:
         raise Refusal(f"--batch-size and --pictures must be at least 1, not {least}")
-    check_output_folder(output)
     configs, keeps = parse_methods(method or METHODS, ()), tuple(dict.fromkeys(keep or KEEPS))
     LOG.info("opening %s", model)
     demo_input = open_demo_input(model, data, split, images, weights, pictures)

@@ -16,6 +16,7 @@ from laconic.cli import plots, scores
 from laconic.cli.eval_file import evaluate_file, is_exported
 from laconic.cli.eval_input import EvalInput, Reading, command, open_eval_input
 from laconic.cli.output import Report, Table
+from laconic.cli.outputs import holds, reported
 from laconic.cli.scores import Score
 from laconic.cli.variants import Variant, as_reduced, pairs, parse_methods, reduced, unreduced
 from laconic.core.files import Refusal, check_output_file, write_atomically
@@ -64,6 +65,7 @@ class EvalReport(Report):
         return {**facts, **read, "rows": rows, **({"per_class": classes.to_json(self.classes)} if self.classes else {})}
 
 
+@holds("output")
 def eval_(
     model: str,
     /,
@@ -112,8 +114,9 @@ def eval_(
     else:
         report = _of_model(model, data, reading, Setting(rounds=1, device=device, dtype=dtype), asked)
     if output is not None:
-        write_atomically(output, scores.to_csv(model, report.rows))
-        write_atomically(output.with_suffix(".json"), json.dumps(report.to_json(), indent=2) + "\n")
+        with reported(report):
+            write_atomically(output, scores.to_csv(model, report.rows))
+            write_atomically(output.with_suffix(".json"), json.dumps(report.to_json(), indent=2) + "\n")
     return report
 
 
@@ -150,14 +153,14 @@ def _of_model(model: str, data: str, reading: Reading, setting: Setting, asked: 
 
 
 def check_output(output: Path | None) -> None:
-    """Refuse a CSV file that cannot be written, or that has the name of the JSON file next to it.
+    """Refuse a CSV file that has the name of the JSON file next to it, or whose JSON file cannot be written.
 
     Raises:
-        Refusal: it ends in .json, or its folder does not exist or cannot be written.
+        Refusal: it ends in .json, or the JSON file is a folder or a device.
     """
     if output is not None and output.suffix == ".json":
         raise Refusal(f"--output {output}: give the name of a .csv file; the JSON file is written next to it")
-    check_output_file(output)
+    check_output_file(None if output is None else output.with_suffix(".json"))
 
 
 def _variants(

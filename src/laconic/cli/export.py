@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from laconic.analysis import machine
@@ -16,8 +15,9 @@ from laconic.analysis.timing import Setting
 from laconic.cli.export_input import ExportInput, open_export_input, read_pictures
 from laconic.cli.export_speed import EAGER, FP16, IMAGES, INT8, Quantized, Speed, add_int8, compared, measure_formats, table
 from laconic.cli.output import Report, Table, sentence
+from laconic.cli.outputs import holds, reported
 from laconic.cli.variants import Variant
-from laconic.core.files import Refusal, check_output_file, check_output_folder, write_atomically
+from laconic.core.files import Refusal, unfinished, write_atomically
 from laconic.exporting import HALF_TOLERANCE, OPSET, SUFFIXES, TOLERANCE, ExportReport, trace, write
 from laconic.exporting.description import RANDOM
 
@@ -107,6 +107,7 @@ class Files(Report):
         return {**facts, "exports": exports, **rows, "verdict": self.verdict}
 
 
+@holds("record", folder="output")
 def export(
     model: str,
     /,
@@ -165,14 +166,12 @@ def export(
     """
     formats, lower = tuple(dict.fromkeys(to or ("onnx",))), {*precision, *([INT8] if int8 else ())}
     _check(output, formats, lower, {"batch-size": min(batch_size, default=1), "threads": threads, "limit": limit}, rounds)
-    check_output_folder(output)
-    check_output_file(record, "--record")
     given = open_export_input(model, weights, model_args, method, keep or (0.7,), options)
     pictures = read_pictures(given.variants[0].model, data, split, limit) if data else None
     setting = Setting(rounds=max(rounds, 1), threads=threads, device="cpu")
     half = fp16_tolerance if "fp16" in lower else None
-    with machine.prepared(setting), _unfinished(output) as place:
-        exports, files = write_all(given.variants, Path(place), Path(model).name, formats, opset, tolerance, half, given)
+    with machine.prepared(setting), unfinished(output / Path(model).name, 0) as place:
+        exports, files = write_all(given.variants, place, Path(model).name, formats, opset, tolerance, half, given)
         for variant in given.variants if INT8 in lower else ():
             add_int8(variant, files)
         kinds = tuple(dict.fromkeys(kind for _, kind in files))
@@ -181,21 +180,14 @@ def export(
         sizes = dict.fromkeys(batch_size or (1,))
         speeds = [s for size in sizes for s in measure_formats(given.variants, files, kinds, size, rounds, threads)]
         here = {**machine.environment(setting), "rounds": rounds, **versions()}
-        for file in sorted(Path(place).iterdir(), key=lambda file: file.suffix == ".xml"):
+        for file in sorted(place.iterdir(), key=lambda file: file.suffix == ".xml"):
             os.replace(file, output / file.name)
     placed = tuple((label, report.moved(output)) for label, report in exports)
     done = Files(model, placed, tuple(row.moved(output) for row in small), tuple(speeds), here, tuple(given.says))
     if record is not None:
-        write_atomically(record, json.dumps(done.to_json(), indent=2) + "\n")
+        with reported(done):
+            write_atomically(record, json.dumps(done.to_json(), indent=2) + "\n")
     return done
-
-
-def _unfinished(output: Path) -> TemporaryDirectory[str]:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        return TemporaryDirectory(dir=output, prefix=".unfinished-")
-    except OSError as error:
-        raise Refusal(f"{output} cannot be written: {error.strerror or error}; choose another --output") from error
 
 
 def _check(output: Path, formats: Sequence[str], lower: set[str], numbers: Mapping[str, int], rounds: int) -> None:

@@ -16,6 +16,7 @@ from laconic.analysis import timing
 from laconic.analysis.timing import Quartiles
 from laconic.cli.output import Table
 from laconic.cli.variants import Variant
+from laconic.core.files import writing
 from laconic.exporting import RUNTIMES, quantize, runner
 from laconic.exporting.parity import compare, tensors
 
@@ -86,7 +87,8 @@ def add_int8(variant: Variant, files: dict[tuple[str, str], Path]) -> None:
     """Quantize the ONNX file of a variant, and add the new one to ``files``."""
     source = files[variant.label, "onnx"]
     files[variant.label, INT8] = source.with_suffix(".int8.onnx")
-    quantize(source, files[variant.label, INT8])
+    with writing(files[variant.label, INT8], source.stat().st_size):
+        quantize(source, files[variant.label, INT8])
 
 
 def compared(

@@ -16,13 +16,15 @@ from laconic.analysis.evaluate import make_loader
 from laconic.analysis.timing import DTYPES, Setting
 from laconic.cli.eval_input import EvalInput, Reading, command, digest, open_eval_input, parse_args
 from laconic.cli.models import create, open_model
+from laconic.cli.outputs import holds, reported
 from laconic.cli.plan_report import CheckReport, PlanReport, checked
 from laconic.cli.plan_scores import Scores
 from laconic.cli.record import commit
 from laconic.cli.variants import parse_methods
-from laconic.core.files import Refusal, check_output_file, write_atomically
+from laconic.core.files import Refusal, write_atomically
 from laconic.core.method import Method, resolve
 from laconic.core.schedule import Schedule
+from laconic.data.workers import batches as read_batches
 from laconic.planning.budget import Target
 from laconic.planning.planner import Planner
 from laconic.planning.result import Plan, remarks
@@ -30,6 +32,7 @@ from laconic.planning.space import ScheduleSpace
 from laconic.planning.timing import Measured, Measuring, measure
 
 
+@holds("output")
 def plan(
     model: str = "",
     /,
@@ -86,7 +89,6 @@ def plan(
         LookupError, TypeError, ValueError, OSError: as `laconic.plan` and `laconic.data.open_images`.
     """
     asked = {name: value for name, value in locals().items() if name != "model"}
-    check_output_file(output)
     if check is not None:
         return checked_again(check, (model, method, target, data), rounds, output)
     missing = [name for name, value in (("MODEL", model), ("--method", method), ("--target", target)) if not value]
@@ -116,7 +118,8 @@ def plan(
     about["data"] = "" if eval_input is None else f"{data}, {split}, {len(eval_input.images)} images"
     report = PlanReport(found, about, () if eval_input is None else tuple(eval_input.notes))
     if output is not None:
-        write_atomically(output, json.dumps(report.to_json(), indent=2) + "\n")
+        with reported(report):
+            write_atomically(output, json.dumps(report.to_json(), indent=2) + "\n")
     return report
 
 
@@ -154,7 +157,8 @@ def pixels_of(base: nn.Module, eval_input: EvalInput, reading: Reading) -> tuple
         Refusal: there are fewer than four.
     """
     pixels, labels = list[Tensor](), list[Tensor]()
-    for batch, names, _, failed in make_loader(base, eval_input.images, reading.batch_size, reading.workers):
+    loader = make_loader(base, eval_input.images, reading.batch_size, reading.workers)
+    for batch, names, _, failed in read_batches(loader):
         pixels.append(batch[failed < 0])
         labels.append(names[failed < 0])
     whole = torch.cat(pixels)
@@ -200,5 +204,6 @@ def checked_again(path: Path, others: Sequence[str], rounds: int | None, output:
         raise Refusal(f"--check {path}: the schedule is said to take {macs} multiply-adds, and takes {found}")
     report = CheckReport(path.name, target, before, now, macs, base, environment)
     if output is not None:
-        write_atomically(output, json.dumps(report.to_json(), indent=2) + "\n")
+        with reported(report):
+            write_atomically(output, json.dumps(report.to_json(), indent=2) + "\n")
     return checked(report)

@@ -17,9 +17,10 @@ from laconic.cli import draw, image_io
 from laconic.cli.image_io import Photo
 from laconic.cli.models import open_model
 from laconic.cli.output import Report, Table, sentence
+from laconic.cli.outputs import holds
 from laconic.cli.variants import Variant, pairs, parse_methods, reduced
 from laconic.cli.weights import load
-from laconic.core.files import Refusal, check_output_folder
+from laconic.core.files import Refusal
 from laconic.core.token_reduction import find_reduction
 
 MODEL = "deit_small_patch16_224"
@@ -59,6 +60,7 @@ class ShowReport(Report):
         return {"weights": self.weights, "pictures": pictures}
 
 
+@holds(folder="output")
 def show(
     images: tuple[Path, ...],
     /,
@@ -90,7 +92,6 @@ def show(
     """
     if not images:
         raise Refusal("give at least one image file, e.g. laconic show photo.jpg --method bat")
-    check_output_folder(output)
     base, line, remark = _open(model, weights)
     size = config_for(base)["input_size"]  # of the model as it is, which a run may have trained at another size
     read = [replace(image_io.read(path, base, size), image=None) for path in images]  # only the crops are drawn

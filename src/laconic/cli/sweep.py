@@ -21,6 +21,7 @@ from laconic.cli.eval import EXPLAINED, check_output, notes_on, reduced_of, save
 from laconic.cli.eval_input import EvalInput, Reading, command, digest, open_eval_input
 from laconic.cli.models import smaller_name
 from laconic.cli.output import Report, Table
+from laconic.cli.outputs import holds, reported
 from laconic.cli.record import Key, Record
 from laconic.cli.scores import Score, options_of, score
 from laconic.cli.variants import ALWAYS, Variant, alternatives, pairs, parse_methods, unreduced
@@ -44,12 +45,13 @@ class SweepReport(Report):
         yield scores.table(self.rows, self.title)
         notes = [self.record["weights"], *self.record["notes"], *notes_on(self.rows)]
         yield " ".join([EXPLAINED, *(f"{note[0].upper()}{note[1:]}." for note in notes)])
-        yield f"{self.computed} of {len(self.rows)} rows evaluated now. Written: {', '.join(map(str, self.files))}"
+        yield f"{self.computed} of {len(self.rows)} rows evaluated now. Written: {', '.join(map(str, self.files)) or 'nothing'}"
 
     def to_json(self) -> dict[str, Any]:
         return {**self.record, "computed": self.computed, "files": [str(path) for path in self.files]}
 
 
+@holds("output")
 def sweep(
     model: str,
     /,
@@ -99,16 +101,23 @@ def sweep(
     record = Record(output, question(eval_input, data, reading, model_args, setting))
     record.begin(command("sweep", model, {**asked, **vars(reading), **vars(setting)}), machine.environment(setting))
     record.notes, record.weights = [*eval_input.notes, *scorer_notes(variants, eval_input), *notes], eval_input.weights
-    computed = evaluate(record, variants, eval_input, reading, setting)
-    if speed:
-        measure(record, variants, speed_batch, setting)
-    order, title = [key_of(variant) for variant in variants], f"{model} on {data}, {reading.split}"
-    record.write(order)
-    rows = record.ordered(order)
-    files = [output, record.json_path, plots.plot(output.with_suffix(".png"), rows, "GMACs", title)]
-    if any(row.ratio for row in rows):
-        files.append(plots.plot(output.with_name(f"{output.stem}-speed.png"), rows, "speed", title))
-    return SweepReport(title, tuple(rows), tuple(files), computed, record.to_json(rows))
+    order, title, files = [key_of(variant) for variant in variants], f"{model} on {data}, {reading.split}", list[Path]()
+    known = len(record.rows)
+
+    def report() -> SweepReport:
+        rows = record.ordered(order)
+        return SweepReport(title, tuple(rows), tuple(files), len(rows) - known, record.to_json(rows))
+
+    with reported(report):
+        evaluate(record, variants, eval_input, reading, setting)
+        if speed:
+            measure(record, variants, speed_batch, setting)
+        record.write(order)
+        files += [output, record.json_path, plots.plot(output.with_suffix(".png"), record.ordered(order), "GMACs", title)]
+        if any(row.ratio for row in record.rows.values()):
+            speed_plot = output.with_name(f"{output.stem}-speed.png")
+            files.append(plots.plot(speed_plot, record.ordered(order), "speed", title))
+    return report()
 
 
 def question(eval_input: EvalInput, data: str, reading: Reading, model_args: Sequence[str], setting: Setting) -> dict[str, Any]:

@@ -20,8 +20,9 @@ from laconic.api import reduce_
 from laconic.checkpoints.starting_weights import Start, start_from, take_learned
 from laconic.cli.models import create
 from laconic.cli.output import Report, Table
+from laconic.cli.outputs import holds
 from laconic.cli.weights import load
-from laconic.core.files import Refusal, check_output_folder, write_atomically
+from laconic.core.files import Refusal, Unwritable, write_atomically
 from laconic.data import find_data, open_images
 from laconic.training.checks import check
 from laconic.training.input_pipeline import train_transform
@@ -79,6 +80,7 @@ class TrainReport(Report):
         return {**facts, **rest, "accuracy": own, "accuracies": accuracies, "recipe": self.recipe.to_json()}
 
 
+@holds(folder="output")
 def train(
     *,
     recipe: str = "",
@@ -109,13 +111,17 @@ def train(
     chosen = (read(recipe) if recipe else Recipe()).replaced(set)
     if not resume and (output / CHECKPOINT).is_file():
         raise Refusal(f"--output {output} holds a run already; --resume continues it, or choose another directory")
-    check_output_folder(output)
     run, line = prepare(chosen, data, output, running)
     loop = Loop(run, resume)  # all processes have met here, and none finds what the main one writes from now on
-    if loop.accelerator.is_main_process:
-        write_atomically(output / RECIPE, json.dumps(chosen.to_json(), indent=2))
-    accuracies = loop.go()
-    saved = loop.save()
+    try:
+        if loop.accelerator.is_main_process:
+            write_atomically(output / RECIPE, json.dumps(chosen.to_json(), indent=2))
+        accuracies = loop.go()
+        saved = loop.save()
+    except Unwritable as error:
+        kept = output / CHECKPOINT
+        again = f"with --resume it continues from {kept}" if kept.is_file() else "there is no checkpoint yet"
+        raise Unwritable(f"{error}; then run the same command again: {again}") from error
     if not loop.accelerator.is_main_process:
         return None
     cost, steps = summary(run.model), loop.progress.step

@@ -11,11 +11,11 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Literal
 
 from torch import Tensor, nn
 
+from laconic.core.files import follow_umask, unfinished, writing
 from laconic.exporting.graph import OPSET, TOPK_LIMIT, Graph, inspect, write_onnx
 from laconic.exporting.half import HALF_TOLERANCE, halve
 from laconic.exporting.int8 import quantize
@@ -89,6 +89,7 @@ def export(
         ValueError: a wrong suffix, batch, tolerance, precision or list of classes, weights that are not float32, a method of
             variable counts, a model that torch cannot trace, or outputs that differ. No file is written then, and an existing
             file is not changed.
+        Unwritable: the file cannot be written, or there is no room (the message has the sizes).
         ImportError: a library of the format is missing; the message names the extra.
     """
     _check(path, to, precision)
@@ -119,19 +120,20 @@ def write(
     if half:
         arithmetic = prove_arithmetic(traced, tolerance)
         traced = dataclasses.replace(traced, use={**traced.use, "precision": precision, "fp16_arithmetic": arithmetic})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=path.parent, prefix=".unfinished-") as unfinished:
-        file = Path(unfinished, path.name)
+    size = _size(traced) * (2 if to == "openvino" or half else 1)  # with the ONNX file that it is made from
+    with unfinished(path, size) as place, writing(path, size):
+        file = place / path.name
         if to == "torch-export":
             write_program(traced, file)
         elif to == "onnx" and not half:
             write_onnx(traced, file, opset)
         else:
-            _convert(traced, file, to, opset, source)
+            _convert(traced, file, to, opset, source, size)
         graph = inspect(file) if to == "onnx" else None
         parities = prove(traced, runner(file, to), RUNTIMES[to], tolerance, HALF_DIFFERS if half else OPSETS_DIFFER)
-        written = sorted(Path(unfinished).iterdir(), key=lambda file: file.name == path.name)  # ``path`` last
+        written = sorted(place.iterdir(), key=lambda file: file.name == path.name)  # ``path`` last
         for part in written:
+            follow_umask(part)
             os.replace(part, path.parent / part.name)
     paths = tuple(str(path.parent / part.name) for part in written)
     size = sum(Path(part).stat().st_size for part in paths)
@@ -139,16 +141,21 @@ def write(
     return ExportReport(to, paths, size, traced.batch, stated, traced.facts(), tolerance, tuple(parities), graph)
 
 
-def _convert(traced: Traced, file: Path, to: str, opset: int, source: Path | None) -> None:
+def _convert(traced: Traced, file: Path, to: str, opset: int, source: Path | None, size: int) -> None:
     """Convert an ONNX file in float32 (a new one without ``source``) to fp16 ONNX, or to OpenVINO."""
-    with TemporaryDirectory(dir=file.parent) as between:
+    with unfinished(file, size) as between:
         if source is None:
-            source = Path(between, "model.onnx")
+            source = between / "model.onnx"
             write_onnx(traced, source, opset)
         if to == "openvino":
             write_openvino(traced, source, file, opset)
         else:
             halve(source, file, traced.facts())
+
+
+def _size(traced: Traced) -> int:
+    """Return the bytes of all weights, of which a file has one copy."""
+    return sum(tensor.nbytes for tensor in traced.model.state_dict().values())
 
 
 def _check(path: str | os.PathLike[str], to: str, precision: Precision = "float32") -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -146,6 +147,8 @@ def _example(model: nn.Module, example: Tensor | None) -> Tensor:
 
 def write_program(traced: Traced, path: Path) -> None:
     """Save the program as ``.pt2``, with the metadata in its extra file ``laconic.json``."""
+    content = io.BytesIO()  # on a full disk, torch's own writer ends the process
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.export.save(traced.program, path, extra_files={"laconic.json": json.dumps(traced.facts())})
+        torch.export.save(traced.program, content, extra_files={"laconic.json": json.dumps(traced.facts())})
+    path.write_bytes(content.getbuffer())

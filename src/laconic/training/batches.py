@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from laconic.analysis.evaluate import config_for
 from laconic.data import Order, Prepared
+from laconic.data.workers import batches as read_batches
+from laconic.data.workers import begin, check_shared_memory
 from laconic.training.balance import draw_weights
 from laconic.training.run_config import Run
 from laconic.training.token_labels import patch_labels
@@ -35,6 +39,8 @@ class Batches:
         self.run, self.rank, self.world, self.pinned, self.grid = run, rank, world, pinned, grid
         self.draw = draw_weights(run.train, run.recipe.data.sampler)
         self.steps = self._order(0, 0).steps
+        share = run.recipe.optimization.batch_size // (world * run.running.accumulate)
+        check_shared_memory(run.running.workers, 4 * share * math.prod(config_for(run.model)["input_size"]))
 
     def _order(self, epoch: int, start: int) -> Order:
         recipe = self.run.recipe
@@ -55,9 +61,9 @@ class Batches:
         """Yield the micro-batches of each step, from step ``start`` of an epoch to its end."""
         images = Prepared(self.run.train, self.run.train_transform, seed=self.run.recipe.seed)
         order, workers = self._order(epoch, start), self.run.running.workers
-        loader = DataLoader(images, batch_sampler=order, num_workers=workers, pin_memory=self.pinned)
+        loader = DataLoader(images, batch_sampler=order, num_workers=workers, pin_memory=self.pinned, worker_init_fn=begin)
         batches = list[Batch]()
-        for pixels, labels, index, failed in loader:
+        for pixels, labels, index, failed in read_batches(loader):
             for number in failed[failed >= 0].tolist():
                 self._unreadable(number)
             patches = None if self.grid is None else patch_labels(self.run.train, index.tolist(), self.grid)

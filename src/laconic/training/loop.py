@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from laconic.analysis.evaluate import Accuracy, Processes, evaluate
+from laconic.core import signals
+from laconic.core.files import check_room
 from laconic.core.token_reduction import find_reduction
 from laconic.training.balance import class_weights
 from laconic.training.batches import Batch, Batches
@@ -26,7 +28,7 @@ from laconic.training.optimization import LearningRate, make_optimizer
 from laconic.training.processes import agree, gather_names, join
 from laconic.training.run_config import Run
 from laconic.training.schedule_changes import KeepRate, Options
-from laconic.training.state import Metrics, Progress, load_checkpoint, save_checkpoint, save_weights
+from laconic.training.state import CHECKPOINT, Metrics, Progress, load_checkpoint, save_checkpoint, save_weights
 from laconic.training.steps import asked_for
 from laconic.training.token_labels import head_for
 
@@ -68,6 +70,10 @@ class Loop:
         self.mix = mixer(run.recipe.augmentation, len(run.train.classes), share)
         self.changes = self._changes()
         self.progress = self._resumed() if resume else Progress()
+        self.signal, self.stopping, self.total = signals.Noted(), False, self.rate.epochs * self.steps
+        if not resume:
+            weights = sum(tensor.nbytes for tensor in self.model.state_dict().values())
+            check_room(run.output / CHECKPOINT, 2 * weights)  # at the least, for the checkpoint and the trained model
 
     # -------------------------------------------------------------------------------------------- before the first step
     def _averages(self) -> Any:
@@ -107,10 +113,15 @@ class Loop:
 
     # -------------------------------------------------------------------------------------------- the steps
     def go(self) -> dict[str, Accuracy]:
-        """Train to the end of the recipe; return the last accuracies of the model ("val") and its average ("val_ema")."""
-        metrics = Metrics(self.run.output, self.progress.step) if self.accelerator.is_main_process else None
-        total, accuracies, running = self.rate.epochs * self.steps, dict[str, Accuracy](), self.run.running
-        with self._bar(total) as bar:
+        """Train to the end of the recipe; return the last accuracies of the model ("val") and its average ("val_ema").
+
+        Raises:
+            Stopped: SIGTERM or SIGUSR1 came; the step was finished and a checkpoint written.
+        """
+        metrics = Metrics(self.run.output, self.progress) if self.accelerator.is_main_process else None
+        total, running = self.total, self.run.running
+        with self._bar(total) as bar, signals.handling(self.signal.note):
+            accuracies = self._catch_up(metrics)
             while self.progress.step < total:
                 epoch, start = divmod(self.progress.step, self.steps)
                 for batches in self.batches.of_steps(epoch, start):
@@ -119,13 +130,11 @@ class Loop:
                     bar.set_postfix(loss=f"{row['loss']:.3f}")
                     if self.progress.step % running.log_every == 0:
                         self._log(metrics, row)
+                    self._stop_if_asked()
                     every = running.checkpoint_every
                     if every and self.progress.step % every == 0 and self.progress.step % self.steps:
                         self._checkpoint()
-                check_weights(self.model, self.progress.step, self.run.output)
-                if self.run.val is not None and ((epoch + 1) % running.eval_every == 0 or self.progress.step == total):
-                    accuracies = self._validate(self.run.val, metrics, epoch)
-                self._checkpoint()
+                accuracies = self._end_epoch(metrics) or accuracies
         self.run.unreadable.update(gather_names(self.accelerator, self.run.unreadable))
         if running.trackers:
             self.accelerator.end_training()
@@ -158,6 +167,7 @@ class Loop:
         self.prepared.step()
         self.prepared.zero_grad(set_to_none=True)
         self.progress.step = step + 1
+        self.progress.unvalidated = self._due()
         if self.ema is not None:
             self.ema.update(self.model, step + 1)
         return {"step": step + 1, "epoch": step // self.steps, "lr": rate, **row}
@@ -170,8 +180,14 @@ class Loop:
         """Return each part of the loss, mean over micro-batches and processes; waits for the device, once per step."""
         names = list(parts[0])
         values = torch.stack([torch.stack([part[name].float() for part in parts]).mean() for name in names])
-        values = self.accelerator.reduce(values, "mean")
-        return dict(zip(names, values.tolist(), strict=True))
+        return dict(zip(names, self._reduced(values), strict=True))
+
+    def _reduced(self, values: Tensor) -> list[float]:
+        """Return the mean of values over the processes; with them, all learn of a signal that one of them was sent."""
+        asked = torch.tensor([float(self.signal.number != 0)], device=values.device)
+        *means, share = self.accelerator.reduce(torch.cat([values, asked]), "mean").tolist()
+        self.stopping = share > 0
+        return means
 
     # -------------------------------------------------------------------------------------------- logging, validation, saving
     def _log(self, metrics: Metrics | None, row: dict[str, Any]) -> None:
@@ -181,34 +197,98 @@ class Loop:
         if self.run.running.trackers:
             self.accelerator.log(plain, step=plain["step"])
 
-    def _validate(self, images: Any, metrics: Metrics | None, epoch: int) -> dict[str, Accuracy]:
-        """Compute the accuracy on the validation images; save the best weights so far, once all changes are complete."""
-        models = {"val": self.model} if self.ema is None else {"val": self.model, "val_ema": self.ema.module}
+    def _due(self) -> bool:
+        """Return True if the epoch that ends at this step is to be validated."""
+        epochs, rest = divmod(self.progress.step, self.steps)
+        due = epochs % self.run.running.eval_every == 0 or self.progress.step == self.total
+        return self.run.val is not None and not rest and due
+
+    def _models(self) -> dict[str, nn.Module]:
+        return {"val": self.model} if self.ema is None else {"val": self.model, "val_ema": self.ema.module}
+
+    def _catch_up(self, metrics: Metrics | None) -> dict[str, Accuracy]:
+        """Do what a run that was resumed left undone after its last step: the best weights, or the validation."""
+        best, found = self.progress.best_step == self.progress.step, dict[str, Accuracy]()
+        if best or self.progress.unvalidated:
+            for change in self.changes:
+                change.set(self.progress.step - 1)
+        if best:
+            self._write_best()
+        return self._end_epoch(metrics) if self.progress.unvalidated else found
+
+    def _end_epoch(self, metrics: Metrics | None) -> dict[str, Accuracy]:
+        """Validate, if it is time; write the checkpoint, and after it the weights if they are the best so far.
+
+        A validation that a signal interrupts is done again when the run is resumed.
+        """
+        check_weights(self.model, self.progress.step, self.run.output)
+        found = dict[str, Accuracy]()
+        if self.progress.unvalidated:
+            try:
+                with signals.handling(signals.stop) if self.world == 1 else contextlib.nullcontext():
+                    found = self._validate(self.run.val)
+            except signals.Stopped as stopped:
+                self.signal.note(stopped.number)
+                self._stop_if_asked()
+            self._note(found, metrics)
+        self.progress.unvalidated = False
+        self._checkpoint()
+        if self.progress.best_step == self.progress.step:
+            self._write_best()
+        if self.world > 1:
+            self._reduced(torch.zeros(0, device=self.accelerator.device))
+        if self.progress.step < self.total:
+            self._stop_if_asked()
+        return found
+
+    def _validate(self, images: Any) -> dict[str, Accuracy]:
+        """Return the accuracy on the validation images, of the model and of its moving average."""
+        models, out = self._models(), dict[str, Accuracy]()
         agree(self.accelerator, *models.values())
-        out = dict[str, Accuracy]()
         for name, trained in models.items():
-            model = self.step_module.product(trained)
-            out[name] = found = evaluate(
-                model,
+            out[name] = evaluate(
+                self.step_module.product(trained),
                 images,
                 batch_size=min(256, max(1, self.part.batch_size // self.world)),
                 workers=self.run.running.workers,
                 processes=Processes(self.rank, self.world, lambda table: self.accelerator.reduce(table, "sum")),
                 crop=self.run.recipe.data.val_crop,
             )
-            row = {"step": self.progress.step, "epoch": epoch, f"{name}_top1": found.top1, f"{name}_top5": found.top5}
-            self._log(metrics, {**row, f"{name}_loss": found.loss})
-            if found.top1 > self.progress.best and all(change.arrived(self.progress.step - 1) for change in self.changes):
-                self.progress.best = found.top1
-                if self.accelerator.is_main_process:
-                    save_weights(model, self.run.output / "best", self.run.recipe.model.options)
         return out
+
+    def _note(self, accuracies: dict[str, Accuracy], metrics: Metrics | None) -> None:
+        """Log accuracies, and note the best so far, once all changes of the schedule are complete."""
+        step, complete = self.progress.step, all(change.arrived(self.progress.step - 1) for change in self.changes)
+        for name, found in accuracies.items():
+            row = {"step": step, "epoch": step // self.steps - 1, f"{name}_top1": found.top1, f"{name}_top5": found.top5}
+            self._log(metrics, {**row, f"{name}_loss": found.loss})
+            if found.top1 > self.progress.best and complete:
+                self.progress.best, self.progress.best_step, self.progress.best_of = found.top1, step, name
+
+    def _write_best(self) -> None:
+        if self.accelerator.is_main_process:
+            model = self.step_module.product(self._models()[self.progress.best_of])
+            save_weights(model, self.run.output / "best", self.run.recipe.model.options)
+        self.accelerator.wait_for_everyone()
 
     def _checkpoint(self) -> None:
         check_weights(self.model, self.progress.step, self.run.output)
         if self.accelerator.is_main_process:
             save_checkpoint(self.run.output, self.progress, self.run.recipe, self._states())
         self.accelerator.wait_for_everyone()
+
+    def _stop_if_asked(self) -> None:
+        """Write a checkpoint and stop, if a signal came to this process or, after a step, to another one.
+
+        Raises:
+            Stopped: it did; the message of the main process says how to continue.
+        """
+        if not (self.signal.number if self.world == 1 else self.stopping):
+            return
+        self._checkpoint()
+        path, step = self.run.output / CHECKPOINT, self.progress.step
+        kept = f"after step {step} of {self.total}, which is in {path}; the same command with --resume continues from there"
+        raise signals.Stopped(self.signal.number or signals.STOPPING[0], kept if self.accelerator.is_main_process else "")
 
     def save(self) -> Path:
         """Write the trained model and return its path.
@@ -222,7 +302,8 @@ class Loop:
         if self.ema is not None:
             models = {"model": self.step_module.product(self.ema.module), "unaveraged": self.run.model}
         if self.accelerator.is_main_process:
-            for name, model in models.items():
-                save_weights(model, self.run.output / name, self.run.recipe.model.options)
+            with signals.handling(self.signal.note):  # it takes no longer than to stop
+                for name, model in models.items():
+                    save_weights(model, self.run.output / name, self.run.recipe.model.options)
         self.accelerator.wait_for_everyone()
         return self.run.output / "model"

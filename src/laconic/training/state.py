@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import logging
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from laconic.core import limits
-from laconic.core.files import Refusal, json_lines, write_atomically
+from laconic.core.files import Refusal, append_line, json_lines, write_atomically
 from laconic.core.token_reduction import find_reduction
 from laconic.training.recipe import Recipe
 
@@ -25,18 +26,25 @@ FREE = ("about",)  # sections of a recipe that may differ when a run is resumed
 
 @dataclass
 class Progress:
-    """Progress of a run: steps done and the best validation so far. Random states are not needed: they follow from the step."""
+    """Progress of a run. Random states are not needed: they follow from the step.
+
+    ``best`` is the best accuracy so far, found after ``best_step`` steps of the model named ``best_of`` ("val" or "val_ema").
+    ``unvalidated``: the epoch that ends at this step has still to be validated.
+    """
 
     step: int = 0
     best: float = -1.0
+    best_step: int = -1
+    best_of: str = ""
+    unvalidated: bool = False
 
 
 def save_checkpoint(folder: Path, progress: Progress, recipe: Recipe, states: Mapping[str, Any]) -> None:
     """Write the checkpoint of a run atomically; ``states`` are state dicts by name."""
     content = io.BytesIO()
-    facts = {"step": progress.step, "best": progress.best, "recipe": json.dumps(recipe.to_json())}
+    facts = {**dataclasses.asdict(progress), "recipe": json.dumps(recipe.to_json())}
     torch.save({**facts, "states": dict(states)}, content)
-    write_atomically(folder / CHECKPOINT, content.getvalue())
+    write_atomically(folder / CHECKPOINT, content.getbuffer())
 
 
 def load_checkpoint(folder: Path, recipe: Recipe) -> tuple[Progress, dict[str, Any]]:
@@ -52,7 +60,8 @@ def load_checkpoint(folder: Path, recipe: Recipe) -> tuple[Progress, dict[str, A
         limits.check_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
         made, states = json.loads(content["recipe"]), content["states"]
-        progress = Progress(content["step"], content["best"])
+        known = {field.name for field in dataclasses.fields(Progress)} & content.keys()
+        progress = Progress(**{"step": content["step"], **{name: content[name] for name in known}})
     except Exception as error:  # torch raises many types of errors for a damaged file
         raise Refusal(f"--resume: {path} is not a checkpoint of laconic train: {str(error).splitlines()[0]}") from error
     changed = [line for line in differences(_upgraded(made), recipe.to_json()) if line.partition(".")[0] not in FREE]
@@ -84,17 +93,18 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 
 class Metrics:
-    """The metrics of a run, as a file of JSON lines; resuming at a step removes the rows written after it."""
+    """The metrics of a run, as a file of JSON lines; resuming removes the rows of what is done again."""
 
-    def __init__(self, folder: Path, step: int) -> None:
-        self.path = folder / METRICS
+    def __init__(self, folder: Path, progress: Progress) -> None:
+        self.path, step = folder / METRICS, progress.step
         kept = [row for row in read_metrics(folder) if row["step"] <= step] if step else []
+        if progress.unvalidated:
+            kept = [row for row in kept if row["step"] < step or "lr" in row]
         write_atomically(self.path, "".join(f"{json.dumps(row)}\n" for row in kept))
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append one row, which must have a ``step``."""
-        with self.path.open("a") as file:
-            file.write(f"{json.dumps(dict(row))}\n")
+        append_line(self.path, json.dumps(dict(row)))
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
