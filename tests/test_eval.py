@@ -268,7 +268,7 @@ def test_eval_of_a_directory_and_of_a_folder_with_a_broken_file(tmp_path, model)
     text = " ".join(str(report).split())
     assert "2 of 3 images; 1 could not be read: a/2.png: it is not an image that Pillow can read" in text
     assert "The model answers for 24 classes and the data has 2" in text
-    assert "has no folder for the split 'val'" in text
+    assert "No folder for the split 'val'" in text
     with pytest.raises(Refusal, match="leave out --weights"):
         eval_(str(tmp_path / "saved"), data="scenes", model_args=("img_size=32",))
 

@@ -29,6 +29,7 @@ OPTIONAL = {
     "sklearn",
     "datasets",
     "accelerate",
+    "webdataset",
     "onnx",
     "onnxscript",
     "onnxruntime",

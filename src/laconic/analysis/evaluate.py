@@ -7,7 +7,7 @@ number of processes: the numbers of all images are in one table, which is summed
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,13 +17,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from laconic.analysis.accuracy import ALONE, COLUMNS, Accuracy, Answers, Processes
-from laconic.core.backbone import find_host, unwrapped
 from laconic.core.eval_mode import evaluating
 from laconic.data import ImageSet, Prepared
+from laconic.data.preprocessing import config_for, transform_for
 from laconic.data.workers import batches as read_batches
 from laconic.data.workers import begin, check_shared_memory
 
-__all__ = ["ALONE", "Accuracy", "Answers", "Processes", "answers", "evaluate", "make_loader", "transform_for"]
+__all__ = ["ALONE", "Accuracy", "Answers", "Processes", "answers", "config_for", "evaluate", "make_loader", "transform_for"]
 
 
 def evaluate(model: nn.Module, images: ImageSet | DataLoader[Any], **how: Any) -> Accuracy:
@@ -177,30 +177,3 @@ def make_loader(
     own = torch.Generator()  # without its own generator, a loader would advance the generator of a training run
     settings: dict[str, Any] = {"num_workers": workers, "pin_memory": cuda, "generator": own, "worker_init_fn": begin}
     return DataLoader(prepared, batch_size, sampler=share, **settings)
-
-
-def transform_for(model: nn.Module, crop: float | None = None) -> Callable[[Any], Tensor]:
-    """Return timm's evaluation transform at the current input size of the model."""
-    from timm.data import create_transform  # type: ignore[attr-defined]
-
-    return create_transform(**config_for(model, crop), is_training=False)
-
-
-def config_for(model: nn.Module, crop: float | None = None) -> dict[str, Any]:
-    """Return timm's data config for this model: input_size, interpolation, mean, std, crop_pct, crop_mode.
-
-    input_size is the current input size of the model; timm itself would use that of the pretrained weights, also for a model
-    created with another size. ``crop`` replaces crop_pct.
-
-    Raises:
-        ValueError: ``crop`` is not above 0 and at most 1.
-    """
-    from timm.data import resolve_model_data_config  # type: ignore[attr-defined]
-
-    if crop is not None and not 0 < crop <= 1:
-        raise ValueError(f"crop must be a share above 0 and at most 1, not {crop}")
-    plain = unwrapped(model)
-    host, entry = find_host(plain)
-    size = {"input_size": (3, *entry.example(host).shape[2:])}
-    config: dict[str, Any] = resolve_model_data_config(plain, args=size)  # type: ignore[no-untyped-call]
-    return config if crop is None else {**config, "crop_pct": crop}

@@ -14,6 +14,7 @@ from laconic.checkpoints.model_spec import describe_model
 from laconic.checkpoints.save_load import FORMAT, RECORD, WEIGHTS
 from laconic.core.backbone import unwrapped
 from laconic.core.files import write_atomically
+from laconic.data.model_record import record_metadata, record_of
 
 
 def save_plain(model: nn.Module, directory: Path, *, model_args: Mapping[str, Any] | Literal["omit"] | None = None) -> None:
@@ -33,6 +34,8 @@ def save_plain(model: nn.Module, directory: Path, *, model_args: Mapping[str, An
     model = unwrapped(model)
     entry = describe_model(model, None, model_args)
     record = {"laconic": __version__, "format": FORMAT, "model": entry, "method": None, "schedule": None}
+    if data := record_of(model):
+        record["data"] = data
     weights = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in model.state_dict().items()}
-    write_atomically(directory / WEIGHTS, to_bytes(weights, metadata={"format": "pt"}))
+    write_atomically(directory / WEIGHTS, to_bytes(weights, metadata=record_metadata(model) or {"format": "pt"}))
     write_atomically(directory / RECORD, json.dumps(record, indent=2) + "\n")

@@ -33,6 +33,7 @@ from laconic.core.method import Method, resolve
 from laconic.core.schedule import Schedule
 from laconic.core.token_reduction import find_reduction
 from laconic.core.values import check_nesting, is_whole, shown
+from laconic.data.model_record import check_record, record_of, set_record
 from laconic.methods.ops import as_in_0_1
 
 WEIGHTS, RECORD, FORMAT = "model.safetensors", "laconic.json", 1
@@ -78,6 +79,8 @@ def save(model: nn.Module, directory: Place, *, model_args: Mapping[str, Any] | 
         record["restore"] = True
     if reduction.compute is not None:
         record["compute"] = reduction.compute
+    if record_of(model):
+        record["data"] = record_of(model)
     try:
         text = json.dumps(record, indent=2) + "\n"
     except TypeError as error:
@@ -124,11 +127,11 @@ def load(directory: Place, *, model: nn.Module | None = None, device: str | torc
         except ValueError:
             restore_(model)
             raise
-        return model.eval()
+        return _with_record(model, record).eval()
     build_on = partial(_build, directory / RECORD, record["model"])
     model = build_within(build_on, source, held, len(weights), (config, schedule))
     reduce_(model, config, schedule=schedule, **how)
-    return _filled(model, weights, directory).to(device).eval()
+    return _with_record(_filled(model, weights, directory), record).to(device).eval()
 
 
 def _load_unreduced(directory: Path, record: dict[str, Any], model: nn.Module | None, device: str | torch.device) -> nn.Module:
@@ -136,10 +139,10 @@ def _load_unreduced(directory: Path, record: dict[str, Any], model: nn.Module | 
     weights = read_safetensors(directory / WEIGHTS)
     if model is not None:
         load_strictly(unwrapped(model), weights, str(directory))
-        return model.eval()
+        return _with_record(model, record).eval()
     held, source = limits.check_file(directory / WEIGHTS), str(directory / RECORD)
     built = build_within(partial(_build, directory / RECORD, record["model"]), source, held, len(weights))
-    return _filled(built, weights, directory).to(device).eval()
+    return _with_record(_filled(built, weights, directory), record).to(device).eval()
 
 
 def _filled(model: nn.Module, weights: Mapping[str, Tensor], directory: Path) -> nn.Module:
@@ -148,6 +151,13 @@ def _filled(model: nn.Module, weights: Mapping[str, Tensor], directory: Path) ->
     if len(dtypes) == 1:
         model.to(dtypes.pop())
     load_strictly(model, weights, str(directory))
+    return model
+
+
+def _with_record(model: nn.Module, record: Mapping[str, Any]) -> nn.Module:
+    """Return the model with what the file tells of its data, if it does."""
+    if "data" in record:
+        set_record(model, record["data"])
     return model
 
 
@@ -234,6 +244,7 @@ def read_record(path: Path) -> dict[str, Any]:
         fill(record.get("restore"))
         record.setdefault("compute", record.pop("rows", None))  # its name in version 0.1
         check_compute(record["compute"])
+        check_record(record.get("data", {}))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     options = (record["method"] or {}).get("options", {})

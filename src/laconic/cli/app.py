@@ -36,6 +36,7 @@ EXTRAS = {
     **dict.fromkeys(("accelerate", "sklearn", "torchvision"), "train"),
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime", "openvino"), "export"),
     "datasets": "datasets",
+    "webdataset": "webdataset",
 }
 
 

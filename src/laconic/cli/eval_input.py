@@ -20,21 +20,29 @@ from laconic.cli.models import create, open_model
 from laconic.cli.weights import Loaded, fill, load
 from laconic.core.files import Refusal
 from laconic.core.token_reduction import find_reduction
-from laconic.data import ImageSet, find_data, open_images
+from laconic.data import ImageSet, Labelling, find_data, open_images
+from laconic.data.classes import by_name, order_notes
+from laconic.data.model_record import record_in, set_record
 
 GENERATED = ("scenes", "digits")  # data with images of any size
 
 
 @dataclass(frozen=True)
-class Reading:
-    """Options of reading images.
+class Reading(Labelling):
+    """Options of reading images, and of giving them their classes.
 
     Args:
         split: of the data: val, test, train.
         limit: images at most (0: all): the first scenes, and of other data evenly spaced ones.
         batch_size: images in a forward.
         workers: processes that read images.
-        crop: share of the resized image that the centre crop keeps (default: the model's in timm).
+        crop: share of the resized image that the centre crop keeps (default: the model's own).
+        class_map: a .txt or .json file with the data's class names in the order of the model's outputs (default: by the names
+            in the model); or the order of the folders in timm (numbers by value) or in torchvision (ImageFolder), for models
+            without names.
+        class_folder: the folder that names the class of an image: leaf (the innermost), top (the first), or auto (leaf, and
+            refuse where it is not clear).
+        label_file: a table with an image name and a class in each row; {split} in it stands for the split.
     """
 
     split: str = "val"
@@ -60,17 +68,21 @@ class EvalInput:
     pretrained: bool  # timm's own weights, for the data that timm's models are trained on
     random: bool
     images: ImageSet
+    named: bool  # the classes of the images are those of the model, by name or by a class map
 
     @property
     def notes(self) -> list[str]:
         """Notes on the model together with the data."""
+        if self.named:
+            return []
         known, classes = getattr(self.base, "num_classes", 0), len(self.images.classes)
         if known > classes:
             return [
                 f"the model answers for {known} classes and the data has {classes}: labels are numbers from 0 in the order of "
                 "the data's class names, and unless these are the model's first ones, the accuracies mean nothing"
             ]
-        return []
+        sorted_by_us = bool(self.images.source)  # folders and tars; other data has an order of its own
+        return order_notes(self.images) if sorted_by_us and not (self.pretrained or self.random) else []
 
 
 def open_eval_input(model: str, data: str, reading: Reading, weights: Path | None, model_args: Sequence[str] = ()) -> EvalInput:
@@ -81,7 +93,7 @@ def open_eval_input(model: str, data: str, reading: Reading, weights: Path | Non
         ValueError, FileNotFoundError, ImportError: as `laconic.data.open_images`.
     """
     name, root = find_data(data)
-    images = open_images(name, reading.split, root, reading.limit)
+    images = open_images(name, reading.split, root, reading.limit, labelling=reading)
     if Path(model).is_dir():
         if weights is not None or model_args:
             raise Refusal(f"{model} is a directory with weights and arguments of its own; leave out --weights and --model-args")
@@ -95,8 +107,9 @@ def open_eval_input(model: str, data: str, reading: Reading, weights: Path | Non
         pretrained = weights is None and not loaded.random
     if name in GENERATED:  # as large as the model takes them
         height, _ = config_for(loaded.model)["input_size"][1:]
-        images = open_images(name, reading.split, root, reading.limit, height)
-    return EvalInput(model, loaded.model, saved, loaded.line, pretrained, loaded.random, images)
+        images = open_images(name, reading.split, root, reading.limit, height, labelling=reading)
+    images, named = by_name(images, loaded.model, reading)
+    return EvalInput(model, loaded.model, saved, loaded.line, pretrained, loaded.random, images, named)
 
 
 def _with_weights(name: str, path: Path | None, args: dict[str, Any], classes: int) -> Loaded:
@@ -107,9 +120,12 @@ def _with_weights(name: str, path: Path | None, args: dict[str, Any], classes: i
         return Loaded(create(name, **args), line, True)
     if not path.is_file():
         raise Refusal(f"--weights {path}: there is no such file; give a .safetensors file or a checkpoint of torch")
-    model = create(name, **{"num_classes": classes, **args})
+    record = record_in(path)
+    model = create(name, **{"num_classes": len(record.get("classes", ())) or classes, **args})
     try:
         fill(model, path)
+        if record:
+            set_record(model, record)
     except Exception as error:  # the readers of two libraries raise many kinds
         lines = str(error).splitlines() or [type(error).__name__]
         raise Refusal(

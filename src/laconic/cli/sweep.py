@@ -125,7 +125,8 @@ def question(eval_input: EvalInput, data: str, reading: Reading, model_args: Seq
     whole = eval_input.base if eval_input.saved is None else eval_input.saved
     asked = {"model": eval_input.name, "model_args": list(model_args), "weights": digest(whole)}
     read = {"data": data, "split": reading.split, "images": len(eval_input.images), "crop": reading.crop}
-    return {**asked, **read, "dtype": setting.dtype}
+    order = {"class_map": reading.class_map} if reading.class_map else {}  # absent in the records of earlier versions
+    return {**asked, **read, **order, "dtype": setting.dtype}
 
 
 def collect(

@@ -21,9 +21,14 @@ from laconic.checkpoints.starting_weights import Start, start_from, take_learned
 from laconic.cli.models import create
 from laconic.cli.output import Report, Table
 from laconic.cli.outputs import holds
+from laconic.cli.train_input import data_facts, open_train_input, reports, say
 from laconic.cli.weights import load
 from laconic.core.files import Refusal, Unwritable, write_atomically
-from laconic.data import find_data, open_images
+from laconic.data import Labelling
+from laconic.data import Report as DataReport
+from laconic.data.classes import data_record
+from laconic.data.labelling import TIMM
+from laconic.data.model_record import set_record
 from laconic.training.checks import check
 from laconic.training.input_pipeline import train_transform
 from laconic.training.loop import Loop
@@ -48,6 +53,7 @@ class TrainReport(Report):
     accuracies: Mapping[str, Accuracy]
     weights: str
     unreadable: tuple[str, ...]
+    read: Mapping[str, DataReport]
 
     @property
     def accuracy(self) -> Accuracy | None:
@@ -74,9 +80,10 @@ class TrainReport(Report):
 
     def to_json(self) -> dict[str, Any]:
         accuracies = {name: found.to_json() for name, found in self.accuracies.items()}
-        facts = {"output": str(self.output), "saved": str(self.saved), "steps": self.steps, "macs": self.macs}
+        facts: dict[str, Any] = {"output": str(self.output), "saved": str(self.saved), "steps": self.steps, "macs": self.macs}
         rest = {"base_macs": self.base_macs, "weights": self.weights, "unreadable": list(self.unreadable)}
         own = None if self.accuracy is None else self.accuracy.to_json()
+        facts["images"] = {use: report.to_json() for use, report in self.read.items()}
         return {**facts, **rest, "accuracy": own, "accuracies": accuracies, "recipe": self.recipe.to_json()}
 
 
@@ -88,6 +95,7 @@ def train(
     set: tuple[str, ...] = (),
     output: Path = Path("laconic-run"),
     resume: bool = False,
+    labelling: Labelling = TIMM,
     running: Running = Running(),  # noqa: B008 (it is frozen)
 ) -> TrainReport | None:
     """Train or fine-tune a model, with a method or without, as a recipe says.
@@ -101,21 +109,25 @@ def train(
         set: change one key of the recipe, as KEY=VALUE, e.g. optimization.lr=1e-4.
         output: directory for the model, the checkpoint and the metrics.
         resume: continue the run in --output from its last checkpoint.
+        labelling: how images get their classes, and the order of the classes.
         running: device, workers and checkpoints.
 
     Raises:
-        Refusal: no such model or data, a checkpoint of another recipe, a loss that is not finite.
+        Refusal: no such model or data, validation on the training images, a checkpoint of another recipe or other
+            images, a loss that is not finite.
         ImportError: accelerate is not installed.
         LookupError, TypeError, ValueError: a wrong key or value in the recipe, or as `laconic.reduce_`.
     """
     chosen = (read(recipe) if recipe else Recipe()).replaced(set)
     if not resume and (output / CHECKPOINT).is_file():
         raise Refusal(f"--output {output} holds a run already; --resume continues it, or choose another directory")
-    run, line = prepare(chosen, data, output, running)
+    run, line = prepare(chosen, data, output, running, labelling)
+    found = reports(run.train, run.val)
     loop = Loop(run, resume)  # all processes have met here, and none finds what the main one writes from now on
     try:
         if loop.accelerator.is_main_process:
             write_atomically(output / RECIPE, json.dumps(chosen.to_json(), indent=2))
+            say(found, data or chosen.data.name)
         accuracies = loop.go()
         saved = loop.save()
     except Unwritable as error:
@@ -126,21 +138,17 @@ def train(
         return None
     cost, steps = summary(run.model), loop.progress.step
     facts = (chosen, output, saved, steps, cost.macs, cost.baseline_macs, accuracies, line)
-    return TrainReport(*facts, tuple(sorted(run.unreadable)))
+    return TrainReport(*facts, tuple(sorted(run.unreadable)), found)
 
 
-def prepare(recipe: Recipe, data: str, output: Path, running: Running) -> tuple[Run, str]:
+def prepare(recipe: Recipe, data: str, output: Path, running: Running, labelling: Labelling = TIMM) -> tuple[Run, str]:
     """Prepare a run: its models and images; return it with a line on the weights it starts from.
 
     Raises:
         Refusal, LookupError, TypeError, ValueError: as `train`.
     """
     check(recipe)
-    name, root = find_data(data) if data else (recipe.data.name, None)
-    if not name and root is None:
-        raise Refusal("--data: this recipe trains on a folder of images; give one with train and val in it")
-    images = open_images(name, recipe.data.train, root, recipe.data.train_images)
-    val = open_images(name, recipe.data.val, root, recipe.data.val_images) if recipe.data.val else None
+    images, val = open_train_input(recipe, data, labelling)
     start, line = _base(recipe, len(images.classes))
     base = start.model
     # a teacher shares no weights with the student, whose training would change it
@@ -150,7 +158,10 @@ def prepare(recipe: Recipe, data: str, output: Path, running: Running) -> tuple[
     line = f"{line}; {taken}" if taken else line
     if recipe.optimization.grad_checkpointing:
         _checkpoint_gradients(student, recipe)
-    return Run(recipe, student, teacher, images, val, train_transform(student, recipe.augmentation), output, running), line
+    record = data_record(images, student, recipe.data.val_crop)
+    set_record(student, record)
+    facts, transform = data_facts(record, val), train_transform(student, recipe.augmentation)
+    return Run(recipe, student, teacher, images, val, transform, output, running, data=facts), line
 
 
 def _base(recipe: Recipe, classes: int) -> tuple[Start, str]:

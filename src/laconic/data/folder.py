@@ -2,66 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from laconic.data.label_file import find_labelled, label_file_of
+from laconic.data.labelling import TIMM, Labelling
+from laconic.data.layout import EXTENSIONS, Found, find_images, is_image, some
 from laconic.data.pictures import ImageSet, decode
 from laconic.data.sizes import Unreadable, read_bytes
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "evaluation"), "test": ("test",)}
 
 
 def plain_split(split: str) -> str:
     """Return train, val or test for any of their aliases, and other names unchanged."""
     return next((plain for plain, names in SPLITS.items() if split.lower() in names), split)
-
-
-def natural(text: str) -> tuple[Any, ...]:
-    """Return timm's sort key: numbers in names by value, case ignored; ties are ordered by the name itself."""
-    pieces = re.split(r"(\d+)", text.lower())
-    return [int(piece) if i % 2 else piece for i, piece in enumerate(pieces)], text
-
-
-def is_hidden(name: str) -> bool:
-    """Return True for folders that are not classes, such as those that systems and notebooks create."""
-    return name.startswith(".") or name in ("__MACOSX", "__pycache__")
-
-
-@dataclass(frozen=True)
-class Found:
-    """The contents of a folder: images with their class names, all classes, and ignored files."""
-
-    files: tuple[tuple[str, str], ...]  # path below the folder, class name
-    classes: tuple[str, ...]
-    ignored: tuple[str, ...]
-
-
-def find_images(folder: Path) -> Found:
-    """Find the images below a folder. As in timm, the class of an image is the name of the folder that holds it.
-
-    A leaf folder without images is a class too and keeps its number, which timm's own reader would give to the next class.
-    Files directly in ``folder``, files that are not images, and files in hidden folders are ignored.
-    """
-    files, classes, ignored = list[tuple[str, str]](), set[str](), list[str]()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        below = os.path.relpath(place, folder)
-        hidden = any(is_hidden(part) for part in Path(below).parts) and below != "."
-        open_folders = [name for name in folders if not is_hidden(name)]
-        if hidden or below == ".":
-            ignored += [os.path.normpath(os.path.join(below, name)) for name in names]
-            continue
-        images = [name for name in names if os.path.splitext(name)[1].lower() in EXTENSIONS]
-        label = os.path.basename(below)
-        if images or not open_folders:
-            classes.add(label)
-        files += [(os.path.join(below, name), label) for name in images]
-        ignored += [os.path.join(below, name) for name in set(names) - set(images)]
-    files.sort(key=lambda item: natural(item[0]))
-    return Found(tuple(files), tuple(sorted(classes, key=natural)), tuple(sorted(ignored, key=natural)))
 
 
 def split_folder(root: Path, split: str) -> Path:
@@ -83,34 +38,42 @@ def split_folder(root: Path, split: str) -> Path:
     return root
 
 
+def find(folder: Path, split: str, labelling: Labelling = TIMM) -> Found:
+    """Find the images of a split and their classes: from a label file if there is one, else from the class folders.
+
+    Raises:
+        ValueError, FileNotFoundError: as `laconic.data.layout.find_images` and `laconic.data.label_file.label_file_of`.
+    """
+    table = label_file_of(folder, labelling.label_file, split)
+    return find_images(folder, labelling.class_folder) if table is None else find_labelled(folder, table)
+
+
 class FolderImages(ImageSet):
-    """Images with one folder for each class.
+    """Images with one folder for each class, or with a label file.
 
     Raises:
         FileNotFoundError: the folder does not exist.
         NotADirectoryError: ``root`` is a file.
-        ValueError: there are no images, or there are classes that the training split does not have.
+        ValueError: there are no images, the classes are not clear, or the training split does not have one of them.
     """
 
-    def __init__(self, root: Path, split: str) -> None:
+    def __init__(self, root: Path, split: str, labelling: Labelling = TIMM) -> None:
         if not root.exists():
             raise FileNotFoundError(f"there is no folder {root}; expected {root / split}/CLASS/IMAGE or {root}/CLASS/IMAGE")
         if not root.is_dir():
             raise NotADirectoryError(f"{root} is a file; expected a folder with a folder for each class, or a .tar file")
         self.folder = split_folder(root, split)
-        found = find_images(self.folder)
+        found = find(self.folder, split, labelling)
         if not found.files:
-            raise ValueError(
-                f"no images in {self.folder}: expected a folder for each class, and in it files that end in "
-                f"{', '.join(EXTENSIONS)}; found {len(found.classes)} class folders and {len(found.ignored)} other files"
-            )
-        self.classes = _with_training(root, self.folder, found.classes)
+            raise ValueError(_nothing(root, self.folder, found))
+        self.classes = _with_training(root, self.folder, found.classes, labelling)
         number = {name: i for i, name in enumerate(self.classes)}
         self.files = [path for path, _ in found.files]
         self.labels = [number[label] for _, label in found.files]
-        self.ignored = found.ignored
+        self.ignored, self.notes = found.ignored, found.notes
+        self.source = str(self.folder.resolve())
         if self.folder == root:
-            self.notes = (f"{root} has no folder for the split {split!r}: all of it was read",)
+            self.notes = (f"no folder for the split {split!r} in {root}: all of it was read", *self.notes)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -129,16 +92,30 @@ class FolderImages(ImageSet):
         return self.files[i]
 
 
-def _with_training(root: Path, folder: Path, own: tuple[str, ...]) -> tuple[str, ...]:
+def _nothing(root: Path, folder: Path, found: Found) -> str:
+    """Return the message for a folder without labelled images: what is there, and which option would read it."""
+    plain = [name for name in found.ignored if Path(name).parent == Path() and is_image(name)]
+    tables = sorted({*root.glob("*.csv"), *folder.glob("*.csv")})
+    shards = [name for name in found.ignored if name.lower().endswith(".tar")]
+    advice = f"; {len(plain):,} images lie in no class folder" if plain else ""
+    advice += f": --label-file {tables[0]} reads their classes from a table" if plain and tables else ""
+    advice += f"; --data tar/{folder} reads the tar files in it" if shards else ""
+    return (
+        f"no images in {folder}: expected a folder for each class, and in it files that end in {', '.join(EXTENSIONS)}; "
+        f"found {len(found.classes)} class folders and {len(found.ignored)} other files{advice}"
+    )
+
+
+def _with_training(root: Path, folder: Path, own: tuple[str, ...], labelling: Labelling) -> tuple[str, ...]:
     """Return the classes of the training split next to this one, if there is one: a split may lack the folder of a class."""
     training = next((root / name for name in SPLITS["train"] if (root / name).is_dir()), None)
     if training is None or training == folder or folder == root:
         return own
-    classes = find_images(training).classes
+    classes = find(training, "train", labelling).classes
     unknown = [name for name in own if name not in set(classes)]
     if unknown and classes:
         raise ValueError(
-            f"{folder} has class folders that {training} does not have ({', '.join(unknown[:5])}), so its labels would "
+            f"{folder} has class folders that {training} does not have ({some(unknown)}), so its labels would "
             "differ from those of training; give both splits the same class folders (empty ones count), or move one split away"
         )
     return classes or own

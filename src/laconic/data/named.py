@@ -19,7 +19,8 @@ def refuse_stream(prefix: str, name: str) -> ValueError:
     """Return the error that explains why a stream is not supported, and what to use instead."""
     return ValueError(
         f"{name!r} is a stream ({prefix}/): its images have no fixed order and no numbers, so a run could not be resumed where "
-        "it stopped, and images could be counted twice; use the same data as hfds/NAME, as a folder of images, or as a tar"
+        "it stopped, and images could be counted twice; use the same data as hfds/NAME or as a folder of "
+        "images, or read the shards of a WebDataset as tar/FOLDER"
     )
 
 
@@ -116,6 +117,11 @@ class TorchImages(ImageSet):
 
     def label(self, i: int) -> int:
         return self[i][1] if self.targets is None else int(self.targets[i])
+
+    def labels_of_all(self) -> Iterator[int]:
+        if self.targets is None:  # the label comes with the pixels only, which are decoded once
+            self.targets = [self.label(i) for i in range(len(self))]
+        return map(int, self.targets)
 
     def name(self, i: int) -> str:
         return f"{self.title} {i}"

@@ -7,6 +7,7 @@ from pathlib import Path
 from laconic.core.method import nearest_names
 from laconic.data.folder import FolderImages
 from laconic.data.generated import Digits, Scenes
+from laconic.data.labelling import TIMM, Labelling, check_plain, ordered
 from laconic.data.named import STREAMS, HubImages, TorchImages, refuse_stream
 from laconic.data.pictures import ImageSet, Part
 from laconic.data.tar import TarImages
@@ -15,7 +16,15 @@ PREFIXES = ("tar", "hfds", "torch")
 NAMES = ("scenes", "digits", *(f"{prefix}/" for prefix in PREFIXES))
 
 
-def open_images(name: str, split: str, root: Path | None = None, limit: int = 0, size: int = 40, seed: int = 0) -> ImageSet:
+def open_images(
+    name: str,
+    split: str,
+    root: Path | None = None,
+    limit: int = 0,
+    size: int = 40,
+    seed: int = 0,
+    labelling: Labelling = TIMM,
+) -> ImageSet:
     """Open a split of a set of images; its order is always the same.
 
     Args:
@@ -26,22 +35,26 @@ def open_images(name: str, split: str, root: Path | None = None, limit: int = 0,
         limit: number of images (scenes: the first ones; other sets: evenly spaced), 0 for all.
         size: pixels a side of scenes and digits; other sets keep their own sizes.
         seed: seed of the scenes.
+        labelling: how images get their classes, and the order of the classes.
 
     Raises:
-        ValueError: the data set or the split is unknown, it has no images, it is a stream, or a number is out of range.
-        FileNotFoundError: there is nothing at ``root``.
+        ValueError: the data set or the split is unknown, it has no images, its classes are not clear or not those of the
+            class map, it is a stream, or a number is out of range.
+        FileNotFoundError: there is nothing at ``root``, or no such class map or label file.
         NotADirectoryError: ``root`` is a file that is not a tar.
         ImportError: the data set needs a package that is not installed.
     """
     if limit < 0 or size < 1:
         raise ValueError(f"limit must be 0 (all) or more, and size at least 1; got limit={limit}, size={size}")
+    if name and not name.lower().startswith("tar/"):
+        check_plain(labelling, name)
     if name == "scenes":
-        return Scenes(split, limit, size, seed)
-    whole = _whole(name, split, root, size)
+        return ordered(labelling, Scenes(split, limit, size, seed))
+    whole = ordered(labelling, _whole(name, split, root, size, labelling))
     return Part(whole, limit) if 0 < limit < len(whole) else whole
 
 
-def _whole(name: str, split: str, root: Path | None, size: int) -> ImageSet:
+def _whole(name: str, split: str, root: Path | None, size: int, labelling: Labelling) -> ImageSet:
     prefix, slash, rest = name.partition("/")
     prefix = prefix.lower()
     if name == "digits":
@@ -49,12 +62,13 @@ def _whole(name: str, split: str, root: Path | None, size: int) -> ImageSet:
     if not name:
         if root is None:
             raise ValueError(f"give the folder of the images, or the name of a data set: {', '.join(NAMES)}")
-        return TarImages(root, split) if root.is_file() and root.suffix.lower() == ".tar" else FolderImages(root, split)
+        is_tar = root.is_file() and root.suffix.lower() == ".tar"
+        return TarImages(root, split, labelling) if is_tar else FolderImages(root, split, labelling)
     if slash and prefix in STREAMS:
         raise refuse_stream(prefix, name)
     if slash and prefix == "tar":
         place = Path(rest) if root is None else root / rest
-        return TarImages(place if root is None or place.exists() else root, split)
+        return TarImages(place if root is None or place.exists() else root, split, labelling)
     if slash and prefix == "hfds":
         return HubImages(name, split, root)
     if slash and prefix == "torch":

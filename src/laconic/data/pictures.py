@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,12 +22,16 @@ ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 class ImageSet(ABC):
     """Labelled images in a fixed order, read one by one. ``classes[label]`` is the name of a class.
 
-    ``ignored`` are the files found that are not images of a class; ``notes`` are further remarks for the user.
+    ``ignored`` are the files found that are not images of a class; ``notes`` are further remarks for the user. ``source`` is
+    the place that the images were read from (two sets of one source have the same images), empty if that is not known.
+    ``numbered``: the data has numbers in the place of class names.
     """
 
     classes: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    source: str = ""
+    numbered: bool = False
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -57,26 +61,35 @@ class ImageSet(ABC):
         return self.load(i), self.label(i)
 
 
-class Part(ImageSet):
-    """``length`` images of a set, evenly spaced, so that every class of a sorted set is represented."""
+class View(ImageSet):
+    """Some images of a set; ``place(i)`` is the number of image ``i`` in the whole set."""
 
-    def __init__(self, whole: ImageSet, length: int) -> None:
-        self.whole, self.length = whole, min(length, len(whole))
-        self.classes, self.ignored = whole.classes, whole.ignored
-        self.notes = (*whole.notes, f"{self.length:,} of {len(whole):,} images, evenly spaced")
+    def __init__(self, whole: ImageSet, length: int, note: str) -> None:
+        self.whole, self.length = whole, length
+        self.classes, self.ignored, self.numbered = whole.classes, whole.ignored, whole.numbered
+        self.source = whole.source
+        self.notes = (*whole.notes, note)
 
-    def __len__(self) -> int:
-        return self.length
-
+    @abstractmethod
     def place(self, i: int) -> int:
         """Return the number of image ``i`` in the whole set.
 
         Raises:
             IndexError: ``i`` is out of range.
         """
+
+    def check(self, i: int) -> int:
+        """Return ``i``.
+
+        Raises:
+            IndexError: ``i`` is out of range.
+        """
         if not 0 <= i < self.length:
             raise IndexError(f"there is no image {i}: this set has {self.length}")
-        return i * len(self.whole) // self.length
+        return i
+
+    def __len__(self) -> int:
+        return self.length
 
     def load(self, i: int) -> Any:
         return self.whole.load(self.place(i))
@@ -89,6 +102,28 @@ class Part(ImageSet):
 
     def __getitem__(self, i: int) -> tuple[Any, int]:
         return self.whole[self.place(i)]
+
+
+class Part(View):
+    """``length`` images of a set, evenly spaced, so that every class of a sorted set is represented."""
+
+    def __init__(self, whole: ImageSet, length: int) -> None:
+        length = min(length, len(whole))
+        super().__init__(whole, length, f"{length:,} of {len(whole):,} images, evenly spaced")
+
+    def place(self, i: int) -> int:
+        return self.check(i) * len(self.whole) // self.length
+
+
+class Chosen(View):
+    """Images of a set by their numbers."""
+
+    def __init__(self, whole: ImageSet, numbers: Sequence[int], note: str) -> None:
+        super().__init__(whole, len(numbers), note)
+        self.numbers, self.source = tuple(numbers), ""
+
+    def place(self, i: int) -> int:
+        return self.numbers[self.check(i)]
 
 
 # ------------------------------------------------------------------------------------------------ decoding

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,11 +40,16 @@ class Report:
     def lines(self) -> list[str]:
         """Return the report as sentences."""
         total = sum(self.counts)
-        out = [f"{total:,} images of {len(self.classes):,} classes, {min(self.counts):,} to {max(self.counts):,} in each"]
+        least, most = min(self.counts), max(self.counts)
+        each = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+        names = [f"{name} {count:,}" for name, count in zip(self.classes, self.counts, strict=True)]
+        out = [f"{total:,} images of {len(self.classes):,} classes, {each} in each: {_some(names)}"]
         if self.empty:
             out.append(f"{len(self.empty)} classes have no image and keep their numbers: {_some(self.empty)}")
         if self.ignored:
-            out.append(f"{len(self.ignored):,} files are not images of a class: {_some(self.ignored)}")
+            endings = Counter(os.path.splitext(name)[1].lower() or "no ending" for name in self.ignored)
+            kinds = _some([f"{ending} {count:,}" for ending, count in endings.most_common()])
+            out.append(f"{len(self.ignored):,} files are not images of a class ({kinds}): {_some(self.ignored)}")
         return [*out, *self.notes, *([count_read(total, self.unreadable)] if self.unreadable else [])]
 
     def to_json(self) -> dict[str, Any]:

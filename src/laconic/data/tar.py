@@ -7,15 +7,19 @@ processes never share the position of an open file.
 from __future__ import annotations
 
 import os
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from laconic.data.folder import EXTENSIONS, is_hidden, natural, plain_split, split_folder
 from laconic.data.folder import SPLITS as NAMES
+from laconic.data.folder import plain_split, split_folder
+from laconic.data.labelling import TIMM, Labelling
+from laconic.data.layout import EXTENSIONS, check_leaves, check_not_all_ignored, class_of, is_hidden, is_image, natural
 from laconic.data.pictures import ImageSet, decode
+from laconic.data.shards import are_shards, key_of, labels_of_samples, read_labels
 from laconic.data.sizes import Unreadable, check_bytes
 
 DEEPEST = 8  # levels of tars within tars
@@ -31,9 +35,9 @@ class Member:
     size: int
 
     @property
-    def label(self) -> str:
-        """The name of the folder that holds the file; for a folder, its own name."""
-        return os.path.basename(self.path if self.size < 0 else os.path.dirname(self.path))
+    def folder(self) -> tuple[str, ...]:
+        """The path of the folder that holds the file; for a folder, its own path."""
+        return Path(self.path if self.size < 0 else os.path.dirname(self.path)).parts
 
 
 def members(tar: Path, inside: str) -> list[Member]:
@@ -108,38 +112,90 @@ def find_tars(place: Path, split: str) -> list[tuple[Path, str]]:
         if others:
             raise FileNotFoundError(f"{place} has no {split}.tar, but {' and '.join(others)}; give one of those splits")
         found = sorted(split_folder(place, split).glob("*.tar"), key=lambda tar: natural(tar.name))
+        found = _of_split(found, split, place)
         if found:
             return [(tar, tar.stem) for tar in found]
     raise FileNotFoundError(f"there is no tar file at {place}; expected a .tar file, a folder with {split}.tar, or one of tars")
 
 
+def _of_split(tars: list[Path], split: str, place: Path) -> list[Path]:
+    """Return the tars whose names have the split in them (data-train-000.tar), or all if no name has a split in it.
+
+    Raises:
+        FileNotFoundError: the names have other splits only.
+    """
+    splits = sorted({word for tar in tars for word in _splits_in(tar)})
+    asked = {split.lower(), *NAMES.get(plain_split(split), ())}
+    own = [tar for tar in tars if _splits_in(tar) & asked]
+    if splits and not own:
+        raise FileNotFoundError(f"{place} has tars of {' and '.join(splits)}, none of {split}; give one of those splits")
+    return own if splits else tars
+
+
 class TarImages(ImageSet):
-    """Images in a tar, or in a folder of tars.
+    """Images in a tar or in a folder of tars, labelled by folders or, in WebDataset shards, by the files next to them.
 
     Raises:
         FileNotFoundError: there is no tar for the split.
-        ValueError: a tar is damaged, or there are no images.
+        ValueError: a tar is damaged, there are no images, or their classes are not clear.
+        ImportError: these are WebDataset shards, and webdataset is not installed.
     """
 
-    def __init__(self, place: Path, split: str) -> None:
+    def __init__(self, place: Path, split: str, labelling: Labelling = TIMM) -> None:
+        if labelling.label_file:
+            raise ValueError(f"--label-file is for folders of images, and {place} has tar files; leave it out")
         tars = find_tars(place, split)
         found = [member for tar, inside in tars for member in members(tar, inside) if not _is_hidden(member)]
-        self.images = [m for m in found if m.size >= 0 and m.label and os.path.splitext(m.path)[1].lower() in EXTENSIONS]
+        pictures = [m for m in found if m.size >= 0 and is_image(m.path)]
+        label_files = labels_of_samples(found)
+        shards = any((m.tar, key_of(m.path)[0]) in label_files for m in pictures)
+        self.images = [m for m in pictures if ((m.tar, key_of(m.path)[0]) in label_files if shards else m.folder)]
+        self.images.sort(key=lambda member: (natural(member.path), str(member.tar)))
         if not self.images:
             raise ValueError(
                 f"no images in {' and '.join(str(tar) for tar, _ in tars[:3])}: expected a folder for each class, and in it "
-                f"files that end in {', '.join(EXTENSIONS)}"
+                f"files that end in {', '.join(EXTENSIONS)}, or a label KEY.cls or KEY.json next to every image"
             )
-        self.images.sort(key=lambda member: (natural(member.path), str(member.tar)))
+        kept = {(m.tar, m.path) for m in self.images} | ({(m.tar, m.path) for m in label_files.values()} if shards else set())
+        self.ignored = tuple(m.path for m in found if m.size >= 0 and (m.tar, m.path) not in kept)
+        if shards:
+            self._label_by_files([label_files[m.tar, key_of(m.path)[0]] for m in self.images])
+        else:
+            self._label_by_folders(tars, found, labelling.class_folder)
+        whole = place.is_file() or (tars[0][0].parent == place and not _splits_in(tars[0][0]))
+        self.source = str(place.resolve()) if whole else str([str(tar.resolve()) for tar, _ in tars])
+        if whole:
+            self.notes = (
+                f"all of {place} was read as {split!r}: it is not divided into splits",
+                *self.notes,
+            )
+
+    def _label_by_files(self, files: list[Member]) -> None:
+        found = read_labels(files)
+        self.numbered = isinstance(found[0], int)
+        names = range(max(map(int, found)) + 1) if self.numbered else sorted({str(name) for name in found}, key=natural)
+        self.classes = tuple(map(str, names))
+        number = {name: i for i, name in enumerate(self.classes)}
+        self.labels = [number[str(label)] for label in found]
+        self.notes = ("the classes come from the label next to each image (WebDataset)",)
+
+    def _label_by_folders(self, tars: list[tuple[Path, str]], found: list[Member], rule: str) -> None:
+        where = str(tars[0][0].parent if len(tars) > 1 else tars[0][0])
+        if are_shards([inside for _, inside in tars]) and all(len(m.folder) == 1 for m in self.images):
+            raise ValueError(
+                f"the tars in {where} are numbered ({tars[0][1]} ...), as shards are, without class folders and without labels "
+                "(KEY.cls or KEY.json) next to the images; write the labels into them, or name each tar after its class"
+            )
         parents = {os.path.dirname(m.path) for m in found}
-        empty = {m.label for m in found if m.size < 0 and m.path not in parents and m.label}
+        empty = [m.folder for m in found if m.size < 0 and m.path not in parents and m.folder]
+        check_leaves([*dict.fromkeys(m.folder for m in self.images), *empty], where, rule)
+        labels = [class_of(m.folder, rule) for m in self.images]
         tars_without = {inside for _, inside in tars if inside and not any(_is_in(m, inside) for m in self.images)}
-        self.classes = tuple(sorted({m.label for m in self.images} | empty | tars_without, key=natural))
-        number, kept = {name: i for i, name in enumerate(self.classes)}, {m.path for m in self.images}
-        self.labels = [number[m.label] for m in self.images]
-        self.ignored = tuple(m.path for m in found if m.size >= 0 and m.path not in kept)
-        if place.is_file() or (tars[0][0].parent == place and tars[0][1]):
-            self.notes = (f"{place} is not divided into splits: all of it was read as {split!r}",)
+        classes = {*labels, *(class_of(parts, rule) for parts in empty), *tars_without}
+        check_not_all_ignored(classes - set(labels), self.ignored, where, rule)
+        self.classes = tuple(sorted(classes, key=natural))
+        number = {name: i for i, name in enumerate(self.classes)}
+        self.labels = [number[label] for label in labels]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -167,6 +223,11 @@ class TarImages(ImageSet):
 def _is_hidden(member: Member) -> bool:
     parts = Path(member.path).parts
     return any(is_hidden(part) for part in (parts if member.size < 0 else parts[:-1]))
+
+
+def _splits_in(tar: Path) -> set[str]:
+    """Return the words in the name of a tar that are names of splits (data-train-000.tar)."""
+    return set(re.split(r"[-_.]", tar.stem.lower())) & {name for names in NAMES.values() for name in names}
 
 
 def _is_in(member: Member, folder: str) -> bool:

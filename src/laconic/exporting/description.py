@@ -8,6 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from laconic.data.classes import names_of
+from laconic.data.model_record import record_of
+
 RANDOM = "RANDOM"  # the word in ``weights`` of a model that was not trained
 
 
@@ -19,7 +22,7 @@ def describe_use(
     Args:
         model: the model to export.
         shape: channels, height and width of its images.
-        classes: names of its first outputs, in order.
+        classes: names of its first outputs, in order; None: those that the model was trained with, if it tells.
         weights: where its weights come from.
 
     Raises:
@@ -29,6 +32,7 @@ def describe_use(
     prepared = preprocessing_of(model, shape)
     if prepared is not None:
         found["preprocessing"] = json.dumps(prepared)
+    classes = classes if classes is not None else names_of(model) or None
     if classes is not None:
         found["classes"] = json.dumps(_checked(classes, getattr(model, "num_classes", None)), ensure_ascii=False)
     if weights is not None:
@@ -48,6 +52,8 @@ def preprocessing_of(model: nn.Module, shape: Sequence[int]) -> dict[str, Any] |
     if not getattr(model, "pretrained_cfg", None):
         return None
     config: dict[str, Any] = resolve_model_data_config(model, args={"input_size": tuple(shape)})  # type: ignore[no-untyped-call]
+    own = record_of(model).get("preprocessing", {})  # of the training, if laconic trained the model
+    config |= {name: value for name, value in own.items() if name in config and name != "input_size"}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
 
 

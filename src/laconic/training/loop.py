@@ -100,7 +100,7 @@ class Loop:
         return states
 
     def _resumed(self) -> Progress:
-        progress, states = load_checkpoint(self.run.output, self.run.recipe)
+        progress, states = load_checkpoint(self.run.output, self.run.recipe, self.run.data)
         self.model.load_state_dict(states["model"])
         self.optimizer.load_state_dict(states["optimizer"])
         if self.labelled is not None:
@@ -274,7 +274,7 @@ class Loop:
     def _checkpoint(self) -> None:
         check_weights(self.model, self.progress.step, self.run.output)
         if self.accelerator.is_main_process:
-            save_checkpoint(self.run.output, self.progress, self.run.recipe, self._states())
+            save_checkpoint(self.run.output, self.progress, self.run.recipe, self._states(), self.run.data)
         self.accelerator.wait_for_everyone()
 
     def _stop_if_asked(self) -> None:

@@ -102,7 +102,8 @@ class MethodPart:
 class DataPart:
     """The images: "scenes", "digits", "" for an image folder, or a name of one of timm's readers; 0 images means all.
 
-    ``sampler``: every image once an epoch, or ``balanced``: drawn with replacement, every class equally often.
+    ``sampler``: every image once an epoch, or ``balanced``: drawn with replacement, every class equally often. ``val_share`` is
+    the share of the training images of each class to hold out for validation, by the seed, where the data has no split for it.
     ``val_crop`` is the share of the resized image that is cropped for validation (default: the model's setting in timm).
     """
 
@@ -113,10 +114,12 @@ class DataPart:
     val_images: int = 0
     val_crop: float | None = None
     sampler: Literal["uniform", "balanced"] = "uniform"
+    val_share: float = 0.0
 
     def __post_init__(self) -> None:
         _not_negative(data__train_images=self.train_images, data__val_images=self.val_images)
         _refuse_unless(lambda value: 0 < value <= 1, "above 0 and at most 1", data__val_crop=self.val_crop)
+        _refuse_unless(lambda value: 0 <= value < 1, "at least 0 and below 1", data__val_share=self.val_share)
         if not self.train:
             raise ValueError("data.train must be the name of a split, for example train")
 

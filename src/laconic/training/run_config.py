@@ -52,7 +52,7 @@ class Running:
 
 @dataclass
 class Run:
-    """A prepared run: all inputs of the training loop."""
+    """A prepared run: all inputs of the training loop; ``data`` are the facts on the images, which resuming compares."""
 
     recipe: Recipe
     model: nn.Module
@@ -63,3 +63,4 @@ class Run:
     output: Path
     running: Running = Running()
     unreadable: set[str] = field(default_factory=set)
+    data: dict[str, Any] = field(default_factory=dict)

@@ -39,19 +39,22 @@ class Progress:
     unvalidated: bool = False
 
 
-def save_checkpoint(folder: Path, progress: Progress, recipe: Recipe, states: Mapping[str, Any]) -> None:
-    """Write the checkpoint of a run atomically; ``states`` are state dicts by name."""
+def save_checkpoint(
+    folder: Path, progress: Progress, recipe: Recipe, states: Mapping[str, Any], data: Mapping[str, Any] | None = None
+) -> None:
+    """Write the checkpoint of a run atomically; ``states`` are state dicts by name, ``data`` are facts on the images."""
     content = io.BytesIO()
-    facts = {**dataclasses.asdict(progress), "recipe": json.dumps(recipe.to_json())}
+    facts = {**dataclasses.asdict(progress), "recipe": json.dumps(recipe.to_json()), "data": json.dumps(data)}
     torch.save({**facts, "states": dict(states)}, content)
     write_atomically(folder / CHECKPOINT, content.getbuffer())
 
 
-def load_checkpoint(folder: Path, recipe: Recipe) -> tuple[Progress, dict[str, Any]]:
-    """Load the progress and the states of an earlier run with the same recipe.
+def load_checkpoint(folder: Path, recipe: Recipe, data: Mapping[str, Any] | None = None) -> tuple[Progress, dict[str, Any]]:
+    """Load the progress and the states of an earlier run with the same recipe and the same images.
 
     Raises:
-        Refusal: there is no checkpoint, it is damaged, or it was made with another recipe (the message lists differences).
+        Refusal: there is no checkpoint, it is damaged, or it was made with another recipe, other classes or other images
+            (the message lists the differences).
     """
     path = folder / CHECKPOINT
     if not path.is_file():
@@ -62,6 +65,7 @@ def load_checkpoint(folder: Path, recipe: Recipe) -> tuple[Progress, dict[str, A
         made, states = json.loads(content["recipe"]), content["states"]
         known = {field.name for field in dataclasses.fields(Progress)} & content.keys()
         progress = Progress(**{"step": content["step"], **{name: content[name] for name in known}})
+        facts = json.loads(content.get("data", "null"))
     except Exception as error:  # torch raises many types of errors for a damaged file
         raise Refusal(f"--resume: {path} is not a checkpoint of laconic train: {str(error).splitlines()[0]}") from error
     changed = [line for line in differences(_upgraded(made), recipe.to_json()) if line.partition(".")[0] not in FREE]
@@ -70,7 +74,28 @@ def load_checkpoint(folder: Path, recipe: Recipe) -> tuple[Progress, dict[str, A
             f"--resume: {path} was made with other settings ({'; '.join(changed[:5])}); give the same ones, or choose another "
             "--output"
         )
+    if facts and data and (others := other_images(facts, data)):
+        raise Refusal(
+            f"--resume: {path} was made with other images ({'; '.join(others)}); give the same ones, or choose another --output"
+        )
     return progress, states
+
+
+def other_images(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return the differences of the facts on the images of two runs, as phrases."""
+    was, now = old.get("classes", []), new["classes"]
+    gone, come = [name for name in was if name not in set(now)], [name for name in now if name not in set(was)]
+    out = [f"class {name} is gone" for name in gone[:3]] + [f"class {name} is new" for name in come[:3]]
+    if was != now and not out:
+        out.append(f"the classes had the order {', '.join(was[:4])} ..., now {', '.join(now[:4])} ...: see --class-map")
+    for use in ("train", "val"):
+        before, after = old.get(use), new.get(use)
+        if before == after:
+            continue
+        counts = [0 if facts is None else facts.get("images", 0) for facts in (before, after)]
+        same = ", with other names or classes" if counts[0] == counts[1] else ""
+        out.append(f"{use} had {counts[0]:,} images, now {counts[1]:,}{same}")
+    return out
 
 
 def _upgraded(made: Mapping[str, Any]) -> dict[str, Any]:
