@@ -252,7 +252,7 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(checkpoints, "save_file", fails)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(OSError, match="No space left"):
         save(stirred(model), tmp_path)
     assert sorted(os.listdir(tmp_path)) == [RECORD, WEIGHTS]
     assert torch.equal(run(load(tmp_path), x), expected)

@@ -299,7 +299,7 @@ def test_an_output_folder_below_a_file_is_refused(laconic_, tmp_path, words):
     (tmp_path / "file").write_text("")
     code, _, err = laconic_(*words, "--output", str(tmp_path / "file" / "new"))
     assert code == 1
-    assert "is a file; choose another --output" in err
+    assert "is a file; --output takes a directory" in err
     assert "opening" not in err
 
 

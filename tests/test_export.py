@@ -272,7 +272,7 @@ def test_the_command_refuses_and_leaves_nothing(tiny, tmp_path, capsys):
     assert "tolerance must be above 0" in capsys.readouterr().err
     assert cli.main([*words, "--method", "ats"]) == 1
     assert "save nothing" in capsys.readouterr().err
-    assert list(out.iterdir()) == []
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_the_command_refuses_and_leaves_nothing(tiny, tmp_path, capsys):
         (dict(batch_size=(0,)), "--batch-size must be at least 1"),
         (dict(to=("openvino",), int8=True), "--int8 quantizes the ONNX file; add --to onnx"),
         (dict(output="file"), "is a file; --output takes a directory"),
-        (dict(output="file/below"), "is a file; choose another --output"),
+        (dict(output="file/below"), "is a file; --output takes a directory"),
     ],
 )
 def test_wrong_words(tiny, tmp_path, given, match):

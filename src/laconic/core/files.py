@@ -30,7 +30,7 @@ class Refusal(Exception):
     """The request cannot be carried out; the message says what was found, what was expected and what to do."""
 
 
-class Unwritable(Refusal):
+class Unwritable(Refusal, OSError):
     """A file cannot be written; the message names the file, and on a full disk the sizes needed and free."""
 
 
@@ -71,7 +71,7 @@ def check_output_folder(path: Path, option: str = "--output") -> None:
     """
     there = next(one for one in (path, *path.absolute().parents) if one.exists())
     if not there.is_dir():
-        raise Refusal(f"{option} {path}: {there} is a file; choose another {option}")
+        raise Refusal(f"{option} {path}: {there} is a file; {option} takes a directory")
     _try_to_write(there, f"{option} {path}")
 
 
