@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -315,6 +316,25 @@ def test_an_interrupt_that_a_library_hides_is_still_one(monkeypatch, capsys):
     assert main(list(EVAL)) == 130
     assert capsys.readouterr().err.strip() == "interrupted"
     assert signals.signal.getsignal(signals.signal.SIGINT) is before
+
+
+def test_an_interrupt_in_a_finalizer_is_not_lost(monkeypatch, capsys):
+    class Held:
+        def __del__(self):
+            os.kill(os.getpid(), signals.signal.SIGINT)
+            for _ in range(10):
+                pass
+
+    def long(*_, **__):
+        held = Held()
+        del held
+        time.sleep(5)
+
+    monkeypatch.setattr(eval_job, "open_eval_input", long)
+    start = time.monotonic()
+    assert main(list(EVAL)) == 130
+    assert time.monotonic() - start < 4
+    assert capsys.readouterr().err.strip() == "interrupted"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ FOLDER_LOCK = ".laconic.lock"
 
 
 @contextlib.contextmanager
-def locked_file(path: Path, wait: float = 0) -> Iterator[None]:
+def locked_file(path: Path, wait: float = 0.0) -> Iterator[None]:
     """Hold the lock of a file, and of those of the same stem next to it; its folder must exist.
 
     Args:
@@ -44,7 +44,7 @@ def locked_folder(path: Path) -> Iterator[None]:
     made = [one for one in (folder, *folder.parents) if not one.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with _locked(folder / FOLDER_LOCK, path, 0):
+        with _locked(folder / FOLDER_LOCK, path, 0.0):
             for place in (folder, *(one for one in folder.iterdir() if one.is_dir())):
                 remove_leftovers(place, own=True)
             yield

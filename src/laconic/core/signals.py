@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -63,7 +64,8 @@ def handling(handler: Callable[[int, Any], Any], numbers: tuple[int, ...] = STOP
 def interruptible() -> Iterator[Noted]:
     """Raise KeyboardInterrupt at Ctrl-C and `Stopped` at other signals, and note them; a second Ctrl-C exits at once.
 
-    Libraries turn a KeyboardInterrupt into other errors: with a signal noted, an error is no fault of the program.
+    Libraries turn a KeyboardInterrupt into other errors: with a signal noted, an error is no fault of the program. One that
+    is raised in a finalizer or in a callback of a weak reference, where Python ignores errors, is raised again after it.
     """
     noted, process = Noted(), os.getpid()
 
@@ -77,8 +79,19 @@ def interruptible() -> Iterator[Noted]:
         noted.note(number)
         raise KeyboardInterrupt if number == signal.SIGINT else Stopped(number)
 
-    with handling(handle, (signal.SIGINT, *STOPPING)):
-        yield noted
+    def again(unraisable: Any) -> None:
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            return hook(unraisable)
+        number = unraisable.exc_value.number if isinstance(unraisable.exc_value, Stopped) else signal.SIGINT
+        noted.number = 0
+        threading.Timer(0.02, os.kill, (os.getpid(), number)).start()  # a signal now would be ignored like the first
+
+    hook, sys.unraisablehook = sys.unraisablehook, again
+    try:
+        with handling(handle, (signal.SIGINT, *STOPPING)):
+            yield noted
+    finally:
+        sys.unraisablehook = hook
 
 
 def leave_to_main_process() -> None:
