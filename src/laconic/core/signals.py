@@ -71,7 +71,8 @@ def interruptible() -> Iterator[Noted]:
 
     def handle(number: int, _: Any = None) -> None:
         if os.getpid() != process:  # a worker that has only just begun
-            os._exit(128 + number)
+            leave_to_main_process()
+            return
         if noted.number and number == signal.SIGINT:
             os._exit(130)
         if noted.number:
@@ -81,7 +82,7 @@ def interruptible() -> Iterator[Noted]:
 
     def again(unraisable: Any) -> None:
         if not issubclass(unraisable.exc_type, KeyboardInterrupt):
-            return hook(unraisable)
+            return None if noted.number else hook(unraisable)  # what breaks while stopping follows from the stop
         number = unraisable.exc_value.number if isinstance(unraisable.exc_value, Stopped) else signal.SIGINT
         noted.number = 0
         threading.Timer(0.02, os.kill, (os.getpid(), number)).start()  # a signal now would be ignored like the first
