@@ -113,7 +113,7 @@ def test_tome(k):
     assert model.laconic.prefix + stage.size.shape[1] == z["tokens_after_block"][k]
     # the official map of tokens to tokens, composed with where the patches were, is where the patches are
     assignment = torch.from_numpy(z[f"assign_block{k}"])[:, 1:] - 1
-    assert torch.equal(assignment.gather(1, before.token_of_patch), stage.token_of_patch)
+    assert torch.equal(assignment.gather(1, before.token_of_patch), stage.where)
     if k == 11:
         close(F.pad(stage.size, (1, 0), value=1.0), z["final_size"], 0)
 
@@ -176,7 +176,7 @@ def test_dynamicvit_training(kind, monkeypatch):
     close(features[:, 1:, :8].detach(), z["train_features8"], CHANNELS)
     for i, block in enumerate(AT):
         assert torch.equal(model.laconic.entry(block + 1).keep_mask.detach(), torch.from_numpy(z[f"decision_{i}"]).float())
-    alive = laconic.provenance(model).final.keep_mask
+    alive = laconic.provenance(model).final.alive
     assert torch.equal(alive, torch.from_numpy(z["final_mask"])[..., 0])
     ours = {
         "cls": -(torch.from_numpy(z["labels"]) * logits.log_softmax(-1)).sum(-1).mean(),

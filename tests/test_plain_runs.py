@@ -11,7 +11,7 @@ from laconic.checkpoints.plain import save_plain
 from laconic.cli import image_io, models
 from laconic.cli.eval import eval_
 from laconic.cli.eval_input import Reading
-from laconic.cli.export import collect
+from laconic.cli.export_input import open_export_input
 from laconic.cli.show import show
 from laconic.cli.train import train
 from laconic.core.files import Refusal
@@ -58,7 +58,10 @@ def test_a_plain_run_is_evaluated(run):
 
 
 def test_a_plain_run_is_exported_and_reduced(run):
-    assert [v.label for v in collect(str(run / "model"), (), (0.7,), ())] == ["unreduced", "etps 0.7"]
+    assert [v.label for v in open_export_input(str(run / "model"), None, (), (), (0.7,), ()).variants] == [
+        "unreduced",
+        "etps 0.7",
+    ]
     assert laconic.is_reduced(laconic.reduce_(laconic.load(run / "model"), "bat", keep=0.5))
 
 

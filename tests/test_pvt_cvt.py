@@ -225,7 +225,7 @@ def test_the_map_follows_the_tokens():
 def test_tokens_of_another_batch_are_refused():
     grid = squeezed(12, 5)
     for shape in ((1, 5, 3), (2, 6, 3)):
-        with pytest.raises(ValueError, match=r"is of \(2, 5\) \(images, patch tokens\), and got"):
+        with pytest.raises(ValueError, match=r"is for \(2, 5\) \(images, patch tokens\), but got"):
             grid.fill(torch.randn(shape))
 
 

@@ -29,7 +29,9 @@ Reads = Literal["anywhere", "keys", "class"]
 Score = Literal[
     "class attention", "attention", "similarity", "learned", "position", "features", "none"
 ]  # of what a token is scored by
-Rest = Literal["dropped", "merged", "squeezed", "mixed", "parked"]  # of what happens to tokens that are not kept
+Rest = Literal[
+    "dropped", "dropped and merged", "merged", "squeezed", "mixed", "parked", "skipped"
+]  # of what happens to tokens that are not kept
 PHASES = ("before", "ahead", "between", "after", "watch")
 ARGUMENTS = ("keep", "at", "schedule", "budget", "restore", "compute", "example")  # those of `laconic.reduce_`, for messages
 

@@ -85,7 +85,7 @@ class AdaViTReducer(AdaptiveReducer):
     phase="before",
     score="learned",
     score_detail="learned linear",
-    rest="parked",
+    rest="skipped",
     rest_detail="skipped, and back at the next block",
     trained=True,
     learns=True,

@@ -66,7 +66,7 @@ class DiffRateReducer(Reducer):
     paper="2305.17997",
     phase="between",
     score="class attention",
-    rest="merged",
+    rest="dropped and merged",
     rest_detail="dropped or merged",
     trained=False,
 )

@@ -71,7 +71,7 @@ def _lengths(tokens: Tokens) -> Float[Tensor, "B L"]:
     phase="between",
     score="similarity",
     score_detail="key similarity",
-    rest="merged",
+    rest="dropped and merged",
     rest_detail="dropped early, merged late",
     trained=False,
 )
