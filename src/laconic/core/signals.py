@@ -82,7 +82,9 @@ def interruptible() -> Iterator[Noted]:
 
     def again(unraisable: Any) -> None:
         if not issubclass(unraisable.exc_type, KeyboardInterrupt):
-            return None if noted.number else hook(unraisable)  # what breaks while stopping follows from the stop
+            if not noted.number:  # what breaks while stopping follows from the stop
+                hook(unraisable)
+            return
         number = unraisable.exc_value.number if isinstance(unraisable.exc_value, Stopped) else signal.SIGINT
         noted.number = 0
         threading.Timer(0.02, os.kill, (os.getpid(), number)).start()  # a signal now would be ignored like the first
