@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -32,18 +33,16 @@ def _pool(readout: Any, own: Any, x: Tensor, pool_type: str | None = None) -> Te
 
 
 register_block("laconic.models.block.Block", BlockSpec(_attention, _mlp))
-register_host(
-    ModelSpec(
-        path="laconic.models.lvvit.LVViT",
-        blocks=lambda m: list(m.blocks),
-        prefix=lambda m: (1, True),
-        positions=lambda m: m.pos_embed[0, 1:],
-        grid=lambda m: m.patch_embed.grid_size,
-        dim=lambda m: m.embed_dim,
-        heads=lambda m: m.blocks[0].attn.num_heads,
-        example=_example,
-        pooling=lambda m: (m.global_pool, False),
-        unsupported_reason=lambda m: None,
-        method_overrides=lambda m: [(m, "pool", _pool)],
-    )
+_common = ModelSpec(
+    path="laconic.models.lvvit.LVViT",
+    blocks=lambda m: list(m.blocks),
+    prefix=lambda m: (1, True),
+    positions=lambda m: m.pos_embed[0, 1:],
+    grid=lambda m: m.patch_embed.grid_size,
+    dim=lambda m: m.embed_dim,
+    heads=lambda m: m.blocks[0].attn.num_heads,
+    example=_example,
+    pooling=lambda m: (m.global_pool, False),
+    unsupported_reason=lambda m: None,
 )
+register_host(replace(_common, method_overrides=lambda m: [(m, "pool", _pool)]))

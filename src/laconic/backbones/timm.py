@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -162,20 +163,18 @@ def _unsupported_reason(m: Any) -> str | None:
     return None
 
 
-for _path in ("timm.models.vision_transformer.VisionTransformer", "timm.models.eva.Eva"):
-    register_host(
-        ModelSpec(
-            path=_path,
-            blocks=lambda m: list(m.blocks),
-            prefix=_prefix,
-            positions=_positions,
-            grid=_grid,
-            dim=lambda m: m.embed_dim,
-            heads=_heads,
-            example=_example,
-            pooling=_pooling,
-            unsupported_reason=_unsupported_reason,
-            head_reads_prefix_only=("forward", "forward_features", "forward_head", "pool"),
-            grid_of=_grid_of,
-        )
-    )
+_common = ModelSpec(
+    path="timm.models.vision_transformer.VisionTransformer",
+    blocks=lambda m: list(m.blocks),
+    prefix=_prefix,
+    positions=_positions,
+    grid=_grid,
+    dim=lambda m: m.embed_dim,
+    heads=_heads,
+    example=_example,
+    pooling=_pooling,
+    unsupported_reason=_unsupported_reason,
+    grid_of=_grid_of,
+)
+for _path in (_common.path, "timm.models.eva.Eva"):
+    register_host(replace(_common, path=_path, head_reads_prefix_only=("forward", "forward_features", "forward_head", "pool")))

@@ -5,6 +5,7 @@ Both pool inside ``forward_head``, so that method is replaced.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -12,20 +13,13 @@ from torch import Tensor
 from laconic.backbones.timm import (
     _block_attention,
     _block_mlp,
+    _common,
     _eva_attention,
     _eva_mlp,
-    _example,
-    _grid,
-    _grid_of,
-    _heads,
-    _pooling,
-    _positions,
     _post_attention,
     _post_mlp,
-    _prefix,
-    _unsupported_reason,
 )
-from laconic.core.backbone import BlockSpec, ModelSpec, register_block, register_host
+from laconic.core.backbone import BlockSpec, register_block, register_host
 
 
 def _forward_head(readout: Any, own: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -55,20 +49,4 @@ for _path, _halves in {
 }.items():
     register_block(f"timm.models.vision_transformer_relpos.{_path}", _halves)
 for _path in ("timm.models.beit.Beit", "timm.models.vision_transformer_relpos.VisionTransformerRelPos"):
-    register_host(
-        ModelSpec(
-            path=_path,
-            blocks=lambda m: list(m.blocks),
-            prefix=_prefix,
-            positions=_positions,
-            grid=_grid,
-            dim=lambda m: m.embed_dim,
-            heads=_heads,
-            example=_example,
-            pooling=_pooling,
-            unsupported_reason=_unsupported_reason,
-            rows=_rows,
-            grid_of=_grid_of,
-            method_overrides=lambda m: [(m, "forward_head", _forward_head)],
-        )
-    )
+    register_host(replace(_common, path=_path, rows=_rows, method_overrides=lambda m: [(m, "forward_head", _forward_head)]))
