@@ -145,11 +145,11 @@ def _of_model(model: str, data: str, reading: Reading, setting: Setting, asked: 
     notes = (*eval_input.notes, *scorer_notes(variants, eval_input), *notes_on(rows))
     title = f"{data}, {reading.split}"
     facts = (model, title, eval_input.weights, tuple(rows), read, here, command("eval", model, asked), notes)
-    every = zip(rows, (said, *(answers for _, answers in others)), strict=True)
-    output = asked["output"]
+    if not asked["per_class"]:
+        return EvalReport(*facts)
+    every, output = zip(rows, (said, *(answers for _, answers in others)), strict=True), asked["output"]
     named = tuple((row.label, Confusion.of(answers, eval_input.images.classes)) for row, answers in every)
-    named = named if asked["per_class"] else ()
-    return EvalReport(*facts, named, tuple(classes.write(output, named, title)) if named and output is not None else ())
+    return EvalReport(*facts, named, tuple(classes.write(output, named, title)) if output is not None else ())
 
 
 def check_output(output: Path | None) -> None:
