@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from laconic.cli.scores import Score
 from laconic.core.files import Refusal
 from laconic.core.schedule import Schedule
 from laconic.data import ImageSet, Prepared, Unreadable, find_data, open_images
+from laconic.data.model_record import one_form
 from laconic.exporting import RUNTIMES, ExportedFile, open_exported
 from laconic.exporting.reading import KINDS, FileModel
 
@@ -98,8 +98,8 @@ def match_classes(theirs: Sequence[str], ours: Sequence[str], outputs: int, file
     Raises:
         Refusal: a class of the data is not among those of the file.
     """
-    place = {unicodedata.normalize("NFC", name): number for number, name in enumerate(theirs)}
-    names = [unicodedata.normalize("NFC", name) for name in ours]
+    place = {one_form(name): number for number, name in enumerate(theirs)}
+    names = [one_form(name) for name in ours]
     unknown = [name for name in names if name not in place]
     if unknown:
         unused = [name for name in place if name not in set(names)]

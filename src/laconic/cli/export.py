@@ -228,10 +228,7 @@ def write_all(
     reports, files = list[tuple[str, ExportReport]](), dict[tuple[str, str], Path]()
     with tqdm(total=len(variants) * len(formats), desc="exporting", unit="file", leave=False, disable=None) as bar:
         for variant in variants:
-            facts: dict[str, Any] = {}
-            if given is not None:
-                facts = {"classes": given.classes, "weights": given.weights_of(variant)}
-            traced = trace(variant.model, **facts)
+            traced = trace(variant.model, weights=None if given is None else given.weights_of(variant))
             stem = name if variant.kind == "base" else f"{name}.{variant.label.replace(' ', '-')}"
             for to in formats:
                 path = place / f"{stem}{SUFFIXES[to]}"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,18 +23,16 @@ from laconic.data import find_data, open_images
 from laconic.exporting.description import RANDOM
 from laconic.models.scenes import load_scorer
 
-RECORD = "laconic.json"  # of a directory of laconic.save
 UNTRAINED = f"its method has parameters of its own, which are {RANDOM} (untrained)"
 
 
 @dataclass(frozen=True)
 class ExportInput:
-    """The variants to export, by the name of their model; a line on its weights, and the names of its classes if known."""
+    """The variants to export, by the name of their model, and a line on its weights."""
 
     variants: tuple[Variant, ...]
     weights: str
     random: bool
-    classes: list[str] | None
     untrained: tuple[str, ...]  # labels of the variants with random parameters of their method
 
     def weights_of(self, variant: Variant) -> str:
@@ -95,17 +91,7 @@ def open_export_input(
         trained = weights is None and not loaded.random and not Path(name).is_dir() and load_scorer(variant.model, name)
         if METHODS[config.info.name].learns and not trained:
             untrained.append(variant.label)
-    return ExportInput(tuple(variants), loaded.line, loaded.random, classes_of(name), tuple(untrained))
-
-
-def classes_of(name: str) -> list[str] | None:
-    """Return the names of the classes in the record of a directory of laconic.save; None if it has none."""
-    file = Path(name, RECORD)
-    if not file.is_file():
-        return None
-    data: Any = json.loads(file.read_text(encoding="utf-8")).get("data")
-    found = data.get("classes") if isinstance(data, dict) else None
-    return [str(one) for one in found] if isinstance(found, list) and found else None
+    return ExportInput(tuple(variants), loaded.line, loaded.random, tuple(untrained))
 
 
 def read_pictures(model: nn.Module, data: str, split: str, limit: int) -> tuple[Tensor, str]:

@@ -28,15 +28,20 @@ def config_for(model: nn.Module, crop: float | None = None) -> dict[str, Any]:
     Raises:
         ValueError: ``crop`` is not above 0 and at most 1.
     """
-    from timm.data import resolve_model_data_config  # type: ignore[attr-defined]
-
     if crop is not None and not 0 < crop <= 1:
         raise ValueError(f"crop must be a share above 0 and at most 1, not {crop}")
     plain = unwrapped(model)
     host, entry = find_host(plain)
-    size = {"input_size": (3, *entry.example(host).shape[2:])}
-    config: dict[str, Any] = resolve_model_data_config(plain, args=size)  # type: ignore[no-untyped-call]
-    own = record_of(plain).get("preprocessing", {})
-    config |= {name: tuple(value) if isinstance(value, list) else value for name, value in own.items() if name in config}
-    config |= size
+    config = config_at(plain, (3, *entry.example(host).shape[2:]))
     return config if crop is None else {**config, "crop_pct": crop}
+
+
+def config_at(model: nn.Module, input_size: tuple[int, ...]) -> dict[str, Any]:
+    """Return the preprocessing of a timm model for images [channels, height, width] of this size; otherwise as `config_for`."""
+    from timm.data import resolve_model_data_config  # type: ignore[attr-defined]
+
+    size = {"input_size": input_size}
+    config: dict[str, Any] = resolve_model_data_config(model, args=size)  # type: ignore[no-untyped-call]
+    own = record_of(model).get("preprocessing", {})
+    config |= {name: tuple(value) if isinstance(value, list) else value for name, value in own.items() if name in config}
+    return config | size

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from laconic.data.classes import names_of
-from laconic.data.model_record import record_of
+from laconic.data.preprocessing import config_at
 
 RANDOM = "RANDOM"  # the word in ``weights`` of a model that was not trained
 
@@ -45,15 +45,12 @@ def preprocessing_of(model: nn.Module, shape: Sequence[int]) -> dict[str, Any] |
 
     None for a model without a ``pretrained_cfg`` of timm, and without timm: its preprocessing is not known.
     """
-    try:
-        from timm.data import resolve_model_data_config  # type: ignore[attr-defined]
-    except ImportError:
-        return None
     if not getattr(model, "pretrained_cfg", None):
         return None
-    config: dict[str, Any] = resolve_model_data_config(model, args={"input_size": tuple(shape)})  # type: ignore[no-untyped-call]
-    own = record_of(model).get("preprocessing", {})  # of the training, if laconic trained the model
-    config |= {name: value for name, value in own.items() if name in config and name != "input_size"}
+    try:
+        config = config_at(model, tuple(shape))
+    except ImportError:
+        return None
     return {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
 
 
