@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laconic.core.arguments import unusable
 from laconic.core.backbone import ModelSpec, StageSpec
 from laconic.core.eval_mode import without_recording
 
@@ -81,9 +82,7 @@ def _tokens(host: nn.Module, entry: ModelSpec, image: Tensor) -> list[int]:
     except _StopForward:
         pass
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"the model does not run on an image of shape {tuple(image.shape)}: {error}; pass an input that fits as example="
-        ) from error
+        raise unusable(image, error) from error
     finally:
         for hook in hooks:
             hook.remove()

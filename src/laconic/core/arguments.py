@@ -146,6 +146,13 @@ def fill(restore: Any) -> bool | str | None:
     raise ValueError(f"restore must be True, False, None or one of {', '.join(map(repr, FILLS))}, not {shown(restore)}")
 
 
+def unusable(example: Tensor, error: Exception) -> ValueError:
+    """Return the refusal of an example that the model does not run on."""
+    return ValueError(
+        f"the model does not run on an image of shape {tuple(example.shape)}: {error}; pass an input that fits as example="
+    )
+
+
 def check_example(example: Any, channels: int | None = None) -> None:
     """Raise if an example is not a batch of finite images; ``channels`` is the number the model takes, if known.
 

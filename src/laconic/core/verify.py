@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laconic.core.arguments import check_example
+from laconic.core.arguments import check_example, unusable
 from laconic.core.attention import AttentionTap
 from laconic.core.backbone import ModelSpec, block_spec, path_of
 from laconic.core.block_forward import attend, first_of, name_of
@@ -124,9 +124,7 @@ def _record(host: nn.Module, blocks: list[nn.Module], image: Tensor) -> tuple[An
         with AttentionTap(calls):
             output = host(image)
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(
-            f"the model does not run on an image of shape {tuple(image.shape)}: {error}; pass an input that fits as example="
-        ) from error
+        raise unusable(image, error) from error
     finally:
         for hook in hooks:
             hook.remove()
