@@ -22,7 +22,7 @@ from laconic.cli.commands import Command
 from laconic.cli.output import Report, Table
 from laconic.cli.outputs import reported
 from laconic.core.files import Refusal, check_output_file, check_output_folder, write_atomically
-from laconic.core.method import nearest_names
+from laconic.core.suggestions import nearest_names
 
 LOG = logging.getLogger("laconic.evidence")
 COMMAND = "python -m benchmarks.evidence"

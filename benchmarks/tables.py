@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import laconic.backbones  # noqa: F401 (registers the model classes)
 from benchmarks.other_rows import section
 from benchmarks.paper_costs import ENTRIES, LOGS, Entry
 from laconic.analysis.macs import estimate

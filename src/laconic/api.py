@@ -9,8 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-import laconic.backbones
-import laconic.methods  # noqa: F401 (registers laconic's methods; the line above registers the supported models)
+import laconic.methods  # noqa: F401 (registers laconic's methods)
 from laconic.core.arguments import checked
 from laconic.core.backbone import HOSTS, ModelSpec, find_host
 from laconic.core.dense import Fill

@@ -26,7 +26,8 @@ from laconic.cli.models import create, lower_resolution, smaller_name
 from laconic.core.backbone import find_host
 from laconic.core.files import Refusal
 from laconic.core.from_dict import WORDS
-from laconic.core.method import METHODS, Method, nearest_names, resolve
+from laconic.core.method import METHODS, Method, resolve
+from laconic.core.suggestions import nearest_names
 from laconic.core.token_reduction import Compute, find_reduction
 
 ALWAYS = ("random", "avg-pool")  # the methods that every comparison has, next to those asked for

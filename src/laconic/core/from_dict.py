@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, Literal, TypeVar
 
-from laconic.core.values import is_whole, items, nearest_names, plain, shown
+from laconic.core.suggestions import nearest_names
+from laconic.core.values import is_whole, items, plain, shown
 
 T = TypeVar("T")
 MISFIT = object()

@@ -22,8 +22,8 @@ from laconic.core.block_context import BlockContext as BlockContext
 from laconic.core.from_dict import fit_options
 from laconic.core.plugins import discover
 from laconic.core.schedule import Schedule, quarters
+from laconic.core.suggestions import nearest_names
 from laconic.core.tokens import Tokens
-from laconic.core.values import nearest_names as nearest_names
 
 Reads = Literal["anywhere", "keys", "class"]
 Score = Literal[

@@ -11,8 +11,6 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from laconic.core.suggestions import nearest_names as nearest_names
-
 NESTING = 100  # of tables in files; recipes and saved models need less than ten
 
 _short = reprlib.Repr()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from laconic.core.method import nearest_names
+from laconic.core.suggestions import nearest_names
 from laconic.data.folder import FolderImages
 from laconic.data.generated import Digits, Scenes
 from laconic.data.labelling import TIMM, Labelling, check_plain, ordered

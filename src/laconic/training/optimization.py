@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from laconic.core.method import nearest_names
+from laconic.core.suggestions import nearest_names
 from laconic.training.recipe import OptimizationPart
 
 OWN = "laconic."  # the parameters that a method adds to a model

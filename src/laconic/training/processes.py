@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from laconic.core.files import Refusal
-from laconic.core.method import nearest_names
 from laconic.core.optional_deps import missing
+from laconic.core.suggestions import nearest_names
 from laconic.training.recipe import Recipe
 from laconic.training.run_config import Running
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from laconic.core.from_dict import build
-from laconic.core.values import check_nesting, is_whole, nearest_names, parsed, shown
+from laconic.core.suggestions import nearest_names
+from laconic.core.values import check_nesting, is_whole, parsed, shown
 from laconic.training.recipe_sections import (
     About,
     AugmentationPart,

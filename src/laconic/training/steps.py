@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from laconic.core.from_dict import build
-from laconic.core.method import nearest_names
+from laconic.core.suggestions import nearest_names
 from laconic.training.objective import Objective, Step, StepOptions
 from laconic.training.rate_search_step import RateSearch, RateSearchOptions
 from laconic.training.recipe import Recipe

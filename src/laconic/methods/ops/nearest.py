@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from laconic.core.gather import arange_like, gather_rows, in_parts
+from laconic.core.gather import arange_like, gather_rows, in_parts, joined_parts
 from laconic.core.shape_types import Bool, Float, Int
 from laconic.methods.ops.matching import cosine, length
 
@@ -27,9 +27,7 @@ def best_of_rows(
     ``similar`` computes the part [B, m, width] of the matrix for some of the ``rows`` [B, M, ...].
     """
     best = [similar(part).max(2) for part in in_parts(rows, width)]
-    if len(best) == 1:
-        return best[0].values, best[0].indices
-    return torch.cat([b.values for b in best], 1), torch.cat([b.indices for b in best], 1)
+    return joined_parts([b.values for b in best]), joined_parts([b.indices for b in best])
 
 
 def nearest(
