@@ -863,7 +863,7 @@ QUIET = ("attn.k_norm", "attn.norm", "attn.proj_drop", "drop_path1", "ls2", "dro
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # global hooks fire for the first layers, too
 @pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook.__name__)
 def test_every_hook_on_every_submodule_fires(method, family, hook):
-    """As often as on the unreduced model, with all the rows that ``compute="all"`` gives; one hook at a time."""
+    """Each hook fires as often as on the unreduced model, on all the rows that ``compute="all"`` gives; one hook at a time."""
     at, x = early(method), images(family, 1)
     base, model, whole = make(family), reduced(method, family, at=at), reduced(method, family, at=at, compute="all")
     inside = [name for name, _ in base.blocks[0].named_modules() if EVERY or name not in QUIET]

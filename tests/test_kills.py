@@ -11,21 +11,9 @@ import torch
 
 from forking import Forking
 from laconic.core.files import PART, json_lines
+from small_run import BASE, EVIT
 
-SHAPE = {"img_size": 40, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth": 4}
-SETTINGS = (
-    "model.name=vit_tiny_patch16_224",
-    "model.pretrained=false",
-    *(f"model.options.{key}={value}" for key, value in SHAPE.items()),
-    "data.train_images=24",
-    "data.val_images=8",
-    "optimization.batch_size=8",
-    "optimization.epochs=2",
-    "optimization.ema=0.5",
-    "method.name=evit",
-    "method.keep=0.6",
-    "method.at=[1, 2]",
-)
+SETTINGS = (*BASE, "optimization.ema=0.5", *EVIT)
 TRAIN = (
     "train",
     *(word for setting in SETTINGS for word in ("--set", setting)),

@@ -222,7 +222,7 @@ def test_a_model_without_room(tmp_path, small, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="limits of processes")
 def test_a_real_limit_of_the_system(tmp_path, small):
-    """As on a full disk, the system refuses the bytes; the old file stays."""
+    """The system refuses the bytes, as on a full disk, and the old file stays."""
     import resource
 
     path = tmp_path / "r.bin"

@@ -26,21 +26,10 @@ from laconic.training.optimization import parameter_groups
 from laconic.training.recipe import MethodPart, Recipe
 from laconic.training.run_config import Running
 from laconic.training.schedule_changes import KeepRate
+from small_run import BASE, EVIT, SHAPE
 
 pytestmark = pytest.mark.usefixtures("no_pretrained_weights")
 
-SHAPE = {"img_size": 40, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth": 4}
-# a tiny transformer without batch norm, on 24 scenes: three steps an epoch
-BASE = (
-    "model.name=vit_tiny_patch16_224",
-    "model.pretrained=false",
-    *(f"model.options.{key}={value}" for key, value in SHAPE.items()),
-    "data.train_images=24",
-    "data.val_images=8",
-    "optimization.batch_size=8",
-    "optimization.epochs=2",
-)
-EVIT = ("method.name=evit", "method.keep=0.6", "method.at=[1, 2]")
 DTPS = ("method.name=dtps", "method.keep=0.6", "method.at=[1, 2]")
 RANDOM = (
     "model.options.drop_path_rate=0.3",
