@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,12 +19,17 @@ from safetensors.torch import save_file
 from torch import nn
 
 import laconic
+import laconic.models
 from families import AT, FAMILIES, METHODS, images, make, reduced, serves
 from golden_init import golden_input, golden_param
-from laconic.checkpoints import save_load as checkpoints
+from laconic.checkpoints import saved_files
 from laconic.checkpoints.hub import from_pretrained, push_to_hub, save_pretrained
 from laconic.checkpoints.official_weights import import_checkpoint
-from laconic.checkpoints.save_load import RECORD, WEIGHTS, load, save
+from laconic.checkpoints.plain import save_plain
+from laconic.checkpoints.save_load import load, save
+from laconic.checkpoints.saved_files import RECORD, WEIGHTS
+from laconic.core.method import METHODS as REGISTRY
+from laconic.core.token_reduction import find_reduction
 
 GOLDENS = Path(__file__).parent / "goldens"
 KINDS = pytest.mark.parametrize("method", ["evit", "dtps"])
@@ -251,7 +257,7 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
         Path(path).write_bytes(b"half of i")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoints, "save_file", fails)
+    monkeypatch.setattr(saved_files, "save_file", fails)
     with pytest.raises(OSError, match="No space left"):
         save(stirred(model), tmp_path)
     assert sorted(os.listdir(tmp_path)) == [RECORD, WEIGHTS]
@@ -266,15 +272,82 @@ def test_saving_over_another_model(tmp_path):
 
 
 @pytest.mark.unchecked
-def test_an_option_that_is_not_json(tmp_path):
+def test_an_option_that_is_not_json(tmp_path, monkeypatch):
     @dataclasses.dataclass(frozen=True)
     class Odd(laconic.TopK):
         note: object = None
 
+    monkeypatch.setitem(REGISTRY, "topk", dataclasses.replace(REGISTRY["topk"], config=Odd))
     model = laconic.reduce_(make("plain"), Odd(note={1}), keep=0.6, at=AT)
     with pytest.raises(ValueError, match=r"option of the method is not plain JSON.*set"):
         save(model, tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+class FirstHalf(laconic.Reducer):
+    """Keep the first patches."""
+
+    def between(self, tokens, seen, n):
+        kept = torch.arange(n).expand(len(tokens.patches), n)
+        return tokens.keep(kept)
+
+
+class Renamed(laconic.TopK):
+    """Another method, under the name of its base."""
+
+
+@pytest.mark.parametrize("method", [FirstHalf(), Renamed()], ids=["reducer", "subclass"])
+def test_a_method_that_load_would_not_find_is_not_saved(method, tmp_path):
+    model = laconic.reduce_(make("plain"), method, keep=0.6, at=AT)
+    with pytest.raises(ValueError, match=rf"the method {type(method).__name__} is not registered.*@laconic\.method"):
+        save(model, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("before", [None, "evit", "plain"])
+def test_a_save_that_is_killed_between_its_two_files(before, tmp_path, monkeypatch):
+    """The file of the weights is in its place and ``laconic.json`` is not: the new model is loaded, or none at all."""
+    if before == "evit":
+        save(reduced("evit", "plain"), tmp_path)
+    elif before == "plain":
+        save_plain(make("plain"), tmp_path)
+    model, x, move = stirred(reduced("dtps", "plain")), images("plain"), os.replace
+
+    def killed(source, target):
+        if str(target).endswith(RECORD):
+            raise KeyboardInterrupt
+        move(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(model, tmp_path)
+    monkeypatch.undo()
+    if before is None:
+        with pytest.raises(FileNotFoundError, match="not a directory that laconic.save has finished"):
+            load(tmp_path)
+        return
+    assert json.loads((tmp_path / RECORD).read_text())["method"] != {"name": "dtps"}
+    loaded = load(tmp_path)
+    assert find_reduction(loaded).config.info.name == "dtps"
+    assert torch.equal(run(loaded, x), run(model, x))
+
+
+def test_equal_models_give_equal_files_and_an_edited_record_counts(tmp_path):
+    for name in "ab":
+        save(reduced("evit", "plain"), tmp_path / name)
+    assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in (RECORD, WEIGHTS))
+    record = json.loads((tmp_path / "a" / RECORD).read_text())
+    (tmp_path / "a" / RECORD).write_text(json.dumps({**record, "schedule": {"at": [1], "keep": [0.25]}}))
+    assert find_reduction(load(tmp_path / "a")).schedule.to_json() == {"at": [1], "keep": [0.25]}
+
+
+def test_own_architectures_load_in_a_new_process(tmp_path):
+    """Nothing of laconic has been imported there but ``load``."""
+    save(laconic.reduce_(timm.create_model("scenes_vit_tiny"), "tome", keep=0.5), tmp_path)
+    code = f"import laconic; print(sum(p.numel() for p in laconic.load({str(tmp_path)!r}).parameters()))"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == sum(p.numel() for p in timm.create_model("scenes_vit_tiny").parameters())
 
 
 def test_what_is_not_reduced_is_not_saved(tmp_path):

@@ -133,7 +133,7 @@ def test_weights_of_a_run_without_a_method_keep_it_too(data, tmp_path):
     go(data, tmp_path / "run")
     file = tmp_path / "run" / "model" / "model.safetensors"
     with safe_open(file, "pt") as opened:
-        assert json.loads(opened.metadata()["laconic_data"])["classes"] == ["cat", "cup", "tea"]
+        assert json.loads(opened.metadata()["laconic"])["data"]["classes"] == ["cat", "cup", "tea"]
     args = tuple(f"{key}={value}" for key, value in SHAPE.items())
     shutil.rmtree(data / "train")
     shutil.rmtree(data / "val" / "cat")
@@ -311,6 +311,35 @@ def test_a_link_from_val_to_train_is_the_same_folder(data, tmp_path):
     (data / "val").symlink_to("train")
     with pytest.raises(Refusal, match="same 12 images"):
         go(data, tmp_path / "run")
+
+
+@pytest.mark.parametrize("what", ["folders", "files", "training"])
+def test_links_from_one_split_to_pictures_of_the_other(data, tmp_path, what):
+    """Only the links are common: the folders of the two splits are different ones."""
+    if what == "folders":
+        shutil.rmtree(data / "val")
+        (data / "val").mkdir()
+        for name in COLOURS:
+            (data / "val" / name).symlink_to(data / "train" / name)
+    elif what == "files":
+        (data / "val" / "cat" / "9.png").symlink_to(data / "train" / "cat" / "0.png")
+    else:
+        (data / "train" / "cup" / "8.png").symlink_to("../../val/cup/1.png")
+    count, name = {"folders": (12, "cat/0.png"), "files": (1, "cat/0.png"), "training": (1, "cup/8.png")}[what]
+    with pytest.raises(Refusal, match=rf"{count} images of training are images of validation too, by links \({name}"):
+        go(data, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_links_to_a_store_are_read(data, tmp_path):
+    """Each picture once: the usual way to divide a store without copies."""
+    data.rename(tmp_path / "store")
+    for split in ("train", "val"):
+        for path in (tmp_path / "store" / split).rglob("*.png"):
+            link = data / split / path.parent.name / path.name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path)
+    assert go(data, tmp_path / "run").to_json()["images"]["training"]["classes"] == {"cat": 4, "cup": 4, "tea": 4}
 
 
 def test_no_val_folder_and_too_much_of_one(data, tmp_path):

@@ -1,6 +1,7 @@
 """Exported files that say how they are used, their fp16 and int8 versions, and `laconic eval` on them."""
 
 import copy
+import dataclasses
 import json
 
 import onnx
@@ -185,9 +186,65 @@ def test_eval_maps_classes_by_name(tmp_path):
         assert report.rows[0].top1 == pytest.approx(expected)
     (images / "a").rename(images / "aa")
     with pytest.raises(
-        Refusal, match=r"the data has the class 'aa', which .*m.pt2 does not know; it also knows the classes 'a'"
+        ValueError, match=r"only the data has aa \(1 of 3\), only .*m.pt2 has a, other \(2 of 4\); .*--class-map"
     ):
         eval_(str(tmp_path / "m.pt2"), data=str(images), reading=READING)
+
+
+@pytest.fixture
+def second(tmp_path):
+    """A file whose answer is always its second output, and which does not tell the names of its three outputs."""
+    model = small()
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.bias.copy_(torch.tensor([0.0, 9, 1]))
+    laconic.export(model, tmp_path / "m.pt2", "torch-export")
+    return model, tmp_path / "m.pt2"
+
+
+def top1(file, images, **options):
+    reading = dataclasses.replace(READING, **options)
+    return eval_(str(file), data=str(images), reading=reading).rows[0].top1
+
+
+def test_eval_of_a_file_takes_a_class_map_and_labels(second, tmp_path):
+    """A class map goes before the names in the file; folders and label files are read as the options say, as for models."""
+    model, file = second
+    images = pictures(tmp_path / "images", ["a", "b", "c"], 2)
+    (images / "c" / "1.png").unlink()
+    shares = {"a": 2 / 5, "b": 2 / 5, "c": 1 / 5}
+    assert top1(file, images) == shares["b"]
+    report = eval_(str(file), data=str(images), reading=READING)
+    assert any("does not tell its class names" in note for note in report.notes)
+    for order in ("acb", "cab"):
+        (tmp_path / "map.txt").write_text("\n".join(order))
+        assert top1(file, images, class_map=str(tmp_path / "map.txt")) == shares[order[1]]
+    laconic.export(model, tmp_path / "named.pt2", "torch-export", classes=["x", "y", "z"])
+    assert top1(tmp_path / "named.pt2", images, class_map=str(tmp_path / "map.txt")) == shares["a"]
+    (images / "b").rename(images / "10")
+    (images / "c").rename(images / "2")
+    assert top1(file, images) == shares["b"]  # 2, 10, a
+    assert top1(file, images, class_map="torchvision") == shares["c"]  # 10, 2, a
+
+
+def test_eval_of_a_file_reads_top_folders_and_label_files(second, tmp_path):
+    _, file = second
+    for name, count in (("a", 1), ("b", 3), ("c", 1)):
+        pictures(tmp_path / "deep" / name, ["2023", "2024"], count)
+    with pytest.raises(ValueError, match="--class-folder top"):
+        top1(file, tmp_path / "deep")
+    assert top1(file, tmp_path / "deep", class_folder="top") == 6 / 10
+    flat = pictures(tmp_path / "flat", ["."], 3)
+    (tmp_path / "labels.csv").write_text("image,class\n0.png,a\n1.png,b\n2.png,c\n")
+    assert top1(file, flat, label_file=str(tmp_path / "labels.csv")) == 1 / 3
+
+
+def test_eval_of_a_file_per_class(second, tmp_path):
+    _, file = second
+    images = pictures(tmp_path / "images", ["a", "b", "c"], 2)
+    report = eval_(str(file), data=str(images), reading=READING, per_class=True, output=tmp_path / "r.csv")
+    assert report.classes[0][1].rows() == [[0, 2, 0]] * 3
+    assert (tmp_path / "r.confusion.m.pt2.csv") in report.files
 
 
 def test_eval_says_what_a_file_does_not_say(tmp_path):
@@ -280,6 +337,18 @@ def test_a_saved_model_with_classes_in_lower_precision_on_pictures(tmp_path):
     assert eval_(str(tmp_path / "out" / "saved.topk.fp16.onnx"), data=str(images), reading=READING).rows[0].images == 9
     with pytest.raises(Refusal, match="leave out --weights"):
         export(str(tmp_path / "saved"), output=tmp_path / "out", model_args=("depth=2",))
+
+
+def test_sizes_are_those_of_each_file(tmp_path):
+    """Files of two formats have the same stem."""
+    images = str(pictures(tmp_path / "images", "abc"))
+    args = (*MODEL_ARGS, "num_classes=3")
+    done = export(TINY, output=tmp_path / "out", to=("onnx", "openvino"), data=images, model_args=args, **QUICK)
+    sizes = {file.name: file.stat().st_size for file in (tmp_path / "out").iterdir()}
+    found = {row.path.rpartition("/")[2]: row.bytes for row in done.agreements}
+    for stem in (TINY, f"{TINY}.topk-0.5"):
+        assert found[f"{stem}.onnx"] == sizes[f"{stem}.onnx"]
+        assert found[f"{stem}.xml"] == sizes[f"{stem}.xml"] + sizes[f"{stem}.bin"]
 
 
 @pytest.mark.parametrize(

@@ -544,23 +544,16 @@ def test_maps_say_which_patches_share_a_token(small):
             assert sizes == sorted(int(s) for s in told.size[number] if s > 1)
 
 
-def test_groups_keep_their_colour_and_differ_from_each_other():
-    first, second = draw.colours([stage([0, 0, 2, 2, 4, 4, -1, 7]), stage([0, 0, 2, 2, 2, 2, -1, -1])])
-    assert set(first) == {0, 2, 4}
-    assert set(second) == {0, 2}
-    assert all(np.array_equal(first[place], second[place]) for place in second)
-    assert len({tuple(colour) for colour in first.values()}) == 3
-
-
-def test_painting_tints_groups_darkens_what_was_dropped_and_leaves_the_rest():
+def test_painting_gives_groups_their_mean_colour_darkens_what_was_dropped_and_leaves_the_rest():
     photo, found = np.full((48, 96, 3), 0.8), stage([0, 0, 2, 3, 4, 5, -1, -1])
-    out = draw.paint(photo, found, draw.colours([found])[0])
-    assert (out[:24, 48:] == 0.8).all()  # patches 2 and 3
+    photo[:24, :24] = 0.4  # one of the two patches of token 0
+    out = draw.paint(photo, found)
+    assert np.allclose(out[12, 12], 0.6)
+    assert np.allclose(out[12, 24], 0.6)  # no line inside a group
+    assert (out[2:24, 50:72] == 0.8).all()  # patch 2, with a token of its own
     assert (out[24:, 48:] < 0.4).all()  # patches 6 and 7, dropped
-    inner, border = out[12, 12], out[12, 0]
-    assert not np.allclose(inner, 0.8)
-    assert np.allclose(border, draw.colours([found])[0][0])
-    assert np.allclose(out[12, 24], inner)  # no border inside a group
+    assert (out[12, 48] > 0.8).all()  # the line between two tokens
+    assert photo[0, 0, 0] == 0.4  # the picture itself is unchanged
 
 
 def test_two_tokens_in_one_place_stay_two_groups():

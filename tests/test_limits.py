@@ -24,7 +24,8 @@ from families import AT, make, reduced
 from laconic.checkpoints.meta_build import check_input
 from laconic.checkpoints.model_spec import build
 from laconic.checkpoints.official_weights import import_checkpoint
-from laconic.checkpoints.save_load import RECORD, WEIGHTS, load, save
+from laconic.checkpoints.save_load import load, save
+from laconic.checkpoints.saved_files import RECORD, WEIGHTS
 from laconic.cli import draw, image_io
 from laconic.cli.app import main
 from laconic.cli.weights import fill

@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import laconic
+from laconic.cli.eval import eval_
+from laconic.cli.eval_input import Reading, open_eval_input
 from laconic.cli.train import prepare, train
 from laconic.core.files import Refusal
 from laconic.training.recipe import Recipe
@@ -150,6 +152,32 @@ def test_a_file_of_lightning(tmp_path, lightning, prefix):
     assert same(without_head(model), without_head(there))
     assert "a new head for 24 classes (the file has 10)" in line
     assert ("1 tensors outside 'model.' are left out (criterion.weight)" in line) == (prefix == "model.")
+
+
+@pytest.mark.parametrize("prefix", ["model.", "net._orig_mod."])
+def test_eval_takes_a_file_of_lightning_too(tmp_path, lightning, prefix):
+    there = made(num_classes=24)
+    state = {f"{prefix}{key}": value for key, value in there.state_dict().items()} | {"criterion.weight": torch.ones(3)}
+    torch.save({"state_dict": state, "hyper_parameters": lightning(lr=1e-3)}, tmp_path / "last.ckpt")
+    torch.save(there.state_dict(), tmp_path / "plain.pth")
+    args = tuple(f"{key}={value}" for key, value in SHAPE.items())
+    reports = [
+        eval_(NAME, data="scenes", reading=Reading(limit=24, workers=0), weights=tmp_path / file, model_args=args)
+        for file in ("last.ckpt", "plain.pth")
+    ]
+    assert reports[0].rows[0].loss == reports[1].rows[0].loss
+    assert f"1 tensors outside {prefix!r} are left out (criterion.weight)" in reports[0].weights
+    with pytest.raises(Refusal, match=r"last\.ckpt does not hold the weights of .* with 24 classes: .*--model-args"):
+        eval_(NAME, data="scenes", weights=tmp_path / "last.ckpt", model_args=(*args, "num_classes=10"))
+
+
+def test_eval_leaves_out_what_a_method_has_learned(tmp_path):
+    model = laconic.reduce_(made(num_classes=24), "dtps", keep=0.5, at=[1])
+    laconic.save(model, tmp_path)
+    args = tuple(f"{key}={value}" for key, value in SHAPE.items())
+    opened = open_eval_input(NAME, "scenes", Reading(limit=8), tmp_path / "model.safetensors", args)
+    assert same(opened.base.state_dict(), made(num_classes=24).state_dict())
+    assert "what a method had learned there" in opened.weights
 
 
 def test_of_two_copies_the_line_says_which(tmp_path):

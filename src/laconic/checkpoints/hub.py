@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from laconic.checkpoints.save_load import RECORD, WEIGHTS, Place, load, save
+from laconic.checkpoints.save_load import Place, load, save
+from laconic.checkpoints.saved_files import RECORD, WEIGHTS
 from laconic.core.optional_deps import need
 from laconic.core.token_reduction import reduction_of
 

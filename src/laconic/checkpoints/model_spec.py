@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from laconic.core.backbone import path_of, plain_type
 from laconic.core.limits import TooLarge
 from laconic.core.optional_deps import need
+from laconic.core.plugins import register_architectures
 from laconic.core.token_reduction import TokenReduction
 
 LISTED = 10  # at most this many names of each kind of difference are listed
@@ -104,6 +105,8 @@ def build(architecture: str, tag: str, args: Mapping[str, Any], device: str) -> 
     timm = need("timm", "timm")
     if REFUSED & args.keys():
         raise ValueError(f"model arguments {sorted(REFUSED & args.keys())} are not accepted: weights come from the directory")
+    if not timm.is_model(architecture):
+        register_architectures()
     if not timm.is_model(architecture):  # also rejects names such as hf-hub:..., which would access the network
         raise ValueError(
             f"timm {timm.__version__} knows no model {architecture!r}; import the module that registers it, install a newer "

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from laconic.api import reduce_, restore_
 from laconic.checkpoints.meta_build import build_within
 from laconic.checkpoints.model_spec import build
-from laconic.checkpoints.save_load import Place, load_strictly, read_safetensors
+from laconic.checkpoints.save_load import Place, load_strictly
+from laconic.checkpoints.saved_files import read_safetensors
 from laconic.core import limits
 from laconic.core.method import Method, resolve
 from laconic.core.schedule import Schedule

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors.torch import save as to_bytes
 from torch import nn
 
 from laconic.checkpoints.model_spec import describe_model
-from laconic.checkpoints.save_load import FORMAT, RECORD, WEIGHTS
+from laconic.checkpoints.saved_files import FORMAT, write_model
 from laconic.core.backbone import unwrapped
-from laconic.core.files import write_atomically
-from laconic.data.model_record import record_metadata, record_of
+from laconic.data.model_record import record_of
 
 
 def save_plain(model: nn.Module, directory: Path, *, model_args: Mapping[str, Any] | Literal["omit"] | None = None) -> None:
@@ -36,6 +33,4 @@ def save_plain(model: nn.Module, directory: Path, *, model_args: Mapping[str, An
     record = {"laconic": __version__, "format": FORMAT, "model": entry, "method": None, "schedule": None}
     if data := record_of(model):
         record["data"] = data
-    weights = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in model.state_dict().items()}
-    write_atomically(directory / WEIGHTS, to_bytes(weights, metadata=record_metadata(model) or {"format": "pt"}))
-    write_atomically(directory / RECORD, json.dumps(record, indent=2) + "\n")
+    write_model(directory, model.state_dict(), record)

@@ -8,7 +8,6 @@ the Hugging Face Hub.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -17,35 +16,31 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from laconic.api import reduce_, restore_
 from laconic.checkpoints import transformers_spec
 from laconic.checkpoints.meta_build import build_within, check_reducers
 from laconic.checkpoints.model_spec import build, describe_model, mismatch
+from laconic.checkpoints.saved_files import FORMAT, RECORD, WEIGHTS, read_record, read_safetensors, write_model
 from laconic.core import limits
-from laconic.core.arguments import check_compute, fill
-from laconic.core.backbone import unwrapped
-from laconic.core.files import follow_umask, unfinished, writing
-from laconic.core.method import Method, resolve
+from laconic.core.backbone import path_of, unwrapped
+from laconic.core.method import COMPOSED, METHODS, Method, resolve
 from laconic.core.schedule import Schedule
 from laconic.core.token_reduction import find_reduction
-from laconic.core.values import check_nesting, is_whole, shown
-from laconic.data.model_record import check_record, record_of, set_record
+from laconic.core.values import shown
+from laconic.data.model_record import record_of, set_record
 from laconic.methods.ops import as_in_0_1
 
-WEIGHTS, RECORD, FORMAT = "model.safetensors", "laconic.json", 1
 Place = str | os.PathLike[str]
 
 
 def save(model: nn.Module, directory: Place, *, model_args: Mapping[str, Any] | Literal["omit"] | None = None) -> None:
     """Write a reduced model to a directory that `load` can read.
 
-    The weights keep their dtype; training state (drop path, frozen parameters) is not written. Both files are written in full
-    to a temporary directory and then moved, so that a failed write does not change the existing files. Wrappers
-    (DataParallel, DDP, averaged models, torch.compile) are removed.
+    The weights keep their dtype; training state (drop path, frozen parameters) is not written. A write that fails or is killed
+    leaves the old model or the new one (see `laconic.checkpoints.saved_files`). Wrappers (DataParallel, DDP, averaged models,
+    torch.compile) are removed.
 
     Args:
         model: a reduced model, or a wrapper of one.
@@ -55,8 +50,8 @@ def save(model: nn.Module, directory: Place, *, model_args: Mapping[str, Any] | 
             ``model=``; this is always so for models of other libraries.
 
     Raises:
-        ValueError: the model is not reduced, timm does not build it from its name and ``model_args``, or an option cannot be
-            written as JSON; nothing is written.
+        ValueError: the model is not reduced, its method is not registered, timm does not build it from its name and
+            ``model_args``, or an option cannot be written as JSON; nothing is written.
         NotADirectoryError: the path is a file.
         Unwritable: the directory cannot be written, or there is no room (the message has the sizes).
     """
@@ -69,6 +64,7 @@ def save(model: nn.Module, directory: Place, *, model_args: Mapping[str, Any] | 
             f"nothing was saved to {directory}: this {type(model).__name__} is not reduced. Call laconic.reduce_ first; save "
             "the weights of a plain model with torch.save(model.state_dict(), file)"
         )
+    _check_registered(reduction.config, directory)
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"{directory} is a file; laconic.save takes a directory")
     transformers = transformers_spec.knows(model) and model_args != "omit"
@@ -81,18 +77,23 @@ def save(model: nn.Module, directory: Place, *, model_args: Mapping[str, Any] | 
         record["compute"] = reduction.compute
     if record_of(model):
         record["data"] = record_of(model)
-    try:
-        text = json.dumps(record, indent=2) + "\n"
-    except TypeError as error:
-        raise ValueError(f"nothing was saved to {directory}: an option of the method is not plain JSON ({error})") from error
-    weights = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in model.state_dict().items()}
-    size = sum(tensor.nbytes for tensor in weights.values()) + len(text)
-    with unfinished(directory / WEIGHTS, size) as place, writing(directory / WEIGHTS, size):
-        save_file(weights, place / WEIGHTS, metadata={"format": "pt"})
-        (place / RECORD).write_text(text, encoding="utf-8")
-        for name in (WEIGHTS, RECORD):
-            follow_umask(place / name)
-            os.replace(place / name, directory / name)
+    write_model(directory, model.state_dict(), record)
+
+
+def _check_registered(config: Method, directory: Path) -> None:
+    """Refuse a method that `load` would not find by its name."""
+    for member in getattr(config, "members", ()):  # of a chain
+        _check_registered(member, directory)
+    if COMPOSED.get(config.describe()["name"]) is type(config):
+        return
+    row = METHODS.get(config.info.name)
+    if row is None or path_of(row.config) != path_of(type(config)):
+        name = config.info.name if row is None else type(config).__name__  # a subclass has the name of its base
+        raise ValueError(
+            f"nothing was saved to {directory}: the method {name} is not registered, so laconic.load could not "
+            'build it. Give it a config class with @laconic.method("NAME", ...), as docs/new-method.md shows, and reduce the '
+            "model by that name; or save the weights alone: torch.save(model.state_dict(), file)"
+        )
 
 
 def load(directory: Place, *, model: nn.Module | None = None, device: str | torch.device = "cpu") -> nn.Module:
@@ -176,20 +177,6 @@ def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], source: str, 
     model.load_state_dict(weights, strict=True)
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file, on the CPU.
-
-    Raises:
-        FileNotFoundError: the file is missing. ValueError: the file is damaged.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; copy it there, or save the model again")
-    try:
-        return load_file(path)
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or cut short ({error}); copy or download it again") from error
-
-
 def _existing(directory: Place) -> Path:
     path = Path(directory)
     if path.is_dir():
@@ -205,58 +192,6 @@ def _existing(directory: Place) -> Path:
             f"laconic.from_pretrained({str(directory)!r})"
         )
     raise FileNotFoundError(f"there is no directory {path}; laconic.load takes the directory that laconic.save wrote")
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """Read a ``laconic.json``; its method and schedule are None for a model that is not reduced.
-
-    Raises:
-        FileNotFoundError: it is missing. ValueError: it is damaged, of a newer format, or asks for too much memory.
-    """
-    if not path.is_file():
-        advice = ""
-        if (path.parent / WEIGHTS).is_file():
-            advice = (
-                f"; if {WEIGHTS} in it are the weights of a timm model, give that model's name, and the file with --weights"
-            )
-        raise FileNotFoundError(
-            f"{path} is missing, so {path.parent} is not a directory that laconic.save has finished{advice}"
-        )
-    try:
-        record = limits.read_json(path)
-        check_nesting(record)
-    except limits.TooLarge:
-        raise
-    except ValueError as error:  # not JSON, or not text
-        raise ValueError(f"{path} is damaged ({error}); copy or download it again, or save the model again") from error
-    found = record.get("format") if isinstance(record, dict) else None
-    if is_whole(found) and found > FORMAT:
-        raise ValueError(
-            f"{path} has format {found}, written by laconic {record.get('laconic')}; this version reads up to {FORMAT}: "
-            "pip install --upgrade laconic"
-        )
-    parts = ("model",) if _has_no_method(record) else ("model", "method", "schedule")
-    if found is None or not all(isinstance(record.get(part), dict) for part in parts):
-        raise ValueError(f"{path} is not a record of laconic.save: it must hold format, model, method and schedule")
-    if not is_whole(found) or found < 1:
-        raise ValueError(f"{path}: format must be a whole number from 1 to {FORMAT}, not {shown(found)}")
-    try:
-        fill(record.get("restore"))
-        record.setdefault("compute", record.pop("rows", None))  # its name in version 0.1
-        check_compute(record["compute"])
-        check_record(record.get("data", {}))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    options = (record["method"] or {}).get("options", {})
-    sizes = {name: value for name, value in options.items() if name != "seed"} if isinstance(options, dict) else {}
-    limits.check_numbers({"model": record["model"], "options": sizes, "schedule": record["schedule"]}, str(path))
-    return record
-
-
-def _has_no_method(record: Any) -> bool:
-    """Return True for the record of a model that is not reduced."""
-    absent = object()
-    return isinstance(record, dict) and all(record.get(part, absent) is None for part in ("method", "schedule"))
 
 
 def _read_method(path: Path, record: dict[str, Any]) -> tuple[Method, Schedule]:

@@ -16,7 +16,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from laconic.checkpoints.official_weights import read_file
-from laconic.checkpoints.save_load import RECORD, WEIGHTS, load_strictly, read_record
+from laconic.checkpoints.save_load import load_strictly
+from laconic.checkpoints.saved_files import RECORD, WEIGHTS, read_record
 from laconic.core import limits
 from laconic.core.files import Refusal
 from laconic.core.token_reduction import find_reduction
@@ -54,10 +55,7 @@ def start_from(place: Path, name: str, classes: int, options: Mapping[str, Any],
     _check_architecture(place, record, name, options)
     fresh = create(name, num_classes=classes, **options)
     try:
-        held = limits.check_file(file)
-        content, notes = _unwrapped(read_file(file), file)
-        limits.check_tensors(content, str(file), held)
-        weights, more = _without_prefix(content, fresh)
+        weights, notes = read_weights(file, fresh)
         learned = {key: weights.pop(key) for key in list(weights) if key.startswith(OWN)}
         changes = _fill(fresh, weights, str(file), lambda found: _as_timm(name, found, weights, options, create))
     except Exception as error:  # the readers of three libraries raise many kinds
@@ -67,7 +65,7 @@ def start_from(place: Path, name: str, classes: int, options: Mapping[str, Any],
             "model.options to the model that the file is of"
         ) from error
     method = "" if record is None else (record["method"] or {}).get("name", "")
-    return Start(fresh, (*notes, *more, *changes), learned, method)
+    return Start(fresh, (*notes, *changes), learned, method)
 
 
 def take_learned(student: nn.Module, start: Start) -> str:
@@ -91,6 +89,21 @@ def take_learned(student: nn.Module, start: Start) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ reading
+def read_weights(file: Path, model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
+    """Read the tensors of a file under the names of a model, and notes on other copies and parts that the file has.
+
+    Averaged weights are preferred, as timm does.
+
+    Raises:
+        OSError, ValueError: the file cannot be read, is no file of weights, or claims far more than it holds.
+    """
+    held = limits.check_file(file)
+    content, notes = _unwrapped(read_file(file), file)
+    limits.check_tensors(content, str(file), held)
+    weights, more = _without_prefix(content, model)
+    return weights, [*notes, *more]
+
+
 def _file_of(place: Path) -> Path:
     if place.is_dir():
         if (place / WEIGHTS).is_file():

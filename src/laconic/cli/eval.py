@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from laconic.analysis import machine
+from laconic.analysis.evaluate import Answers
 from laconic.analysis.per_class import Confusion
 from laconic.analysis.timing import Setting
 from laconic.cli import per_class as classes
@@ -22,6 +24,7 @@ from laconic.cli.variants import Variant, as_reduced, pairs, parse_methods, redu
 from laconic.core.files import Refusal, check_output_file, write_atomically
 from laconic.core.method import METHODS, Method
 from laconic.core.token_reduction import find_reduction
+from laconic.data import ImageSet
 from laconic.data import Report as DataReport
 from laconic.models.scenes import has_scorer, load_scorer
 
@@ -86,7 +89,7 @@ def eval_(
 
     Args:
         model: timm name, a directory that laconic.save wrote, or a file that laconic export wrote (.onnx, .xml, .pt2).
-        data: scenes, digits, a folder of images (with a folder for each split, or for each class), a .tar, or a timm
+        data: scenes, digits, cutouts, a folder of images (with one for each split, or for each class), a .tar, or a timm
             name (hfds/..., torch/...).
         reading: images to read.
         method: a method to evaluate, next to the unreduced model.
@@ -117,20 +120,24 @@ def eval_(
         with reported(report):
             write_atomically(output, scores.to_csv(model, report.rows))
             write_atomically(output.with_suffix(".json"), json.dumps(report.to_json(), indent=2) + "\n")
+            if report.classes:
+                files = tuple(classes.write(output, report.classes, report.data))
+                report = dataclasses.replace(report, files=files)
     return report
 
 
 def _of_file(model: str, data: str, reading: Reading, asked: dict[str, Any]) -> EvalReport:
-    names = ("method", "keep", "options", "weights", "model_args", "per_class")
+    names = ("method", "keep", "options", "weights", "model_args")
     refused = {name: asked[name] for name in names}
     refused |= {"device": asked["device"] == "cuda", "dtype": asked["dtype"] != "float32"}
     found = evaluate_file(model, data, reading, refused)
     here = {**machine.environment(Setting(rounds=1, device="cpu")), "runtime": found.runtime, "dtype": found.precision}
     here = {name: fact for name, fact in here.items() if name not in ("rounds", "compiled")}
     notes = (f"the file ran in {found.runtime}", *found.notes, *notes_on([found.row]))
-    read = DataReport.of(found.images, found.unreadable)
+    read = DataReport.of(found.images, found.answers.unreadable)
     title = f"{data}, {reading.split}"
-    return EvalReport(model, title, found.weights, (found.row,), read, here, command("eval", model, asked), notes)
+    facts = (model, title, found.weights, (found.row,), read, here, command("eval", model, asked), notes)
+    return EvalReport(*facts, _named(facts[3], [found.answers], found.images) if asked["per_class"] else ())
 
 
 def _of_model(model: str, data: str, reading: Reading, setting: Setting, asked: dict[str, Any]) -> EvalReport:
@@ -145,11 +152,13 @@ def _of_model(model: str, data: str, reading: Reading, setting: Setting, asked: 
     notes = (*eval_input.notes, *scorer_notes(variants, eval_input), *notes_on(rows))
     title = f"{data}, {reading.split}"
     facts = (model, title, eval_input.weights, tuple(rows), read, here, command("eval", model, asked), notes)
-    if not asked["per_class"]:
-        return EvalReport(*facts)
-    every, output = zip(rows, (said, *(answers for _, answers in others)), strict=True), asked["output"]
-    named = tuple((row.label, Confusion.of(answers, eval_input.images.classes)) for row, answers in every)
-    return EvalReport(*facts, named, tuple(classes.write(output, named, title)) if output is not None else ())
+    every = [said, *(answers for _, answers in others)]
+    return EvalReport(*facts, _named(rows, every, eval_input.images) if asked["per_class"] else ())
+
+
+def _named(rows: Sequence[Score], every: Sequence[Answers], images: ImageSet) -> classes.Named:
+    """Return the confusion matrix of each row by its label."""
+    return tuple((row.label, Confusion.of(answers, images.classes)) for row, answers in zip(rows, every, strict=True))
 
 
 def check_output(output: Path | None) -> None:

@@ -4,34 +4,30 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
-from laconic.analysis.evaluate import answers
+from laconic.analysis.evaluate import Answers, answers, loader_of
 from laconic.cli.eval_input import GENERATED, Reading
 from laconic.cli.scores import Score
 from laconic.core.files import Refusal
 from laconic.core.schedule import Schedule
-from laconic.data import ImageSet, Prepared, Unreadable, find_data, open_images
-from laconic.data.model_record import one_form
+from laconic.data import ImageSet, Prepared, find_data, open_images
+from laconic.data.classes import by_names, order_notes
 from laconic.exporting import RUNTIMES, ExportedFile, open_exported
 from laconic.exporting.reading import KINDS, FileModel
-
-SHOWN = 5  # class names in a message
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The row of an exported file, the images and those that could not be read, a line on its weights, and notes."""
+    """The row of an exported file, its answers for the images, a line on its weights, and notes."""
 
     row: Score
     images: ImageSet
-    unreadable: tuple[Unreadable, ...]
+    answers: Answers
     weights: str
     runtime: str
     precision: str
@@ -53,9 +49,12 @@ def evaluate_file(model: str, data: str, reading: Reading, refused: dict[str, An
         refused: options that an exported file cannot have, with their values; all must be empty.
 
     Raises:
-        Refusal: there is no such file, one of these options is given, or the classes of the data are not those of the file.
-        ValueError, FileNotFoundError, ImportError: as `open_exported` and `laconic.data.open_images`.
+        Refusal: there is no such file, or one of these options is given.
+        ValueError, FileNotFoundError, ImportError: as `open_exported`, `laconic.data.open_images` and
+            `laconic.data.classes.by_names`.
     """
+    from timm.data import create_transform  # type: ignore[attr-defined]
+
     given = [f"--{name.replace('_', '-')}" for name, value in refused.items() if value]
     if given:
         raise Refusal(
@@ -67,54 +66,24 @@ def evaluate_file(model: str, data: str, reading: Reading, refused: dict[str, An
     file = open_exported(Path(model))
     config, notes = _preprocessing(file, reading.crop)
     name, root = find_data(data)
-    images = open_images(name, reading.split, root, reading.limit)
-    if name in GENERATED:  # as large as the model takes them
-        images = open_images(name, reading.split, root, reading.limit, file.image[1])
+    size = {"size": file.image[1]} if name in GENERATED else {}  # as large as the model takes them
+    images = open_images(name, reading.split, root, reading.limit, labelling=reading, **size)
+    images, named = by_names(images, file.classes or (), model, reading)
     outputs = _outputs(file)
-    order = None if file.classes is None else match_classes(file.classes, images.classes, outputs, model)
-    if order is None and outputs != len(images.classes):
+    if not named and outputs != len(images.classes):
         notes.append(
             f"the file has {outputs} outputs without names and the data has {len(images.classes)} classes: labels are numbers "
             "from 0 in the order of the data's class names, and unless these are the model's first ones, the accuracies mean "
             "nothing"
         )
-    said = answers(FileModel(file, order), _loader(images, config, reading), title=Path(model).name)
+    elif not named and images.source and not file.random:  # folders and tars; other data has an order of its own
+        notes += order_notes(images)
+    prepared = Prepared(images, create_transform(**config, is_training=False), replace=False)
+    loader = loader_of(prepared, file.image, reading.batch_size, reading.workers)
+    said = answers(FileModel(file), loader, title=Path(model).name)
     weights = file.facts.get("weights") or "the file does not say where its weights come from"
     row = _row(file, said.accuracy, config)
-    return Evaluated(
-        row, images, said.unreadable, weights, RUNTIMES[file.to], file.facts.get("precision", "float32"), tuple(notes)
-    )
-
-
-def match_classes(theirs: Sequence[str], ours: Sequence[str], outputs: int, file: str) -> torch.Tensor:
-    """Return the numbers of the outputs in the order of the data's classes, matched by name; the other outputs follow.
-
-    Args:
-        theirs: names of the file's outputs.
-        ours: names of the data's classes.
-        outputs: number of the file's outputs.
-        file: path of the file, for the message.
-
-    Raises:
-        Refusal: a class of the data is not among those of the file.
-    """
-    place = {one_form(name): number for number, name in enumerate(theirs)}
-    names = [one_form(name) for name in ours]
-    unknown = [name for name in names if name not in place]
-    if unknown:
-        unused = [name for name in place if name not in set(names)]
-        raise Refusal(
-            f"the data has {_some(unknown)}, which {file} does not know; it also knows {_some(unused)}. Rename the folders of "
-            "the data after the classes of the file, or evaluate on the data that the model was trained for"
-        )
-    first = [place[name] for name in names]
-    return torch.tensor([*first, *sorted(set(range(outputs)) - set(first))])
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    word = "class" if len(names) == 1 else "classes"
-    return f"the {word} {', '.join(map(repr, names[:SHOWN]))}{more}" if names else "no other class"
+    return Evaluated(row, images, said, weights, RUNTIMES[file.to], file.facts.get("precision", "float32"), tuple(notes))
 
 
 def _preprocessing(file: ExportedFile, crop: float | None) -> tuple[dict[str, Any], list[str]]:
@@ -143,13 +112,6 @@ def _outputs(file: ExportedFile) -> int:
             f"expected logits [images, classes] from {file.path}, got {list(out.shape)}; export a model with a classifier"
         )
     return int(out.shape[1])
-
-
-def _loader(images: ImageSet, config: dict[str, Any], reading: Reading) -> DataLoader[Any]:
-    from timm.data import create_transform  # type: ignore[attr-defined]
-
-    prepared = Prepared(images, create_transform(**config, is_training=False), replace=False)
-    return DataLoader(prepared, reading.batch_size, num_workers=reading.workers, generator=torch.Generator())
 
 
 def _row(file: ExportedFile, found: Any, config: dict[str, Any]) -> Score:

@@ -123,7 +123,7 @@ def _with_weights(name: str, path: Path | None, args: dict[str, Any], classes: i
     record = record_in(path)
     model = create(name, **{"num_classes": len(record.get("classes", ())) or classes, **args})
     try:
-        fill(model, path)
+        line = f"the weights of {name} come from {fill(model, path)}"
         if record:
             set_record(model, record)
     except Exception as error:  # the readers of two libraries raise many kinds
@@ -132,7 +132,7 @@ def _with_weights(name: str, path: Path | None, args: dict[str, Any], classes: i
             f"--weights {path} does not hold the weights of {name} with {classes} classes: {' '.join(lines[:2]).strip()}; "
             "--model-args num_classes=N sets the number of classes"
         ) from error
-    return Loaded(model, f"the weights of {name} come from {path}", False)
+    return Loaded(model, line, False)
 
 
 def parse_args(texts: Sequence[str]) -> dict[str, Any]:

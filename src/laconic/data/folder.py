@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +72,7 @@ class FolderImages(ImageSet):
         number = {name: i for i, name in enumerate(self.classes)}
         self.files = [path for path, _ in found.files]
         self.labels = [number[label] for _, label in found.files]
-        self.ignored, self.notes = found.ignored, found.notes
+        self.ignored, self.notes, self.links = found.ignored, found.notes, found.links
         self.source = str(self.folder.resolve())
         if self.folder == root:
             self.notes = (f"no folder for the split {split!r} in {root}: all of it was read", *self.notes)
@@ -90,6 +92,18 @@ class FolderImages(ImageSet):
 
     def name(self, i: int) -> str:
         return self.files[i]
+
+    def real_file(self, i: int) -> str:
+        if self.files[i] in self.links:
+            return os.path.realpath(self.folder / self.files[i])
+        above, name = os.path.split(self.files[i])
+        return os.path.join(_real_folder(self.folder, above), name)
+
+
+@functools.lru_cache(4096)
+def _real_folder(folder: Path, below: str) -> str:
+    """Return the path of a folder without links: few folders hold many images, which are found one after another."""
+    return os.path.realpath(folder / below)
 
 
 def _nothing(root: Path, folder: Path, found: Found) -> str:

@@ -34,8 +34,8 @@ def find_labelled(folder: Path, table: Path) -> Found:
         ValueError: the file cannot be read as a table of images and classes, it names an image twice with two classes, or
             several files have a name in it.
     """
-    paths, others, skipped = list[str](), list[str](), list[str]()
-    for parts, _, names in walk(folder, skipped):
+    paths, others, skipped, linked = list[str](), list[str](), list[str](), set[str]()
+    for parts, _, names in walk(folder, skipped, linked):
         for name in names:
             hidden = any(map(is_hidden, parts)) or not is_image(name)
             (others if hidden else paths).append(os.path.join(*parts, name))
@@ -61,7 +61,7 @@ def find_labelled(folder: Path, table: Path) -> Found:
     files.sort(key=lambda item: natural(item[0]))
     others = [path for path in others if Path(folder, path) != table]
     classes = sorted(set(wanted.values()), key=natural)
-    return Found(tuple(files), tuple(classes), tuple(sorted(others, key=natural)), tuple(notes))
+    return Found(tuple(files), tuple(classes), tuple(sorted(others, key=natural)), tuple(notes), frozenset(linked))
 
 
 def _rows(table: Path) -> list[list[str]]:

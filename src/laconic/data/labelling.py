@@ -119,6 +119,9 @@ class Renumbered(ImageSet):
     def name(self, i: int) -> str:
         return self.whole.name(i)
 
+    def real_file(self, i: int) -> str:
+        return self.whole.real_file(i)
+
     def labels_of_all(self) -> Iterator[int]:
         return (self.numbers[label] for label in self.whole.labels_of_all())
 

@@ -42,20 +42,22 @@ def is_clutter(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Found:
-    """The contents of a folder: images with their class names, all classes, ignored files, and remarks."""
+    """The contents of a folder: images with their class names, all classes, ignored files, remarks, files that are links."""
 
     files: tuple[tuple[str, str], ...]  # path below the folder, class name
     classes: tuple[str, ...]
     ignored: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    links: frozenset[str] = frozenset()
 
 
 # ------------------------------------------------------------------------------------------------ walking
-def walk(folder: Path, skipped: list[str]) -> Iterator[tuple[Parts, list[str], list[str]]]:
+def walk(folder: Path, skipped: list[str], linked: set[str]) -> Iterator[tuple[Parts, list[str], list[str]]]:
     """Yield every folder: its path in parts, the folders in it and the files in it. No real folder is entered twice.
 
     Links to folders are followed after all others, so that a folder is found by its own path first. ``skipped`` receives the
-    links that lead to a folder that was entered before, or to one that contains ``folder``.
+    links that lead to a folder that was entered before, or to one that contains ``folder``; ``linked`` receives the files that
+    are links.
 
     Raises:
         OSError: a folder cannot be read.
@@ -75,7 +77,9 @@ def walk(folder: Path, skipped: list[str]) -> Iterator[tuple[Parts, list[str], l
         folders = [entry for entry in listed if entry.is_dir()]
         for entry in folders:
             (links if entry.is_symlink() else waiting).append((*parts, entry.name))
-        yield parts, [entry.name for entry in folders], [entry.name for entry in listed if not entry.is_dir()]
+        files = [entry for entry in listed if not entry.is_dir()]
+        linked.update(os.path.join(*parts, entry.name) for entry in files if entry.is_symlink())
+        yield parts, [entry.name for entry in folders], [entry.name for entry in files]
 
 
 def find_images(folder: Path, rule: str = "auto") -> Found:
@@ -89,8 +93,8 @@ def find_images(folder: Path, rule: str = "auto") -> Found:
         OSError: a folder cannot be read.
     """
     images, empty = list[tuple[Parts, str]](), list[Parts]()
-    ignored, skipped = list[str](), list[str]()
-    for parts, folders, names in walk(folder, skipped):
+    ignored, skipped, linked = list[str](), list[str](), set[str]()
+    for parts, folders, names in walk(folder, skipped, linked):
         if not parts or any(map(is_hidden, parts)):
             ignored += [os.path.join(*parts, name) for name in names]
             continue
@@ -109,7 +113,8 @@ def find_images(folder: Path, rule: str = "auto") -> Found:
         notes.append(f"{len(skipped):,} links lead to folders that are read already and were not followed: {some(skipped)}")
     if rule == "auto" and any(len(parts) > 1 for parts, _ in images):
         notes.append("class folders lie below other folders: the innermost one names the class (--class-folder top: the first)")
-    return Found(tuple(files), tuple(sorted(classes, key=natural)), tuple(sorted(ignored, key=natural)), tuple(notes))
+    in_order, others = tuple(sorted(classes, key=natural)), tuple(sorted(ignored, key=natural))
+    return Found(tuple(files), in_order, others, tuple(notes), frozenset(linked))
 
 
 # ------------------------------------------------------------------------------------------------ the class of an image

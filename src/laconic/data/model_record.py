@@ -17,6 +17,7 @@ from laconic.core.backbone import unwrapped
 from laconic.core.values import parsed, shown
 
 RECORD = "laconic_data"  # name of the attribute
+CARRIED = "laconic"  # entry of the metadata of weights: laconic.json, which has the record under ``data``
 NUMBERS = {"mean": 3, "std": 3}  # entries of the preprocessing that are lists of numbers
 
 
@@ -36,14 +37,6 @@ def set_record(model: nn.Module, record: Mapping[str, Any]) -> None:
     setattr(unwrapped(model), RECORD, dict(record))
 
 
-def record_metadata(model: nn.Module) -> dict[str, str]:
-    """Return the record of a model as metadata for a safetensors file; empty if there is none.
-
-    It is one entry, since safetensors writes several in any order, and equal models should give equal files.
-    """
-    return {RECORD: json.dumps(record)} if (record := record_of(model)) else {}
-
-
 def record_in(path: Path) -> dict[str, Any]:
     """Return the record in the metadata of a safetensors file; empty if there is none, and for other files.
 
@@ -56,10 +49,13 @@ def record_in(path: Path) -> dict[str, Any]:
 
     try:
         with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get(RECORD)
+            metadata = file.metadata() or {}
     except (SafetensorError, OSError):
         return {}  # who reads the weights says so
-    return {} if text is None else check_record(parsed(json.loads, text))
+    if CARRIED in metadata:
+        whole = parsed(json.loads, metadata[CARRIED])
+        return check_record(whole.get("data", {}) if isinstance(whole, dict) else whole)
+    return check_record(parsed(json.loads, metadata[RECORD])) if RECORD in metadata else {}  # an earlier form
 
 
 def check_record(record: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from laconic.core.suggestions import nearest_names
+from laconic.data.cutout_splits import open_cutouts
 from laconic.data.folder import FolderImages
 from laconic.data.generated import Digits, Scenes
 from laconic.data.labelling import TIMM, Labelling, check_plain, ordered
@@ -13,7 +14,7 @@ from laconic.data.pictures import ImageSet, Part
 from laconic.data.tar import TarImages
 
 PREFIXES = ("tar", "hfds", "torch")
-NAMES = ("scenes", "digits", *(f"{prefix}/" for prefix in PREFIXES))
+NAMES = ("scenes", "digits", "cutouts", *(f"{prefix}/" for prefix in PREFIXES))
 
 
 def open_images(
@@ -28,19 +29,20 @@ def open_images(
     """Open a split of a set of images; its order is always the same.
 
     Args:
-        name: ``scenes`` (generated), ``digits`` (from scikit-learn), ``""`` (a folder of images or a tar at ``root``), or one
-            of timm's names: ``tar/FILE``, ``hfds/NAME``, ``torch/NAME``.
+        name: ``scenes`` (generated), ``digits`` (from scikit-learn), ``cutouts`` (of the photographs that ``laconic data
+            cutouts`` downloads), ``""`` (a folder of images or a tar at ``root``), or one of timm's names: ``tar/FILE``,
+            ``hfds/NAME``, ``torch/NAME``.
         split: train, val or test, or another split of the data set. ``validation`` is an alias of val.
         root: folder of the images; ``root/<split>/<class>/...`` if there is such a folder, else ``root/<class>/...``.
         limit: number of images (scenes: the first ones; other sets: evenly spaced), 0 for all.
         size: pixels a side of scenes and digits; other sets keep their own sizes.
-        seed: seed of the scenes.
+        seed: seed of the scenes and cutouts.
         labelling: how images get their classes, and the order of the classes.
 
     Raises:
         ValueError: the data set or the split is unknown, it has no images, its classes are not clear or not those of the
             class map, it is a stream, or a number is out of range.
-        FileNotFoundError: there is nothing at ``root``, or no such class map or label file.
+        FileNotFoundError: there is nothing at ``root``, no such class map or label file, or no photographs.
         NotADirectoryError: ``root`` is a file that is not a tar.
         ImportError: the data set needs a package that is not installed.
     """
@@ -50,15 +52,17 @@ def open_images(
         check_plain(labelling, name)
     if name == "scenes":
         return ordered(labelling, Scenes(split, limit, size, seed))
-    whole = ordered(labelling, _whole(name, split, root, size, labelling))
+    whole = ordered(labelling, _whole(name, split, root, size, seed, labelling))
     return Part(whole, limit) if 0 < limit < len(whole) else whole
 
 
-def _whole(name: str, split: str, root: Path | None, size: int, labelling: Labelling) -> ImageSet:
+def _whole(name: str, split: str, root: Path | None, size: int, seed: int, labelling: Labelling) -> ImageSet:
     prefix, slash, rest = name.partition("/")
     prefix = prefix.lower()
     if name == "digits":
         return Digits(split, size)
+    if name == "cutouts":
+        return open_cutouts(split, seed)
     if not name:
         if root is None:
             raise ValueError(f"give the folder of the images, or the name of a data set: {', '.join(NAMES)}")

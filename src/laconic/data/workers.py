@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,19 @@ MESSAGES = ("shared memory", "bus error", "/torch_", "shm_open")  # in torch's e
 
 
 def begin(_: int) -> None:
-    """Set up a worker; for ``worker_init_fn`` of a DataLoader."""
+    """Set up a worker; for ``worker_init_fn`` of a DataLoader.
+
+    If the main process is interrupted while it takes a batch, the thread of a worker that hands over the shared memory finds
+    its connection closed. That is no error of the worker, and it prints nothing.
+    """
     signals.leave_to_main_process()
+    said = sys.excepthook
+
+    def hook(kind: Any, error: Any, trace: Any) -> None:
+        if not issubclass(kind, ConnectionError | EOFError):
+            said(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 def check_shared_memory(workers: int, batch: int) -> None:

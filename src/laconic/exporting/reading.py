@@ -62,27 +62,20 @@ class ExportedFile:
 
 
 class FileModel(nn.Module):
-    """An exported file as a module: images [B, channels, height, width] to its first output.
+    """An exported file as a module: images [B, channels, height, width] to its first output."""
 
-    Args:
-        file: the file.
-        order: numbers of the file's outputs in the order to return them in; None for the file's own order.
-    """
-
-    def __init__(self, file: ExportedFile, order: Tensor | None = None) -> None:
+    def __init__(self, file: ExportedFile) -> None:
         super().__init__()
-        self.file, self.order = file, order
+        self.file = file
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return the first output; a file for a fixed batch gets full batches, the last one filled with zeros."""
         size = self.file.batch
         if size is None:
-            out = self.file.run(pixels)[0]
-        else:
-            missing = -len(pixels) % size
-            filled = torch.cat([pixels, pixels.new_zeros(missing, *pixels.shape[1:])])
-            out = torch.cat([self.file.run(part)[0] for part in torch.split(filled, size)])[: len(pixels)]
-        return out if self.order is None else out[:, self.order]
+            return self.file.run(pixels)[0]
+        missing = -len(pixels) % size
+        filled = torch.cat([pixels, pixels.new_zeros(missing, *pixels.shape[1:])])
+        return torch.cat([self.file.run(part)[0] for part in torch.split(filled, size)])[: len(pixels)]
 
 
 def open_exported(path: Path, threads: int | None = None) -> ExportedFile:
