@@ -38,6 +38,7 @@ PARKING = {name for name, row in laconic.methods().items() if row.rest.startswit
 FIXED = {"conv-pool", "mlp-pool", "patchmerger", "sinkhorn", "sit", "tokenlearner"}  # learned for one number of tokens
 MIXERS = {name for name, row in laconic.methods().items() if row.rest.startswith("mixed")}  # every token goes everywhere
 AT = (1, 2, 3)
+BEFORE = {name for name, row in laconic.methods().items() if row.config.before_blocks}  # they work before the first block only
 
 
 def make(family, **changes):
@@ -75,13 +76,18 @@ def serves(method, family):
     return family != "parallel" or not row.config().build(SITE).overrides("between")
 
 
+def at(method, usual=AT):
+    """The reducing blocks of a method in these tests."""
+    return (0,) if method in BEFORE else usual
+
+
 def rate(method, keep=0.6):
     """Methods that decide for every image take no keep rate."""
     return None if method in VARIABLE else keep
 
 
 def reduced(method, family, keep=0.6, **changes):
-    model = laconic.reduce_(make(family, **changes), method, keep=rate(method, keep), at=AT, **options(method, family))
+    model = laconic.reduce_(make(family, **changes), method, keep=rate(method, keep), at=at(method), **options(method, family))
     fill(model.laconic)
     return model
 

@@ -6,7 +6,7 @@ import pickle
 import torch
 
 import laconic
-from families import AT, EVERY, VARIABLE, fill, rate
+from families import AT, EVERY, VARIABLE, at, fill, rate
 from laconic.methods.ops import class_attention, mean_query_attention
 from test_laws import Hidden
 
@@ -23,7 +23,7 @@ def run(kind, model, images):
 def reduced(kind, method, **more):
     """A reduced model of this kind, what the method has learned being random."""
     model = kind.make()
-    laconic.reduce_(model, method, **{"keep": rate(method), "at": AT, **kind.options(model, method), **more})
+    laconic.reduce_(model, method, **{"keep": rate(method), "at": at(method), **kind.options(model, method), **more})
     fill(laconic.core.token_reduction.reduction_of(model))
     return model
 
@@ -31,7 +31,7 @@ def reduced(kind, method, **more):
 def keeps_its_answer_where_nothing_is_reduced(kind, method):
     model, x = kind.make(), kind.images()
     expected = run(kind, model, x)
-    laconic.reduce_(model, method, keep=1.0, at=AT, **kind.options(model, method))
+    laconic.reduce_(model, method, keep=1.0, at=at(method), **kind.options(model, method))
     assert torch.equal(run(kind, model, x), expected)
 
 
@@ -42,7 +42,7 @@ def lets_tokens_leave(kind, method):
     counts = [36] + [stage.size.shape[1] for stage in laconic.provenance(model).stages]
     reduction = laconic.core.token_reduction.reduction_of(model)
     if method not in VARIABLE:
-        assert counts[1:] == [reduction.counts(36)[block] for block in AT]
+        assert counts[1:] == [reduction.counts(36)[block] for block in at(method)]
         assert counts == sorted(set(counts), reverse=True)
     assert counts[-1] < 36
     for stage in laconic.provenance(model).stages:
@@ -74,7 +74,7 @@ def can_be_undone(kind, method):
     model, x = kind.make(), kind.images()
     expected, keys = run(kind, model, x), {k: v.clone() for k, v in model.state_dict().items()}
     attributes = [set(vars(m)) for m in model.modules()]
-    laconic.reduce_(model, method, keep=rate(method), at=AT, **kind.options(model, method))
+    laconic.reduce_(model, method, keep=rate(method), at=at(method), **kind.options(model, method))
     own = [name for name in model.state_dict() if "laconic." not in name]
     assert own == list(keys)
     run(kind, model, x)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import laconic
-from families import AT, EVERY, FAMILIES, METHODS, fill, images, make, options, rate, serves
+from families import BEFORE, EVERY, FAMILIES, METHODS, at, fill, images, make, options, rate, serves
 
 # variable numbers, learned, parking, merging, dropping; and all there are: squeezing, looking ahead, and mixing too
 KINDS = ("ats", "dtps", "evovit", "tome", "topk")
@@ -37,8 +37,8 @@ def cases(*families, kinds=KINDS):
 
 def early(method):
     """Return blocks of four to reduce at, so that the last one has nothing to do but to answer; avit must work there."""
-    if method == "avit":
-        return AT
+    if method == "avit" or method in BEFORE:
+        return at(method)
     return (1, 2) if method in ("evovit", "kmedoids") else (0, 2)  # those go by the attention of the block before
 
 
@@ -50,7 +50,7 @@ def of_methods(kinds=KINDS):
 def reduced(method, family="plain", model=None, **more):
     """Return a reduced model (``model``, or a new one of the family); what its method learns is random, the same each time."""
     model = make(family) if model is None else model
-    given = {"keep": rate(method), "at": AT, **options(method, family), **more}
+    given = {"keep": rate(method), "at": at(method), **options(method, family), **more}
     if given.get("schedule") is not None:
         given = {name: value for name, value in given.items() if name not in ("keep", "at")}
     laconic.reduce_(model, method, **given)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from laconic.backbones.timm import _heads, _pooling, _unsupported_reason
 from laconic.core.backbone import ModelSpec, register_host
@@ -53,6 +53,12 @@ def _pool(readout: Any, own: Any, x: Tensor, pool_type: str | None = None, patch
     return out
 
 
+def _patch_layer(m: Any) -> tuple[nn.Module, tuple[int, int], str]:
+    embeds = m.embeds
+    last = embeds.is_linear and getattr(embeds, "channels_last", True)
+    return embeds.proj, tuple(embeds.patch_size), "hwc" if last else "chw"
+
+
 register_host(
     ModelSpec(
         path="timm.models.naflexvit.NaFlexVit",
@@ -67,6 +73,7 @@ register_host(
         unsupported_reason=_unsupported_reason,
         grid_of=lambda m, size: tuple(m.embeds.dynamic_feat_size(size)),
         patch_embed=lambda m: m.embeds,
+        patch_layer=_patch_layer,
         method_overrides=lambda m: [(m, "_forward_embeds", _forward_embeds), (m, "_pool", _pool)],
     )
 )

@@ -18,6 +18,11 @@ from laconic.core.tokens import Tokens
 Execution = Literal["packed", "padded", "masked"]
 
 
+def is_static() -> bool:
+    """Return True while a graph is traced (torch.compile, export): no decision may depend on the values of tensors."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
+
+
 class AdaptiveReducer(Reducer):
     """A reducer that hides tokens with `hide`. Hidden tokens are removed at inference and masked in training."""
 
@@ -55,6 +60,10 @@ class AdaptiveMethod(Method):
     execution: Execution = "packed"
 
     compacts: ClassVar[bool] = True  # True if hidden tokens may be removed for good
+
+    @property
+    def is_adaptive(self) -> bool:
+        return True
 
     def blocks(self, depth: int) -> tuple[int, ...]:
         """Return the paper's reducing blocks for a model of this depth."""

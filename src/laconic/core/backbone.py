@@ -117,6 +117,8 @@ class ModelSpec:
     # rows and columns of patches of an image [height, width]; None if not known (``grid`` is for the model's own size)
     grid_of: Callable[[Any, tuple[int, int]], tuple[int, int] | None] = lambda m, size: None
     patch_embed: Callable[[Any], nn.Module] = lambda m: m.patch_embed  # turns an image into tokens
+    # the layer that embeds patches, their height and width, and "chw" or "hwc"; None: the only convolution in ``patch_embed``
+    patch_layer: Callable[[Any], tuple[nn.Module, tuple[int, int], str]] | None = None
     # rows through each layer outside the blocks, by name, given the numbers of tokens before and after the blocks
     rows: Callable[[Any, int, int], dict[str, int]] | None = None
     # multiply-adds outside the blocks of matrix products that are not layers, given the same two numbers

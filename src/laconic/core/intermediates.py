@@ -35,7 +35,7 @@ def forward_intermediates(host: Any, own: Any, *args: Any, **kwargs: Any) -> Any
     if wanted not in ("NCHW", "NLC") or isinstance(image, dict):
         return own(host, *args, **kwargs)  # raises the model's own error
     bound.arguments["output_fmt"] = "NLC"
-    out, call = call_method(host, own, bound.args[1:], bound.kwargs)
+    out, call = call_method("forward_intermediates", host, own, bound.args[1:], bound.kwargs)
     reduction, history = call.reduction, call.history
     if history is None:
         return out

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from laconic.core.attention import AttentionView
 from laconic.core.block_context import BlockContext as BlockContext
 from laconic.core.from_dict import fit_options
+from laconic.core.patch_input import PatchInput
 from laconic.core.plugins import discover
 from laconic.core.schedule import Schedule, quarters
 from laconic.core.suggestions import nearest_names
@@ -32,7 +33,7 @@ Score = Literal[
 Rest = Literal[
     "dropped", "dropped and merged", "merged", "squeezed", "mixed", "parked", "skipped"
 ]  # of what happens to tokens that are not kept
-PHASES = ("before", "ahead", "between", "after", "watch")
+PHASES = ("embed", "before", "ahead", "between", "after", "watch")
 ARGUMENTS = ("keep", "at", "schedule", "budget", "restore", "compute", "example")  # those of `laconic.reduce_`, for messages
 
 OLD_FACTS = {"moment": "phase"}  # arguments of `method` in version 0.1
@@ -66,6 +67,10 @@ class Reducer(nn.Module):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.phases = frozenset(m for m in PHASES if getattr(cls, m) is not getattr(Reducer, m))
+
+    def embed(self, patches: PatchInput, n: int) -> PatchInput:
+        """Group the patches at the patch embedding (at block 0 only); ``before`` then finds ``tokens.per_token["group"]``."""
+        return patches
 
     def before(self, tokens: Tokens, n: int) -> Tokens:
         """Reduce at the input of the block (inter-block methods)."""
@@ -123,6 +128,7 @@ class Method:
     info: ClassVar[MethodInfo]
     accepts_keep: ClassVar[bool] = True  # True if it takes a keep rate
     removes_at_most_half: ClassVar[bool] = False  # True if it removes at most half of a block's tokens
+    before_blocks: ClassVar[bool] = False  # True if it works before the first block only
     old_options: ClassVar[Mapping[str, str]] = {}  # names of options in version 0.1 -> current names
     official_model: ClassVar[Mapping[str, Any]] = {}  # differences of the authors' model from a plain DeiT, as timm arguments
 
@@ -138,6 +144,11 @@ class Method:
         info = getattr(type(self), "info", None)
         for option, value in fit_options(self, type(self).__name__ if info is None else info.name).items():
             object.__setattr__(self, option, value)
+
+    @property
+    def is_adaptive(self) -> bool:
+        """True if each image of a batch may keep its own number of tokens (the method then has the option ``execution``)."""
+        return False
 
     @property
     def reads_positions(self) -> bool:
@@ -159,6 +170,18 @@ class Method:
     def counts(self, schedule: Schedule, depth: int, patches: int) -> tuple[int, ...]:
         """Return the patch tokens each block keeps; for an adaptive method, the largest number it may keep."""
         return schedule.counts(depth, patches, self.num_kept)
+
+    def targets(self, schedule: Schedule, depth: int, patches: int) -> dict[int, float]:
+        """Return the share of the initial patches that each reducing block is to keep (the target of a ratio loss)."""
+        return schedule.targets(depth, patches, self.num_kept)
+
+    def context(self, site: BlockContext) -> BlockContext:
+        """Return the context that the reducer of a block gets; a chain of methods gives each its own."""
+        return site
+
+    def trial(self, image: Tensor) -> Tensor:
+        """Return the image on which a reduced model is verified; a method that reduces only some images changes it."""
+        return image
 
     def may_rise(self) -> bool:
         """Return True if counts to keep may rise from block to block; a count above the block's input is then ignored."""
@@ -222,6 +245,7 @@ class MethodInfo:
 
 
 METHODS: dict[str, MethodInfo] = {}
+COMPOSED: dict[str, type[Method]] = {}  # configs that consist of methods (`laconic.Chain`), by their name in saved files
 M = TypeVar("M", bound=type[Method])
 
 
@@ -235,9 +259,9 @@ class Unregistered(Method):
     reducer: Reducer
 
     def __post_init__(self) -> None:
-        kinds = [phase for phase in PHASES if phase in self.reducer.phases and phase != "watch"]
+        kinds = [phase for phase in PHASES[1:-1] if phase in self.reducer.phases]
         if not kinds:
-            raise TypeError(f"{type(self.reducer).__name__} overrides none of {', '.join(PHASES[:4])}, so it reduces nothing")
+            raise TypeError(f"{type(self.reducer).__name__} overrides none of {', '.join(PHASES[1:-1])}, so it reduces nothing")
         name, between = type(self.reducer).__name__, "between" in kinds
         learns = next(self.reducer.parameters(), None) is not None
         phase = "between" if between else kinds[0]
@@ -304,10 +328,10 @@ def resolve(method: str | Method | Reducer, options: dict[str, Any]) -> Method:
         raise TypeError(f"method must be a name or a config such as laconic.ETPS(), not {given}")
     if method not in METHODS:
         discover()
-    if method not in METHODS:
+    if method not in METHODS and method not in COMPOSED:
         known = ", ".join(sorted(METHODS))
         raise LookupError(f"no method is called {method!r}.{nearest_names(method, list(METHODS))} There are: {known}")
-    config = METHODS[method].config
+    config = METHODS[method].config if method in METHODS else COMPOSED[method]
     options = renamed_options(config, options)
     known_options = [f.name for f in dataclasses.fields(config)]
     for name in options:

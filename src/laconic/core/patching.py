@@ -21,6 +21,7 @@ from torch import nn
 from laconic.core.backbone import ModelSpec, block_path, path_of
 from laconic.core.intermediates import forward_intermediates, refuse_layer_removal
 from laconic.core.links import LINK, BlockLink, ModelRef, PartLink
+from laconic.core.patch_layer import PatchLink, find_patch_layer, run_patch_layer
 from laconic.core.readout import pool, read
 from laconic.core.runtime import run_block, run_call
 from laconic.core.token_reduction import TokenReduction, passes_through
@@ -62,12 +63,16 @@ def attach(host: Any, entry: ModelSpec, reduction: TokenReduction) -> None:
     """Attach a reduction to a model: replace methods of the model and its blocks, and set ``model.laconic``."""
     for index, block in enumerate(entry.blocks(host)):
         through = passes_through(reduction, index, block)
-        link = BlockLink(reduction.ref, names_of(block), index, block_path(block), through)
-        replace(block, (("forward", checkpointed if checkpoints_itself(block) else run_block, None),), link)
+        facts = BlockLink(reduction.ref, names_of(block), index, block_path(block), through)
+        replace(block, (("forward", checkpointed if checkpoints_itself(block) else run_block, None),), facts)
     for module, methods in replaced_methods(host, entry).items():
         if module is not host:
             replace(module, methods, PartLink(reduction.ref, names_of(module)))
     replace(host, replaced_methods(host, entry)[host], PartLink(reduction.ref, names_of(host)))
+    if reduction.embeds:
+        found = find_patch_layer(host, entry)
+        link = PatchLink(reduction.ref, names_of(found.layer), found.size, found.layout)
+        replace(found.layer, (("forward", run_patch_layer, None),), link)
     reduction.known_readout = bool(entry.head_reads_prefix_only) and all(
         getattr(type(host).laconic_base, name).__module__.startswith("timm.models.") for name in entry.head_reads_prefix_only
     )
@@ -131,6 +136,8 @@ def subclass(base: type, methods: Replaced) -> type:
         own = getattr(base, name)
         if reader is not None:
             function = partial(function, reader)
+        elif function is run_call:
+            function = partial(run_call, name)
 
         @functools.wraps(own)
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,8 @@
-"""Methods of other packages, which register themselves when the entry points of the group ``laconic.methods`` are loaded."""
+"""Modules that register what they define when they are imported: methods of other packages, and laconic's own models.
+
+Entry points of the group ``laconic.methods`` are loaded where a method is looked up by its name; the package of models, where
+timm does not know an architecture. Both packages are above this one, so that they are named here and not imported.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ GROUP = "laconic.methods"
 @cache
 def discover() -> None:
     """Load the entry points, once. A warning names each one that fails; the others still load."""
-    importlib.import_module("laconic.methods")  # the methods that come with laconic; that package is above this one
+    importlib.import_module("laconic.methods")  # the methods that come with laconic
     for point in entry_points(group=GROUP):
         try:
             point.load()
@@ -24,3 +28,9 @@ def discover() -> None:
                 "without it",
                 stacklevel=2,
             )
+
+
+@cache
+def register_architectures() -> None:
+    """Register the architectures that come with laconic with timm, once."""
+    importlib.import_module("laconic.models")

@@ -52,6 +52,7 @@ class Call:
         self.host, self.ref, self.reduction, self.grid, self.fast, self.answers = host, ref, reduction, grid, fast, answers
         self.tracing = tracing
         self.history: History | None = None
+        self.group: Tensor | None = None  # [B, P] of the patches at the patch embedding (`laconic.core.patch_input`)
         self.begun, self.runs_blocks = 0, False
 
 
@@ -62,11 +63,14 @@ def call_of(ref: ModelRef) -> Call | None:
 
 
 # ------------------------------------------------------------------------------------------------ calls of the model
-def run_call(module: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
-    """Replacement for a method of the model that runs its blocks or reads their features: run the method as a `Call`."""
+def run_call(name: str, module: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
+    """Replacement for the method ``name`` of the model, which runs its blocks or reads their features: run it as a `Call`.
+
+    The name is given, since in torch.compile ``own.__name__`` is that of a decorator's inner function.
+    """
     if call_of(module._laconic.ref) is None and _empty(module, args, kwargs) is not None:
-        return _of_no_images(module, own, args, kwargs)
-    return call_method(module, own, args, kwargs)[0]
+        return _of_no_images(name, module, own, args, kwargs)
+    return call_method(name, module, own, args, kwargs)[0]
 
 
 def _empty(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -75,12 +79,12 @@ def _empty(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tenso
     return x if isinstance(x, Tensor) and x.dim() == 4 and x.shape[0] == 0 and not torch.compiler.is_compiling() else None
 
 
-def _of_no_images(module: Any, own: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def _of_no_images(method: str, module: Any, own: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Return the result for an empty batch: that for one black image, sliced to zero images."""
     x = _empty(module, args, kwargs)
     assert x is not None
     one, name = x.new_zeros(1, *x.shape[1:]), module._laconic.names[0]
-    out, call = call_method(module, own, (one, *args[1:]) if args else (), kwargs if args else {**kwargs, name: one})
+    out, call = call_method(method, module, own, (one, *args[1:]) if args else (), kwargs if args else {**kwargs, name: one})
     if call.begun:
         call.reduction.complete(call.history.images(0, 0, 1))  # type: ignore[union-attr]
     return _none_of(out)
@@ -98,7 +102,7 @@ def _none_of(out: Any) -> Any:
     return out
 
 
-def call_method(module: Any, own: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Call]:
+def call_method(name: str, module: Any, own: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Call]:
     """Run a method of the model (or of its encoder) as a call.
 
     Returns:
@@ -106,7 +110,7 @@ def call_method(module: Any, own: Any, args: Sequence[Any], kwargs: Mapping[str,
     """
     tracing = torch.compiler.is_compiling()
     calls = traced if tracing and torch.compiler.is_dynamo_compiling() else on_thread.calls
-    name, link = own.__name__, module._laconic
+    link = module._laconic
     outer = calls[-1] if calls and calls[-1].ref is link.ref else None
     host = module if "laconic" in module._modules else link.ref() if outer is None else outer.host
     call = _open(host, name if module is host else "", args, kwargs, outer, tracing)
@@ -151,6 +155,8 @@ def _open(host: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], 
     else:  # forward_features may skip rows if the model's own forward calls it first; any other caller needs all rows
         answers = name == "forward_features" and outer is not None and outer.answers and not outer.begun
     call = Call(host, link.ref, reduction, grid, fast, answers, tracing)
+    if outer is not None and not outer.begun:
+        call.group = outer.group
     if name in entry.head_methods and isinstance(image, Tensor):
         call.history = known(image, call.ref) or (None if outer is None or outer.begun != 1 else outer.history)
     return call
@@ -250,7 +256,8 @@ def run_block(block: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
     last = link.index + 1 == reduction.depth
     reads: Reads = "all"
     options = call if call is not None else history if _recomputing() else None
-    if options is not None and options.fast and not block.training:
+    reduces = not reduction.adaptive or reducer is not None or tokens.origin is not None
+    if options is not None and options.fast and not block.training and reduces:  # else the output stays the model's own
         reads = "prefix" if last and options.answers else "needed"
     tokens = pass_block(BlockRun(block, own, link, reduction, named, reducer, watcher, n, reads), tokens)
     if reducer is not None and not reduction.adaptive and len(tokens) != n and tokens.keep_mask is None:

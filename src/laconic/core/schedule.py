@@ -95,6 +95,8 @@ class Schedule:
             return value
         if not isinstance(value, Mapping):
             raise TypeError(f"schedule must be a laconic.Schedule or its JSON object, not {type(value).__name__}")
+        if "chain" in value:
+            return ChainSchedule.join([None if part is None else Schedule.of(part) for part in items(value["chain"]) or ()])
         units = [key for key in value if key != "at"]
         if "at" not in value or len(units) != 1 or OLD_UNITS.get(units[0], units[0]) not in UNITS:
             given = shown(list(value))
@@ -172,6 +174,48 @@ class Schedule:
         if self.unit != "keep":
             raise ValueError(f"schedule: only keep rates can be warmed in, and this one has the unit {self.unit}")
         return dataclasses.replace(self, values=tuple(rate(value) for value in self.values))
+
+
+@dataclass(frozen=True)
+class ChainSchedule(Schedule):
+    """The schedules of the methods in a `laconic.Chain`, in order; None for a method with no block in this stage.
+
+    ``at`` are the blocks of all of them. The counts are those of `laconic.Chain.counts`.
+    """
+
+    parts: tuple[Schedule | None, ...] = ()
+
+    def __post_init__(self) -> None:
+        pass  # the parts are checked already
+
+    @classmethod
+    def join(cls, parts: Sequence[Schedule | None]) -> ChainSchedule:
+        """Return the schedule of a chain.
+
+        Raises:
+            ValueError: no part has a block.
+        """
+        at = tuple(sorted({block for part in parts if part is not None for block in part.at}))
+        if not at:
+            raise ValueError(
+                "schedule: 'chain' must be a list of schedules, one for each method of the chain, not an empty one"
+            )
+        return cls(at, (1,) * len(at), "chain", tuple(parts))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"chain": [None if part is None else part.to_json() for part in self.parts]}
+
+    def check_falling(self, stages: Sequence[tuple[int, int]]) -> None:
+        for part in self.parts:
+            if part is not None:
+                part.check_falling(stages)
+
+    def part(self, start: int, stop: int) -> ChainSchedule | None:
+        parts = [None if part is None else part.part(start, stop) for part in self.parts]
+        return None if all(part is None for part in parts) else ChainSchedule.join(parts)
+
+    def scaled(self, rate: Callable[[float], float]) -> ChainSchedule:
+        return ChainSchedule.join([None if part is None else part.scaled(rate) for part in self.parts])
 
 
 @dataclass(frozen=True)

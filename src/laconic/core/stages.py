@@ -78,7 +78,7 @@ class Stages:
             counts = (shape.patches, *self.stage_counts(stage, shape.patches))
             for number, block in enumerate(self.config.reducer_blocks(part, shape.depth)):
                 here = (rates.get(block), counts[block], counts[block + 1], shape.grid, shape.depth, part)
-                out[start + block] = BlockContext(number, block, shape.dim, shape.heads, *here)
+                out[start + block] = self.config.context(BlockContext(number, block, shape.dim, shape.heads, *here))
         return out
 
     def targets(self, patches: Sequence[int]) -> dict[int, float]:
@@ -86,6 +86,6 @@ class Stages:
         out = dict[int, float]()
         for stage, (start, shape) in enumerate(zip(self.starts, self.shapes, strict=True)):
             if (part := self.part(stage)) is not None:
-                found = part.targets(shape.depth, patches[stage], self.config.num_kept)
+                found = self.config.targets(part, shape.depth, patches[stage])
                 out |= {start + block: share for block, share in found.items()}
         return out

@@ -13,12 +13,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from laconic.core.adaptive import AdaptiveMethod
+from laconic.core.adaptive import is_static
 from laconic.core.backbone import HOSTS, ModelSpec, block_spec
 from laconic.core.dense import FILLS
 from laconic.core.history import History, Last
 from laconic.core.links import BlockLink, ModelRef, reduction_in
 from laconic.core.method import Method, Reducer
+from laconic.core.patch_input import GROUP
 from laconic.core.runtime import call_of
 from laconic.core.schedule import Schedule
 from laconic.core.stages import Stages
@@ -48,8 +49,8 @@ class TokenReduction(nn.Module):
         self.ref = ModelRef(model)  # the model owns this module, not the other way round
         last = self.stages.shapes[-1]
         self.prefix, self.has_cls, self.grid = last.prefix, last.has_cls, last.grid
-        self.adaptive = isinstance(config, AdaptiveMethod)  # True if every image keeps its own number of tokens
-        self.compacts = isinstance(config, AdaptiveMethod) and config.compacts
+        self.adaptive = config.is_adaptive  # True if every image keeps its own number of tokens
+        self.compacts = config.is_adaptive and getattr(config, "compacts", True)
         self.starts = frozenset(self.stages.starts)
         self.reducers = nn.ModuleDict({str(block): config.build(site) for block, site in self.stages.sites().items()})
         self.set_schedule(schedule)
@@ -140,7 +141,7 @@ class TokenReduction(nn.Module):
         positions = entry.positions(host) if self.config.reads_positions and len(self.stages.shapes) == 1 else None
         if positions is not None and len(positions) != patches:
             positions = None
-        tokens = Tokens.start(x, prefix, has_cls, positions, grid)
+        tokens = self._grouped(Tokens.start(x, prefix, has_cls, positions, grid), stage, call)
         fill = self.fill_of(entry) if self.restore else None
         if fill == "last":
             tokens = tokens.replace(dropped=torch.zeros_like(tokens.patches))
@@ -150,6 +151,28 @@ class TokenReduction(nn.Module):
             start if previous is not None else start - 1
         )  # the input of a later stage's first block belongs to the stage before
         return History(self, tokens, block, self.stages.stage_counts(stage, patches), start, previous)
+
+    def _grouped(self, tokens: Tokens, stage: int, call: Any) -> Tokens:
+        """Return the tokens that enter the model, with the groups that its reducer made of them at the patch embedding."""
+        first, patches = self.reducer(0), len(tokens)
+        if stage or first is None or "embed" not in first.phases:
+            return tokens
+        if not first.active(patches, self.stages.stage_counts(0, patches)[0]):
+            return tokens
+        group = None if call is None else call.group
+        if group is None or group.shape != tokens.size.shape:
+            raise RuntimeError(
+                f"{self.config.info.name} reduces the patches of an image before the first block, and the patch embedding did "
+                "not run in this forward; call the model on images, not its blocks on features"
+            )
+        call.group = None
+        return tokens.replace(per_token={GROUP: group})
+
+    @property
+    def embeds(self) -> bool:
+        """True if a reducer works at the patch embedding, before the first block."""
+        first = self.reducer(0)
+        return first is not None and "embed" in first.phases
 
     def complete(self, history: History | None, tracing: bool = False) -> None:
         """Store the last forward of this thread (while a graph is traced: of the model)."""
@@ -232,8 +255,7 @@ class TokenReduction(nn.Module):
         """The execution of an adaptive method: its option, or ``masked`` in static graphs; None for other methods."""
         if not self.adaptive:
             return None
-        static = torch.compiler.is_compiling() or torch._C._is_tracing()
-        return "masked" if static else self.config.execution  # type: ignore[attr-defined]
+        return "masked" if is_static() else self.config.execution  # type: ignore[attr-defined]
 
     @property
     def packed(self) -> bool:

@@ -15,6 +15,7 @@ from laconic.core.backbone import ModelSpec, block_spec, path_of
 from laconic.core.block_forward import attend, first_of, name_of
 from laconic.core.eval_mode import evaluating
 from laconic.core.history import History
+from laconic.core.patch_layer import find_patch_layer
 from laconic.core.patching import apply_settings, attach, detach, names_of, refuse_patched, restore_settings
 from laconic.core.readout_check import check_readout, difference_of
 from laconic.core.runtime import by_name
@@ -35,7 +36,7 @@ def verify(host: nn.Module, entry: ModelSpec, reduction: TokenReduction, example
             merged tokens, or the example does not fit the model.
         LookupError: the method needs something that this model does not have.
     """
-    image = _image(host, entry, example)
+    image = reduction.config.trial(_image(host, entry, example))
     blocks = entry.blocks(host)
     with evaluating(host), torch.no_grad():
         refuse_patched(host, entry)
@@ -46,6 +47,8 @@ def verify(host: nn.Module, entry: ModelSpec, reduction: TokenReduction, example
             for index, (block, record) in enumerate(zip(blocks, records, strict=True)):
                 _check_block(index, block, record)
             _check_phases(reduction, blocks)
+            if reduction.embeds:
+                find_patch_layer(host, entry)
             steps_hold = reduction.compute != "all" and all(map(_steps_hold, range(len(blocks)), blocks, records))
         except BaseException:
             restore_settings(host, entry, reduction.old_settings)

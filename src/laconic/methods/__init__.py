@@ -9,12 +9,15 @@ import types
 
 from laconic.core.method import MethodInfo as MethodInfo
 from laconic.core.method import methods as _registered
+from laconic.methods.adaptive_patch import AdaptivePatch as AdaptivePatch
 from laconic.methods.adavit import AdaViT as AdaViT
 from laconic.methods.atc import ATC as ATC
 from laconic.methods.ats import ATS as ATS
 from laconic.methods.avit import AViT as AViT
 from laconic.methods.bat import BAT as BAT
+from laconic.methods.chain import Chain as Chain
 from laconic.methods.conv_pool import ConvPool as ConvPool
+from laconic.methods.dedup import Dedup as Dedup
 from laconic.methods.diffrate import DiffRate as DiffRate
 from laconic.methods.dpc_knn import DPCKNN as DPCKNN
 from laconic.methods.dtps import DTPS as DTPS
@@ -36,6 +39,7 @@ from laconic.methods.patchmerger import PatchMerger as PatchMerger
 from laconic.methods.pitome import PiToMe as PiToMe
 from laconic.methods.pool import AvgPool as AvgPool
 from laconic.methods.pool import MaxPool as MaxPool
+from laconic.methods.pre_merge import PreMerge as PreMerge
 from laconic.methods.sinkhorn import Sinkhorn as Sinkhorn
 from laconic.methods.sit import SiT as SiT
 from laconic.methods.spatial_pool import SpatialPool as SpatialPool

@@ -9,6 +9,7 @@ from laconic.methods.ops.clustering import density_peaks, precise, squared_dista
 from laconic.methods.ops.everywhere import EveryBlock
 from laconic.methods.ops.fuser import HIDDEN, Fused, learned_at, learning, mapping
 from laconic.methods.ops.fusing import both_ways, fuse, soften
+from laconic.methods.ops.grouped import BeforeBlocks, hide_groups, merge_groups, taken
 from laconic.methods.ops.halting import depth_target, halting_divergence
 from laconic.methods.ops.kmeans import lloyd, strided
 from laconic.methods.ops.learned import start_small
@@ -17,12 +18,22 @@ from laconic.methods.ops.matching import bipartite, cosine, group_normalize, len
 from laconic.methods.ops.medoids import cheapest, medoids_of, nearest_medoid, spread
 from laconic.methods.ops.names import joined, last_copies, renamed
 from laconic.methods.ops.nearest import best_of_rows, greedy_pairs, nearest
+from laconic.methods.ops.neighbours import merge_neighbours
 from laconic.methods.ops.options import remove_schedule
 from laconic.methods.ops.pairing import Pairing, as_in_0_1, spread_out
 from laconic.methods.ops.parity import by_parity, parity, soft_matching
 from laconic.methods.ops.patterns import distances, evenly, ring, square, within
 from laconic.methods.ops.pooling import by_place, cells, grid_of, runs, set_out
 from laconic.methods.ops.predictor import Predictor, gumbel_keep
+from laconic.methods.ops.quadtree import (
+    Level,
+    at_least_below,
+    levels_of,
+    merge_below,
+    merge_cheapest,
+    needed_depth,
+    spread_costs,
+)
 from laconic.methods.ops.readout import CLASS_LOGITS, ClassHead
 from laconic.methods.ops.scores import SCORES, Score, ScoreName, arbitrary, class_attention, mean_query_attention, shuffled
 from laconic.methods.ops.selector import Selector
@@ -36,9 +47,11 @@ __all__ = [
     "HIDDEN",
     "SCORES",
     "WORK",
+    "BeforeBlocks",
     "ClassHead",
     "EveryBlock",
     "Fused",
+    "Level",
     "Mixer",
     "NoKeepRate",
     "Pairing",
@@ -53,6 +66,7 @@ __all__ = [
     "agglomerate",
     "arbitrary",
     "as_in_0_1",
+    "at_least_below",
     "best_of_rows",
     "bipartite",
     "both_ways",
@@ -73,19 +87,26 @@ __all__ = [
     "group_normalize",
     "gumbel_keep",
     "halting_divergence",
+    "hide_groups",
     "highest_given",
     "joined",
     "last_copies",
     "learned_at",
     "learning",
     "length",
+    "levels_of",
     "lloyd",
     "mapping",
     "matches",
     "mean_query_attention",
     "medoids_of",
+    "merge_below",
+    "merge_cheapest",
+    "merge_groups",
+    "merge_neighbours",
     "nearest",
     "nearest_medoid",
+    "needed_depth",
     "one_to_one",
     "parity",
     "precise",
@@ -101,11 +122,13 @@ __all__ = [
     "soft_matching",
     "soften",
     "spread",
+    "spread_costs",
     "spread_out",
     "square",
     "squared_distances",
     "start_small",
     "strided",
+    "taken",
     "topk_split",
     "transport",
     "within",
