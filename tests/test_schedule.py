@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import laconic
-from families import FIXED, make
+from families import FIXED, at, make
 from laconic.core.half_limit import check_halves
 from laconic.core.schedule import Schedule, WarmIn, cumulative, quarters
 
@@ -22,7 +22,13 @@ def test_counts_of_the_papers(method, expected):
     assert counts(method, 0.7) == expected
 
 
-OTHER_SITES = {"evovit", "svite", "tokenlearner"}  # parked tokens come back; once, at the first block; once, late
+OTHER_SITES = {
+    "evovit",
+    "svite",
+    "tokenlearner",
+    "pre-merge",
+    "adaptive-patch",
+}  # parked tokens come back; once, at the first block (three); once, late
 SITES = [
     n for n, row in laconic.methods().items() if row.config.accepts_keep and row.count == "constant" and n not in OTHER_SITES
 ]
@@ -152,7 +158,7 @@ def test_what_is_learned_for_one_count_says_so(method):
 def test_every_method_can_be_warmed_in(method):
     """At any rate on the way the tokens left are as many as scheduled, and the model runs."""
     keep = 0.5 if laconic.methods()[method].config.removes_at_most_half else 0.3
-    model = laconic.reduce_(make("plain"), method, keep=keep, at=[1, 2]).train()
+    model = laconic.reduce_(make("plain"), method, keep=keep, at=at(method, (1, 2))).train()
     warm, schedule, x = WarmIn(0, 12), model.laconic.schedule, torch.randn(1, 3, 96, 96)
     for step in range(0, 14):
         model.laconic.set_schedule(warm(schedule, step))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import laconic
-from families import AT, AVERAGED, FAMILIES, FIXED, METHODS, fill, images, make, options, rate, reduced, serves
+from families import AT, AVERAGED, BEFORE, FAMILIES, FIXED, METHODS, fill, images, make, options, rate, reduced, serves
 from laconic.analysis.macs import counted
 from laconic.core.backbone import BLOCKS, block_spec, path_of
 
@@ -35,7 +35,9 @@ def both(method, family, at=(1, 2)):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_answers_the_same(method):
-    for at in (AT,) if method == "avit" else ((1, 2), AT):  # avit answers after the last block, where it must work
+    for at in (
+        ((0,),) if method in BEFORE else (AT,) if method == "avit" else ((1, 2), AT)
+    ):  # avit answers after the last block, where it must work
         model, x, spared, full = both(method, "plain", at)
         assert model.laconic.skip_unused
         torch.testing.assert_close(spared, full, **CLOSE)
@@ -298,6 +300,8 @@ def test_a_wrong_word_is_refused():
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - FIXED))
 def test_half_precision(method):
-    model = laconic.reduce_(make("plain"), method, keep=rate(method), at=AT, **options(method, "plain")).bfloat16()
+    model = laconic.reduce_(
+        make("plain"), method, keep=rate(method), at=(0,) if method in BEFORE else AT, **options(method, "plain")
+    ).bfloat16()
     x = images("plain").bfloat16()
     assert model(x).isfinite().all()

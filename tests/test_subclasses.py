@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import laconic
-from families import AT, EVERY, METHODS, VARIABLE, fill, images, rate
+from families import AT, EVERY, METHODS, VARIABLE, at, fill, images, rate
 from kinds import (
     MERGES,
     answer_or_refusal,
@@ -50,7 +50,7 @@ def refused_at_once(kind, method, match=None, **changes):
     """Check that `reduce_` refuses a model of this class, and leaves it as it was."""
     model, x = new(kind, **changes), images("plain", 2)
     expected, attributes = run(model, x), [(type(module), set(vars(module))) for module in model.modules()]
-    refused(lambda: laconic.reduce_(model, method, keep=rate(method), at=AT), match)
+    refused(lambda: laconic.reduce_(model, method, keep=rate(method), at=at(method)), match)
     is_left_as_it_was(model, x, expected, attributes)
 
 
@@ -338,7 +338,7 @@ def test_prompts_of_every_block(method):
     assert off(expected, run(plain, x)) > 1e-3
     if right_or_refused(partial(run, model, x), expected):
         assert_close(run(model, x), one_by_one(model, x))
-        identity = laconic.reduce_(new(DeepPrompts), method, keep=1.0, at=AT)
+        identity = laconic.reduce_(new(DeepPrompts), method, keep=1.0, at=at(method))
         assert_close(run(identity, x), run(plain, x))
 
 

@@ -490,18 +490,13 @@ def test_soft_training_agrees_with_removal(method, family, monkeypatch):
     torch.testing.assert_close(answer(model, x), expected, rtol=1e-3, atol=1e-3)
 
 
+COMPILED = (("topk", "vit"), ("tome", "dinov2"), ("etps", "dinov3"), ("tome", "siglip"), ("topk", "beit-shared"))
+
+
 @pytest.mark.unchecked
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "family"),
-    [
-        ("topk", "vit"),
-        ("tome", "dinov2"),
-        ("etps", "dinov3"),
-        ("tome", "clip-mean"),
-        ("tome", "siglip"),
-        ("topk", "beit-shared"),
-    ],
+    [("tome", "clip-mean"), *(pytest.param(*one, marks=pytest.mark.slow) for one in COMPILED)],
 )
 def test_one_graph(method, family):
     torch._dynamo.reset()

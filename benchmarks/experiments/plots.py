@@ -1,4 +1,4 @@
-"""The plots of docs/evidence.md."""
+"""The plots of docs/evidence-scenes.md."""
 
 from __future__ import annotations
 

@@ -171,9 +171,27 @@ def make_loader(
 ) -> DataLoader[Any]:
     """Return a loader over this process's share of the images, transformed for the model."""
     prepared = Prepared(images, transform_for(model, crop), replace=False)
-    share: Sequence[int] = range(processes.rank, len(images), processes.world)
+    share = range(processes.rank, len(images), processes.world)
     cuda = next(model.parameters(), torch.zeros(())).is_cuda
-    check_shared_memory(workers, 4 * min(batch_size, len(images)) * math.prod(config_for(model)["input_size"]))
+    return loader_of(prepared, config_for(model)["input_size"], batch_size, workers, share, pin_memory=cuda)
+
+
+def loader_of(
+    prepared: Prepared,
+    shape: Sequence[int],
+    batch_size: int = 64,
+    workers: int = 0,
+    share: Sequence[int] | None = None,
+    *,
+    pin_memory: bool = False,
+) -> DataLoader[Any]:
+    """Return a loader over prepared images, or a share of them by their numbers; ``shape`` is [channels, height, width].
+
+    Raises:
+        Refusal: the workers need more shared memory than there is.
+    """
+    numbers = range(len(prepared)) if share is None else share
+    check_shared_memory(workers, 4 * min(batch_size, len(prepared)) * math.prod(shape))
     own = torch.Generator()  # without its own generator, a loader would advance the generator of a training run
-    settings: dict[str, Any] = {"num_workers": workers, "pin_memory": cuda, "generator": own, "worker_init_fn": begin}
-    return DataLoader(prepared, batch_size, sampler=share, **settings)
+    settings: dict[str, Any] = {"num_workers": workers, "generator": own, "worker_init_fn": begin}
+    return DataLoader(prepared, batch_size, sampler=numbers, pin_memory=pin_memory, **settings)

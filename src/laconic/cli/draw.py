@@ -1,10 +1,10 @@
-"""Token maps: a photograph in which every group of patches that shares a token has one colour, and dropped ones are dark."""
+"""Token maps: a photograph in which patches that share a token have their mean colour, and dropped ones are dark."""
 
 from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,35 +15,14 @@ from laconic.core import limits
 from laconic.core.files import Refusal, write_atomically
 
 SIDE = 336  # about as many pixels has the longer side of a picture
-TINT = 0.52  # of a group's colour in its patches
-BORDER = 2  # pixels
+OUTLINE = 0.45  # of white in the line between two tokens
+LINE = 1  # pixels
+HEAT = 0.7  # weight of the colours of a heat map
+QUALITY = 88  # of a JPEG
 COARSE = 3  # a picture enlarged as often or more shows its pixels as they are
 DPI = 130
-LEGEND = "one colour: one token · as it was: a token of its own · dark: dropped"
+LEGEND = "one colour, the mean of its patches: one token · as it was: a token of its own · dark: dropped"
 DARK, SHADOW = 0.22, 0.07  # of a dropped patch's light what is left, and the grey over it
-
-
-def _palette() -> np.ndarray:
-    """36 colours [36, 3], the next one always far from those before it: hues a golden angle apart, in three shades.
-
-    In OKLCH, where equal steps look equal; its way to sRGB is Ottosson's (2020).
-    """
-    number = np.arange(36)
-    hue = number * 2.39996 + 0.5
-    light, chroma = np.array([[0.74, 0.18], [0.60, 0.17], [0.87, 0.11]])[number // 12].T
-    a, b = chroma * np.cos(hue), chroma * np.sin(hue)
-    long = (light + 0.3963377774 * a + 0.2158037573 * b) ** 3
-    middle = (light - 0.1055613458 * a - 0.0638541728 * b) ** 3
-    short = (light - 0.0894841775 * a - 1.2914855480 * b) ** 3
-    cones = np.stack([long, middle, short])
-    linear = np.array(
-        [
-            [4.0767416621, -3.3077115913, 0.2309699292],
-            [-1.2684380046, 2.6097574011, -0.3413193965],
-            [-0.0041960863, -0.7034186147, 1.7076147010],
-        ]
-    )
-    return ((linear @ cones).T.clip(0, 1)) ** (1 / 2.2)
 
 
 @dataclass(frozen=True)
@@ -75,60 +54,44 @@ def maps(provenance: Provenance, image: int) -> list[Map]:
     return out
 
 
-def colours(stages: Sequence[Map]) -> list[dict[int, np.ndarray]]:
-    """A colour for every group of every stage.
+def paint(picture: np.ndarray, stage: Map) -> np.ndarray:
+    """Fill the patches of every token of several patches with their mean colour, outline them, and darken what was dropped.
 
-    A group keeps its colour as long as it has its place. A new one takes the colour that is used least in this stage
-    and, if it can, by no neighbour.
+    ``picture`` is [H, W, 3] from 0 to 1. Patches with a token of their own stay as they are.
     """
-    palette, before, out = _palette(), dict[int, int](), []
-    for stage in stages:
-        chosen = {place: before[place] for place in stage.groups if place in before}
-        for place, patches in stage.groups.items():
-            if place not in chosen:
-                near = {chosen.get(int(p)) for p in stage.holder[_around(patches, stage.grid)]}
-                used = Counter(chosen.values())
-                chosen[place] = min(range(len(palette)), key=lambda c: (used[c], c in near, c))
-        before = {**before, **chosen}
-        out.append({place: palette[c] for place, c in chosen.items()})
-    return out
-
-
-def _around(patches: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Return the patches adjacent to any of these, corners too."""
-    mask = np.zeros((grid[0] + 2, grid[1] + 2), bool)
-    rows, columns = np.divmod(patches, grid[1])
-    for down in range(3):
-        for right in range(3):
-            mask[rows + down, columns + right] = True
-    return np.flatnonzero(mask[1:-1, 1:-1])
-
-
-def paint(picture: np.ndarray, stage: Map, shades: Mapping[int, np.ndarray]) -> np.ndarray:
-    """The picture [H, W, 3] with the groups of one stage tinted and bordered, and what was dropped darkened."""
     height, width = picture.shape[:2]
     rows = np.arange(height) * stage.grid[0] // height
     columns = np.arange(width) * stage.grid[1] // width
     holder = stage.holder.reshape(stage.grid)[rows[:, None], columns]
     colour, grouped = np.zeros((stage.holder.size + 1, 3)), np.zeros(stage.holder.size + 1, bool)
-    for place, shade in shades.items():
-        colour[place], grouped[place] = shade, True
+    for place in stage.groups:
+        colour[place], grouped[place] = picture[holder == place].mean(0), True
     grey = picture.mean(2, keepdims=True)
     out = np.where((holder < 0)[..., None], DARK * grey + SHADOW, picture)
-    strength = np.where(_edges(holder), 1.0, TINT) * grouped[holder]  # -1, dropped, is the last row: no group
-    return out + strength[..., None] * (colour[holder] - out)
+    out = np.where(grouped[holder][..., None], colour[holder], out)  # -1, dropped, is the last row: no group
+    return np.where((_edges(holder) & (holder >= 0))[..., None], OUTLINE + (1 - OUTLINE) * out, out)
 
 
 def _edges(holder: np.ndarray) -> np.ndarray:
-    """The pixels whose token differs from that of a pixel within ``BORDER``; the edge of the picture counts as different."""
-    height, width = holder.shape
-    padded = np.pad(holder, BORDER, constant_values=-2)
-    steps = [step for step in range(2 * BORDER + 1) if step != BORDER]
+    """Return the pixels whose left or upper neighbour belongs to another token."""
     edges = np.zeros(holder.shape, bool)
-    for step in steps:
-        edges |= padded[step : step + height, BORDER:-BORDER] != holder
-        edges |= padded[BORDER:-BORDER, step : step + width] != holder
+    edges[1:] |= holder[1:] != holder[:-1]
+    edges[:, 1:] |= holder[:, 1:] != holder[:, :-1]
     return edges
+
+
+def heat(picture: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Return the picture [H, W, 3] in grey under a heat map of values [H, W] between 0 and 1.
+
+    Raises:
+        Refusal: matplotlib is not installed.
+    """
+    try:
+        from matplotlib import colormaps
+    except ImportError as error:
+        raise Refusal('drawing needs matplotlib: pip install "laconic[demo]"') from error
+    coloured = np.asarray(colormaps["inferno"](values))[..., :3]
+    return HEAT * coloured + (1 - HEAT) * picture.mean(2, keepdims=True)
 
 
 def enlarge(picture: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
@@ -139,7 +102,7 @@ def enlarge(picture: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     if times >= COARSE:
         return picture.repeat(times, 0).repeat(times, 1).astype(np.float32)
 
-    cell = max(2 * BORDER + 2, round(SIDE / max(grid)))
+    cell = max(2 * LINE + 2, round(SIDE / max(grid)))
     image = Image.fromarray((picture * 255).round().astype(np.uint8))
     larger = image.resize((grid[1] * cell, grid[0] * cell), Image.Resampling.BICUBIC)
     return np.asarray(larger).astype(np.float32) / 255
@@ -148,11 +111,11 @@ def enlarge(picture: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 def token_maps(picture: np.ndarray, stages: Sequence[Map]) -> list[np.ndarray]:
     """The enlarged picture, then one painted picture for every stage."""
     large = enlarge(picture, stages[0].grid)
-    return [large, *(paint(large, stage, shades) for stage, shades in zip(stages, colours(stages), strict=True))]
+    return [large, *(paint(large, stage) for stage in stages)]
 
 
 def save_sheet(path: Path, rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], heading: str) -> Path:
-    """Write pictures as a sheet of rows, titles over the first row, as PNG.
+    """Write pictures as a sheet of rows, titles over the first row, as PNG or (by the suffix) as JPEG.
 
     Raises:
         Refusal: matplotlib is not there, the sheet is too large, or the file cannot be written.
@@ -179,7 +142,7 @@ def save_sheet(path: Path, rows: Sequence[Sequence[np.ndarray]], titles: Sequenc
                 figure.text((left + width / 2) / across, 1 - (top - 6) / down, titles[j], fontsize=9, ha="center", va="bottom")
     figure.text(gap / across, 1 - 8 / down, heading, fontsize=10, weight="bold", va="top")
     figure.text(gap / across, 6 / down, LEGEND, fontsize=8, color="0.35", va="bottom")
-    data = io.BytesIO()
-    figure.savefig(data, format="png", pil_kwargs={"compress_level": 3})
+    data, jpeg = io.BytesIO(), path.suffix == ".jpg"
+    figure.savefig(data, format="jpg" if jpeg else "png", pil_kwargs={"quality": QUALITY} if jpeg else {"compress_level": 3})
     write_atomically(path, data.getvalue())
     return path

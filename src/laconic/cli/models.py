@@ -44,8 +44,8 @@ def open_model(name: str) -> nn.Module:
     """Open a model by timm name (random weights), or from a directory of laconic.save or transformers' save_pretrained."""
     if not Path(name).is_dir():
         return create(name)
-    import laconic.models  # noqa: F401 (the directory may hold one of ours)
-    from laconic.checkpoints.save_load import RECORD, load
+    from laconic.checkpoints.save_load import load
+    from laconic.checkpoints.saved_files import RECORD
     from laconic.checkpoints.transformers_spec import from_directory
 
     theirs = Path(name, "config.json").is_file() and not Path(name, RECORD).exists()

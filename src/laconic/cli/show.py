@@ -75,7 +75,7 @@ def show(
     """Draw the outcome of every patch of a photograph.
 
     One picture for every image, method and keep rate: the crop that the model saw, then each reducing stage. Patches that
-    share a token have one colour and a border, a patch with a token of its own is unchanged, dropped ones are dark.
+    share a token have their mean colour and an outline, a patch with a token of its own is unchanged, dropped ones are dark.
 
     Args:
         images: image files.

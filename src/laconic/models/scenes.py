@@ -19,7 +19,7 @@ from timm.models.vision_transformer_hybrid import ConvStem
 from torch import nn
 
 from laconic.checkpoints.model_spec import mismatch
-from laconic.checkpoints.save_load import read_safetensors
+from laconic.checkpoints.saved_files import read_safetensors
 from laconic.core.token_reduction import reduction_of
 from laconic.data.scenes import CLASSES
 

@@ -1,0 +1,108 @@
+"""The tables of the fine-tuned rows, from the results so far."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.experiments.statistics import Estimate, accuracy, difference
+from benchmarks.real_model.measure import unpacked
+from benchmarks.real_model.trained import (
+    KEEPS,
+    OUTPUT,
+    POLICIES,
+    POLICY_KEEPS,
+    SEEDS,
+    SEEDS_METHODS,
+    SMALLER,
+    STEPS,
+    STEPS_OF_BAT,
+    Cell,
+)
+from laconic.cli.output import NONE, markdown
+from laconic.core.files import json_lines
+
+PAIRS = (("etps", "evit"), ("dtps", "dynamicvit"), ("bat", "evit"), ("evit", "dynamicvit"), ("etps", "random"))
+
+
+class Reader:
+    """Look up results by cell."""
+
+    def __init__(self, path: Path) -> None:
+        self.lines = {line["key"]: line for line in json_lines(path)}
+
+    def runs(
+        self, method: str, keep: float = 1.0, options: Any = (), steps: int = STEPS, **more: Any
+    ) -> dict[int, dict[str, Any]]:
+        """Return the results of a cell by seed."""
+        cells = (Cell(method, keep, options, seed, steps=steps, **more) for seed in (SEEDS if steps else (0,)))
+        return {cell.seed: self.lines[cell.key] for cell in cells if cell.key in self.lines}
+
+    def accuracy(self, *cell: Any, **more: Any) -> str:
+        """Return the accuracy with its interval over seeds and pictures."""
+        runs = self.runs(*cell, **more)
+        return str(accuracy([_correct(line) for line in runs.values()])) if runs else NONE
+
+    def difference(self, one: Sequence[Any], other: Sequence[Any]) -> str:
+        """Return the paired difference on the seeds that both have; bold if its interval excludes zero."""
+        a, b = self.runs(*one), self.runs(*other)
+        both = sorted(a.keys() & b.keys())
+        if not both:
+            return NONE
+        found: Estimate = difference([_correct(a[s]) for s in both], [_correct(b[s]) for s in both])
+        text = f"{found.mean:+.1f} ± {found.half:.1f}"
+        return f"**{text}**" if found.clear else text
+
+
+def _correct(line: dict[str, Any]) -> list[int]:
+    return unpacked(line["correct"], line["pictures"]).astype(int).tolist()
+
+
+def tables(path: Path = OUTPUT) -> str:
+    """Return all tables."""
+    read = Reader(path)
+    parts = [_sweep(read), _policies(read), _steps(read)]
+    return "\n\n".join(parts)
+
+
+def _sweep(read: Reader) -> str:
+    head = ["right, %", *(f"keep {keep:g}" for keep in KEEPS)]
+    rows = [[f"{name}, fine-tuned", *(read.accuracy(name, keep) for keep in KEEPS)] for name in SEEDS_METHODS]
+    rows += [[f"{one} − {two}", *(read.difference((one, keep), (two, keep)) for keep in KEEPS)] for one, two in PAIRS]
+    for name in ("etps", "evit", "bat", "random", "tome"):
+        rows.append([f"{name}, not fine-tuned", *(read.accuracy(name, keep, (), 0) for keep in KEEPS)])
+    empty = [""] * (len(KEEPS) - 1)
+    rows.append(["unreduced, fine-tuned as long", read.accuracy(""), *empty])
+    rows.append(["unreduced, before", read.accuracy("", 1.0, (), 0), *empty])
+    rows += [[f"input {size}, fine-tuned", read.accuracy("", size=size), *empty] for size in SMALLER]
+    return markdown(head, rows)
+
+
+def _policies(read: Reader) -> str:
+    head = ["random scores instead of its own, points", *(f"keep {keep:g}" for keep in POLICY_KEEPS)]
+    rows = []
+    for name in POLICIES:
+        cells = []
+        for keep in POLICY_KEEPS:
+            runs = [line for line in read.runs(name, keep).values() if "random_policy" in line]
+            if not runs:
+                cells.append(NONE)
+                continue
+            own = [_correct(line) for line in runs]
+            chance = [_correct({**line, **line["random_policy"]}) for line in runs]
+            found = difference(chance, own)
+            cells.append(f"{found.mean:+.1f} ± {found.half:.1f}")
+        rows.append([name, *cells])
+    return markdown(head, rows)
+
+
+def _steps(read: Reader) -> str:
+    head = ["parts of BAT, keep 0.5", "right, %"]
+    rows = []
+    for method, options in STEPS_OF_BAT:
+        name = "".join([method, *(f", {option}={value}" for option, value in options)])
+        rows.append([name, read.accuracy(method, 0.5, options)])
+    rows.append(["evit", read.accuracy("evit", 0.5)])
+    rows.append(["bat", read.accuracy("bat", 0.5)])
+    return markdown(head, rows)
