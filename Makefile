@@ -34,7 +34,7 @@ docs: $(VENV)/.dev
 # Many hours on two cores: a pretrained model on photographs (`laconic data cutouts` gets them). It can be interrupted and
 # resumed: rows that results/real-model*.jsonl hold are not repeated. The speed needs an otherwise idle machine.
 evidence: $(VENV)/.dev
-	$(BIN)/python -m benchmarks.real_model object regions settings methods regions-more late $(ARGS)
+	$(BIN)/python -m benchmarks.real_model object regions answer settings sites methods small large-input $(ARGS)
 	$(BIN)/python -m benchmarks.real_model.trained $(ARGS)
 	$(BIN)/python -m benchmarks.real_model.speed
 	$(BIN)/python -m benchmarks.real_model.page docs/evidence.md

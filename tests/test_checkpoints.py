@@ -148,6 +148,7 @@ def test_memory_layout_and_shared_weights_do_not_matter(tmp_path):
     model = reduced("evit", "plain").to(memory_format=torch.channels_last)
     model.blocks[1].norm2.weight = model.blocks[1].norm1.weight
     save(model, tmp_path)
+    model = model.to(memory_format=torch.contiguous_format)  # convolutions of the two layouts round differently on some CPUs
     assert torch.equal(run(load(tmp_path), images("plain")), run(model, images("plain")))
 
 

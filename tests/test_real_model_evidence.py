@@ -56,7 +56,7 @@ def test_object_auc():
 
 
 def test_rows_have_unique_names_and_valid_schedules():
-    every = {*rows.every_method(), *rows.late_merging(), *rows.late_selection(), *rows.characters()}
+    every = {*rows.every_method(), *rows.late_merging(), *rows.late_selection(), *rows.few(), *rows.large_input()}
     assert len({row.key for row in every}) == len(every)
     late = Row(182, "tome", total=0.25, at=(4, 5, 6, 7, 8, 9))
     counts = late.schedule().counts(12, 169, of_the_initial)
@@ -81,7 +81,7 @@ def results(tmp_path):
     path.write_text("".join(f"{json.dumps(one)}\n" for one in lines))
     speed = tmp_path / "speed.json"
     wall = {"input 168": 2.0, "etps": 4 / 3}  # in time 0.5 and 0.75: half way between the unreduced model and the smaller input
-    speed.write_text(json.dumps({"8": {"rows": {name: {"wall": [v, v, v]} for name, v in wall.items()}}}))
+    speed.write_text(json.dumps({BASE.key: {"rows": {name: {"wall": [v, v, v]} for name, v in wall.items()}}}))
     return Results.read(path, speed)
 
 

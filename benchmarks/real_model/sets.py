@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from benchmarks.real_model.rows import SIZE
 from laconic.data.cutouts import Cutouts, CutoutSources, Regions, find_sources
 
 PACKAGES: Path | None = None  # folder in which the packages are unpacked; None: where the library looks by default
@@ -22,6 +23,7 @@ class PictureSet:
     kind: str  # "cutouts" or "regions"
     queries: int
     settings: tuple[tuple[str, Any], ...] = ()
+    size: int = SIZE  # pixels a side for the unreduced model
 
     @property
     def views(self) -> int:
@@ -32,14 +34,15 @@ class PictureSet:
 SETS = {
     s.name: s
     for s in (
-        PictureSet("large", "things of 50-85 % of the side", "cutouts", 3, (("size", (0.5, 0.85)),)),
+        PictureSet("large", "things of 50-85 % of the side", "cutouts", 2, (("size", (0.5, 0.85)),)),
         PictureSet("large-many", "things of 50-85 % of the side", "cutouts", 12, (("size", (0.5, 0.85)),)),
-        PictureSet("medium", "things of 25-60 % of the side", "cutouts", 3, (("size", (0.25, 0.6)),)),
-        PictureSet("small", "things of 1-5 % of the area", "cutouts", 3, (("area", (0.01, 0.05)),)),
-        PictureSet("three-things", "25-60 %, three things", "cutouts", 3, (("size", (0.25, 0.6)), ("things", 3))),
-        PictureSet("five-grounds", "50-85 %, five backgrounds", "cutouts", 3, (("size", (0.5, 0.85)), ("backgrounds", 5))),
-        PictureSet("one-ground", "50-85 %, one background", "cutouts", 3, (("size", (0.5, 0.85)), ("backgrounds", 1))),
+        PictureSet("medium", "things of 25-60 % of the side", "cutouts", 2, (("size", (0.25, 0.6)),)),
+        PictureSet("small", "things of 1-5 % of the area", "cutouts", 2, (("area", (0.01, 0.05)),)),
+        PictureSet("three-things", "25-60 %, three things", "cutouts", 2, (("size", (0.25, 0.6)), ("things", 3))),
+        PictureSet("five-grounds", "50-85 %, five backgrounds", "cutouts", 2, (("size", (0.5, 0.85)), ("backgrounds", 5))),
         PictureSet("regions", "regions of photographs, nothing pasted", "regions", 4),
+        PictureSet("views", "one view of every region", "regions", 0, (("per_photograph", 3),)),
+        PictureSet("views-518", "one region of every photograph", "regions", 0, (("per_photograph", 1), ("pixels", 518)), 518),
     )
 }
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.real_model.__main__ import PLANS
-from benchmarks.real_model.rows import BASE, Row
+from benchmarks.real_model import rows
+from benchmarks.real_model.rows import BASE, LARGE_BASE, Row
 from laconic.analysis import machine
 from laconic.analysis.timing import Setting, ratios, time_models
 from laconic.core.files import write_atomically
@@ -24,11 +24,18 @@ OUTPUT = Path("results/real-model-speed.json")
 TOGETHER = 12  # rows in memory at a time; each is timed against runs of the unreduced model before and after it
 
 
-def timed(rows: Sequence[Row], batch_size: int, setting: Setting) -> dict[str, dict[str, Any]]:
+TIMED: dict[Row, tuple[Row, ...]] = {  # the rows whose time is on the page, for each unreduced model
+    BASE: (*rows.every_method((0.7, 0.5)), *rows.late_merging(), *rows.few(), *rows.late_selection()),
+    LARGE_BASE: rows.large_input(),
+}
+BATCH_SIZES = {BASE: 8, LARGE_BASE: 1}
+
+
+def timed(base: Row, rows: Sequence[Row], batch_size: int, setting: Setting) -> dict[str, dict[str, Any]]:
     """Return the speed-up of every row over the unreduced model: median and quartiles over the rounds."""
     out: dict[str, dict[str, Any]] = {}
     for start in range(0, len(rows), TOGETHER):
-        models: dict[str, tuple[Any, torch.Tensor]] = {BASE.key: _ready(BASE, batch_size)}
+        models: dict[str, tuple[Any, torch.Tensor]] = {base.key: _ready(base, batch_size)}
         models |= {row.key: _ready(row, batch_size) for row in rows[start : start + TOGETHER]}
         samples = time_models(models, setting)
         for name, found in samples.items():
@@ -45,23 +52,24 @@ def _ready(row: Row, batch_size: int) -> tuple[Any, torch.Tensor]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Time all rows at a batch size and write the results, with the machine they were measured on."""
+    """Time all rows and write the results, with the machine they were measured on."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--plan", action="append", choices=PLANS, help="groups of rows (default: all)")
+    parser.add_argument("--size", type=int, choices=[base.size for base in TIMED], help="input size (default: all)")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
     setting = Setting(rounds=args.rounds, threads=1, device="cpu")
-    rows = list(dict.fromkeys(row for plan in args.plan or PLANS for row in PLANS[plan][1] if row != BASE))
-    found = timed(rows, args.batch_size, setting)
-    content = json.loads(args.output.read_text()) if args.output.is_file() else {}
-    command = f"python -m benchmarks.real_model.speed --batch-size {args.batch_size} --rounds {args.rounds}"
-    old = content.get(str(args.batch_size), {}).get("rows", {})
-    here = {"command": command, "environment": machine.environment(setting), "rows": old | found}
-    write_atomically(args.output, json.dumps(content | {str(args.batch_size): here}, indent=1) + "\n")
+    for base, chosen in TIMED.items():
+        if args.size in (None, base.size):
+            found = timed(base, [row for row in dict.fromkeys(chosen) if row != base], BATCH_SIZES[base], setting)
+            here: dict[str, Any] = {
+                "command": f"python -m benchmarks.real_model.speed --rounds {args.rounds} --size {base.size}"
+            }
+            here |= {"batch_size": BATCH_SIZES[base], "environment": machine.environment(setting), "rows": found}
+            content = json.loads(args.output.read_text()) if args.output.is_file() else {}
+            write_atomically(args.output, json.dumps(content | {base.key: here}, indent=1) + "\n")
     return 0
 
 

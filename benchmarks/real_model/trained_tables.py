@@ -12,12 +12,12 @@ from benchmarks.real_model.trained import (
     KEEPS,
     OUTPUT,
     POLICIES,
-    POLICY_KEEPS,
     SEEDS,
-    SEEDS_METHODS,
     SMALLER,
     STEPS,
     STEPS_OF_BAT,
+    TRAINED,
+    UNTRAINED,
     Cell,
 )
 from laconic.cli.output import NONE, markdown
@@ -68,9 +68,9 @@ def tables(path: Path = OUTPUT) -> str:
 
 def _sweep(read: Reader) -> str:
     head = ["right, %", *(f"keep {keep:g}" for keep in KEEPS)]
-    rows = [[f"{name}, fine-tuned", *(read.accuracy(name, keep) for keep in KEEPS)] for name in SEEDS_METHODS]
+    rows = [[f"{name}, fine-tuned", *(read.accuracy(name, keep) for keep in KEEPS)] for name in TRAINED]
     rows += [[f"{one} − {two}", *(read.difference((one, keep), (two, keep)) for keep in KEEPS)] for one, two in PAIRS]
-    for name in ("etps", "evit", "bat", "random", "tome"):
+    for name in UNTRAINED:
         rows.append([f"{name}, not fine-tuned", *(read.accuracy(name, keep, (), 0) for keep in KEEPS)])
     empty = [""] * (len(KEEPS) - 1)
     rows.append(["unreduced, fine-tuned as long", read.accuracy(""), *empty])
@@ -80,11 +80,11 @@ def _sweep(read: Reader) -> str:
 
 
 def _policies(read: Reader) -> str:
-    head = ["random scores instead of its own, points", *(f"keep {keep:g}" for keep in POLICY_KEEPS)]
+    head = ["random scores instead of its own, points", *(f"keep {keep:g}" for keep in KEEPS)]
     rows = []
     for name in POLICIES:
         cells = []
-        for keep in POLICY_KEEPS:
+        for keep in KEEPS:
             runs = [line for line in read.runs(name, keep).values() if "random_policy" in line]
             if not runs:
                 cells.append(NONE)
@@ -98,11 +98,12 @@ def _policies(read: Reader) -> str:
 
 
 def _steps(read: Reader) -> str:
-    head = ["parts of BAT, keep 0.5", "right, %"]
+    least = KEEPS[-1]
+    head = [f"parts of BAT, keep {least:g}", "right, %"]
     rows = []
     for method, options in STEPS_OF_BAT:
         name = "".join([method, *(f", {option}={value}" for option, value in options)])
-        rows.append([name, read.accuracy(method, 0.5, options)])
-    rows.append(["evit", read.accuracy("evit", 0.5)])
-    rows.append(["bat", read.accuracy("bat", 0.5)])
+        rows.append([name, read.accuracy(method, least, options)])
+    rows.append(["evit", read.accuracy("evit", least)])
+    rows.append(["bat", read.accuracy("bat", least)])
     return markdown(head, rows)
