@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 
 import laconic
 from families import BEFORE, FAMILIES, fill, images, make
@@ -133,6 +134,39 @@ def test_every_execution_and_single_images_give_the_same(family, drop):
         outputs += [run(model, x), torch.cat([run(model, one[None]) for one in x])]
     for output in outputs[1:]:
         torch.testing.assert_close(output, outputs[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["dedup", "ats"])
+def test_a_bucket_rounds_the_length_up(method):
+    """Images with 3, 10 and 36 different patches of 36: the length is a multiple of the bucket, at most all patches."""
+    x = repeated("plain")
+    exact = laconic.reduce_(make("plain"), method)
+    model = laconic.reduce_(make("plain"), method, execution="padded", bucket=8)
+    for images_ in (x[:1], x[:2], x):
+        torch.testing.assert_close(run(model, images_), run(exact, images_), rtol=1e-4, atol=1e-4)
+        if method == "dedup":
+            assert laconic.provenance(model).final.size.shape[1] == {1: 8, 2: 16, 3: 36}[len(images_)]
+        else:
+            assert laconic.provenance(model).final.size.shape[1] % 8 in (0, 4)
+
+
+@pytest.mark.unchecked
+def test_parts_of_blocks_are_compiled_once_for_each_bucket():
+    counter = CompileCounter()
+    model = laconic.reduce_(make("plain"), "dedup", execution="padded", bucket=16)
+    x = repeated("plain")
+    expected = [run(model, x[:1]), run(model, x[1:2]), run(model, x)]
+    torch._dynamo.reset()
+    model.blocks[0].mlp.compile(backend=counter, dynamic=False)
+    for images_, answer in zip((x[:1], x[1:2], x[:1], x[1:2]), (*expected[:2], *expected[:2]), strict=True):
+        torch.testing.assert_close(run(model, images_), answer, rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == 1  # 3 and 10 patches are both 16 tokens
+
+
+@pytest.mark.parametrize("options", [{"bucket": 0, "execution": "padded"}, {"bucket": 8}])
+def test_a_bucket_that_does_nothing_is_refused(options):
+    with pytest.raises(ValueError, match="bucket"):
+        laconic.reduce_(make("plain"), "dedup", **options)
 
 
 def test_without_positions_dedup_is_exact():

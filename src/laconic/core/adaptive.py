@@ -55,11 +55,23 @@ class AdaptiveMethod(Method):
             the kept tokens only. ``padded`` pads every image to the largest number of kept tokens in the batch, with masked
             tokens. ``masked`` runs all tokens (constant shapes; torch.compile and export always use it). All three give the
             same outputs.
+        bucket: with ``padded``, the length is rounded up to a multiple of this many tokens, so that few different shapes
+            occur: compile the parts of the blocks (``block.mlp.compile()``) rather than the model, and each length is
+            compiled once.
     """
 
     execution: Execution = "packed"
+    bucket: int = 1
 
     compacts: ClassVar[bool] = True  # True if hidden tokens may be removed for good
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bucket < 1 or (self.bucket > 1 and self.execution != "padded"):
+            raise ValueError(
+                f"{self.info.name}: bucket is a number of tokens, 1 or more, for execution='padded', not bucket={self.bucket} "
+                f"with execution={self.execution!r}"
+            )
 
     @property
     def is_adaptive(self) -> bool:

@@ -94,7 +94,7 @@ def apply(reduction: Any, reducer: Reducer, phase: str, tokens: Tokens, *argumen
     else:
         out = work(tokens, *arguments)
     if reduction.compacts and reduction.execution in ("packed", "padded") and not reduction.training:
-        return out.drop_hidden()
+        return out.drop_hidden(reduction.bucket)
     return out
 
 

@@ -50,6 +50,8 @@ class TokenReduction(nn.Module):
         last = self.stages.shapes[-1]
         self.prefix, self.has_cls, self.grid = last.prefix, last.has_cls, last.grid
         self.adaptive = config.is_adaptive  # True if every image keeps its own number of tokens
+        padded = config.is_adaptive and config.execution == "padded"  # type: ignore[attr-defined]
+        self.bucket: int = config.bucket if padded else 1  # type: ignore[attr-defined]
         self.compacts = config.is_adaptive and getattr(config, "compacts", True)
         self.starts = frozenset(self.stages.starts)
         self.reducers = nn.ModuleDict({str(block): config.build(site) for block, site in self.stages.sites().items()})

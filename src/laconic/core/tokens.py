@@ -280,8 +280,10 @@ class Tokens:
             per_token=columns,
         )
 
-    def drop_hidden(self) -> Tokens:
+    def drop_hidden(self, bucket: int = 1) -> Tokens:
         """Remove hidden tokens, as many as the image with the fewest of them has; the order of tokens is preserved.
+
+        The number of tokens that are left is rounded up to a multiple of ``bucket``, at most to all of them.
 
         The number of kept tokens depends on the data, so this synchronizes with the device.
         """
@@ -289,8 +291,9 @@ class Tokens:
             return self
         seen = (self.keep_mask > 0).sum(1)
         longest, shortest = int(seen.max()), int(seen.min())
-        out = self.keep((self.keep_mask <= 0).sort(dim=1, stable=True).indices[:, : max(1, longest)])
-        return out.replace(keep_mask=None) if longest == shortest > 0 else out
+        length = max(1, -(-longest // bucket) * bucket)
+        out = self.keep((self.keep_mask <= 0).sort(dim=1, stable=True).indices[:, :length])
+        return out.replace(keep_mask=None) if out.size.shape[1] == shortest else out
 
     def dense(self, values: Float[Tensor, "B L C"], fill: float = 0.0) -> Float[Tensor, "B P C"]:
         """Give every patch the value of the token that holds it; dropped patches get ``fill``."""

@@ -146,6 +146,8 @@ class Chain(Method):
                 )
         if len({member.execution for member in self.members if member.is_adaptive}) > 1:  # type: ignore[attr-defined]
             raise ValueError("chain: all adaptive methods must have the same execution (packed, padded or masked)")
+        if len({member.bucket for member in self.members if member.is_adaptive}) > 1:  # type: ignore[attr-defined]
+            raise ValueError("chain: all adaptive methods must have the same bucket")
 
     def describe(self) -> dict[str, Any]:
         return {"name": "chain", "options": {"parts": [[name, arguments] for name, arguments in self.parts]}}
@@ -159,6 +161,11 @@ class Chain(Method):
     def execution(self) -> str:
         """The execution of its adaptive methods."""
         return next((member.execution for member in self.members if member.is_adaptive), "packed")  # type: ignore[attr-defined]
+
+    @property
+    def bucket(self) -> int:
+        """The multiple that padded lengths of its adaptive methods are rounded up to."""
+        return next((member.bucket for member in self.members if member.is_adaptive), 1)  # type: ignore[attr-defined]
 
     @property
     def compacts(self) -> bool:
