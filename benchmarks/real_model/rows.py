@@ -85,8 +85,10 @@ def usual_blocks(name: str) -> tuple[int, ...]:
 def every_method(keeps: tuple[float, ...] = KEEPS) -> tuple[Row, ...]:
     """Return all methods that need no training, at the papers' blocks, and smaller inputs."""
     rows = [BASE, *map(Row, SMALLER)]
-    found = [Row(method=name, keep=keep, at=usual_blocks(name)) for keep in keeps for name in training_free()]
-    return (*rows, *(row for row in found if not (METHODS[row.method].config.removes_at_most_half and row.keep < HALF)))
+    for keep in keeps:
+        names = (n for n in training_free() if keep >= HALF or not METHODS[n].config.removes_at_most_half)
+        rows += [Row(method=name, keep=keep, at=usual_blocks(name)) for name in names]
+    return tuple(rows)
 
 
 LATE = (4, 5, 6, 7, 8, 9)

@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from laconic.methods.patch_slimming.calibration import calibrate as calibrate
     from laconic.planning import Plan as Plan
     from laconic.planning import plan as plan
+    from laconic.planning.tune import tune as tune
+    from laconic.planning.tuned import Tuned as Tuned
     from laconic.training.sparsity import StructuredSparsity as StructuredSparsity
     from laconic.training.sparsity import UnstructuredSparsity as UnstructuredSparsity
 else:
@@ -72,6 +74,8 @@ else:
         "exporting": ("ExportReport", "export"),
         "methods.patch_slimming.calibration": ("calibrate",),
         "planning": ("Plan", "plan"),
+        "planning.tune": ("tune",),
+        "planning.tuned": ("Tuned",),
         "training.sparsity": ("StructuredSparsity", "UnstructuredSparsity"),
     }
     _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}

