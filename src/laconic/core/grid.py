@@ -52,7 +52,7 @@ class GridMap:
         shown = laid(x, self.where)
         if self.alive is None:
             return shown
-        here = self._standing()
+        here = self._standing(self.alive)
         alive = laid(self.alive.to(x.dtype).unsqueeze(-1), here)
         return alive * laid(x, here) + (1 - alive) * shown
 
@@ -60,10 +60,16 @@ class GridMap:
         """Gather the features of a full grid at each token's own cell."""
         return gather_rows(full, self.place)
 
-    def _standing(self) -> Int[Tensor, "B P"]:
-        """Return the token that stands at each cell (the first, if there are several), or -1."""
-        absent = self.place.shape[1]
-        first = torch.full_like(self.where, absent).scatter_reduce(1, self.place, arange_like(self.place), "amin")
+    def _standing(self, alive: Float[Tensor, "B L"]) -> Int[Tensor, "B P"]:
+        """Return the token that stands at each cell (the first, if there are several), or -1.
+
+        A visible token that does not hold the patch of its cell does not count: a package of nothing (SPViT) has the place of
+        a token that is kept, and would show up in the cell once that token is dropped.
+        """
+        index, absent = arange_like(self.place), self.place.shape[1]
+        stands = (self.where.gather(1, self.place) == index) | (alive <= 0)
+        index = torch.where(stands, index, absent)
+        first = torch.full_like(self.where, absent).scatter_reduce(1, self.place, index, "amin")
         return torch.where(first < absent, first, -1)
 
 
@@ -72,8 +78,8 @@ def laid(values: Float[Tensor, "B L C"], index: Int[Tensor, "B P"]) -> Float[Ten
     return gather_rows(values, index.clamp_min(0)).masked_fill((index < 0).unsqueeze(-1), 0.0)
 
 
-def image_of(cells: Float[Tensor, "B P C"], size: tuple[int, int]) -> Float[Tensor, "B C H W"]:
-    """Return cells, given row by row, as an image of ``size`` (rows, columns)."""
+def image_of(cells: Float[Tensor, "B P C"], size: tuple[int, ...]) -> Float[Tensor, "B C *size"]:
+    """Return cells, given row by row, as an image of ``size`` (rows, columns), or as a clip of (frames, rows, columns)."""
     return cells.transpose(1, 2).reshape(cells.shape[0], cells.shape[2], *size)
 
 
