@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from families import BEFORE, CLASS_SCORED, METHODS, VARIABLE, fill
+from families import BEFORE, CLASS_SCORED, METHODS, OF_CLIPS, VARIABLE, fill
 from laconic.core.backbone import find_host
 from laconic.core.token_reduction import reduction_of
 
@@ -26,7 +26,7 @@ CLASSIFIERS = ("videomae", "vjepa2")
 AT = (1, 2, 3)
 # these have their result in a class token, or work on the grid of an image
 REFUSED = {"avit": "class token", "adaptive-patch": "takes clips", "spatial-pool": "takes clips"}
-SERVED = [method for method in METHODS if method not in REFUSED]
+SERVED = sorted({*METHODS, *OF_CLIPS} - set(REFUSED))
 
 
 def make(name, **changes):
@@ -48,7 +48,7 @@ def arguments(method):
     """The arguments of `laconic.reduce_` for a method on these models, which have no class token."""
     given = {"score": "mean-query"} if method in CLASS_SCORED else {}
     given |= {} if method in VARIABLE else {"keep": 0.6}
-    return given if method in BEFORE else {**given, "at": AT}
+    return given if method in BEFORE | OF_CLIPS else {**given, "at": AT}
 
 
 def reduced(name, method, **more):

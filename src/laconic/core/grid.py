@@ -32,7 +32,12 @@ class GridMap:
         """Return the map of these tokens, or None if every patch still has its own token and none is masked."""
         if tokens.origin is None and tokens.keep_mask is None:
             return None
-        return cls(tokens.token_of_patch, tokens.origin_index, tokens.keep_mask)
+        alive = tokens.keep_mask
+        if alive is not None:
+            # a visible token without a patch shows nowhere: a package of nothing (SPViT) has the place of a token that is
+            # kept, and would be seen there once that token is dropped
+            alive = alive.masked_fill((alive > 0) & (tokens.size <= 0), 0.0)
+        return cls(tokens.token_of_patch, tokens.origin_index, alive)
 
     def fill(self, x: Float[Tensor, "B L C"]) -> Float[Tensor, "B P C"]:
         """Return the full grid; cells of dropped patches are zero.
@@ -52,7 +57,7 @@ class GridMap:
         shown = laid(x, self.where)
         if self.alive is None:
             return shown
-        here = self._standing(self.alive)
+        here = self._standing()
         alive = laid(self.alive.to(x.dtype).unsqueeze(-1), here)
         return alive * laid(x, here) + (1 - alive) * shown
 
@@ -60,16 +65,10 @@ class GridMap:
         """Gather the features of a full grid at each token's own cell."""
         return gather_rows(full, self.place)
 
-    def _standing(self, alive: Float[Tensor, "B L"]) -> Int[Tensor, "B P"]:
-        """Return the token that stands at each cell (the first, if there are several), or -1.
-
-        A visible token that does not hold the patch of its cell does not count: a package of nothing (SPViT) has the place of
-        a token that is kept, and would show up in the cell once that token is dropped.
-        """
-        index, absent = arange_like(self.place), self.place.shape[1]
-        stands = (self.where.gather(1, self.place) == index) | (alive <= 0)
-        index = torch.where(stands, index, absent)
-        first = torch.full_like(self.where, absent).scatter_reduce(1, self.place, index, "amin")
+    def _standing(self) -> Int[Tensor, "B P"]:
+        """Return the token that stands at each cell (the first, if there are several), or -1."""
+        absent = self.place.shape[1]
+        first = torch.full_like(self.where, absent).scatter_reduce(1, self.place, arange_like(self.place), "amin")
         return torch.where(first < absent, first, -1)
 
 
