@@ -36,14 +36,17 @@ from laconic.core.gather import arange_like
 from laconic.core.token_reduction import reduction_of
 from laconic.methods.ops import mean_query_attention, merge_neighbours
 from test_laws import Hidden
+from test_long import Largest
 from test_transformers import enable_checkpointing
 
 transformers = pytest.importorskip("transformers")
 
 every_model = pytest.mark.parametrize("name", CLIPS)
-every_method = pytest.mark.parametrize("method", SERVED)
 on_classifiers = pytest.mark.parametrize("name", CLASSIFIERS)
-WIDE = SERVED if EVERY else ["ats", "dtps", "etps", "tome", "topk"]
+WIDE = SERVED if EVERY else ["dtps", "tome"]
+# every method on one of the classifiers, some on both
+PAIRS = [(m, n) for i, m in enumerate(SERVED) for j, n in enumerate(CLASSIFIERS) if EVERY or m in WIDE or (i + j) % 2]
+every_pair = pytest.mark.parametrize(("method", "name"), PAIRS)
 
 
 def schedule():
@@ -51,8 +54,7 @@ def schedule():
 
 
 # ------------------------------------------------------------------------------------------------ laws
-@on_classifiers
-@every_method
+@every_pair
 def test_keep_1_is_the_identity(method, name):
     model, x = make(name), clips()
     expected = answer(model, x)
@@ -60,8 +62,7 @@ def test_keep_1_is_the_identity(method, name):
     assert torch.equal(answer(model, x), expected)
 
 
-@on_classifiers
-@every_method
+@every_pair
 def test_tokens_are_removed_patches_are_counted_and_all_is_undone(method, name):
     model, x = make(name), clips()
     expected, keys = answer(model, x), list(model.state_dict())
@@ -354,6 +355,34 @@ def test_eager_attention_is_fused_while_it_is_reduced():
         laconic.restore_(model)
         assert model.config._attn_implementation == "eager"
         assert torch.equal(answer(model, x), expected)
+
+
+LONG = dict(hidden_size=24, num_attention_heads=2, num_hidden_layers=1, patch_size=4, frames_per_clip=64, crop_size=64)
+LONG_METHODS = [("run-length", {}), ("tome", {})]
+LONG_METHODS += [
+    pytest.param(method, more, marks=pytest.mark.slow)
+    for method, more in [
+        *((method, {}) for method in ("ats", "dedup", "dtps", "etps", "heuristic", "pre-merge")),
+        *(("topk", {"restore": fill}) for fill in ("nearest", "similar")),
+    ]
+]
+
+
+@pytest.mark.parametrize(("method", "more"), LONG_METHODS)
+def test_memory_is_linear_in_the_tokens(method, more):
+    """At 8,192 tokens no tensor has as many elements as a sixteenth of all pairs, where the attention is fused."""
+    model = make("vjepa2", **{**LONG, "num_pooler_layers": 1})
+    x = torch.randn(1, 64, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    x[:, 32:] = x[:, 32:33]
+    given = {**arguments(method), **more}
+    given |= {"at": (0,)} if "at" in given else {}
+    laconic.reduce_(model, method, example=x[:, 28:36], **given)
+    with Largest() as largest:
+        answer(model, x)
+    stage = laconic.provenance(model).final
+    assert stage.grid == (32, 16, 16)
+    assert (stage.size > 0).sum() < 8192
+    assert largest.most < 8192**2 / 16
 
 
 # ------------------------------------------------------------------------------------------------ costs, files, the doctor

@@ -81,7 +81,9 @@ def nearest_held(tokens: Tokens) -> Tensor:
     place = torch.cartesian_prod(*sides).float()
     absent, found = (tokens.token_of_patch < 0).unsqueeze(1), list[Tensor]()
     for part in in_parts(place.unsqueeze(0), len(place)):
-        distance = (part[0].unsqueeze(1) - place.unsqueeze(0)).square().sum(-1).unsqueeze(0)
+        distance = place.new_zeros(1, part.shape[1], len(place))
+        for own, other in zip(part[0].unbind(1), place.unbind(1), strict=True):  # no tensor has the differences of all sides
+            distance = distance + (own.unsqueeze(1) - other).square()
         found.append(distance.masked_fill(absent, float("inf")).argmin(2))
     return torch.cat(found, 1)
 

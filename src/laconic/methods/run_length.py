@@ -62,7 +62,8 @@ class RunLengthReducer(AdaptiveReducer):
 
     def embed(self, patches: PatchInput, n: int) -> PatchInput:
         times, rows, columns = patches.clip_grid("run-length")
-        tubelets = patches.images().detach().float().unflatten(1, (times, rows * columns))
+        frames = patches.images().detach().float()
+        tubelets = frames.reshape(-1, times, rows * columns, *frames.shape[2:])
         return patches.grouped(runs_of(change(tubelets, self.config.compare) <= self.config.threshold))
 
     def before(self, tokens: Tokens, n: int) -> Tokens:
