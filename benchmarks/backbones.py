@@ -101,6 +101,51 @@ RIVALS = (
 )
 
 
+CLIPS_HEAD = """## Models that take clips
+
+VideoMAE and V-JEPA 2 of transformers, with the configurations of their published classifiers: parameters in millions, and GMACs
+(matrix products) for one clip at inference, unreduced and reduced. Tokens are patch tokens before and after the blocks.
+"""
+
+
+@dataclass(frozen=True)
+class ClipRow:
+    """A classifier of clips of transformers: its label, class, config class, and the changes of the config."""
+
+    label: str
+    model: str
+    config: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+CLIP_ROWS = (
+    ClipRow("VideoMAE-B, 16 frames", "VideoMAEForVideoClassification", "VideoMAEConfig"),
+    ClipRow("VideoMAE-L, 16 frames", "VideoMAEForVideoClassification", "VideoMAEConfig", {**LARGE, "intermediate_size": 4096}),
+    ClipRow("V-JEPA 2-L, 16 frames", "VJEPA2ForVideoClassification", "VJEPA2Config", {"frames_per_clip": 16}),
+    ClipRow("V-JEPA 2-L, 64 frames", "VJEPA2ForVideoClassification", "VJEPA2Config"),
+)
+CLIP_METHODS = (("", None), ("tome", 0.7), ("topk", 0.7), ("dtps", 0.7))
+
+
+def clip_costs(row: ClipRow) -> list[list[str]]:
+    """Return the table rows of a classifier of clips, unreduced and reduced."""
+    import transformers
+
+    with torch.device("meta"):
+        model: nn.Module = getattr(transformers, row.model)(getattr(transformers, row.config)(**row.changes))
+    host, entry = find_host(model)
+    out = []
+    for name, keep in CLIP_METHODS:
+        config = resolve(name, {"score": "mean-query"} if name == "topk" else {}) if name else None
+        plan = None if config is None else planned(config, entry, host, keep)
+        found = estimate(model, config, plan)
+        label = f"{row.label}, {name}" if name else row.label
+        cells = [f"{entry.shapes(host)[0].patches:,}", f"{found.tokens[-1]:,}", f"{found.parameters / 1e6:.2f}"]
+        out.append([label, "" if keep is None else f"{keep}", *cells, f"{found.macs / 1e9:.1f}"])
+    return out
+
+
 @cache
 def make(name: str, **options: Any) -> nn.Module:
     """Create a model of `laconic.models` on the meta device: only shapes matter here, so no weights are drawn."""
@@ -159,7 +204,9 @@ def page() -> str:
     rivals = [[name, f"{parameters / 1e6:.2f}", f"{macs / 1e9:.2f}"] for name in RIVALS for parameters, macs in [rival(name)]]
     versions = f"laconic {laconic.__version__}, torch {torch.__version__.partition('+')[0]}, timm {timm.__version__}"
     table, others = markdown(header, lines), markdown(["model", "M params", "GMACs"], rivals)
-    return f"{HEAD.format(versions=versions)}\n{table}\n\n{NOTES}\n{RIVALS_HEAD}\n{others}\n"
+    header = ["model, method", "keep", "tokens", "after the blocks", "M params", "GMACs"]
+    clips = markdown(header, [cells for row in CLIP_ROWS for cells in clip_costs(row)])
+    return f"{HEAD.format(versions=versions)}\n{table}\n\n{NOTES}\n{RIVALS_HEAD}\n{others}\n\n{CLIPS_HEAD}\n{clips}\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -126,9 +126,9 @@ def removals(model: Any, pixels: Tensor) -> Run:
     with torch.inference_mode():
         normed = model.norm(last)
     similar = token.gather(1, shown)
-    grid = stages[-1].grid
-    assert grid is not None  # this model has a grid of patches
-    return Run(out[:, prefix:], stages[-1].size, token, host, normed, similar, model.norm.bias.detach(), grid)
+    assert stages[-1].grid is not None  # this model has a grid of patches
+    rows, columns = stages[-1].grid
+    return Run(out[:, prefix:], stages[-1].size, token, host, normed, similar, model.norm.bias.detach(), (rows, columns))
 
 
 def rows_of(values: Tensor, index: Tensor) -> Tensor:

@@ -29,7 +29,9 @@ FAMILIES = {
 }
 NO_CLASS_TOKEN = {"siglip", "gap", "naflex"}
 ROTARY = {"dinov3", "eva02", "rope-mixed", "pe"}
-METHODS = sorted(laconic.methods())
+# they compare the frames of a clip; models that take images refuse them (tests/test_run_length.py)
+OF_CLIPS = {name for name, row in laconic.methods().items() if row.clips}
+METHODS = sorted(set(laconic.methods()) - OF_CLIPS)
 CLASS_SCORED = {name for name, row in laconic.methods().items() if row.score == "class attention"}
 # families that do not read the class token
 AVERAGED = {"siglip", "gap", "qk-norm", "dinov3", "eva02", "pe", "beit", "beit-shared", "naflex"}
@@ -38,7 +40,8 @@ PARKING = {name for name, row in laconic.methods().items() if row.rest.startswit
 FIXED = {"conv-pool", "mlp-pool", "patchmerger", "sinkhorn", "sit", "tokenlearner"}  # learned for one number of tokens
 MIXERS = {name for name, row in laconic.methods().items() if row.rest.startswith("mixed")}  # every token goes everywhere
 AT = (1, 2, 3)
-BEFORE = {name for name, row in laconic.methods().items() if row.config.before_blocks}  # they work before the first block only
+# they work before the first block only
+BEFORE = {name for name, row in laconic.methods().items() if row.config.before_blocks} - OF_CLIPS
 
 
 def make(family, **changes):
@@ -78,7 +81,7 @@ def serves(method, family):
 
 def at(method, usual=AT):
     """The reducing blocks of a method in these tests."""
-    return (0,) if method in BEFORE else usual
+    return (0,) if method in BEFORE | OF_CLIPS else usual
 
 
 def rate(method, keep=0.6):

@@ -53,7 +53,7 @@ def test_doctor_says_what_a_model_is(small):
     )
     assert len(report.blocks) == 4
     assert [t.method for t in report.trials] == list(laconic.methods())
-    assert all(t.works for t in report.trials)
+    assert all(t.works != laconic.methods()[t.method].clips for t in report.trials)
     etps = next(t for t in report.trials if t.method == "etps")
     assert etps.example == 'laconic.reduce_(model, "etps", keep=0.7)'
     assert etps.tokens == (26, 19, 14)

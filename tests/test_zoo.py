@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 
+import clips
 import laconic
 import test_lvvit_psvit
 import test_pvt_cvt
@@ -37,11 +38,22 @@ def theirs(family):
     return Whole("transformers", partial(test_transformers.make, family), answer)
 
 
+class Clips(Whole):
+    """A kind that takes clips."""
+
+    def images(self, batch=3):
+        return clips.clips(batch)
+
+
 ZOO = {
     **zoo.ZOO,
     **{name: ours(test_lvvit_psvit.make, name) for name in ("lvvit_small", "psvit_base_14")},
     **{name: ours(test_pvt_cvt.small, name) for name in ("pvt_tiny", "cvt_13")},
     **{f"transformers-{family}": theirs(family) for family in test_transformers.FAMILIES},
+    **{
+        f"transformers-{name}": Clips("transformers", partial(clips.make, name), lambda model, x: model(x).logits)
+        for name in clips.CLASSIFIERS
+    },
 }
 CHOSEN = os.environ.get("LACONIC_ZOO_METHODS")
 METHODS = CHOSEN.split(",") if CHOSEN else sorted(laconic.methods()) if EVERY else ["dtps"]

@@ -40,7 +40,8 @@ def look(model: nn.Module, images: ImageSet) -> dict[str, float]:
     with stepping(reduction, record), torch.inference_mode():
         model(pixels)
     last = provenance(model).final
-    objects = patch_labels(images, list(range(IMAGES)), reduction.grid) < len(images.classes)
+    rows, columns = reduction.grid
+    objects = patch_labels(images, list(range(IMAGES)), (rows, columns)) < len(images.classes)
     kept, merged, _ = outcomes(last).float().unbind(2)
     shares = {"own": kept, "held": kept + merged}
     out = {"diversity": diversity_score(seen[-1]).mean().item()} if seen else {}

@@ -122,7 +122,7 @@ def timed(reduction: TokenReduction, example: Tensor | None, macs: Balance | Non
         return found if known is not None and known[1:] == (schedule, device) else None
     if device.type == "meta":
         return None
-    batch = entry.example(host) if example is None else batch_for(host, example)
+    batch = entry.example(host) if example is None else batch_for(host, entry, example)
     key = (batch.shape, schedule, device)
     known, found = _measured.get(reduction, (None, None))
     if known == key:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from laconic.api import reduce_, restore_
 from laconic.core.backbone import ModelSpec, block_spec, find_host, path_of
 from laconic.core.method import METHODS, MethodInfo, resolve
 from laconic.core.method import methods as all_methods
+from laconic.core.text_table import by
 from laconic.core.token_reduction import TokenReduction, find_reduction, reduction_of
 
 KEEP = 0.7  # the keep rate for trying methods
@@ -53,7 +55,7 @@ class Report:
     prefix: int = 0
     has_cls: bool = False
     positions: str = ""
-    grid: tuple[int, int] = (0, 0)
+    grid: tuple[int, ...] = (0, 0)
     dim: int = 0
     heads: int = 0
     pooling: str = ""
@@ -73,7 +75,7 @@ class Report:
             "host": self.host,
             "blocks": f"{len(self.blocks)} of {' and '.join(kinds)}",
             "width": f"{self.dim} channels, {self.heads} heads",
-            "patches": f"{self.grid[0]} x {self.grid[1]} = {self.grid[0] * self.grid[1]}",
+            "patches": f"{by(self.grid)} = {math.prod(self.grid)}",
             "prefix tokens": f"{self.prefix} ({'the first is a class token' if self.has_cls else 'no class token'})",
             "positions": self.positions,
             "pooling": self.pooling,
@@ -148,10 +150,11 @@ def shared_copy(model: nn.Module) -> nn.Module:
 
 
 def _positions(host: Any, entry: ModelSpec, blocks: list[nn.Module]) -> str:
-    rotary = any(spec is not None and spec.rope is not None for spec in map(block_spec, blocks))
+    specs = [block_spec(block) for block in blocks]
+    rotary, own_tables = any(spec.rope is not None for spec in specs), any(spec.origin is not None for spec in specs)
     kinds = ["absolute"] * (entry.positions(host) is not None)
     tables = (getattr(host, name, None) for name in ("rope", "rope_embeddings"))  # timm's, transformers'
-    kinds += ["rotary"] * (rotary and any(table is not None for table in tables))
+    kinds += ["rotary"] * (own_tables or (rotary and any(table is not None for table in tables)))
     return " and ".join(kinds) or "none"
 
 

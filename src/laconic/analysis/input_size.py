@@ -1,17 +1,20 @@
-"""The image size that costs are for: the patch grid of each stage of a model for an example."""
+"""The size of images or clips that costs are for: the patch grid of each stage of a model for an example."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import product
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from laconic.core.arguments import unusable
+from laconic.core.arguments import not_a_batch, unusable
 from laconic.core.backbone import ModelSpec, StageSpec
 from laconic.core.eval_mode import without_recording
+from laconic.core.text_table import by
 
 
 class _StopForward(Exception):
@@ -20,10 +23,14 @@ class _StopForward(Exception):
 
 @dataclass(frozen=True, eq=False)
 class InputSize:
-    """The stages of a model for one size of images; ``image``, [1, C, H, W], is None for the model's own size."""
+    """The stages of a model for one size of images, or of clips.
+
+    ``image``, a batch of one, is None for the model's own size; ``sides`` are its height and width (of a clip: frames first).
+    """
 
     shapes: tuple[StageSpec, ...]
     image: Tensor | None = None
+    sides: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, host: nn.Module, entry: ModelSpec, example: Tensor | None) -> InputSize:
@@ -35,30 +42,24 @@ class InputSize:
         shapes = entry.shapes(host)
         if example is None:
             return cls(shapes)
-        image = batch_for(host, example)[:1]
+        image = batch_for(host, entry, example)[:1]
         own = entry.example(host)
         if image.shape == own.shape:
             return cls(shapes)
         tokens = _tokens(host, entry, image)
-        facts = zip(shapes, tokens, strict=True)
-        grids = [_grid(shape, own.shape[2:], image.shape[2:], count - shape.prefix) for shape, count in facts]
-        return cls(tuple(dataclasses.replace(s, grid=grid) for s, grid in zip(shapes, grids, strict=True)), image)
-
-    @property
-    def sides(self) -> tuple[int, int] | None:
-        """Height and width of an image; None for the model's own size."""
-        return None if self.image is None else (self.image.shape[2], self.image.shape[3])
+        facts, sides = zip(shapes, tokens, strict=True), entry.sides(image)
+        grids = [_grid(shape, entry.sides(own), sides, count - shape.prefix) for shape, count in facts]
+        return cls(tuple(dataclasses.replace(s, grid=grid) for s, grid in zip(shapes, grids, strict=True)), image, sides)
 
 
-def batch_for(host: nn.Module, example: Any) -> Tensor:
+def batch_for(host: nn.Module, entry: ModelSpec, example: Any) -> Tensor:
     """Return an example batch on the device of a model and in its dtype.
 
     Raises:
-        ValueError: ``example`` is not an image batch.
+        ValueError: ``example`` is not a batch of what the model takes.
     """
-    if not isinstance(example, Tensor) or example.dim() != 4 or not len(example):
-        found = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
-        raise ValueError(f"example must be an image batch [B, channels, height, width], got {found}")
+    if not entry.takes(example) or not len(example):
+        raise not_a_batch(example, entry.input_axes)
     reference = next(host.parameters())
     return example.to(reference.device, reference.dtype)
 
@@ -89,17 +90,18 @@ def _tokens(host: nn.Module, entry: ModelSpec, image: Tensor) -> list[int]:
     return found
 
 
-def _grid(shape: StageSpec, own: torch.Size, size: torch.Size, patches: int) -> tuple[int, int]:
-    """Return the rows and columns of a stage for images of ``size``, given its ``shape.grid`` for images of ``own`` size.
+def _grid(shape: StageSpec, own: tuple[int, ...], size: tuple[int, ...], patches: int) -> tuple[int, ...]:
+    """Return the grid of a stage for images (or clips) of ``size``, given its ``shape.grid`` for those of ``own`` size.
 
     Raises:
         ValueError: no grid in proportion to the two sizes has this number of patches.
     """
     sides = [(side * n // whole, -(-side * n // whole)) for n, whole, side in zip(shape.grid, own, size, strict=True)]
-    grid = next(((rows, columns) for rows in sides[0] for columns in sides[1] if rows * columns == patches), None)
+    grid = next((grid for grid in product(*sides) if prod(grid) == patches), None)
     if grid is None:
+        kind, grid_of_own, *pixels = "a clip" if len(size) == 3 else "an image", *map(by, (shape.grid, own, size))
         raise ValueError(
-            f"the model makes {patches} patches of an image of {size[0]} x {size[1]} pixels, which is not a grid in "
-            f"proportion to the {shape.grid[0]} x {shape.grid[1]} of its own {own[0]} x {own[1]}; use another size"
+            f"the model makes {patches} patches of {kind} of {pixels[1]} pixels, which is not a grid in "
+            f"proportion to the {grid_of_own} of its own {pixels[0]}; use another size"
         )
     return grid

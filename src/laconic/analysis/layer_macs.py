@@ -11,7 +11,7 @@ Work is a `Counter` of multiply-adds (or elements) by kind; a convention weighs 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from laconic.core.attention import AttentionTap
-from laconic.core.backbone import ModelSpec, StageSpec, block_spec
+from laconic.core.backbone import ModelSpec, Rows, StageSpec, block_spec
 
 if TYPE_CHECKING:
     from laconic.analysis.input_size import InputSize
 
 Work = Counter[str]
 KINDS = ("matmul", "pairwise", "layernorm", "batchnorm", "scores", "elementwise", "head_mean")
-COUNTED = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.BatchNorm2d)
+COUNTED = (nn.Linear, nn.Conv2d, nn.Conv3d, nn.LayerNorm, nn.BatchNorm2d)
 
 
 def layers(module: nn.Module, rows: int | Callable[[str], int]) -> Work:
@@ -34,7 +34,7 @@ def layers(module: nn.Module, rows: int | Callable[[str], int]) -> Work:
     work = Work()
     for name, layer in module.named_modules():
         count = rows(name) if callable(rows) else rows
-        if isinstance(layer, nn.Linear | nn.Conv2d):
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.Conv3d):
             work["matmul"] += count * layer.weight.numel()
         elif getattr(layer, "in_proj_weight", None) is not None:
             work["matmul"] += count * layer.in_proj_weight.numel()  # its output projection is a separate layer
@@ -134,8 +134,8 @@ def ends(model: Any, host: ModelSpec, before: int, after: int, size: InputSize |
     prefix, _ = host.prefix(model)
     pool, (kind, with_prefix) = getattr(model, "attn_pool", None), host.pooling(model)
     pooled = after if kind == "none" else 1
-    rows = {"norm_pre": before, "norm": after, "fc_norm": pooled, "head": pooled, "head_dist": pooled}
-    rows["aux_head"] = after - prefix if kind == "max" else 0  # LV-ViT's, on every patch token
+    rows: Mapping[str, Rows] = {"norm_pre": before, "norm": after, "fc_norm": pooled, "head": pooled, "head_dist": pooled}
+    rows = {**rows, "aux_head": after - prefix if kind == "max" else 0}  # LV-ViT's, on every patch token
     if host.rows is not None:
         rows = host.rows(model, before, after)
     work, first, embed = stem(model, host, None if size is None else size.image), host.blocks(model)[0], host.patch_embed(model)
@@ -146,7 +146,7 @@ def ends(model: Any, host: ModelSpec, before: int, after: int, size: InputSize |
         elif child is pool or (name == "head" and kind == "map"):
             work += pooling(child, after if with_prefix else after - prefix)
         elif any(module is first for module in child.modules()):  # the module with the blocks, and other layers in it
-            inner = [(f"{name}.{part}", layer) for part, layer in child.named_children()]
+            inner = [(f"{name}.{part}", layer) for part, layer in child.named_modules()]
             work += sum((layers(layer, rows[part]) for part, layer in inner if part in rows), Work())
         elif child is embed or name == "laconic":
             continue

@@ -173,7 +173,7 @@ def counted(model: nn.Module, compute: Compute = "all", example: Tensor | None =
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = _NoModules()  # type: ignore[assignment]
     with without_recording(host, compute), torch.inference_mode(False), torch.enable_grad(), counter:
-        host(entry.example(host) if example is None else batch_for(host, example)[:1])
+        host(entry.example(host) if example is None else batch_for(host, entry, example)[:1])
     return counter.get_total_flops() // 2
 
 

@@ -23,8 +23,8 @@ class Stage:
     ``where[b, p]`` is the patch token that contains patch p (-1: dropped), ``size[b, j]`` the number of patches in token j,
     ``kept[b, j]`` the patch at whose position token j is. ``alive`` is the keep mask, set only if some tokens are hidden from
     the others: tokens that are dropped softly in training, and padding tokens of images with fewer tokens than others in the
-    batch (their size is 0). Parked patches (Evo-ViT) are -1 until they return. ``grid``: rows and columns of the patches, or
-    None.
+    batch (their size is 0). Parked patches (Evo-ViT) are -1 until they return. ``grid``: rows and columns of the patches (of
+    a clip: tubelets in time, rows, columns), or None.
     """
 
     block: int
@@ -32,15 +32,15 @@ class Stage:
     size: Float[Tensor, "B L"]
     kept: Int[Tensor, "B L"]
     alive: Float[Tensor, "B L"] | None
-    grid: tuple[int, int] | None
+    grid: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """The reducing blocks of one forward, first to last, and the patch grid (rows, columns) of its images (None: unknown)."""
+    """The reducing blocks of one forward, first to last, and the patch grid of its images as in `Stage` (None: unknown)."""
 
     stages: tuple[Stage, ...]
-    grid: tuple[int, int] | None
+    grid: tuple[int, ...] | None
     _history: History | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -135,7 +135,8 @@ def restore_dense(
             may then be any tensor with one row per token (a gradient, the result of operations on each token).
         features: [B, prefix + L, C] as ``forward_features`` or a block returns them, or [B, L, C] without the prefix tokens,
             or a view of them along the batch.
-        layout: ``NLC`` for [B, P, C] in raster order, ``NCHW`` for [B, C, rows, columns].
+        layout: ``NLC`` for [B, P, C] in raster order, ``NCHW`` for [B, C, rows, columns] or, of clips, ``NCTHW`` for
+            [B, C, tubelets in time, rows, columns].
         fill: the features of dropped patches: a number, ``zeros``, ``nearest``, ``mean``, or ``last``
             (see `laconic.core.dense.restored`).
 

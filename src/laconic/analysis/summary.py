@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from laconic.core.text_table import draw
+from laconic.core.text_table import by, draw
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class TimeBalance:
     def __str__(self) -> str:
         new, old, steps = map(_seconds, (self.reduced, self.unreduced, self.steps))
         faster, slower = f"{self.ratio:.2f}x as fast as unreduced", f"SLOWER than unreduced ({self.ratio:.2f}x)"
-        batch, _, height, width = self.shape
-        here = f"measured on {self.device} at batch {batch} of {height} x {width}"
+        batch, size = self.shape[0], (*self.shape[1:-3], *self.shape[-2:])  # without channels
+        here = f"measured on {self.device} at batch {batch} of {by(size)}"
         times = f"{new} per forward instead of {old}, of which the method's own steps take {steps}"
         return f"{faster if self.ratio >= 1 else slower}, {here}: {times}"
 
@@ -78,6 +78,8 @@ def _seconds(value: float) -> str:
 @dataclass(frozen=True)
 class Summary:
     """The cost of a model at inference. MACs are for ``batch_size`` images of ``image_size`` (None: the model's own size).
+
+    For a model that takes clips, an image is a clip, and ``image_size`` is (frames, height, width).
 
     ``macs`` is for the whole model, patch embedding, head and reducers included; ``baseline_macs`` for the unreduced model.
     ``tokens`` are the patch tokens after each block. ``counted_macs``, for one image, is None unless it was requested.
@@ -95,7 +97,7 @@ class Summary:
     blocks: tuple[BlockCost, ...]
     counted_macs: int | None = None
     observed: Observed | None = None
-    image_size: tuple[int, int] | None = None
+    image_size: tuple[int, ...] | None = None
     timed: TimeBalance | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -105,7 +107,7 @@ class Summary:
 
     def __str__(self) -> str:
         images = "1 image" if self.batch_size == 1 else f"{self.batch_size} images"
-        images += "" if self.image_size is None else f" of {self.image_size[0]} x {self.image_size[1]}"
+        images += "" if self.image_size is None else f" of {by(self.image_size)}"
         macs = f"{self.macs / 1e9:.4f} GMACs for {images} (convention: {self.convention})"
         lines = [
             f"{self.model}, {self.method['name'] if self.method else 'not reduced'}: {self.parameters:,} parameters",

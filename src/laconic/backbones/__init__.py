@@ -12,6 +12,7 @@ from laconic.backbones import timm_relative as timm_relative
 from laconic.backbones import torchvision as torchvision
 from laconic.backbones import transformers as transformers
 from laconic.backbones import transformers_layers as transformers_layers
+from laconic.backbones import transformers_video as transformers_video
 from laconic.core.backbone import AttentionSteps as AttentionSteps
 from laconic.core.backbone import BlockSpec as BlockSpec
 from laconic.core.backbone import ModelSpec as ModelSpec

@@ -148,7 +148,7 @@ def _pooling(m: Any) -> tuple[str, bool]:
     return kind, getattr(m, "pool_include_prefix", True)  # Eva passes all its tokens to the attention pool
 
 
-def _grid_of(m: Any, size: tuple[int, int]) -> tuple[int, int] | None:
+def _grid_of(m: Any, size: tuple[int, ...]) -> tuple[int, int] | None:
     embed = m.patch_embed
     if hasattr(embed, "dynamic_feat_size"):
         return tuple(embed.dynamic_feat_size(size))

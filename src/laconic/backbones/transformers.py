@@ -26,13 +26,14 @@ def _blocks(m: Any) -> list[Any]:
     return list(inner.layers if hasattr(inner, "layers") else inner.layer)
 
 
-def _pair(size: Any) -> tuple[int, int]:
+def pair(size: Any) -> tuple[int, int]:
+    """Return a size as height and width: it is a pair already, or one number for both."""
     height, width = size if isinstance(size, Iterable) else (size, size)
     return height, width
 
 
 def _grid(m: Any) -> tuple[int, int]:
-    (height, width), (rows, columns) = _pair(m.config.image_size), _pair(m.config.patch_size)
+    (height, width), (rows, columns) = pair(m.config.image_size), pair(m.config.patch_size)
     return height // rows, width // columns
 
 
@@ -46,7 +47,7 @@ def _positions(m: Any) -> Tensor | None:
 
 def _example(m: Any) -> Tensor:
     reference = next(m.parameters())
-    size = (1, m.config.num_channels, *_pair(m.config.image_size))
+    size = (1, m.config.num_channels, *pair(m.config.image_size))
     return torch.randn(size, generator=torch.Generator().manual_seed(0)).to(reference.device, reference.dtype)
 
 
@@ -68,8 +69,8 @@ def _settings(m: Any) -> list[Setting]:
     return [(m.config, "_attn_implementation", FUSED)]
 
 
-def _grid_of(m: Any, size: tuple[int, int]) -> tuple[int, int]:
-    rows, columns = _pair(m.config.patch_size)
+def _grid_of(m: Any, size: tuple[int, ...]) -> tuple[int, int]:
+    rows, columns = pair(m.config.patch_size)
     return size[0] // rows, size[1] // columns
 
 
@@ -85,7 +86,7 @@ def _rows(m: Any, before: int, after: int) -> dict[str, int]:
     return {"pre_layrnorm": before, "layernorm": after, "norm": after, "post_layernorm": last, "pooler": 1}
 
 
-_common = ModelSpec(
+common = ModelSpec(
     path="",
     blocks=_blocks,
     prefix=lambda m: (1, True),
@@ -144,26 +145,26 @@ def _beit_overrides(m: Any) -> list[MethodOverride]:
     return [*biases, (m.pooler, "forward", _averaged)] if _averages(m) else biases
 
 
-_both = replace(_common, pooling=lambda m: ("token and avg", False))  # its classifier reads the class token and the mean
+_both = replace(common, pooling=lambda m: ("token and avg", False))  # its classifier reads the class token and the mean
 _siglip = replace(
-    _common,
+    common,
     prefix=lambda m: (0, False),
     pooling=lambda m: ("map" if m.use_head else "avg", False),
     method_overrides=_siglip_overrides,
 )
 _beit = replace(
-    _common,
+    common,
     pooling=lambda m: ("avg" if _averages(m) else "token", False),
     method_overrides=_beit_overrides,
 )
 for _path, _host in {
-    "vit.modeling_vit.ViTModel": _common,
-    "deit.modeling_deit.DeiTModel": replace(_common, prefix=lambda m: (2, True)),
+    "vit.modeling_vit.ViTModel": common,
+    "deit.modeling_deit.DeiTModel": replace(common, prefix=lambda m: (2, True)),
     "dinov2.modeling_dinov2.Dinov2Model": _both,
     "dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersModel": replace(_both, prefix=_registers),
-    "dinov3_vit.modeling_dinov3_vit.DINOv3ViTModel": replace(_common, prefix=_registers),
-    "clip.modeling_clip.CLIPVisionModel": _common,
-    "clip.modeling_clip.CLIPVisionTransformer": _common,  # 4.57: inside CLIPVisionModel
+    "dinov3_vit.modeling_dinov3_vit.DINOv3ViTModel": replace(common, prefix=_registers),
+    "clip.modeling_clip.CLIPVisionModel": common,
+    "clip.modeling_clip.CLIPVisionTransformer": common,  # 4.57: inside CLIPVisionModel
     "siglip.modeling_siglip.SiglipVisionModel": _siglip,
     "siglip.modeling_siglip.SiglipVisionTransformer": _siglip,
     "beit.modeling_beit.BeitModel": _beit,

@@ -42,6 +42,15 @@ def _clip_mlp(b: Any, x: Tensor) -> Tensor:
     return b.mlp(b.layer_norm2(x))
 
 
+def _vjepa_attention(b: Any, x: Tensor, position_mask: Tensor | None = None, **kw: Any) -> Tensor:
+    # the layer passes only the positions on; other keywords are refused if they are set
+    return b.drop_path(_first(b.attention(b.norm1(x), position_mask=position_mask)))
+
+
+def _vjepa_mlp(b: Any, x: Tensor) -> Tensor:
+    return b.drop_path(b.mlp(b.norm2(x)))
+
+
 def _beit_attention(b: Any, x: Tensor, interpolate_pos_encoding: bool = False, **kw: Any) -> Tensor:
     # the bias is made for the image's own grid, so resizing is disabled: it could only resize to the number of kept tokens
     if hasattr(b, "intermediate"):  # 4.57: the attention makes the bias
@@ -75,6 +84,9 @@ for _path, _halves in {
     "dinov3_vit.modeling_dinov3_vit.DINOv3ViTLayer": replace(_dino, rope="position_embeddings"),
     "clip.modeling_clip.CLIPEncoderLayer": _clip,
     "siglip.modeling_siglip.SiglipEncoderLayer": _clip,
+    "videomae.modeling_videomae.VideoMAELayer": replace(_vit, own_mask=None),
+    # each layer makes its rotary tables from the indices of the patches, and counts the tokens if it is given none
+    "vjepa2.modeling_vjepa2.VJEPA2Layer": BlockSpec(_vjepa_attention, _vjepa_mlp, origin="position_mask"),
     # opaque: reduced tokens must run through these halves, which do not resize the bias
     "beit.modeling_beit.BeitLayer": replace(
         _vit, attention=_beit_attention, mlp=_beit_mlp, relative=True, opaque_attention=True

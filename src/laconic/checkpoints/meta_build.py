@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -70,8 +71,9 @@ def check_input(model: nn.Module, source: str, held: int) -> None:
     """
     host, entry = find_host(model)
     with _NoNoise():
-        height, width = entry.example(host).shape[-2:]
-    limits.check(f"{source} asks for a model for images of", height * width, limits.INPUT_PIXELS, "pixels")
+        sides = entry.sides(entry.example(host))
+    kind = "clips" if entry.clips else "images"
+    limits.check(f"{source} asks for a model for {kind} of", math.prod(sides), limits.INPUT_PIXELS, "pixels")
     shapes = entry.shapes(host)
     keys = shapes[-1].patches + shapes[-1].prefix
     most = max(4 * shape.heads * (shape.patches + shape.prefix) * keys for shape in shapes)

@@ -93,7 +93,8 @@ def judge(demo_input: DemoInput, variants: Sequence[Variant], unrelated: set[str
     if demo_input.images is None:
         return [Judged(found) for found in _agreement(demo_input.read, variants, unrelated)]
     host, entry = find_host(variants[0].model)
-    shown, full, out = object_patches(demo_input.images, entry.grid(host)), None, list[Judged]()
+    rows, columns = entry.grid(host)
+    shown, full, out = object_patches(demo_input.images, (rows, columns)), None, list[Judged]()
     for variant in tqdm(variants, desc="evaluating", unit="row", leave=False, disable=None):
         if variant.name in unrelated:
             out.append(Judged())

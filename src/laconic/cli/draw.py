@@ -1,4 +1,4 @@
-"""Token maps: a photograph in which patches that share a token have their mean colour, and dropped ones are dark."""
+"""Token maps: a photograph or a clip in which patches that share a token have their mean colour, and dropped ones are dark."""
 
 from __future__ import annotations
 
@@ -27,10 +27,13 @@ DARK, SHADOW = 0.22, 0.07  # of a dropped patch's light what is left, and the gr
 
 @dataclass(frozen=True)
 class Map:
-    """One image after one stage: ``holder[p]`` is the place of the token that holds patch p, or -1 where p was dropped."""
+    """One image after one stage: ``holder[p]`` is the place of the token that holds patch p, or -1 where p was dropped.
+
+    The grid of a clip has three sides: tubelets in time, rows, columns.
+    """
 
     holder: np.ndarray  # [P]
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     block: int
     tokens: int
 
@@ -57,16 +60,15 @@ def maps(provenance: Provenance, image: int) -> list[Map]:
 def paint(picture: np.ndarray, stage: Map) -> np.ndarray:
     """Fill the patches of every token of several patches with their mean colour, outline them, and darken what was dropped.
 
-    ``picture`` is [H, W, 3] from 0 to 1. Patches with a token of their own stay as they are.
+    ``picture`` is [H, W, 3] from 0 to 1, or a clip [T, H, W, 3], in which a token has one colour in all its frames. Patches
+    with a token of their own stay as they are.
     """
-    height, width = picture.shape[:2]
-    rows = np.arange(height) * stage.grid[0] // height
-    columns = np.arange(width) * stage.grid[1] // width
-    holder = stage.holder.reshape(stage.grid)[rows[:, None], columns]
+    cells = [np.arange(pixels) * count // pixels for count, pixels in zip(stage.grid, picture.shape[:-1], strict=True)]
+    holder = stage.holder.reshape(stage.grid)[np.ix_(*cells)]
     colour, grouped = np.zeros((stage.holder.size + 1, 3)), np.zeros(stage.holder.size + 1, bool)
     for place in stage.groups:
         colour[place], grouped[place] = picture[holder == place].mean(0), True
-    grey = picture.mean(2, keepdims=True)
+    grey = picture.mean(-1, keepdims=True)
     out = np.where((holder < 0)[..., None], DARK * grey + SHADOW, picture)
     out = np.where(grouped[holder][..., None], colour[holder], out)  # -1, dropped, is the last row: no group
     return np.where((_edges(holder) & (holder >= 0))[..., None], OUTLINE + (1 - OUTLINE) * out, out)
@@ -75,8 +77,8 @@ def paint(picture: np.ndarray, stage: Map) -> np.ndarray:
 def _edges(holder: np.ndarray) -> np.ndarray:
     """Return the pixels whose left or upper neighbour belongs to another token."""
     edges = np.zeros(holder.shape, bool)
-    edges[1:] |= holder[1:] != holder[:-1]
-    edges[:, 1:] |= holder[:, 1:] != holder[:, :-1]
+    edges[..., 1:, :] |= holder[..., 1:, :] != holder[..., :-1, :]
+    edges[..., 1:] |= holder[..., 1:] != holder[..., :-1]
     return edges
 
 
@@ -94,10 +96,15 @@ def heat(picture: np.ndarray, values: np.ndarray) -> np.ndarray:
     return HEAT * coloured + (1 - HEAT) * picture.mean(2, keepdims=True)
 
 
-def enlarge(picture: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """The picture in the size of the sheet, a whole number of pixels a patch; of a tiny one every pixel is a square."""
+def enlarge(picture: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
+    """The picture in the size of the sheet, a whole number of pixels a patch; of a tiny one every pixel is a square.
+
+    Of a clip every frame is enlarged.
+    """
     from PIL import Image
 
+    if picture.ndim == 4:
+        return np.stack([enlarge(frame, grid[-2:]) for frame in picture])
     times = round(SIDE / max(picture.shape[:2]))
     if times >= COARSE:
         return picture.repeat(times, 0).repeat(times, 1).astype(np.float32)
@@ -109,7 +116,7 @@ def enlarge(picture: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 
 def token_maps(picture: np.ndarray, stages: Sequence[Map]) -> list[np.ndarray]:
-    """The enlarged picture, then one painted picture for every stage."""
+    """The enlarged picture (or clip), then a painted one for every stage."""
     large = enlarge(picture, stages[0].grid)
     return [large, *(paint(large, stage) for stage in stages)]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -186,7 +187,7 @@ def as_reduced(name: str, model: nn.Module, keep: float | None, kind: Kind = "me
     if reduction.config.info.count == "variable":
         host, entry = find_host(model)
         return as_observed(variant, observe(model, entry.example(host)))
-    start = reduction.grid[0] * reduction.grid[1]
+    start = math.prod(reduction.grid)
     return dataclasses.replace(variant, tokens=(start, *(cost.tokens[block] for block in reduction.schedule.at)))
 
 
@@ -195,7 +196,7 @@ def as_observed(variant: Variant, seen: Observed) -> Variant:
     reduction = find_reduction(variant.model)
     assert reduction is not None
     left = (round(seen.tokens[block].mean) for block in reduction.schedule.at)
-    start = reduction.grid[0] * reduction.grid[1]
+    start = math.prod(reduction.grid)
     return dataclasses.replace(variant, macs=round(seen.macs.mean), tokens=(start, *left))
 
 

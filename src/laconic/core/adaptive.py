@@ -13,6 +13,7 @@ from torch import Tensor
 from laconic.core.gather import arange_like
 from laconic.core.method import Method, Reducer
 from laconic.core.schedule import Schedule, of_the_initial
+from laconic.core.shape_types import Float
 from laconic.core.tokens import Tokens
 
 Execution = Literal["packed", "padded", "masked"]
@@ -21,6 +22,18 @@ Execution = Literal["packed", "padded", "masked"]
 def is_static() -> bool:
     """Return True while a graph is traced (torch.compile, export): no decision may depend on the values of tensors."""
     return torch.compiler.is_compiling() or torch._C._is_tracing()
+
+
+def at_least_one(tokens: Tokens, keep: Float[Tensor, "B L"]) -> Float[Tensor, "B L"]:
+    """Return ``keep`` with 1 for the first visible token of each image that would keep none, if there are no prefix tokens.
+
+    Without any token an image has no answer, and one that is masked would have another answer than one that is removed.
+    """
+    if tokens.prefix:
+        return keep
+    none = (keep <= 0).all(1, keepdim=True)
+    first = arange_like(keep) == tokens.keep_mask_or_ones.argmax(1, keepdim=True)
+    return torch.where(none & first, 1.0, keep)
 
 
 class AdaptiveReducer(Reducer):
@@ -34,8 +47,9 @@ class AdaptiveReducer(Reducer):
         """Hide the tokens whose ``keep`` [B, L] is 0; tokens that are already hidden remain hidden.
 
         ``into`` [B, L] is the token that takes over the patches of each hidden token (-1, the default: they are dropped).
+        One token of each image is visible in any case (see `at_least_one`).
         """
-        keep = keep if tokens.keep_mask is None else keep * tokens.keep_mask
+        keep = at_least_one(tokens, keep if tokens.keep_mask is None else keep * tokens.keep_mask)
         gone = torch.full_like(tokens.origin_index, -1) if into is None else into
         return tokens.soft_drop(keep, torch.where(keep > 0, arange_like(tokens.size), gone))
 

@@ -154,16 +154,15 @@ def unusable(example: Tensor, error: Exception) -> ValueError:
 
 
 def check_example(example: Any, channels: int | None = None) -> None:
-    """Raise if an example is not a batch of finite images; ``channels`` is the number the model takes, if known.
+    """Raise if an example is not a batch of finite images or clips; ``channels`` is the number the model takes, if known.
 
     Raises:
-        ValueError: not a tensor of four dimensions, no images, integers, NaN or infinite values, other channels.
+        ValueError: not a tensor of four or five dimensions, no images, integers, NaN or infinite values, other channels.
     """
     if example is None:
         return
-    if not isinstance(example, Tensor) or example.dim() != 4:
-        found = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
-        raise ValueError(f"example must be an image batch [B, channels, height, width], got {found}")
+    if not isinstance(example, Tensor) or example.dim() not in (4, 5):
+        raise not_a_batch(example, "[B, channels, height, width]")
     if 0 in example.shape:
         raise ValueError(f"example must hold at least one image, got shape {tuple(example.shape)}")
     if not example.is_floating_point():
@@ -171,5 +170,12 @@ def check_example(example: Any, channels: int | None = None) -> None:
     if example.is_meta or not example.isfinite().all():
         found = "has no values (meta device)" if example.is_meta else "has NaN or infinite values"
         raise ValueError(f"example {found}, so the model cannot be verified with it; pass an image with finite values")
-    if channels is not None and example.shape[1] != channels:
-        raise ValueError(f"example has {example.shape[1]} channels, but the model takes {channels}: {tuple(example.shape)}")
+    if channels is not None and example.shape[-3] != channels:
+        raise ValueError(f"example has {example.shape[-3]} channels, but the model takes {channels}: {tuple(example.shape)}")
+
+
+def not_a_batch(example: Any, axes: str) -> ValueError:
+    """Return the refusal of an example that is not a batch with these axes."""
+    found = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
+    kind = "a batch of clips" if "frames" in axes else "an image batch"
+    return ValueError(f"example must be {kind} {axes}, got {found}")

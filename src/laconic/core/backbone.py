@@ -7,9 +7,10 @@ library is imported here. When a model is reduced, its entry is verified on that
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
@@ -18,6 +19,8 @@ Half = Callable[..., Tensor]
 # `laconic.core.readout.Readout` of the model, the original method, and the arguments
 MethodOverride = tuple[nn.Module, str, Callable[..., Any]]
 Setting = tuple[Any, str, Any]  # an object, the name of an attribute, and the value it must have
+Rows = int | Callable[[str], int]
+Reason = str | Callable[[Any], str | None]  # a reason why a class cannot be reduced, or a function of the module
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,9 @@ class BlockSpec:
     attention: Half | None = None
     mlp: Half | None = None
     rope: str | None = None  # the keyword under which rotary tables [..., P, D] reach the block
+    # the keyword under which the patch at whose position each token stands, [B, L], reaches a block that makes its own rotary
+    # tables; only for models without prefix tokens
+    origin: str | None = None
     grid: str | None = None  # the keyword for a `laconic.core.grid.GridMap`, if keys and values come from the full grid
     relative: bool = False  # True if its attention adds a bias [..., N, N] made for all original tokens
     opaque_attention: bool = False  # True if its own attention call is hidden (nn.MultiheadAttention); it then runs in halves
@@ -58,7 +64,7 @@ class BlockSpec:
     @property
     def needs_positions(self) -> bool:
         """True if the block needs the tokens' positions or a special execution path, so its plain forward is not enough."""
-        keyword = self.rope is not None or self.grid is not None or self.own_mask is not None
+        keyword = any(name is not None for name in (self.rope, self.origin, self.grid, self.own_mask))
         return keyword or self.relative or self.opaque_attention
 
 
@@ -69,25 +75,29 @@ class StageSpec:
     depth: int
     dim: int
     heads: int
-    grid: tuple[int, int]
+    grid: tuple[int, ...]  # rows and columns of patches; of a clip: tubelets in time, rows, columns
     prefix: int = 1
     has_cls: bool = True
 
     @property
     def patches(self) -> int:
         """Number of patches of an image of the model's own input size."""
-        return self.grid[0] * self.grid[1]
+        return math.prod(self.grid)
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model class: its blocks, prefix tokens, positions, grid, and the readout of the last tokens."""
+    """A model class: its blocks, prefix tokens, positions, grid, and the readout of the last tokens.
+
+    A model for clips, [B, frames, channels, height, width], has ``clips`` set. Its patches are tubelets, and its grid has three
+    sides: tubelets in time, rows, columns.
+    """
 
     path: str
     blocks: Callable[[Any], list[nn.Module]]
     prefix: Callable[[Any], tuple[int, bool]]  # number of prefix tokens; True if the first one is a class token
     positions: Callable[[Any], Tensor | None]  # absolute position embedding of the patches, [P, C]
-    grid: Callable[[Any], tuple[int, int]]
+    grid: Callable[[Any], tuple[int, ...]]
     dim: Callable[[Any], int]
     heads: Callable[[Any], int]
     example: Callable[[Any], Tensor]  # an input of the model's own size, batch 1
@@ -114,15 +124,33 @@ class ModelSpec:
     head_reads_prefix_only: tuple[str, ...] = ()
     # True if the model returns all its last tokens, which callers may average: merged tokens are then restored to their patches
     restores_output: bool = False
-    # rows and columns of patches of an image [height, width]; None if not known (``grid`` is for the model's own size)
-    grid_of: Callable[[Any, tuple[int, int]], tuple[int, int] | None] = lambda m, size: None
+    # rows and columns of patches of an image [height, width], or the grid of a clip [frames, height, width]; None if not known
+    # (``grid`` is for the model's own size)
+    grid_of: Callable[[Any, tuple[int, ...]], tuple[int, ...] | None] = lambda m, size: None
+    clips: bool = False  # True if its input is a batch of clips
+    contains_host: bool = False  # True if this entry describes a model with another supported model inside, in its place
     patch_embed: Callable[[Any], nn.Module] = lambda m: m.patch_embed  # turns an image into tokens
     # the layer that embeds patches, their height and width, and "chw" or "hwc"; None: the only convolution in ``patch_embed``
-    patch_layer: Callable[[Any], tuple[nn.Module, tuple[int, int], str]] | None = None
-    # rows through each layer outside the blocks, by name, given the numbers of tokens before and after the blocks
-    rows: Callable[[Any, int, int], dict[str, int]] | None = None
+    patch_layer: Callable[[Any], tuple[nn.Module, tuple[int, ...], str]] | None = None
+    # rows through each layer outside the blocks, by name, given the numbers of tokens before and after the blocks; for a
+    # module with several layers, a function of their names inside it
+    rows: Callable[[Any, int, int], Mapping[str, Rows]] | None = None
     # multiply-adds outside the blocks of matrix products that are not layers, given the same two numbers
     extra_macs: Callable[[Any, int, int], int] = lambda m, before, after: 0
+
+    @property
+    def input_axes(self) -> str:
+        """The axes of its input, for messages."""
+        return "[B, frames, channels, height, width]" if self.clips else "[B, channels, height, width]"
+
+    def takes(self, image: Any) -> TypeGuard[Tensor]:
+        """Return True if this is a tensor with the axes of its input."""
+        return isinstance(image, Tensor) and image.dim() == (5 if self.clips else 4)
+
+    def sides(self, image: Tensor) -> tuple[int, ...]:
+        """Return height and width of a batch of images; of clips: frames, height and width."""
+        sides = (image.shape[1], *image.shape[3:]) if self.clips else image.shape[2:]
+        return tuple(int(side) for side in sides)  # torch.jit.trace has tensors for sizes
 
     def shapes(self, model: Any) -> tuple[StageSpec, ...]:
         """Return the stages of a model."""
@@ -134,7 +162,7 @@ class ModelSpec:
 
 BLOCKS: dict[str, BlockSpec] = {}
 HOSTS: dict[str, ModelSpec] = {}
-REFUSED: dict[str, str] = {}  # classes that cannot be reduced, and why
+REFUSED: dict[str, Reason] = {}  # classes that cannot be reduced, and why
 
 
 def register_block(path: str, halves: BlockSpec) -> None:
@@ -147,8 +175,8 @@ def register_host(host: ModelSpec) -> None:
     HOSTS[host.path] = host
 
 
-def register_refusal(path: str, reason: str) -> None:
-    """Record why a class cannot be reduced, by its full path."""
+def register_refusal(path: str, reason: Reason) -> None:
+    """Record why a class cannot be reduced, by its full path; a function of the module returns None if it can be."""
     REFUSED[path] = reason
 
 
@@ -225,7 +253,7 @@ def find_host(model: nn.Module) -> tuple[nn.Module, ModelSpec]:
         known = ", ".join(sorted(HOSTS))
         raise TypeError(f"laconic does not know {path_of(type(model))}. Supported model classes: {known}")
     # some classes are a model in one version and a wrapper of a model in another (transformers' CLIPVisionModel)
-    found = [(m, h) for m, h in found if not any(m is not other and other in m.modules() for other, _ in found)]
+    found = [(m, h) for m, h in found if not any(_yields(m, h, other, entry) for other, entry in found if other is not m)]
     if len(found) > 1:
         names = [name for name, m in model.named_modules() if any(m is f for f, _ in found)]
         raise ValueError(f"there are {len(found)} vision transformers in this model ({names}); pass the one to reduce")
@@ -247,11 +275,20 @@ def _entry(module: nn.Module) -> ModelSpec | None:
     return next((HOSTS[path_of(cls)] for cls in type(module).__mro__ if path_of(cls) in HOSTS), None)
 
 
+def _yields(model: nn.Module, entry: ModelSpec, other: nn.Module, entry_of_other: ModelSpec) -> bool:
+    """Return True if the entry of ``other`` is used instead: it is inside ``model``, or contains it and says so."""
+    if entry_of_other.contains_host and model in other.modules():
+        return True
+    return not entry.contains_host and other in model.modules()
+
+
 def _refuse(modules: Iterable[nn.Module], error: type[Exception]) -> None:
     for part in modules:
         path = next((path_of(cls) for cls in type(part).__mro__ if path_of(cls) in REFUSED), None)
-        if path is not None:
-            raise error(f"{path_of(type(part))} cannot be reduced: {REFUSED[path]}")
+        reason = None if path is None else REFUSED[path]
+        reason = reason(part) if callable(reason) else reason
+        if reason is not None:
+            raise error(f"{path_of(type(part))} cannot be reduced: {reason}")
 
 
 def _refuse_compiled(model: nn.Module) -> None:

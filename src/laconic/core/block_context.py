@@ -18,6 +18,6 @@ class BlockContext:
     keep: float | None  # keep rate of this block; None if the schedule gives counts
     before: int = 0  # patch tokens at the input of the block, for an image of the model's own size
     after: int = 0  # patch tokens at its output
-    grid: tuple[int, int] = (0, 0)  # rows and columns of the patches of such an image
+    grid: tuple[int, ...] = (0, 0)  # rows and columns of the patches of such an image; of a clip: tubelets in time first
     depth: int = 0  # number of blocks
     schedule: Schedule | None = None

@@ -309,10 +309,14 @@ def _bias_rows(spec: BlockSpec, tokens: Tokens) -> Tensor | None:
 
 
 def _placed(spec: BlockSpec, tokens: Tokens, packing: Packing | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return a block's keywords with the tokens' positions: their rows of the rotary table, or the map of the grid."""
+    """Return a block's keywords with the tokens' positions: patches, rows of the rotary table, or the map of the grid."""
     if spec.grid is not None:
         moved = GridMap.of(tokens)
         return kwargs if moved is None else {**kwargs, spec.grid: moved}
+    if spec.origin is not None:
+        if packing is None and tokens.origin is None:
+            return kwargs
+        return {**kwargs, spec.origin: tokens.origin_index if packing is None else packing.pack(tokens.origin_index)}
     table = None if spec.rope is None else kwargs.get(spec.rope)
     if spec.rope is None or table is None or (packing is None and tokens.origin is None):
         return kwargs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
@@ -13,11 +14,12 @@ from laconic.core.gather import gather_rows, in_parts
 from laconic.core.grid import GridMap, image_of
 from laconic.core.history import History, find, mark
 from laconic.core.shape_types import Float
+from laconic.core.text_table import by
 from laconic.core.tokens import Tokens
 
 Fill = Literal["zeros", "nearest", "last", "mean", "similar"]
 FILLS: tuple[str, ...] = get_args(Fill)
-Layout = Literal["NLC", "NCHW"]
+Layout = Literal["NLC", "NCHW", "NCTHW"]
 
 
 def restored(
@@ -68,33 +70,39 @@ def restored(
 def nearest_held(tokens: Tokens) -> Tensor:
     """Return for every patch the nearest patch on the grid that a token holds (itself, if it is held): [B, P].
 
+    On the grid of a clip, a step in time is as far as a step in space.
+
     Raises:
         ValueError: the grid of the image is not known.
     """
     if tokens.grid is None:
         raise ValueError("fill='nearest' needs the grid of the image's patches, which is not known here; use another fill")
-    rows, columns = tokens.grid
-    patch = torch.arange(rows * columns, device=tokens.token_of_patch.device)
-    place = torch.stack([patch // columns, patch % columns], 1).float()
+    sides = [torch.arange(side, device=tokens.token_of_patch.device) for side in tokens.grid]
+    place = torch.cartesian_prod(*sides).float()
     absent, found = (tokens.token_of_patch < 0).unsqueeze(1), list[Tensor]()
-    for part in in_parts(place.unsqueeze(0), len(patch)):
-        distance = (part[0].unsqueeze(1) - place.unsqueeze(0)).square().sum(-1).unsqueeze(0)
+    for part in in_parts(place.unsqueeze(0), len(place)):
+        distance = place.new_zeros(1, part.shape[1], len(place))
+        for own, other in zip(part[0].unbind(1), place.unbind(1), strict=True):  # no tensor has the differences of all sides
+            distance = distance + (own.unsqueeze(1) - other).square()
         found.append(distance.masked_fill(absent, float("inf")).argmin(2))
     return torch.cat(found, 1)
 
 
 def laid_out(dense: Float[Tensor, "B P C"], tokens: Tokens, layout: str) -> Tensor:
-    """Return dense features as [B, P, C] (``NLC``) or [B, C, rows, columns] (``NCHW``).
+    """Return dense features as [B, P, C] (``NLC``), [B, C, rows, columns] (``NCHW``) or, of clips, ``NCTHW``.
 
     Raises:
-        ValueError: an unknown layout, or the grid of the patches is not known.
+        ValueError: an unknown layout, the grid of the patches is not known, or it has another number of sides.
     """
     if layout not in get_args(Layout):
-        raise ValueError(f"layout must be 'NLC' or 'NCHW', not {layout!r}")
+        raise ValueError(f"layout must be 'NLC' or 'NCHW' (for clips 'NCTHW'), not {layout!r}")
     if layout == "NLC":
         return dense
-    if tokens.grid is None or tokens.grid[0] * tokens.grid[1] != dense.shape[1]:
+    if tokens.grid is None or math.prod(tokens.grid) != dense.shape[1]:
         raise ValueError(f"the grid of these {dense.shape[1]} patches is not known; use layout='NLC'")
+    if len(tokens.grid) != len(layout) - 2:
+        right = "NCHW" if len(tokens.grid) == 2 else "NCTHW"
+        raise ValueError(f"these patches have a grid of {by(tokens.grid)}; use layout={right!r} or 'NLC'")
     return image_of(dense, tokens.grid).contiguous()
 
 

@@ -32,7 +32,12 @@ class GridMap:
         """Return the map of these tokens, or None if every patch still has its own token and none is masked."""
         if tokens.origin is None and tokens.keep_mask is None:
             return None
-        return cls(tokens.token_of_patch, tokens.origin_index, tokens.keep_mask)
+        alive = tokens.keep_mask
+        if alive is not None:
+            # a visible token without a patch shows nowhere: a package of nothing (SPViT) has the place of a token that is
+            # kept, and would be seen there once that token is dropped
+            alive = alive.masked_fill((alive > 0) & (tokens.size <= 0), 0.0)
+        return cls(tokens.token_of_patch, tokens.origin_index, alive)
 
     def fill(self, x: Float[Tensor, "B L C"]) -> Float[Tensor, "B P C"]:
         """Return the full grid; cells of dropped patches are zero.
@@ -72,8 +77,8 @@ def laid(values: Float[Tensor, "B L C"], index: Int[Tensor, "B P"]) -> Float[Ten
     return gather_rows(values, index.clamp_min(0)).masked_fill((index < 0).unsqueeze(-1), 0.0)
 
 
-def image_of(cells: Float[Tensor, "B P C"], size: tuple[int, int]) -> Float[Tensor, "B C H W"]:
-    """Return cells, given row by row, as an image of ``size`` (rows, columns)."""
+def image_of(cells: Float[Tensor, "B P C"], size: tuple[int, ...]) -> Float[Tensor, "B C *size"]:
+    """Return cells, given row by row, as an image of ``size`` (rows, columns), or as a clip of (frames, rows, columns)."""
     return cells.transpose(1, 2).reshape(cells.shape[0], cells.shape[2], *size)
 
 

@@ -242,6 +242,7 @@ class MethodInfo:
     score_detail: str = ""  # in words, if ``score`` does not say enough
     rest_detail: str = ""
     full_attention: bool = False  # True if it needs the whole matrix of attention weights
+    clips: bool = False  # True if it compares the frames of clips, so that models for images refuse it
 
 
 METHODS: dict[str, MethodInfo] = {}

@@ -45,7 +45,7 @@ class Packing:
         return cls(index, tuple(run.sum(1).tolist()), bias, (run.shape[0], run.shape[1]))
 
     def pack(self, x: Tensor) -> Tensor:
-        """Pack [B, N, C] into [1, T, C]."""
+        """Pack [B, N, C] into [1, T, C], or [B, N] into [1, T]."""
         return x.flatten(0, 1).index_select(0, self.index).unsqueeze(0)
 
     def unpack(self, row: Tensor, x: Tensor) -> Tensor:

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from laconic.core.attention import AttentionTap
 from laconic.core.attention_bias import SOFT_FLOOR
 from laconic.core.backbone import HOSTS
-from laconic.core.dense import as_patches
+from laconic.core.dense import as_patches, restored
 from laconic.core.links import ModelRef, reduction_in
 from laconic.core.runtime import call_of, current
 from laconic.core.shape_types import Float
@@ -81,6 +82,26 @@ class Readout:
             return None
         size = tokens.size if tokens.keep_mask is None else tokens.size * tokens.keep_mask
         return F.pad(size, (tokens.prefix, 0), value=1.0).clamp_min(SOFT_FLOOR).log().to(x.dtype)
+
+    def every_patch(self, x: Tensor) -> Tensor:
+        """Return the features ``x`` [B, N, C] after the last block and norm for every patch, [B, prefix + P, C].
+
+        A patch has the features of the token that holds it, a dropped one the mean over all that are held, as in
+        `laconic.core.dense.restored`; features of all patches are returned as they are.
+
+        Raises:
+            ValueError: it is not known which forward the features belong to.
+        """
+        history = current(x, self.ref)
+        if history is None:
+            raise ValueError(
+                f"features of shape {tuple(x.shape)} come from no known forward of this reduced model, so their patches are "
+                "not known; pass the features as the model returned them"
+            )
+        tokens = history.tokens
+        if x.shape[1] != tokens.prefix + len(tokens) or len(tokens) >= tokens.token_of_patch.shape[1]:
+            return x
+        return torch.cat([x[:, : tokens.prefix], restored(tokens, x[:, tokens.prefix :], "mean")], 1)
 
     def _check_prefix(self, x: Tensor) -> None:
         if x.dim() == 3 and x.shape[1] == 0 and self.reduction.prefix:

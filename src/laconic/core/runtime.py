@@ -44,7 +44,7 @@ class Call:
         host: Any,
         ref: ModelRef,
         reduction: Any,
-        grid: tuple[int, int] | None,
+        grid: tuple[int, ...] | None,
         fast: bool,
         answers: bool,
         tracing: bool,
@@ -74,9 +74,9 @@ def run_call(name: str, module: Any, own: Any, *args: Any, **kwargs: Any) -> Any
 
 
 def _empty(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Return the input images if the batch is empty, else None."""
+    """Return the input images (or clips) if the batch is empty, else None."""
     x = args[0] if args else kwargs.get(module._laconic.names[0])
-    return x if isinstance(x, Tensor) and x.dim() == 4 and x.shape[0] == 0 and not torch.compiler.is_compiling() else None
+    return x if isinstance(x, Tensor) and x.dim() in (4, 5) and x.shape[0] == 0 and not torch.compiler.is_compiling() else None
 
 
 def _of_no_images(method: str, module: Any, own: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -135,8 +135,8 @@ def _open(host: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], 
     grid = None if outer is None else outer.grid
     if outer is not None and not outer.begun:
         pass  # the same images
-    elif isinstance(image, Tensor) and image.dim() == 4:
-        grid = entry.grid_of(host, (int(image.shape[2]), int(image.shape[3])))  # torch.jit.trace has tensors for sizes
+    elif entry.takes(image):
+        grid = entry.grid_of(host, entry.sides(image))
     elif image is not None:
         _refuse_proxy(image)
     if (tracing or torch._C._is_tracing()) and _in_onnx_export():

@@ -7,7 +7,7 @@ their row, optional columns are left out. A table that still does not fit is pri
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 GAP = "  "
 LEAST_LABEL, LEAST_PROSE = 14, 24  # columns that wrap keep at least this number of characters, if their text is that long
@@ -18,6 +18,11 @@ def wrap(text: str, width: int, indent: str = "", hanging: str = "") -> list[str
     """Return the lines of a text, broken at spaces alone; a word longer than a line has a line of its own."""
     wrapper = textwrap.TextWrapper(width, indent, hanging, break_long_words=False, break_on_hyphens=False)
     return wrapper.wrap(text) or [""]
+
+
+def by(sides: Iterable[int]) -> str:
+    """Return the sides of a grid as text: "14 x 14"."""
+    return " x ".join(map(str, sides))
 
 
 def draw(

@@ -23,6 +23,7 @@ from laconic.core.patch_input import GROUP
 from laconic.core.runtime import call_of
 from laconic.core.schedule import Schedule
 from laconic.core.stages import Stages
+from laconic.core.text_table import by
 from laconic.core.tokens import Tokens
 
 log = logging.getLogger(__name__)
@@ -134,10 +135,10 @@ class TokenReduction(nn.Module):
             grid = shape.grid if shape.patches == patches else None
         elif call is None and not getattr(host, "dynamic_img_size", False):
             grid = entry.grid(host) if math.prod(entry.grid(host)) == patches else None
-        if grid is not None and grid[0] * grid[1] != patches:
+        if grid is not None and math.prod(grid) != patches:
             raise ValueError(
                 f"{x.shape[1]} tokens enter the first block; expected {prefix} prefix tokens (num_prefix_tokens) and a grid of "
-                f"{grid[0]} x {grid[1]} patches. Tokens of another kind (prompts, registers) must be counted as prefix tokens "
+                f"{by(grid)} patches. Tokens of another kind (prompts, registers) must be counted as prefix tokens "
                 "and come first, or they would be reduced as if they were patches"
             )
         positions = entry.positions(host) if self.config.reads_positions and len(self.stages.shapes) == 1 else None

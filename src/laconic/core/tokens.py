@@ -67,7 +67,8 @@ class Tokens:
     per_image: dict[str, Tensor] = field(default_factory=dict)  # [B, ...] a method's data of each image
     parked: Tokens | None = None  # tokens that skip some blocks and are rejoined later (Evo-ViT)
     positions: Tensor | None = None  # [P, C] the model's absolute position embedding, shared by all images
-    grid: tuple[int, int] | None = None  # rows and columns of the image's patches; None: not known
+    # rows and columns of the image's patches (of a clip: tubelets in time, rows, columns); None: not known
+    grid: tuple[int, ...] | None = None
     dropped: Tensor | None = None  # [B, P, C] features of dropped patches when they were dropped; None unless tracked
     # [B, P] the token that holds a patch or, for a dropped patch, the most similar token; None unless tracked
     similar: Tensor | None = None
@@ -79,7 +80,7 @@ class Tokens:
         prefix: int,
         has_cls: bool,
         positions: Tensor | None = None,
-        grid: tuple[int, int] | None = None,
+        grid: tuple[int, ...] | None = None,
     ) -> Tokens:
         """Return the tokens at the input of a model's first block: each patch token holds its own patch."""
         batch, patches = x.shape[0], x.shape[1] - prefix

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laconic.core.arguments import check_example, unusable
+from laconic.core.arguments import check_example, not_a_batch, unusable
 from laconic.core.attention import AttentionTap
 from laconic.core.backbone import ModelSpec, block_spec, path_of
 from laconic.core.block_forward import attend, first_of, name_of
@@ -105,7 +105,9 @@ def _image(host: nn.Module, entry: ModelSpec, example: Tensor | None) -> Tensor:
         raise ValueError("this model has no weights yet (meta device); load them before reducing it")
     if example is None:
         return entry.example(host)
-    check_example(example, entry.example(host).shape[1])
+    if not entry.takes(example):
+        raise not_a_batch(example, entry.input_axes)
+    check_example(example, entry.example(host).shape[-3])
     return example.to(reference.device, reference.dtype)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,7 +57,7 @@ class Traced:
             return {**facts, "method": "none"}
         facts["method"] = json.dumps(reduction.config.describe())
         facts["schedule"] = json.dumps(reduction.schedule.to_json())
-        facts["patches"] = str(reduction.grid[0] * reduction.grid[1])
+        facts["patches"] = str(math.prod(reduction.grid))
         facts["patch_tokens"] = json.dumps(list(reduction.counts()))
         return facts
 
@@ -140,8 +141,9 @@ def _example(model: nn.Module, example: Tensor | None) -> Tensor:
     if example is None:
         host, entry = find_host(model)
         return entry.example(host)
-    if example.dim() != 4:
-        raise ValueError(f"example must be [B, channels, height, width], not of shape {list(example.shape)}")
+    if example.dim() not in (4, 5):
+        axes = "[B, channels, height, width] (of clips: [B, frames, channels, height, width])"
+        raise ValueError(f"example must be {axes}, not of shape {list(example.shape)}")
     return example
 
 

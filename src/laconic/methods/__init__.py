@@ -40,6 +40,7 @@ from laconic.methods.pitome import PiToMe as PiToMe
 from laconic.methods.pool import AvgPool as AvgPool
 from laconic.methods.pool import MaxPool as MaxPool
 from laconic.methods.pre_merge import PreMerge as PreMerge
+from laconic.methods.run_length import RunLength as RunLength
 from laconic.methods.sinkhorn import Sinkhorn as Sinkhorn
 from laconic.methods.sit import SiT as SiT
 from laconic.methods.spatial_pool import SpatialPool as SpatialPool

@@ -76,7 +76,7 @@ def resized(patches: PatchInput, scale: Int[Tensor, "B P"], levels: tuple[Level,
 
     ``scale`` is the level of the largest whole cell around each patch; 0: none.
     """
-    (height, width), (rows, columns) = patches.size, patches.known_grid("adaptive-patch")
+    (height, width), (rows, columns) = patches.size, patches.image_grid("adaptive-patch")
     cells = patches.images()  # [B, P, Z, h, w]
     batch, _, channels = cells.shape[:3]
     embedded = patches.embeddings
@@ -111,7 +111,7 @@ class AdaptivePatchReducer(AdaptiveReducer):
         return n < before if self.config.threshold is None else super().active(before, n)
 
     def embed(self, patches: PatchInput, n: int) -> PatchInput:
-        grid, count, limit = patches.known_grid("adaptive-patch"), patches.embeddings.shape[1], self.config.threshold
+        grid, count, limit = patches.image_grid("adaptive-patch"), patches.embeddings.shape[1], self.config.threshold
         depth = self.config.levels if limit is not None else needed_depth(grid, n, self.config.levels)
         levels = levels_of(grid, depth, patches.embeddings)
         entropy = self.config.detail == "entropy"

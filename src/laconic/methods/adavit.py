@@ -30,7 +30,7 @@ from typing import ClassVar, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from laconic.core.adaptive import AdaptiveReducer
+from laconic.core.adaptive import AdaptiveReducer, at_least_one
 from laconic.core.method import BlockContext, Reducer, method
 from laconic.core.schedule import Schedule
 from laconic.core.tokens import Tokens
@@ -53,7 +53,7 @@ class AdaViTReducer(AdaptiveReducer):
 
     def before(self, tokens: Tokens, n: int) -> Tokens:
         useful = self.tokens(self.norm(tokens.patches.to(self.tokens.weight.dtype))).squeeze(2).float()
-        used = self.decide(useful, self.config.threshold)
+        used = at_least_one(tokens.replace(keep_mask=None), self.decide(useful, self.config.threshold))
         every = F.pad(used, (tokens.prefix, 0), value=1.0).unsqueeze(1)
         by_class = {name: layer for name, layer in ((LAYERS, self.layers), (HEADS, self.heads)) if layer is not None}
         if by_class:

@@ -12,6 +12,8 @@ l-infinity norm. The number of kept patches (``count``):
 The published distances are used for the latter two, including float32 rounding: coordinates run from -P/2 to P/2 in P steps
 (off the centre if P is odd), and rounding splits some rings of equal distance in two, which shows in the published counts.
 
+In a clip the middle of every frame is kept, with the same distances in each.
+
 Departure: the published code hides tokens, here they are dropped; the output is the same. Both require square grids if the
 image does not have the size that the model was built for.
 """
@@ -39,8 +41,14 @@ class HeuristicReducer(Reducer):
 
     def before(self, tokens: Tokens, n: int) -> Tokens:
         patches = tokens.token_of_patch.shape[1]
-        rows, columns = tokens.grid or square(patches)
+        *frames, rows, columns = tokens.grid or square(patches)
+        if frames and self.published:
+            raise ValueError(
+                "heuristic: count='radius' and count='shrinking' are defined for images, and this model takes clips; use "
+                "count='exact'"
+            )
         far = torch.tensor(distances(rows, columns, self.norm, self.published), device=tokens.x.device)
+        far = far.repeat(frames[0]) if frames else far
         return tokens.keep(topk_split(-far[tokens.origin_index], n)[0].sort(1).values)
 
 

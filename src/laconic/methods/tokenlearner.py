@@ -56,7 +56,13 @@ class ConvolutionalReducer(Mixer):
         self.maps = nn.Sequential(*layers)
 
     def matrix(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        rows, columns = tokens.grid or (0, 0)
+        grid = tokens.grid or (0, 0)
+        if len(grid) != 2:
+            raise ValueError(
+                "tokenlearner: version='1' has convolutions over the grid of an image, and this model takes clips; pass "
+                "version='1.1'"
+            )
+        rows, columns = grid
         if tokens.origin is not None or len(tokens) != rows * columns:
             raise ValueError(
                 f"tokenlearner: version='1' needs all patches on their grid, and got {len(tokens)} tokens"

@@ -91,7 +91,8 @@ class Fidelity:
 
     Args:
         space: the model and the method.
-        images: [N, channels, height, width], preprocessed for the model; at least two.
+        images: [N, channels, height, width] (of clips: [N, frames, channels, height, width]), preprocessed for the model; at
+            least two.
         labels: [N], class indices.
         batch_size: images per forward.
 
@@ -101,9 +102,9 @@ class Fidelity:
     """
 
     def __init__(self, space: ScheduleSpace, images: Tensor, labels: Tensor | None = None, batch_size: int = 64) -> None:
-        if not isinstance(images, Tensor) or images.dim() != 4 or len(images) < 2:
+        if not isinstance(images, Tensor) or not space.entry.takes(images) or len(images) < 2:
             found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            raise ValueError(f"images must be a batch of two or more [N, channels, height, width], not {found}")
+            raise ValueError(f"images must be a batch of two or more {space.entry.input_axes.replace('B', 'N')}, not {found}")
         if labels is not None and len(labels) != len(images):
             raise ValueError(f"there are {len(images)} images and {len(labels)} labels; give a label for each image, or none")
         self.space, self.images, self.labels, self.batch_size = space, images, labels, batch_size

@@ -53,7 +53,7 @@ class ScheduleSpace:
             restore_(self.model)
         self.config, self.price = config, price
         self.host, self.entry = find_host(self.model)
-        self.example = None if example is None else batch_for(self.host, example)
+        self.example = None if example is None else batch_for(self.host, self.entry, example)
         self.size = InputSize.of(self.host, self.entry, self.example)
         self.shapes = self.size.shapes
         self.depth = sum(shape.depth for shape in self.shapes)

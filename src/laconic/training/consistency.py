@@ -20,6 +20,7 @@ be trained in this way.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -153,6 +154,6 @@ def lessened(reduction: TokenReduction, share: float) -> Schedule:
     kept = dict[int, int]()
     for block, count in counts.items():
         reducer: Any = reduction.reducer(block)
-        patches = reducer.site.grid[0] * reducer.site.grid[1]
+        patches = math.prod(reducer.site.grid)
         kept[block] = patches - int(share * max(0, patches - count))
     return Schedule.keep_counts(kept)

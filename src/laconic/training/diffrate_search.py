@@ -118,7 +118,7 @@ class DiffRateSearch:
         self.blocks = entry.blocks(host)
         reduce_(model, DiffRate(score=score), keep=1.0)
         reduction = reduction_of(model.eval())
-        self.prefix, self.patches = reduction.prefix, reduction.grid[0] * reduction.grid[1]
+        self.prefix, self.patches = reduction.prefix, math.prod(reduction.grid)
         tokens, device = self.prefix + self.patches, next(model.parameters()).device
         self.rest = whole - sum(work.block(block, tokens, tokens)["matmul"] for block in self.blocks) / 1e9
         for parameter in self.frozen:

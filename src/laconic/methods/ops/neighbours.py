@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -12,14 +14,17 @@ SHARE = 0.25  # of its tokens that a round merges away at most: fewer rounds are
 FAR = 1e30  # the cost of a merge with a token that is no neighbour
 
 
-def edges_of(grid: tuple[int, int], like: Tensor) -> tuple[Int[Tensor, " E"], Int[Tensor, " E"]]:
-    """Return all pairs of patches side by side, then all one below the other; on the device of ``like``."""
-    patch = torch.arange(grid[0] * grid[1], device=like.device).view(grid)
-    one = torch.cat([patch[:, :-1].flatten(), patch[:-1].flatten()])
-    return one, torch.cat([patch[:, 1:].flatten(), patch[1:].flatten()])
+def edges_of(grid: tuple[int, ...], like: Tensor) -> tuple[Int[Tensor, " E"], Int[Tensor, " E"]]:
+    """Return all pairs of patches side by side, then all one below the other; on the device of ``like``.
+
+    The patches of a clip, with a grid of three sides, have neighbours in their own frame only.
+    """
+    patch = torch.arange(prod(grid), device=like.device).view(grid)
+    one = torch.cat([patch[..., :-1].flatten(), patch[..., :-1, :].flatten()])
+    return one, torch.cat([patch[..., 1:].flatten(), patch[..., 1:, :].flatten()])
 
 
-def merge_neighbours(features: Float[Tensor, "B P D"], grid: tuple[int, int], count: int) -> Int[Tensor, "B P"]:
+def merge_neighbours(features: Float[Tensor, "B P D"], grid: tuple[int, ...], count: int) -> Int[Tensor, "B P"]:
     """Merge tokens with neighbours until ``count`` are left; return the first patch of each patch's token.
 
     In a round the tokens are two sets of equal size, like the fields of a chessboard. Each token of the first set may merge
@@ -33,7 +38,7 @@ def merge_neighbours(features: Float[Tensor, "B P D"], grid: tuple[int, int], co
     while x.shape[1] > count:
         length = x.shape[1]
         removed = min(length - count, max(1, int(length * SHARE)))
-        dst, kept = _round(x, size, lead, (token[:, one], token[:, other]), grid[1], removed)
+        dst, kept = _round(x, size, lead, (token[:, one], token[:, other]), grid[-1], removed)
         total = add_rows(size, dst, length - removed)
         x = add_rows(x * size.unsqueeze(2), dst, length - removed) / total.unsqueeze(2)
         size, token, lead = total, dst.gather(1, token), kept

@@ -62,12 +62,17 @@ def grid_of(owner: str, tokens: Tokens) -> tuple[int, int]:
     """Return the rows and columns of the images' patches.
 
     Raises:
-        ValueError: they are not known, so neighbouring patches cannot be determined.
+        ValueError: they are not known, so neighbouring patches cannot be determined, or the model takes clips.
     """
     if tokens.grid is None:
         raise ValueError(
             f"{owner} pools neighbouring patches, and the grid of these {tokens.token_of_patch.shape[1]} patches is not known; "
             "create the model for images of this size (img_size=...)"
+        )
+    if len(tokens.grid) != 2:
+        raise ValueError(
+            f"{owner} pools neighbouring patches of an image, and this model takes clips; use avg-pool, pre-merge, tome or "
+            "another method that does not need the grid of an image"
         )
     return tokens.grid
 

@@ -5,6 +5,7 @@ All results are integers computed from (schedule, block, depth, patches), at eve
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -60,5 +61,5 @@ class SlowPath(Method):
         return tuple(out)
 
     def tokens_inside(self, before: int, after: int, site: BlockContext) -> tuple[int, int]:
-        count = self.running(site.schedule, site.block, site.grid[0] * site.grid[1])
+        count = self.running(site.schedule, site.block, math.prod(site.grid))
         return count, count

@@ -225,7 +225,7 @@ def _batches(reduction: TokenReduction, images: Images) -> Iterator[Tensor]:
     reference = next(reduction.model.parameters())
     for batch in [images] if isinstance(images, Tensor) else images:
         batch = batch[0] if isinstance(batch, tuple | list) else batch
-        if not isinstance(batch, Tensor) or batch.dim() != 4 or not len(batch):
+        if not reduction.entry_of_host.takes(batch) or not len(batch):
             found = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
-            raise ValueError(f"images must be batches [B, channels, height, width], got {found}")
+            raise ValueError(f"images must be batches {reduction.entry_of_host.input_axes}, got {found}")
         yield batch.to(reference.device, reference.dtype)

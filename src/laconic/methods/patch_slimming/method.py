@@ -16,6 +16,7 @@ keeps fewer than these, or all of its positions and some of the placeholder's if
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 from laconic.core.attention import AttentionView
 from laconic.core.method import BlockContext, Method, Reducer, method
 from laconic.core.shape_types import Int
+from laconic.core.text_table import by
 from laconic.core.tokens import Tokens
 from laconic.methods.ops import topk_split
 
@@ -44,7 +46,7 @@ class StaticPrune(Reducer):
     def __init__(self, site: BlockContext) -> None:
         super().__init__()
         self.grid = site.grid
-        spread = evenly_spread(site.grid[0] * site.grid[1])
+        spread = evenly_spread(math.prod(site.grid))
         self.register_buffer("kept", spread[: site.after].clone())
         self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool))
         self.register_buffer("others", spread.argsort(), persistent=False)  # the rank of each position if it is not kept
@@ -53,7 +55,7 @@ class StaticPrune(Reducer):
         patches = tokens.token_of_patch.shape[1]
         if patches != len(self.others):
             raise ValueError(
-                f"patch-slimming was built for {self.grid[0]} x {self.grid[1]} = {len(self.others)} patches and got {patches}: "
+                f"patch-slimming was built for {by(self.grid)} = {len(self.others)} patches and got {patches}: "
                 "its positions belong to one image size; resize the images, or create the model for theirs and calibrate again"
             )
         rank = (self.others + len(self.kept)).scatter(0, self.kept, torch.arange(len(self.kept), device=self.kept.device))
