@@ -294,6 +294,10 @@ def test_token_maps_of_a_clip():
     members = np.isin(stages[-1].holder, [place]).reshape(GRID).repeat(2, 0).repeat(8, 1).repeat(8, 2)
     np.testing.assert_allclose(inside[0], picture[members].mean(0), rtol=1e-5)
     assert draw.token_maps(picture, stages)[0].shape[0] == FRAMES
+    alone = draw.Map(np.arange(PATCHES), GRID, 0, PATCHES)  # every patch is a token: outlines of all patches in every frame
+    outlined = (draw.paint(picture, alone) != picture).any(-1)
+    row, column = np.indices((32, 32))
+    assert (outlined == ((row % 8 == 0) & (row > 0)) | ((column % 8 == 0) & (column > 0))).all()
 
 
 # ------------------------------------------------------------------------------------------------ inputs

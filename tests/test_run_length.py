@@ -94,6 +94,7 @@ def test_a_clip_without_static_tubelets_is_answered_bit_for_bit(name):
     expected = answer(model, x)
     laconic.reduce_(model, "run-length")
     assert torch.equal(answer(model, x), expected)
+    assert reduction_of(model).entry(1).is_plain  # the blocks run unchanged
     answer(model, moving())
     assert torch.equal(answer(model, x), expected)  # nothing is left of the batch before
 
