@@ -98,14 +98,13 @@ class Tables:
 
     def methods(self) -> str:
         """Return the table of all methods: fidelity by keep rate, and how often they find large things."""
-        head = ["class token", *(f"keep {keep:g}" for keep in KEEPS), *(f"{OVER}, {keep:g}" for keep in (0.7, 0.5))]
-        head += ["same thing, keep 0.5, − unreduced"]
+        head = ["class token", *(f"keep {keep:g}" for keep in KEEPS), f"{OVER}, keep 0.5", "same thing, keep 0.5, − unreduced"]
         found = []
         for method in rows.training_free():
             here = {keep: Row(method=method, keep=keep, at=rows.usual_blocks(method)) for keep in KEEPS}
             cells = [_level(self.results.mean("views", row.key, "class_cosine")) for row in here.values()]
-            cells += [self._over("views", here[keep], "class_cosine", 1) for keep in (0.7, 0.5)]
-            found.append([method, *cells, self._difference("large", here[0.5], "hits")])
+            over = self._over("views", here[0.5], "class_cosine", 1)
+            found.append([method, *cells, over, self._difference("large", here[0.5], "hits")])
         found.sort(key=lambda cells: cells[3], reverse=True)
         return markdown(head, found) if any(set(cells[1:]) != {NONE} for cells in found) else ""
 
