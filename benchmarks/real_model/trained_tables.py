@@ -40,9 +40,12 @@ class Reader:
         return {cell.seed: self.lines[cell.key] for cell in cells if cell.key in self.lines}
 
     def accuracy(self, *cell: Any, **more: Any) -> str:
-        """Return the accuracy with its interval over seeds and pictures."""
+        """Return the accuracy with its interval over seeds and pictures, and the multiply-adds."""
         runs = self.runs(*cell, **more)
-        return str(accuracy([_correct(line) for line in runs.values()])) if runs else NONE
+        if not runs:
+            return NONE
+        macs = next(iter(runs.values()))["macs"]
+        return f"{accuracy([_correct(line) for line in runs.values()])} ({macs / 1e9:.2f} G)"
 
     def difference(self, one: Sequence[Any], other: Sequence[Any]) -> str:
         """Return the paired difference on the seeds that both have; bold if its interval excludes zero."""
@@ -67,7 +70,7 @@ def tables(path: Path = OUTPUT) -> str:
 
 
 def _sweep(read: Reader) -> str:
-    head = ["right, %", *(f"keep {keep:g}" for keep in KEEPS)]
+    head = ["right, % (multiply-adds)", *(f"keep {keep:g}" for keep in KEEPS)]
     rows = [[f"{name}, fine-tuned", *(read.accuracy(name, keep) for keep in KEEPS)] for name in TRAINED]
     rows += [[f"{one} − {two}", *(read.difference((one, keep), (two, keep)) for keep in KEEPS)] for one, two in PAIRS]
     for name in UNTRAINED:
