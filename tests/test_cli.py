@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -13,6 +14,7 @@ from laconic.cli import app as cli
 from laconic.cli import image_io
 
 TINY = "deit_tiny_patch16_224"
+WEIGHTS = Path(laconic.__file__).parent / "weights" / "scenes_vit_small.safetensors"
 
 
 pytestmark = pytest.mark.usefixtures("no_pretrained_weights")
@@ -74,6 +76,10 @@ COMMANDS = {
         "0.5",
         "--output",
         "{tmp}/s.csv",
+    ],
+    "tune": [
+        *("scenes_vit_small", "--target", "1.3x-macs", "--data", "scenes", "--limit", "8"),
+        *("--methods", "topk", "--batch-size", "2", "--threads", "1", "--weights", str(WEIGHTS)),
     ],
     "export": [TINY, "--method", "topk", "--to", "torch-export", "--rounds", "0", "--output", "{tmp}"],
     "train": [
@@ -269,6 +275,7 @@ def test_the_installed_command():
 # ---------------------------------------------------------------------------------------------------- light to start
 START = """
 import sys
+from pathlib import Path
 from laconic.cli import app
 code = app.main(sys.argv[1:])
 heavy = {"torch", "numpy", "tyro", "timm"} & set(sys.modules)
