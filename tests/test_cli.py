@@ -99,7 +99,22 @@ COMMANDS = {
         *("cutouts", "{tmp}/made", "--objects", "{tmp}/things", "--backgrounds", "{tmp}/grounds"),
         *("--views", "1", "1", "1", "--pixels", "32"),
     ],
-    "demo": ["--images", "8", "--method", "etps", "--keep", "0.5", "--pictures", "1", "--rounds", "1", "--output", "{tmp}"],
+    "demo": [
+        "--model",
+        "scenes_vit_small",
+        "--images",
+        "8",
+        "--method",
+        "etps",
+        "--keep",
+        "0.5",
+        "--pictures",
+        "1",
+        "--rounds",
+        "1",
+        "--output",
+        "{tmp}",
+    ],
 }
 
 

@@ -11,6 +11,7 @@ import laconic
 from families import make
 from laconic.planning.candidates import Sizes, candidates
 from laconic.planning.measures import Measure, nearest_other
+from laconic.planning.tune import halves_of
 from laconic.planning.tuned import Tuned
 
 METHODS = ("tome",)
@@ -164,3 +165,48 @@ def test_what_cannot_be_tuned_is_refused(changed, message):
     asked = {"images": pictures(), "target": TARGET, **changed}
     with pytest.raises((ValueError, TypeError), match=message):  # TypeError if annotations are checked
         laconic.tune(make("plain"), asked.pop("images"), asked.pop("target"), methods=("topk",), **asked)
+
+
+# ------------------------------------------------------------------------------------------------ time, and runs that go on
+def test_halves_are_balanced():
+    labels = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3, 4])
+    for kind in ("labels", "same-answer"):
+        one, other = halves_of(9, labels, kind)
+        assert sorted([*one.tolist(), *other.tolist()]) == list(range(9))
+        assert all((labels[one] == label).sum() == 1 for label in range(4))
+    one, other = halves_of(9, labels, "pairs")
+    assert not set(labels[one].tolist()) & set(labels[other].tolist())
+    assert abs(len(one) - len(other)) <= 2
+
+
+def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
+    record, ran = tmp_path / "scores.jsonl", []
+    run = Measure.__call__
+
+    def counting(self, *given):
+        ran.append(given)
+        if len(ran) == 7:
+            raise KeyboardInterrupt
+        return run(self, *given)
+
+    monkeypatch.setattr(Measure, "__call__", counting)
+    asked = dict(methods=METHODS, batch_size=1, record=record)
+    with pytest.raises(KeyboardInterrupt):
+        laconic.tune(make("plain"), pictures(), TARGET, **asked)
+    again = laconic.tune(make("plain"), pictures(), TARGET, **asked)
+    total = len(ran) - 1
+    ran.clear()
+    ran.extend([()] * 7)
+    third = laconic.tune(make("plain"), pictures(), TARGET, **asked)
+    assert len(ran) == 7  # nothing was scored again
+    assert total > 7
+    assert [(row.name, row.score) for row in third.rows] == [(row.name, row.score) for row in again.rows]
+    other = laconic.tune(make("plain"), pictures(seed=1), TARGET, **asked)
+    assert len(ran) > 7  # other images
+    assert other.rows[1].score != again.rows[1].score
+
+
+def test_less_time_means_fewer_images():
+    found = laconic.tune(make("plain"), pictures(40), TARGET, methods=METHODS, batch_size=1, minutes=1e-4)
+    assert found.images == (4, 4)
+    assert any("4 of 20 images" in note for note in found.notes)

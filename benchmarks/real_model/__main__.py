@@ -28,6 +28,8 @@ PLANS: dict[str, tuple[tuple[str, ...], tuple[Row, ...]]] = {
     "sites": (("large",), rows.late_selection()),
     "methods": (("large",), rows.every_method((0.5,))),
     "large-input": (("views-518",), rows.large_input()),
+    "before": (("views",), rows.before_blocks()),
+    "before-518": (("views-518",), rows.before_blocks(rows.LARGE, rows.LARGE_SMALLER)),
 }
 
 

@@ -19,7 +19,7 @@ from laconic.core.files import write_atomically
 RESULTS, SPEED = Path("results/real-model.jsonl"), Path("results/real-model-speed.json")
 READINGS = Path(__file__).with_name("readings.toml")
 MANY = ("large-many", "medium", "three-things", "five-grounds", "regions")
-SECTIONS = ("answer", "object", "settings", "sites", "methods", "small", "large_input", "trained")
+SECTIONS = ("answer", "object", "settings", "sites", "methods", "small", "large_input", "before", "trained")
 OVER = "over a smaller input"  # heading of the differences to a smaller input at equal measured time
 FEATURES = ("class_cosine", "patch_cosine", "map_correlation")
 FEATURE_NAMES = ("class token", "patches", "saliency map")
@@ -49,6 +49,18 @@ class Tables:
         """Return the table of fidelity at the larger input."""
         results = Results.read(RESULTS, SPEED, LARGE_BASE, LARGE_SMALLER)
         return Tables(results)._fidelity("views-518", sorted(rows.large_input(), key=lambda row: row.size != LARGE_BASE.size))
+
+    def before(self) -> str:
+        """Return the tables of reductions before the first block, at both input sizes."""
+        large = Tables(Results.read(RESULTS, SPEED, LARGE_BASE, LARGE_SMALLER))
+        found = [
+            tables._fidelity(name, sorted(rows.before_blocks(base.size, smaller), key=tables._speed))
+            for tables, name, base, smaller in (
+                (self, "views", BASE, SMALLER[:6]),
+                (large, "views-518", LARGE_BASE, LARGE_SMALLER),
+            )
+        ]
+        return "\n\n".join(table for table in found if table)
 
     def _fidelity(self, name: str, chosen: Sequence[Row]) -> str:
         head = ["", "GMACs", "speed", *(column for word in FEATURE_NAMES for column in (word, OVER))]

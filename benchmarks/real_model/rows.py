@@ -25,7 +25,8 @@ class Row:
     """A row: ``size`` pixels a side, and a method with its settings ("" for the unreduced model).
 
     ``keep`` and ``at`` are the keep rate of each reducing block and these blocks. If ``total`` is set, tokens are removed in
-    equal steps at the blocks ``at`` until this share of the patches is left.
+    equal steps at the blocks ``at`` until this share of the patches is left. ``first`` is the method and keep rate of a
+    reduction before the first block; the settings of ``method`` are then relative to the tokens that it leaves.
     """
 
     size: int = SIZE
@@ -34,6 +35,7 @@ class Row:
     at: tuple[int, ...] = SITES
     total: float | None = None
     options: dict[str, Any] = field(default_factory=dict, hash=False)
+    first: tuple[str, float] | None = None
 
     @property
     def key(self) -> str:
@@ -44,6 +46,8 @@ class Row:
         blocks = " ".join(map(str, self.at))
         share = f"keep {self.keep:g}" if self.total is None else f"to {self.total:.0%}"
         place = f"{self.size} px, " if self.size != SIZE else ""
+        if self.first is not None:
+            place += f"{self.first[0]} keep {self.first[1]:g}, then "
         return f"{place}{self.method}{options} {share} at {blocks}"
 
     @property
@@ -58,6 +62,9 @@ class Row:
                 return Schedule.adaptive(self.at)
             return Schedule.rates(self.keep or 1.0, self.at)
         patches = (self.size // PATCH) ** 2
+        if self.first is not None:
+            name, keep = self.first
+            patches = METHODS[name].config().counts(Schedule.rates(keep, (0,)), 1, patches)[0]
         step = patches * (1 - self.total) / len(self.at)
         return Schedule.keep_counts({block: round(patches - step * n) for n, block in enumerate(self.at, 1)})
 
@@ -65,7 +72,11 @@ class Row:
         """Reduce ``model``, which was loaded at this row's size, in place."""
         if self.plain:
             return model
-        return laconic.reduce_(model, self.method, schedule=self.schedule(), restore=restore, **self.options)
+        if self.first is None:
+            return laconic.reduce_(model, self.method, schedule=self.schedule(), restore=restore, **self.options)
+        name, keep = self.first
+        second = (self.method, {**self.options, "schedule": self.schedule()})
+        return laconic.reduce_(model, laconic.Chain((name, {"keep": keep}), second), restore=restore)
 
 
 BASE = Row()
@@ -142,6 +153,19 @@ def fewest() -> tuple[Row, ...]:
         Row(method="etps", keep=0.4, at=(6, 8, 10)),
         Row(182, "tome", total=0.25, at=LATE),
     )
+
+
+BEFORE = ("pre-merge", "adaptive-patch")
+
+
+def before_blocks(size: int = SIZE, smaller: tuple[int, ...] = SMALLER) -> tuple[Row, ...]:
+    """Return rows that reduce before the first block, alone and followed by late merging."""
+    rows = [Row(size), *map(Row, smaller)]
+    for name in BEFORE:
+        rows += [Row(size, name, keep=keep, at=(0,)) for keep in (0.9, 0.7, 0.5, 0.3)]
+        for then in ("tome", "atc"):
+            rows += [Row(size, then, total=total, at=LATE, first=(name, keep)) for keep, total in ((0.8, 0.5), (0.6, 0.5))]
+    return (*rows, *(Row(size, "tome", total=total, at=LATE) for total in (0.5, 0.35, 0.25)))
 
 
 LARGE = 518  # pixels a side that the backbone was trained at: 37 x 37 patches

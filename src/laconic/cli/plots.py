@@ -1,4 +1,4 @@
-"""Plots of a sweep: accuracy against multiply-adds, and against measured speed."""
+"""Plots: of a sweep, accuracy against multiply-adds and measured speed; of `laconic tune`, the score against measured speed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from laconic.cli.scores import Score
 from laconic.core.files import Refusal, write_atomically
+from laconic.planning.tuned import Tuned
 
 Against = Literal["GMACs", "speed"]
 LABELS = {"GMACs": "multiply-adds of one image (G)", "speed": "measured speed (x the unreduced model, median)"}
@@ -46,13 +47,7 @@ def plot(path: Path, rows: Sequence[Score], against: Against, title: str) -> Pat
     Raises:
         Refusal: matplotlib is not there, or the file cannot be written.
     """
-    check_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 5), dpi=130, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    axes: Any = figure.add_subplot()
+    figure, axes = _figure()
     kinds = {("lower resolution" if row.kind == "resolution" else row.name): row.kind for row in rows}
     for number, (name, points) in enumerate(lines_of(rows, against).items()):
         x, y, low, high = zip(*points, strict=True)
@@ -63,6 +58,53 @@ def plot(path: Path, rows: Sequence[Score], against: Against, title: str) -> Pat
         look = {"linestyle": style, "marker": MARKERS[number % len(MARKERS)], "markersize": 5, "capsize": 2, "elinewidth": 0.8}
         axes.errorbar(x, y, yerr=(below, above), color=colour, label=name, zorder=3 if method else 2, **look)
     axes.set(xlabel=LABELS[against], ylabel="top-1 (%)", title=title)
+    return _written(path, figure, axes)
+
+
+def plot_tuned(path: Path, tuned: Tuned, measure: str, title: str) -> Path:
+    """Draw the held-out scores of a `Tuned` with their 95 % intervals against measured speed, as PNG.
+
+    Smaller inputs, the unreduced model among them, are a dashed line; the chosen row is drawn in black.
+
+    Raises:
+        Refusal: matplotlib is not there, or the file cannot be written.
+    """
+    figure, axes = _figure()
+    rows = sorted(tuned.rows, key=lambda row: row.speed.median)
+    inputs = [row for row in rows if row.method is None]
+    names = list(dict.fromkeys(row.method["name"] for row in rows if row.method is not None))
+    groups = {"smaller input": inputs} | {
+        name: [row for row in rows if row.method is not None and row.method["name"] == name and row != tuned.best]
+        for name in names
+    }
+    if tuned.best.method is not None:
+        groups[f"chosen: {tuned.best.name}"] = [tuned.best]
+    for number, (name, group) in enumerate((name, group) for name, group in groups.items() if group):
+        y = [row.score.mean for row in group]
+        yerr = ([row.score.mean - row.score.low for row in group], [row.score.high - row.score.mean for row in group])
+        xerr = ([row.speed.median - row.speed.low for row in group], [row.speed.high - row.speed.median for row in group])
+        plain = group is inputs
+        colour = PLAIN[1] if plain else "black" if group == [tuned.best] else f"C{number % 10}"
+        look = {"linestyle": PLAIN[0] if plain else "", "marker": MARKERS[number % len(MARKERS)], "markersize": 5}
+        x = [row.speed.median for row in group]
+        axes.errorbar(x, y, yerr=yerr, xerr=xerr, color=colour, label=name, capsize=2, elinewidth=0.8, **look)
+    axes.set(xlabel=LABELS["speed"], ylabel=measure, title=title)
+    return _written(path, figure, axes)
+
+
+def _figure() -> tuple[Any, Any]:
+    """Return an empty figure and its axes."""
+    check_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 5), dpi=130, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _written(path: Path, figure: Any, axes: Any) -> Path:
+    """Write a figure to a PNG file, with a grid and a legend."""
     axes.grid(color="0.9")
     axes.legend(fontsize=8, frameon=False)
     data = io.BytesIO()

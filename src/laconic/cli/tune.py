@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from laconic.analysis import machine
 from laconic.analysis.equal_time import Interval
 from laconic.analysis.timing import DTYPES, Setting
+from laconic.cli import plots
 from laconic.cli.compare import threads as threads_of
 from laconic.cli.eval_input import Reading, command, open_eval_input
 from laconic.cli.output import Report, Table, Verbatim
@@ -18,7 +21,7 @@ from laconic.cli.outputs import holds, reported
 from laconic.cli.plan import pixels_of
 from laconic.cli.record import commit
 from laconic.core.files import Refusal, write_atomically
-from laconic.planning.measures import WORDS
+from laconic.planning.measures import KINDS, WORDS, Kind, Scored
 from laconic.planning.tune import tune as tune_model
 from laconic.planning.tuned import Tuned, TunedRow
 
@@ -87,7 +90,7 @@ def tune(
     *,
     target: str,
     data: str,
-    measure: Literal["same-answer", "dense", "labels", "pairs"] = "same-answer",
+    measure: str = "same-answer",
     methods: tuple[str, ...] = (),
     minutes: float | None = None,
     batch_size: int = 8,
@@ -111,9 +114,10 @@ def tune(
         target: 1.6x as fast or 12ms for a forward (measured), 2.3G multiply-adds of an image, or 1.6x-macs.
         data: images: scenes, digits, cutouts, a folder, a .tar, or a timm name.
         measure: what is to be kept: the same-answer as the unreduced model, dense patch features, right labels (of the head
-            or of the nearest image), or pairs (images of one class find each other).
+            or of the nearest image), pairs (images of one class find each other), or a function as MODULE:FUNCTION, which
+            gets a model and images and returns a score of every image.
         methods: a method to choose from (default: eight that need no training).
-        minutes: time that may be spent, roughly (default: as long as it takes).
+        minutes: time that may be spent; with less time, fewer images are used (default: as long as all images take).
         batch_size: images in a forward where time is measured.
         threads: CPU threads (default: as many as torch takes by itself).
         split: of the data.
@@ -123,14 +127,18 @@ def tune(
         model_args: argument of timm.create_model, as NAME=VALUE.
         device: cuda where there is one, else cpu.
         dtype: of weights and images.
-        output: write all numbers to this JSON file.
+        output: write all numbers to this JSON file, and a plot of score against speed next to it. A run that was stopped
+            goes on when the command is repeated.
         save: write the chosen model to this directory (laconic.save).
 
     Raises:
-        Refusal: random weights, images that cannot be read, or a file that cannot be written.
+        Refusal: random weights, images that cannot be read, a file that cannot be written, or matplotlib is missing for it.
         LookupError, TypeError, ValueError, OSError: as `laconic.tune` and `laconic.data.open_images`.
     """
     asked = {name: value for name, value in locals().items() if name != "model"}
+    if output is not None:
+        plots.check_matplotlib()
+    kind = _measure(measure)
     setting = Setting(rounds=1, threads=threads, device=device, dtype=dtype)
     reading = Reading(split=split, limit=limit, workers=workers)
     eval_input = open_eval_input(model, data, reading, weights, model_args)
@@ -138,7 +146,14 @@ def tune(
         raise Refusal(f"{eval_input.weights}; fidelity to random weights means nothing. Give --weights")
     base = eval_input.base.to(setting.place, DTYPES[setting.dtype]).eval()
     images, labels = pixels_of(base, eval_input, reading)
-    facts: dict[str, Any] = {"measure": measure, "labels": labels, "methods": methods or None, "minutes": minutes}
+    record = None if output is None or callable(kind) else output.with_suffix(".scores.jsonl")
+    facts: dict[str, Any] = {
+        "measure": kind,
+        "labels": labels,
+        "methods": methods or None,
+        "minutes": minutes,
+        "record": record,
+    }
     with machine.prepared(setting):
         tuned = tune_model(base, images, target, batch_size=batch_size, **facts)
         environment = {name: fact for name, fact in machine.environment(setting).items() if name not in ("rounds", "compiled")}
@@ -155,4 +170,26 @@ def tune(
     if output is not None:
         with reported(report):
             write_atomically(output, json.dumps(report.to_json(), indent=2) + "\n")
+            plots.plot_tuned(output.with_suffix(".png"), tuned, WORDS.get(tuned.measure, tuned.measure), f"{model}, {target}")
+    if record is not None:
+        record.unlink(missing_ok=True)
     return report
+
+
+def _measure(name: str) -> Kind | Scored:
+    """Return a measure by its name, or the function at MODULE:FUNCTION."""
+    module, colon, function = name.partition(":")
+    if not colon:
+        if name not in KINDS:
+            raise Refusal(f"--measure {name}: expected {', '.join(KINDS)}, or a function as MODULE:FUNCTION")
+        return cast(Kind, name)
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found: Any = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise Refusal(f"--measure {name}: {error}; the module must be in this folder or installed") from error
+    finally:
+        sys.path.pop(0)
+    if not callable(found):
+        raise Refusal(f"--measure {name}: this is no function")
+    return cast(Scored, found)

@@ -3,15 +3,19 @@
 Successive halving: all candidates are fitted to the target by their multiply-adds and scored on a few images; the better ones
 are timed, fitted again by what was measured, and scored on more images; a few remain. Half of the images choose, the other
 half judges: smaller inputs, random pruning and average pooling are judged with the best candidates, and each row is compared
-with a smaller input that takes as long.
+with a smaller input that takes as long. Scores can be kept in a file, so that a run that was stopped goes on; times are always
+measured again, because they are compared within one run.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,9 +28,10 @@ from laconic.analysis.equal_time import bootstrap, over_smaller_input
 from laconic.analysis.input_size import InputSize
 from laconic.analysis.macs import estimate
 from laconic.analysis.stopwatch import stopwatch
-from laconic.analysis.timing import Quartiles, interleave, ratios
+from laconic.analysis.timing import APART, Quartiles, interleave, ratios
 from laconic.api import reduce_, restore_
 from laconic.core.backbone import find_host
+from laconic.core.files import append_line, json_lines
 from laconic.core.method import Method
 from laconic.core.patching import apply_settings
 from laconic.core.schedule import Schedule
@@ -40,7 +45,8 @@ from laconic.planning.tuned import Tuned, TunedRow
 
 FEW, MORE = 16, 64  # images of the first rounds
 KEPT, FINAL = 10, 4  # candidates that are timed, and that are judged
-ROUNDS, FINAL_ROUNDS = 4, 10  # of time measurements
+ROUNDS, FINAL_ROUNDS, LEAST_ROUNDS = 4, 10, 3  # of time measurements
+LEAST = 4  # images on which a candidate is scored, however short the time
 MET = 0.97  # share of a target that counts as met, since times are measured
 INPUTS = 3  # smaller inputs around the target that are judged
 
@@ -56,6 +62,15 @@ class Trial:
     cost: float = math.nan
     speed: Quartiles | None = None
 
+    def described(self) -> dict[str, Any]:
+        """Return what is run, as plain JSON."""
+        config, schedule = self.candidate.config, self.schedule
+        return {
+            "sides": self.candidate.sides,
+            "method": None if config is None else config.describe(),
+            "schedule": None if schedule is None else schedule.to_json(),
+        }
+
 
 def tune(
     model: nn.Module,
@@ -67,6 +82,7 @@ def tune(
     methods: Sequence[str | Method] | None = None,
     minutes: float | None = None,
     batch_size: int = 8,
+    record: str | Path | None = None,
 ) -> Tuned:
     """Choose the input size, method and schedule that keep a measure best at a target of cost. The model is not changed.
 
@@ -81,14 +97,18 @@ def tune(
             that returns a score of every image, [B], for a model and images [B, channels, height, width].
         labels: [N], for ``labels`` and ``pairs``.
         methods: names or configs to choose from (default: eight that need no training).
-        minutes: the time that may be spent, roughly (default: as long as it takes).
+        minutes: the time that may be spent: with less time, fewer images are used (default: as long as all images take).
         batch_size: images per forward where time is measured.
+        record: a file for the scores, one JSON object a line. A run with the same model and images takes what it finds there,
+            so a run that was stopped goes on.
 
     Raises:
         ValueError: the target cannot be parsed or met, or the images or labels do not fit the measure.
         TypeError, LookupError: as `laconic.reduce_`.
+        OSError: the record cannot be read or written.
     """
-    return Tuner(model, Target.parse(target), (measure, images, labels), batch_size, minutes).run(methods)
+    path = None if record is None else Path(record)
+    return Tuner(model, Target.parse(target), (measure, images, labels), batch_size, minutes, path).run(methods)
 
 
 class Tuner:
@@ -101,6 +121,7 @@ class Tuner:
         asked: tuple[Kind | Scored, Tensor, Tensor | None],
         batch_size: int,
         minutes: float | None,
+        record: Path | None,
     ) -> None:
         self.begin, self.minutes, self.batch_size, self.target = time.monotonic(), minutes, batch_size, target
         base = shared_copy(model).eval()
@@ -109,12 +130,15 @@ class Tuner:
         kind, images, labels = asked
         if len(images) < 4:
             raise ValueError(f"{len(images)} images are too few: half of them choose, the other half judges; give 4 or more")
-        halves = ((images[start::2], None if labels is None else labels[start::2]) for start in (0, 1))
+        if labels is not None and len(labels) != len(images):
+            raise ValueError(f"there are {len(images)} images and {len(labels)} labels; give a label of every image")
+        halves = ((images[part], None if labels is None else labels[part]) for part in halves_of(len(images), labels, kind))
         self.searching, self.judging = (Measure(base, part, names, kind) for part, names in halves)
+        self.scores = Scores.read(record, base, images, labels, kind)
         self.kind, self.dense = kind, kind == "dense"
         self.sizes, self.device = Sizes(base), next(base.parameters()).device
         self.spaces = dict[tuple[Any, Method], ScheduleSpace | None]()
-        self.notes = list[str]()
+        self.notes, self.spent = list[str](), list[tuple[float, int]]()
         self.whole = self._macs(None)
         self.base_seconds = self._seconds_of_base()
         whole = {"time": self.base_seconds, "macs": float(self.whole)}.get(target.kind, 1.0)
@@ -132,28 +156,30 @@ class Tuner:
         tried = [trial for c in found if not c.is_plain and (trial := self._fit(c, self.limit)) is not None]
         if not tried and not inputs:
             raise ValueError(f"target {self.target.text}: no method and no input size of this model meets it; ask for less")
-        tried = self._scored(tried, self._affordable(len(tried), FEW), "trying")
+        tried = self._scored(tried, self._affordable(len(tried), FEW, 0.35), "trying")
         tried = [*_best([t for t in tried if not t.candidate.baseline], KEPT), *(t for t in tried if t.candidate.baseline)]
         if self.target.measured:
             tried = self._refitted(tried, ROUNDS)
-        tried = self._scored(tried, self._affordable(len(tried), MORE), "trying the better ones")
+        tried = self._scored(tried, self._affordable(len(tried), MORE, 0.35), "trying the better ones")
         final = [*_best([t for t in tried if not t.candidate.baseline], FINAL), *(t for t in tried if t.candidate.baseline)]
         final = self._refitted(final, ROUNDS) if self.target.measured else final
-        return self._judged([*self._scored(final, None, "choosing"), *inputs])
+        return self._judged([*final, *inputs])
 
     def _judged(self, trials: list[Trial]) -> Tuned:
         """Time all in one run, judge them on the held-out images, and choose by the searched ones."""
-        self._timed(trials, FINAL_ROUNDS)
-        trials = self._scored([t for t in trials if math.isinf(t.score)], None, "choosing") + [
-            t for t in trials if not math.isinf(t.score)
-        ]
-        held = {id(t): self._values(self.judging, t, None) for t in trials}
-        whole = self.judging(self.sizes.model).numpy()
+        self._timed(trials, self._affordable_rounds(len(trials)))
+        enough = max(len(self.searching.images), len(self.judging.images))
+        count = self._affordable(2 * len(trials) + 1, enough, 0.95)
+        trials = self._scored(trials, count, "choosing")
+        held = {id(t): self._values(self.judging, t, count) for t in trials}
+        whole = self._values(self.judging, None, count)
         inputs = [(t.cost, held[id(t)]) for t in trials if t.candidate.is_plain] + [(1.0, whole)]
         meeting = [t for t in trials if t.cost <= self.limit / MET]
         best = max(meeting or trials, key=lambda t: t.score)
         if not meeting:
             self.notes.append("no row meets the target by the last measurement; the nearest in score was chosen")
+        if count < enough:
+            self.notes.append(f"the time was enough for {count} of {enough} images of each half")
         rows = [TunedRow("unreduced", None, None, None, self.whole, Quartiles(1.0, 1.0, 1.0), None, bootstrap(whole), None)]
         for t in sorted(trials, key=lambda t: -t.score):
             c, own = t.candidate, held[id(t)]
@@ -162,7 +188,7 @@ class Tuner:
             speed = t.speed or Quartiles(1 / t.cost, 1 / t.cost, 1 / t.cost)
             rows.append(TunedRow(c.name, c.sides, described, t.schedule, t.macs, speed, t.score, bootstrap(own), over))
         name = self.kind if isinstance(self.kind, str) else getattr(self.kind, "__name__", "callable")
-        counts = (len(self.searching.images), len(self.judging.images))
+        counts = (min(count, len(self.searching.images)), min(count, len(self.judging.images)))
         return Tuned(self.target, str(name), self.sizes.own, counts, tuple(rows), best.candidate.name, tuple(self.notes))
 
     # -------------------------------------------------------------------------------------------- fitting
@@ -222,7 +248,7 @@ class Tuner:
             restore: Any = "similar" if self.dense else False
             return reduce_(shared_copy(base), trial.candidate.config, schedule=trial.schedule, restore=restore).eval()
 
-    def _scored(self, trials: list[Trial], count: int | None, title: str) -> list[Trial]:
+    def _scored(self, trials: list[Trial], count: int, title: str) -> list[Trial]:
         out = []
         with ticking(len(trials), title, "candidate") as tick:
             for trial in trials:
@@ -233,8 +259,19 @@ class Tuner:
                 tick()
         return out
 
-    def _values(self, measure: Measure, trial: Trial, count: int | None) -> np.ndarray[Any, np.dtype[np.float64]]:
-        return measure(self.reduced(trial), trial.candidate.sides, count).numpy()
+    def _values(self, measure: Measure, trial: Trial | None, count: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Return the scores of the first ``count`` images of a half under a candidate (None: unreduced)."""
+        half = "searching" if measure is self.searching else "judging"
+        described = None if trial is None else trial.described()
+        known = self.scores.find(half, described, count)
+        if known is not None:
+            return known
+        begin = time.monotonic()
+        sides = None if trial is None else trial.candidate.sides
+        found = measure(self.sizes.model if trial is None else self.reduced(trial), sides, count).numpy()
+        self.spent.append((time.monotonic() - begin, len(found)))
+        self.scores.add(half, described, count, found)
+        return found
 
     def _timed(self, trials: Sequence[Trial], rounds: int) -> None:
         """Time candidates in turn with the unreduced model; set their speed, and their cost if the target is a time."""
@@ -271,13 +308,92 @@ class Tuner:
             run()
             return min(watch.time(run).wall for _ in range(3))
 
-    def _affordable(self, trials: int, wanted: int) -> int:
-        """Return how many images each candidate may be scored on: ``wanted``, or fewer if time is short (at least 4)."""
-        if self.minutes is None:
+    def _affordable(self, runs: int, wanted: int, share: float) -> int:
+        """Return on how many images each of these runs may be: ``wanted``, or what a share of the time left is enough for."""
+        left = self._left()
+        if left is None:
             return wanted
-        left = 60 * self.minutes - (time.monotonic() - self.begin)
-        each = self.base_seconds / self.batch_size * self.limit
-        return max(4, min(wanted, int(left / 3 / max(trials, 1) / max(each, 1e-9))))
+        seconds, images = (sum(column) for column in zip(*self.spent, strict=True)) if self.spent else (0.0, 0)
+        each = seconds / images if images else self.base_seconds / self.batch_size
+        return max(LEAST, min(wanted, int(share * left / max(runs, 1) / max(each, 1e-9))))
+
+    def _affordable_rounds(self, trials: int) -> int:
+        """Return the number of rounds in which as many candidates may be timed, in a fourth of the time left."""
+        left = self._left()
+        if left is None:
+            return FINAL_ROUNDS
+        each = self.base_seconds * (1 + trials * (self.limit + 1 / APART))
+        return max(LEAST_ROUNDS, min(FINAL_ROUNDS, int(left / 4 / each) - 1))
+
+    def _left(self) -> float | None:
+        """Return the seconds that are left, or None if there is no limit."""
+        return None if self.minutes is None else max(0.0, 60 * self.minutes - (time.monotonic() - self.begin))
+
+
+@dataclass
+class Scores:
+    """The scores of candidates that were computed, in a file if there is one.
+
+    ``subject`` identifies weights, images, labels and measure; lines of other subjects stay in the file and are not used.
+    """
+
+    path: Path | None = None
+    subject: str = ""
+    known: dict[str, list[float]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path | None, model: nn.Module, images: Tensor, labels: Tensor | None, kind: Kind | Scored) -> Scores:
+        """Read the scores of a subject.
+
+        Raises:
+            ValueError: the measure is a callable, which may have changed since the file was written.
+        """
+        if path is None:
+            return cls()
+        if not isinstance(kind, str):
+            raise ValueError("record needs a measure by name: whether a callable has changed since then cannot be known")
+        digest = hashlib.sha256(f"{kind} {type(model).__name__} {[(n, m) for n, m in model.named_modules()]!r}".encode())
+        for tensor in (*model.state_dict().values(), images, *(() if labels is None else (labels,))):
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        subject = digest.hexdigest()
+        return cls(path, subject, {line["run"]: line["scores"] for line in json_lines(path) if line.get("subject") == subject})
+
+    def find(self, half: str, described: Mapping[str, Any] | None, count: int) -> np.ndarray[Any, np.dtype[np.float64]] | None:
+        """Return the scores of the first ``count`` images of a half under a candidate; None if they are not known."""
+        found = self.known.get(_run(half, described, count))
+        return None if found is None else np.array(found)
+
+    def add(self, half: str, described: Mapping[str, Any] | None, count: int, scores: np.ndarray[Any, Any]) -> None:
+        """Keep scores, also in the file."""
+        run = _run(half, described, count)
+        self.known[run] = scores.tolist()
+        if self.path is not None:
+            append_line(self.path, json.dumps({"subject": self.subject, "run": run, "scores": self.known[run]}))
+
+
+def _run(half: str, described: Mapping[str, Any] | None, count: int) -> str:
+    return json.dumps([half, count, described], sort_keys=True)
+
+
+def halves_of(count: int, labels: Tensor | None, kind: Kind | Scored) -> tuple[Tensor, Tensor]:
+    """Return the indices of the images that choose, and of those that judge.
+
+    Without labels every other image chooses. With labels, each half gets every other image of each label; for ``pairs``, all
+    images of every other label, so that images that belong together stay together.
+    """
+    if labels is None:
+        order = torch.arange(count)
+        return order[::2], order[1::2]
+    names, number = labels.cpu().unique(return_inverse=True)
+    if kind == "pairs":
+        first = number % 2 == 0
+    else:
+        place = torch.zeros(len(names), dtype=torch.long)
+        rank = torch.empty(count, dtype=torch.long)
+        for i, name in enumerate(number.tolist()):
+            rank[i], place[name] = place[name], place[name] + 1
+        first = (rank + number) % 2 == 0  # the label's number is added, so that single images do not all get into one half
+    return first.nonzero().flatten(), (~first).nonzero().flatten()
 
 
 def _best(trials: Sequence[Trial], count: int) -> list[Trial]:
