@@ -81,12 +81,12 @@ def serves(method, family):
 
 def at(method, usual=AT):
     """The reducing blocks of a method in these tests."""
-    return (0,) if method in BEFORE | OF_CLIPS else usual
+    return (0,) if method in BEFORE | OF_CLIPS else (0, *usual[1:]) if method == "two-stage" else usual
 
 
 def rate(method, keep=0.6):
-    """Methods that decide for every image take no keep rate."""
-    return None if method in VARIABLE else keep
+    """Methods that decide for every image take no keep rate; two-stage merges before the blocks only at low ones."""
+    return None if method in VARIABLE else keep / 2 if method == "two-stage" and keep < 1 else keep
 
 
 def reduced(method, family, keep=0.6, **changes):

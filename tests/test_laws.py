@@ -42,7 +42,7 @@ DROPS = {name for name, row in laconic.methods().items() if row.rest == "dropped
 BOTH = {name for name, row in laconic.methods().items() if row.rest.startswith("dropped ")}  # it drops some and merges some
 # these go by the place of a token, in the sequence or on the grid, by definition
 IN_SEQUENCE = {"tome", "tofu", "mctf", "ltmp", "random", "patch-slimming", "heuristic"}
-IN_SEQUENCE |= {"avg-pool", "max-pool", "spatial-pool", "conv-pool", "mlp-pool"} | BEFORE
+IN_SEQUENCE |= {"avg-pool", "max-pool", "spatial-pool", "conv-pool", "mlp-pool", "two-stage"} | BEFORE
 SAMPLED = {"iared"}  # its decisions are learned from rewards, see tests/test_deciding_learned.py
 
 

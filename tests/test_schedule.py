@@ -28,7 +28,8 @@ OTHER_SITES = {
     "tokenlearner",
     "pre-merge",
     "adaptive-patch",
-}  # parked tokens come back; once, at the first block (three); once, late
+    "two-stage",
+}  # parked tokens come back (two); once, late; once, before the blocks (two); before the blocks and in six small steps
 SITES = [
     n for n, row in laconic.methods().items() if row.config.accepts_keep and row.count == "constant" and n not in OTHER_SITES
 ]

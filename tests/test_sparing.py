@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import laconic
-from families import AT, AVERAGED, BEFORE, FAMILIES, FIXED, METHODS, fill, images, make, options, rate, reduced, serves
+from families import AT, AVERAGED, FAMILIES, FIXED, METHODS, at, fill, images, make, options, rate, reduced, serves
 from laconic.analysis.macs import counted
 from laconic.core.backbone import BLOCKS, block_spec, path_of
 
@@ -24,9 +24,9 @@ def whole(model):
     return other
 
 
-def both(method, family, at=(1, 2)):
+def both(method, family, blocks=(1, 2)):
     """Reduced before its last block, so that this is worked out for the prefix tokens alone; the answer, and that of all rows."""
-    model = laconic.reduce_(make(family), method, keep=rate(method), at=at, **options(method, family))
+    model = laconic.reduce_(make(family), method, keep=rate(method), at=at(method, blocks), **options(method, family))
     fill(model.laconic)
     x = images(family)
     with torch.no_grad():
@@ -35,10 +35,8 @@ def both(method, family, at=(1, 2)):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_answers_the_same(method):
-    for at in (
-        ((0,),) if method in BEFORE else (AT,) if method == "avit" else ((1, 2), AT)
-    ):  # avit answers after the last block, where it must work
-        model, x, spared, full = both(method, "plain", at)
+    for blocks in (AT,) if method == "avit" else ((1, 2), AT):  # avit answers after the last block, where it must work
+        model, x, spared, full = both(method, "plain", blocks)
         assert model.laconic.skip_unused
         torch.testing.assert_close(spared, full, **CLOSE)
 
@@ -300,8 +298,6 @@ def test_a_wrong_word_is_refused():
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - FIXED))
 def test_half_precision(method):
-    model = laconic.reduce_(
-        make("plain"), method, keep=rate(method), at=(0,) if method in BEFORE else AT, **options(method, "plain")
-    ).bfloat16()
+    model = laconic.reduce_(make("plain"), method, keep=rate(method), at=at(method), **options(method, "plain")).bfloat16()
     x = images("plain").bfloat16()
     assert model(x).isfinite().all()

@@ -51,6 +51,7 @@ from laconic.methods.tokenlearner import TokenLearner as TokenLearner
 from laconic.methods.tome import ToMe as ToMe
 from laconic.methods.topk import Random as Random
 from laconic.methods.topk import TopK as TopK
+from laconic.methods.two_stage import TwoStage as TwoStage
 from laconic.methods.zero_tprune import ZeroTPrune as ZeroTPrune
 
 

@@ -384,7 +384,7 @@ def halves_of(count: int, labels: Tensor | None, kind: Kind | Scored) -> tuple[T
     if labels is None:
         order = torch.arange(count)
         return order[::2], order[1::2]
-    names, number = labels.cpu().unique(return_inverse=True)
+    names, number = torch.unique(labels.cpu(), return_inverse=True)
     if kind == "pairs":
         first = number % 2 == 0
     else:
