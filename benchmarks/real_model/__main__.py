@@ -24,7 +24,7 @@ PLANS: dict[str, tuple[tuple[str, ...], tuple[Row, ...]]] = {
     "regions": (("regions",), rows.few()),
     "answer": (("views",), (*rows.every_method(), *rows.late_merging(), *rows.few())),
     "settings": (("medium", "three-things", "five-grounds"), rows.fewest()),
-    "small": (("small",), (*rows.every_method((0.5,)), *rows.fewest())),
+    "small": (("small",), rows.small()),
     "sites": (("large",), rows.late_selection()),
     "methods": (("large",), rows.every_method((0.5,))),
     "large-input": (("views-518",), rows.large_input()),

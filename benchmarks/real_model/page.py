@@ -122,7 +122,7 @@ class Tables:
 
     def small(self) -> str:
         """Return the table of small things: found by the features of their own patches, and by the class token."""
-        chosen = (*rows.every_method((0.5,)), *rows.fewest())
+        chosen = rows.small()
         head = [
             "",
             "GMACs",

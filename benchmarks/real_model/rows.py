@@ -13,7 +13,7 @@ from laconic.core.method import METHODS
 from laconic.core.schedule import Schedule
 from laconic.methods.ops import BeforeBlocks
 
-PATCH, SIZE = 14, 224
+PATCH, SIZE, DEPTH = 14, 224, 12
 SITES = (3, 6, 9)  # a quarter, a half and three quarters of the depth, where the papers reduce
 KEEPS = (0.9, 0.7, 0.5, 0.3)
 SMALLER = (210, 196, 182, 168, 154, 140, 126, 112)
@@ -24,9 +24,9 @@ EXCLUDED = ("avit", "evovit", "heuristic")  # halts in the last block; needs its
 class Row:
     """A row: ``size`` pixels a side, and a method with its settings ("" for the unreduced model).
 
-    ``keep`` and ``at`` are the keep rate of each reducing block and these blocks. If ``total`` is set, tokens are removed in
-    equal steps at the blocks ``at`` until this share of the patches is left. ``first`` is the method and keep rate of a
-    reduction before the first block; the settings of ``method`` are then relative to the tokens that it leaves.
+    ``keep`` and ``at`` are the keep rate and the reducing blocks (empty: the method's usual ones). If ``total`` is set, tokens
+    are removed in equal steps at the blocks ``at`` until this share of the patches is left. ``first`` is the method and keep
+    rate of a reduction before the first block; the settings of ``method`` are then relative to the tokens that it leaves.
     """
 
     size: int = SIZE
@@ -48,7 +48,7 @@ class Row:
         place = f"{self.size} px, " if self.size != SIZE else ""
         if self.first is not None:
             place += f"{self.first[0]} keep {self.first[1]:g}, then "
-        return f"{place}{self.method}{options} {share} at {blocks}"
+        return f"{place}{self.method}{options} {share}" + (f" at {blocks}" if blocks else "")
 
     @property
     def plain(self) -> bool:
@@ -60,6 +60,8 @@ class Row:
         if self.total is None:
             if METHODS[self.method].count == "variable":
                 return Schedule.adaptive(self.at)
+            if not self.at:
+                return METHODS[self.method].config().default_schedule(DEPTH, self.keep, None)
             return Schedule.rates(self.keep or 1.0, self.at)
         patches = (self.size // PATCH) ** 2
         if self.first is not None:
@@ -85,7 +87,12 @@ BASE = Row()
 def training_free() -> list[str]:
     """Return the methods that need no training and have constant counts."""
     free = [name for name, method in METHODS.items() if not method.learns and method.count != "variable"]
-    return [name for name in free if name not in EXCLUDED]
+    return [name for name in free if name not in (*EXCLUDED, "two-stage")]
+
+
+def two_stage(size: int = SIZE, keeps: tuple[float, ...] = (0.3, 0.25, 0.2, 0.15)) -> tuple[Row, ...]:
+    """Return rows of two-stage merging by the share of the patches that is left."""
+    return tuple(Row(size, "two-stage", keep=keep, at=()) for keep in keeps)
 
 
 def usual_blocks(name: str) -> tuple[int, ...]:
@@ -130,6 +137,12 @@ def late_selection() -> tuple[Row, ...]:
     return (BASE, *map(Row, SMALLER), *rows)
 
 
+def small() -> tuple[Row, ...]:
+    """Return the rows that are compared on small things."""
+    both = Row(method="etps", keep=0.4, at=(6, 8, 10), first=("pre-merge", 0.7))
+    return (*every_method((0.5,)), *fewest(), *two_stage(keeps=(0.3, 0.2)), both)
+
+
 def few() -> tuple[Row, ...]:
     """Return the rows that are compared on many pictures."""
     return (
@@ -140,6 +153,8 @@ def few() -> tuple[Row, ...]:
         *(Row(method=name, keep=0.4, at=(6, 8, 10)) for name in ("etps", "bat", "random")),
         Row(182, "etps", keep=0.4, at=(6, 8, 10)),
         Row(182, "tome", total=0.25, at=LATE),
+        *two_stage(keeps=(0.3, 0.2)),
+        Row(method="etps", keep=0.4, at=(6, 8, 10), first=("pre-merge", 0.7)),
     )
 
 
@@ -165,7 +180,7 @@ def before_blocks(size: int = SIZE, smaller: tuple[int, ...] = SMALLER) -> tuple
         rows += [Row(size, name, keep=keep, at=(0,)) for keep in (0.9, 0.7, 0.5, 0.3)]
         for then in ("tome", "atc"):
             rows += [Row(size, then, total=total, at=LATE, first=(name, keep)) for keep, total in ((0.8, 0.5), (0.6, 0.5))]
-    return (*rows, *(Row(size, "tome", total=total, at=LATE) for total in (0.5, 0.35, 0.25)))
+    return (*rows, *(Row(size, "tome", total=total, at=LATE) for total in (0.5, 0.35, 0.25)), *two_stage(size))
 
 
 LARGE = 518  # pixels a side that the backbone was trained at: 37 x 37 patches

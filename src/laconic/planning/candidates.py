@@ -19,7 +19,7 @@ from laconic.planning.space import ScheduleFamily, ScheduleSpace
 
 SHARES = (1.0, 0.93, 0.87, 0.81, 0.75, 0.68, 0.62, 0.56, 0.5, 0.43)  # sides of smaller inputs, as shares of the model's own
 SELECTING = ("etps", "bat", "evit", "topk")  # keep what the class token attends to
-MERGING = ("tome", "pitome", "atc", "tofu")  # merge what is similar
+MERGING = ("two-stage", "tome", "atc", "pitome", "pre-merge")  # merge what is similar
 BASELINES = ("random", "avg-pool")  # are in every report; they win if nothing is better
 REDUCED = 4  # smaller inputs that are combined with methods: beyond them little is left to reduce
 Sides = tuple[int, int]
@@ -127,7 +127,12 @@ def candidates(sizes: Sizes, methods: Sequence[str | Method] | None = None) -> l
 
 
 def shapes_of(config: Method, depth: int) -> list[tuple[str, tuple[int, ...] | None]]:
-    """Return the blocks at which a method may reduce: the usual ones, late ones, and a run of blocks in small steps."""
+    """Return the blocks at which a method may reduce: the usual ones, late ones, and a run of blocks in small steps.
+
+    A method that reduces before the first block has its own blocks.
+    """
+    if config.accepts_keep and config.default_schedule(depth, 0.5, None).at[0] == 0:
+        return [("usual blocks", None)]
     late = tuple(dict.fromkeys(round(depth * share) for share in (1 / 2, 2 / 3, 5 / 6)))
     run = tuple(range(max(1, depth // 3), max(2, math.ceil(depth * 5 / 6))))
     early = tuple(range(max(1, depth // 4), max(2, math.ceil(depth * 3 / 4))))
