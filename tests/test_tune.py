@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import laconic
 from families import make
+from laconic.cli import app as cli
 from laconic.planning.candidates import Sizes, candidates
 from laconic.planning.measures import Measure, nearest_other
 from laconic.planning.tune import halves_of
@@ -210,3 +211,22 @@ def test_less_time_means_fewer_images():
     found = laconic.tune(make("plain"), pictures(40), TARGET, methods=METHODS, batch_size=1, minutes=1e-4)
     assert found.images == (4, 4)
     assert any("4 of 20 images" in note for note in found.notes)
+
+
+# ------------------------------------------------------------------------------------------------ the command
+COMMAND = ("tune", "scenes_vit_small", "--target", "1.3x-macs", "--data", "scenes", "--limit", "8", "--methods", "topk")
+
+
+def test_the_command_writes_numbers_and_a_plot(tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_measure.py").write_text("def large(model, images):\n    return images[:, 0, 0, 0] * 0 + images.shape[2]\n")
+    monkeypatch.chdir(tmp_path)
+    given = ("--batch-size", "2", "--threads", "1", "--measure", "my_measure:large", "--output", "out.json")
+    assert cli.main([*COMMAND, *given]) == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["measure"] == "large"
+    assert Tuned.of_json(found).best.sides is None
+    assert (tmp_path / "out.png").stat().st_size > 10_000
+    assert not (tmp_path / "out.scores.jsonl").exists()
+    for wrong in ("beauty", "my_measure:beauty", "no_module:large"):
+        assert cli.main([*COMMAND, "--measure", wrong]) != 0
+        assert f"--measure {wrong}" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -105,10 +106,11 @@ class Tuned:
 
     @classmethod
     def of_json(cls, fields: Mapping[str, Any]) -> Tuned:
-        """Build a result from the output of `to_json`."""
+        """Build a result from the output of `to_json`, or from a file of ``laconic tune --output``."""
+        own = {field.name: fields[field.name] for field in dataclasses.fields(cls)}
         made = {
             "target": Target.parse(fields["target"]["text"]),
             "rows": tuple(TunedRow.of_json(row) for row in fields["rows"]),
             **{name: tuple(fields[name]) for name in ("own", "images", "notes")},
         }
-        return cls(**{**fields, **made})
+        return cls(**{**own, **made})
