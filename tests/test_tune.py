@@ -72,6 +72,22 @@ def test_a_result_is_applied(tuned):
         assert laconic.is_reduced(model) == (row.method is not None)
 
 
+def test_chains_are_candidates():
+    def chained(model, images):
+        return torch.full(
+            (len(images),), float(laconic.is_reduced(model) and model.laconic.config.describe()["name"] == "chain")
+        )
+
+    found = laconic.tune(make("plain"), pictures(8), TARGET, measure=chained, methods=("etps", "pre-merge"), batch_size=1)
+    names = [row.name for row in found.rows if row.method is not None]
+    chains = [name for name in names if "etps" in name and "pre-merge" in name]
+    assert chains
+    for name in chains:
+        chosen = Tuned.of_json(json.loads(json.dumps({**found.to_json(), "chosen": name})))
+        model = chosen.apply(make("plain"))
+        assert laconic.summary(model).macs == chosen.best.macs <= laconic.summary(make("plain")).macs / 1.4
+
+
 def test_a_tuned_model_with_another_input_size_is_saved(tuned, tmp_path):
     row = next(row for row in tuned.rows if row.sides is not None)
     model = Tuned(tuned.target, tuned.measure, tuned.own, tuned.images, tuned.rows, row.name).apply(make("plain"))

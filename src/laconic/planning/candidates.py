@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -21,18 +22,23 @@ SHARES = (1.0, 0.93, 0.87, 0.81, 0.75, 0.68, 0.62, 0.56, 0.5, 0.43)  # sides of 
 SELECTING = ("etps", "bat", "evit", "topk")  # keep what the class token attends to
 MERGING = ("two-stage", "tome", "atc", "pitome", "pre-merge")  # merge what is similar
 BASELINES = ("random", "avg-pool")  # are in every report; they win if nothing is better
+FIRST = (0.85, 0.7)  # keep rates of pre-merge before a method that keeps what the class token attends to
 REDUCED = 4  # smaller inputs that are combined with methods: beyond them little is left to reduce
 Sides = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An input size and, with ``config``, a method and the blocks at which it reduces (None: its usual ones)."""
+    """An input size and, with ``config``, a method and the blocks at which it reduces (None: its usual ones).
+
+    With ``first`` it follows another method, in a `laconic.Chain`.
+    """
 
     name: str
     sides: Sides | None = None  # height and width; None: the model's own
     config: Method | None = None
     at: tuple[int, ...] | None = None
+    first: tuple[Method, float] | None = None  # a method that reduces before the first block, and its keep rate
     baseline: bool = False  # True for smaller inputs, random pruning and average pooling
 
     @property
@@ -110,19 +116,26 @@ def candidates(sizes: Sizes, methods: Sequence[str | Method] | None = None) -> l
 
     Args:
         sizes: the model.
-        methods: names or configs to choose from (default: the selecting and merging methods that need no training).
+        methods: names or configs to choose from (default: the selecting and merging methods that need no training). If
+            pre-merge is among them, it also precedes those that select.
     """
     discover()
     smaller = sizes.smaller()
     depth = sum(shape.depth for shape in find_host(sizes.model)[1].shapes(find_host(sizes.model)[0]))
     out = [Candidate(f"input {label(sides)}", sides, baseline=True) for sides in smaller]
-    out += [Candidate(f"{name}, usual blocks", None, resolve(name, {}), None, True) for name in BASELINES if name in METHODS]
+    out += [Candidate(f"{name}, usual blocks", None, resolve(name, {}), baseline=True) for name in BASELINES if name in METHODS]
     chosen = [resolve(one, {}) for one in (methods or (*SELECTING, *MERGING))]
+    firsts = [config for config in chosen if config.info.name == "pre-merge"]
     for sides in (None, *smaller[:REDUCED]):
         place = "" if sides is None else f"{label(sides)} px, "
         for config in chosen:
             for words, at in shapes_of(config, depth):
                 out.append(Candidate(f"{place}{config.info.name}, {words}", sides, config, at))
+            if sides is None and config.info.name in SELECTING:
+                words, at = shapes_of(config, depth)[1]
+                for first, keep in itertools.product(firsts[:1], FIRST):
+                    name = f"{first.info.name} to {keep:.0%}, {config.info.name}, {words}"
+                    out.append(Candidate(name, None, config, at, (first, keep)))
     return out
 
 

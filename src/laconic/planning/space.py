@@ -20,6 +20,7 @@ from laconic.core.method import METHODS, Method
 from laconic.core.schedule import Schedule
 from laconic.core.stages import Stages
 from laconic.core.token_reduction import find_reduction
+from laconic.methods.chain import Chain
 
 Price = Callable[[Summary], float]  # the cost of a schedule, from its tokens and multiply-adds
 ScheduleFamily = Callable[[float], Schedule]  # schedules by a rate in (0, 1]: the higher, the more tokens they keep
@@ -212,6 +213,48 @@ class ScheduleSpace:
         facts = zip(schedule.at, schedule.values, self.arriving(schedule), strict=True)
         kept: dict[int, Any] = {block: value for block, value, n in facts if value < n}
         return Schedule.keep_counts(kept) if kept else schedule
+
+
+class ChainSpace(ScheduleSpace):
+    """The schedules of a method that follows another one, which has reduced the patches before the first block.
+
+    Args:
+        model: as `ScheduleSpace`.
+        first: the method before the first block.
+        keep: its keep rate.
+        config: the method that follows.
+
+    Raises:
+        ValueError, TypeError: as `ScheduleSpace`, and as `laconic.Chain`.
+    """
+
+    def __init__(self, model: nn.Module, first: Method, keep: float, config: Method) -> None:
+        super().__init__(model, config)
+        self.first, self.keep = first, keep
+        self.before = first.default_schedule(self.depth, keep, None)
+        self.entering = Stages(first, self.before, self.shapes).counts()[0]
+
+    def chain(self, schedule: Schedule) -> Chain:
+        """Return both methods with their schedules."""
+        return Chain((self.first, {"keep": self.keep}), (self.config, {"schedule": schedule}))
+
+    def summary(self, schedule: Schedule) -> Summary | None:
+        if schedule not in self.known:
+            try:
+                chain = self.chain(schedule)
+                joined = chain.default_schedule(self.depth, None, None)
+                self.known[schedule] = estimate(self.host, chain, joined, example=self.size)
+            except ValueError:
+                self.known[schedule] = None
+        return self.known[schedule]
+
+    @property
+    def starts(self) -> dict[int, int]:
+        """The first block -> the tokens entering it."""
+        return {0: self.entering}
+
+    def arriving(self, schedule: Schedule) -> tuple[int, ...]:
+        return tuple(min(n, self.entering) for n in super().arriving(schedule))
 
 
 def refuse_deciding(config: Method) -> None:

@@ -36,11 +36,12 @@ from laconic.core.method import Method
 from laconic.core.patching import apply_settings
 from laconic.core.schedule import Schedule
 from laconic.core.token_reduction import find_reduction
+from laconic.methods.chain import Chain
 from laconic.planning.budget import Target
 from laconic.planning.candidates import Candidate, Sizes, candidates, fitted
 from laconic.planning.measures import Kind, Measure, Scored
 from laconic.planning.progress import ticking
-from laconic.planning.space import ScheduleSpace
+from laconic.planning.space import ChainSpace, ScheduleSpace
 from laconic.planning.tuned import Tuned, TunedRow
 
 FEW, MORE = 16, 64  # images of the first rounds
@@ -62,9 +63,16 @@ class Trial:
     cost: float = math.nan
     speed: Quartiles | None = None
 
+    def applied(self) -> tuple[Any, Schedule | None]:
+        """Return the method and schedule to reduce the model with; a chain holds its schedules itself."""
+        config, first = self.candidate.config, self.candidate.first
+        if first is None:
+            return config, self.schedule
+        return Chain((first[0], {"keep": first[1]}), (config, {"schedule": self.schedule})), None
+
     def described(self) -> dict[str, Any]:
         """Return what is run, as plain JSON."""
-        config, schedule = self.candidate.config, self.schedule
+        config, schedule = self.applied()
         return {
             "sides": self.candidate.sides,
             "method": None if config is None else config.describe(),
@@ -137,7 +145,7 @@ class Tuner:
         self.scores = Scores.read(record, base, images, labels, kind)
         self.kind, self.dense = kind, kind == "dense"
         self.sizes, self.device = Sizes(base), next(base.parameters()).device
-        self.spaces = dict[tuple[Any, Method], ScheduleSpace | None]()
+        self.spaces = dict[tuple[Any, ...], ScheduleSpace | None]()
         self.notes, self.spent = list[str](), list[tuple[float, int]]()
         self.whole = self._macs(None)
         self.base_seconds = self._seconds_of_base()
@@ -184,9 +192,10 @@ class Tuner:
         for t in sorted(trials, key=lambda t: -t.score):
             c, own = t.candidate, held[id(t)]
             over = None if c.is_plain else over_smaller_input(own, inputs, t.cost)
-            described = None if c.config is None else c.config.describe()
+            config, schedule = t.applied()
+            described = None if config is None else config.describe()
             speed = t.speed or Quartiles(1 / t.cost, 1 / t.cost, 1 / t.cost)
-            rows.append(TunedRow(c.name, c.sides, described, t.schedule, t.macs, speed, t.score, bootstrap(own), over))
+            rows.append(TunedRow(c.name, c.sides, described, schedule, t.macs, speed, t.score, bootstrap(own), over))
         name = self.kind if isinstance(self.kind, str) else getattr(self.kind, "__name__", "callable")
         counts = (min(count, len(self.searching.images)), min(count, len(self.judging.images)))
         return Tuned(self.target, str(name), self.sizes.own, counts, tuple(rows), best.candidate.name, tuple(self.notes))
@@ -204,10 +213,10 @@ class Tuner:
 
     def _space(self, candidate: Candidate) -> ScheduleSpace | None:
         assert candidate.config is not None
-        key, model = (candidate.sides, candidate.config), self.sizes.at(candidate.sides)
+        key, model = (candidate.sides, candidate.config, candidate.first), self.sizes.at(candidate.sides)
         if key not in self.spaces:
             try:
-                self.spaces[key] = None if model is None else ScheduleSpace(model, candidate.config)
+                self.spaces[key] = None if model is None else space_of(model, candidate)
             except (ValueError, LookupError, TypeError):
                 self.spaces[key] = None
         return self.spaces[key]
@@ -246,7 +255,8 @@ class Tuner:
         with quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             restore: Any = "similar" if self.dense else False
-            return reduce_(shared_copy(base), trial.candidate.config, schedule=trial.schedule, restore=restore).eval()
+            config, schedule = trial.applied()
+            return reduce_(shared_copy(base), config, schedule=schedule, restore=restore).eval()
 
     def _scored(self, trials: list[Trial], count: int, title: str) -> list[Trial]:
         out = []
@@ -373,6 +383,14 @@ class Scores:
 
 def _run(half: str, described: Mapping[str, Any] | None, count: int) -> str:
     return json.dumps([half, count, described], sort_keys=True)
+
+
+def space_of(model: nn.Module, candidate: Candidate) -> ScheduleSpace:
+    """Return the schedules that a candidate can follow on a model of its input size."""
+    assert candidate.config is not None
+    if candidate.first is None:
+        return ScheduleSpace(model, candidate.config)
+    return ChainSpace(model, *candidate.first, candidate.config)
 
 
 def halves_of(count: int, labels: Tensor | None, kind: Kind | Scored) -> tuple[Tensor, Tensor]:
