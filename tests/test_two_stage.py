@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import laconic
-from families import FAMILIES, images, make
+from families import FAMILIES, images, make, observe
 from laconic.core.schedule import Schedule
 from laconic.methods.two_stage import middle
 from test_laws import run
@@ -15,27 +15,33 @@ SERVED = [family for family in FAMILIES if family != "parallel"]
 
 
 @pytest.mark.parametrize("family", SERVED)
-@pytest.mark.parametrize("proportional", [True, False])
-def test_it_is_pre_merge_and_then_tome(family, proportional):
+def test_it_is_pre_merge_and_then_tome(family):
+    """With exponent 1 a token counts as often as it has patches, as in both methods alone."""
     one, other, x = make(family), make(family), images(family)
-    laconic.reduce_(one, "two-stage", keep=0.25, proportional=proportional)
+    laconic.reduce_(one, "two-stage", keep=0.25, exponent=1.0)
     counts = one.laconic.counts()
     first, *later = [counts[block] for block in (0, *middle(4))]
     assert first < 36
-    laconic.reduce_(
-        other,
-        laconic.Chain(
-            ("pre-merge", {"proportional": proportional, "schedule": Schedule.keep_counts({0: first})}),
-            (
-                "tome",
-                {"proportional": proportional, "schedule": Schedule.keep_counts(dict(zip(middle(4), later, strict=True)))},
-            ),
-        ),
+    chain = laconic.Chain(
+        ("pre-merge", {"exponent": 1.0, "schedule": Schedule.keep_counts({0: first})}),
+        ("tome", {"schedule": Schedule.keep_counts(dict(zip(middle(4), later, strict=True)))}),
     )
+    laconic.reduce_(other, chain)
     assert other.laconic.counts() == counts
-    assert torch.equal(run(one, x), run(other, x))
+    torch.testing.assert_close(run(one, x), run(other, x))
     assert torch.equal(laconic.provenance(one).final.where, laconic.provenance(other).final.where)
     assert laconic.summary(one).macs == laconic.summary(other).macs
+
+
+def test_merged_tokens_count_as_often_as_their_tokens_did():
+    model, seen = laconic.reduce_(make("plain"), "two-stage", keep=0.25), []
+    observe(model, lambda before, after: seen.append(after))
+    run(model, images("plain"))
+    first, *later = seen
+    torch.testing.assert_close(first.attn_scale, first.size.sqrt())
+    for tokens in later:
+        torch.testing.assert_close(tokens.attn_scale.sum(1), first.attn_scale.sum(1))
+        torch.testing.assert_close(tokens.size.sum(1), first.size.sum(1))
 
 
 @pytest.mark.parametrize("depth", [2, 3, 4, 6, 12, 24, 40])

@@ -17,15 +17,15 @@ from dataclasses import dataclass
 from laconic.core.method import BlockContext, Reducer, method
 from laconic.core.patch_input import PatchInput
 from laconic.core.tokens import Tokens
-from laconic.methods.ops import BeforeBlocks, merge_groups, merge_neighbours
+from laconic.methods.ops import BeforeBlocks, merge_groups, merge_neighbours, require
 
 
 class PreMergeReducer(Reducer):
     """Merge neighbouring patches with similar embeddings before the first block."""
 
-    def __init__(self, proportional: bool) -> None:
+    def __init__(self, exponent: float) -> None:
         super().__init__()
-        self.proportional = proportional
+        self.exponent = exponent
 
     def embed(self, patches: PatchInput, n: int) -> PatchInput:
         grid = patches.known_grid("pre-merge")
@@ -33,7 +33,7 @@ class PreMergeReducer(Reducer):
 
     def before(self, tokens: Tokens, n: int) -> Tokens:
         tokens = merge_groups(tokens, n)
-        return tokens.replace(attn_scale=tokens.size) if self.proportional else tokens
+        return tokens.replace(attn_scale=tokens.size**self.exponent) if self.exponent else tokens
 
 
 @method(
@@ -52,13 +52,18 @@ class PreMerge(BeforeBlocks):
     """Options of ``pre-merge``.
 
     Args:
-        proportional: add log(size) to the attention logits towards a token, as ToMe does.
+        exponent: add exponent * log(size) to the attention logits towards a token. 1, as in ToMe, counts a token as often as
+            it has patches; but neighbours that look alike say the same, and the root of their number was better.
     """
 
-    proportional: bool = True
+    exponent: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require("pre-merge", "exponent", self.exponent, self.exponent >= 0, "must be 0 or more")
 
     def build(self, site: BlockContext) -> Reducer:
-        return PreMergeReducer(self.proportional)
+        return PreMergeReducer(self.exponent)
 
     def macs(self, before: int, after: int, site: BlockContext) -> dict[str, int]:
         return {"elementwise": 4 * before * site.dim}

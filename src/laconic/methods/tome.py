@@ -13,10 +13,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from laconic.core.attention import AttentionView
 from laconic.core.gather import arange_like
 from laconic.core.method import BlockContext, Reducer, method
 from laconic.core.schedule import Schedule, cumulative, of_the_initial
+from laconic.core.shape_types import Int
 from laconic.core.tokens import Tokens
 from laconic.methods.ops import Pairing, parity, require, scatter_back, soft_matching
 
@@ -31,10 +34,15 @@ class ToMeReducer(Reducer):
         self.proportional = proportional
 
     def between(self, tokens: Tokens, seen: AttentionView, n: int) -> Tokens:
-        merged, stay, into = soft_matching(seen.keys, *parity(tokens), len(tokens) - n)
-        dst = scatter_back(stay, merged, arange_like(stay), into)
+        dst, stay = merging(tokens, seen, n)
         tokens = tokens.merge(dst, None, stay, complete=True)
         return tokens.replace(attn_scale=tokens.size) if self.proportional else tokens
+
+
+def merging(tokens: Tokens, seen: AttentionView, n: int) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B R"]]:
+    """Return the new token that each token becomes, and the old tokens that stay, if ``n`` are to be left."""
+    merged, stay, into = soft_matching(seen.keys, *parity(tokens), len(tokens) - n)
+    return scatter_back(stay, merged, arange_like(stay), into), stay
 
 
 @method(
