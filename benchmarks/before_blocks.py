@@ -125,7 +125,7 @@ def page_rows(setting: Setting) -> list[dict[str, Any]]:
     for kind in KINDS:
         torch.manual_seed(0)
         x = page(kind)
-        size = {"img_size": x.shape[2:], "dynamic_img_size": True}
+        size: dict[str, Any] = {"img_size": x.shape[2:], "dynamic_img_size": True}
         model: Any = timm.create_model("vit_small_patch16_224", num_classes=0, **size).eval()
         group = groups_of(x)
         unique = len(set(group[0].tolist())) / group.shape[1]

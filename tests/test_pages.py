@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import laconic
-from benchmarks import backbones, export_page, methods_table, performance, plan_page, readme, scaling, tables
+from benchmarks import backbones, before_blocks, export_page, methods_table, performance, plan_page, readme, scaling, tables
 from benchmarks.experiments import store
 from benchmarks.experiments.cells import fingerprint
 from benchmarks.experiments.tables import TABLES, Reader
@@ -57,6 +57,7 @@ MADE = {
             if (RESULTS / f"performance-{name}.json").is_file()
         }
     ),
+    "before-blocks.md": lambda: before_blocks.text_of(before_blocks.committed()),
     "scaling.md": lambda: scaling.page(load("scaling.json")),
     "plan.md": lambda: plan_page.page(sorted(RESULTS.glob("plan-*.json"))),
     "export.md": lambda: export_page.page(load("export.json")),
