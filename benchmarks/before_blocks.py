@@ -182,9 +182,10 @@ def feature_rows(setting: Setting) -> list[dict[str, Any]]:
             ("dedup", "dedup", {}),
             ("adaptive-patch, as many tokens", "adaptive-patch", {"keep": share}),
             ("pre-merge, as many tokens", "pre-merge", {"keep": share}),
-            ("tome, late, as many tokens", "tome", late(base.shape[1] - 1, share)),
             ("random, as many tokens", "random", {"keep": share, "at": (0,)}),
         ]
+        if share > 1 / 7:  # of its six steps, the last may not remove more than half
+            variants.append(("tome, late, as many tokens", "tome", late(base.shape[1] - 1, share)))
 
         def judge(reduced: Any, x: Tensor = x, base: Tensor = base) -> dict[str, float]:
             with torch.inference_mode():
