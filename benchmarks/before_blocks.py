@@ -380,7 +380,13 @@ def features_text(rows: Sequence[Mapping[str, Any]]) -> str:
         "",
     ]
     cells = [[KINDS[row["page"]], row["variant"], *speed_cells(row), f"{row['patches']:.3f}"] for row in rows]
-    return "\n".join([*out, markdown(["page", "", *SPEEDS, "patches"], cells)])
+    said = [
+        "",
+        "Equal pixels are not equal features: this model gives blank patches features that depend on where they are. So one",
+        "token for all of them (dedup) loses more of these features than as many tokens spread over the page (adaptive-patch,",
+        "pre-merge, even random). For dense features without training, pre-merge is the better choice.",
+    ]
+    return "\n".join([*out, markdown(["page", "", *SPEEDS, "patches"], cells), *said])
 
 
 def clips_text(rows: Sequence[Mapping[str, Any]]) -> str:
