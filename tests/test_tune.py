@@ -12,7 +12,7 @@ from families import make
 from laconic.cli import app as cli
 from laconic.planning.candidates import Sizes, candidates
 from laconic.planning.measures import Measure, nearest_other
-from laconic.planning.tune import halves_of
+from laconic.planning.scores import halves_of
 from laconic.planning.tuned import Tuned
 
 METHODS = ("tome",)

@@ -9,12 +9,10 @@ measured again, because they are compared within one run.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,6 @@ from laconic.analysis.stopwatch import stopwatch
 from laconic.analysis.timing import APART, Quartiles, interleave, ratios
 from laconic.api import reduce_, restore_
 from laconic.core.backbone import find_host
-from laconic.core.files import append_line, json_lines
 from laconic.core.method import Method
 from laconic.core.patching import apply_settings
 from laconic.core.schedule import Schedule
@@ -41,6 +38,7 @@ from laconic.planning.budget import Target
 from laconic.planning.candidates import Candidate, Sizes, candidates, fitted
 from laconic.planning.measures import Kind, Measure, Scored
 from laconic.planning.progress import ticking
+from laconic.planning.scores import Scores, halves_of
 from laconic.planning.space import ChainSpace, ScheduleSpace
 from laconic.planning.tuned import Tuned, TunedRow
 
@@ -340,78 +338,12 @@ class Tuner:
         return None if self.minutes is None else max(0.0, 60 * self.minutes - (time.monotonic() - self.begin))
 
 
-@dataclass
-class Scores:
-    """The scores of candidates that were computed, in a file if there is one.
-
-    ``subject`` identifies weights, images, labels and measure; lines of other subjects stay in the file and are not used.
-    """
-
-    path: Path | None = None
-    subject: str = ""
-    known: dict[str, list[float]] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, path: Path | None, model: nn.Module, images: Tensor, labels: Tensor | None, kind: Kind | Scored) -> Scores:
-        """Read the scores of a subject.
-
-        Raises:
-            ValueError: the measure is a callable, which may have changed since the file was written.
-        """
-        if path is None:
-            return cls()
-        if not isinstance(kind, str):
-            raise ValueError("record needs a measure by name: whether a callable has changed since then cannot be known")
-        digest = hashlib.sha256(f"{kind} {type(model).__name__} {[(n, m) for n, m in model.named_modules()]!r}".encode())
-        for tensor in (*model.state_dict().values(), images, *(() if labels is None else (labels,))):
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        subject = digest.hexdigest()
-        return cls(path, subject, {line["run"]: line["scores"] for line in json_lines(path) if line.get("subject") == subject})
-
-    def find(self, half: str, described: Mapping[str, Any] | None, count: int) -> np.ndarray[Any, np.dtype[np.float64]] | None:
-        """Return the scores of the first ``count`` images of a half under a candidate; None if they are not known."""
-        found = self.known.get(_run(half, described, count))
-        return None if found is None else np.array(found)
-
-    def add(self, half: str, described: Mapping[str, Any] | None, count: int, scores: np.ndarray[Any, Any]) -> None:
-        """Keep scores, also in the file."""
-        run = _run(half, described, count)
-        self.known[run] = scores.tolist()
-        if self.path is not None:
-            append_line(self.path, json.dumps({"subject": self.subject, "run": run, "scores": self.known[run]}))
-
-
-def _run(half: str, described: Mapping[str, Any] | None, count: int) -> str:
-    return json.dumps([half, count, described], sort_keys=True)
-
-
 def space_of(model: nn.Module, candidate: Candidate) -> ScheduleSpace:
     """Return the schedules that a candidate can follow on a model of its input size."""
     assert candidate.config is not None
     if candidate.first is None:
         return ScheduleSpace(model, candidate.config)
     return ChainSpace(model, *candidate.first, candidate.config)
-
-
-def halves_of(count: int, labels: Tensor | None, kind: Kind | Scored) -> tuple[Tensor, Tensor]:
-    """Return the indices of the images that choose, and of those that judge.
-
-    Without labels every other image chooses. With labels, each half gets every other image of each label; for ``pairs``, all
-    images of every other label, so that images that belong together stay together.
-    """
-    if labels is None:
-        order = torch.arange(count)
-        return order[::2], order[1::2]
-    names, number = torch.unique(labels.cpu(), return_inverse=True)
-    if kind == "pairs":
-        first = number % 2 == 0
-    else:
-        place = torch.zeros(len(names), dtype=torch.long)
-        rank = torch.empty(count, dtype=torch.long)
-        for i, name in enumerate(number.tolist()):
-            rank[i], place[name] = place[name], place[name] + 1
-        first = (rank + number) % 2 == 0  # the label's number is added, so that single images do not all get into one half
-    return first.nonzero().flatten(), (~first).nonzero().flatten()
 
 
 def _best(trials: Sequence[Trial], count: int) -> list[Trial]:
