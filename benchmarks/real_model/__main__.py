@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import sys
@@ -28,7 +29,7 @@ PLANS: dict[str, tuple[tuple[str, ...], tuple[Row, ...]]] = {
     "sites": (("large",), rows.late_selection()),
     "methods": (("large",), rows.every_method((0.5,))),
     "large-input": (("views-518",), rows.large_input()),
-    "before": (("views",), rows.before_blocks()),
+    "before": (("views",), (*rows.before_blocks(), *itertools.chain(*rows.exponents().values()))),
     "before-518": (("views-518",), rows.before_blocks(rows.LARGE, rows.LARGE_SMALLER)),
 }
 

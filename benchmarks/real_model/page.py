@@ -60,7 +60,16 @@ class Tables:
                 (large, "views-518", LARGE_BASE, LARGE_SMALLER),
             )
         ]
-        return "\n\n".join(table for table in found if table)
+        return "\n\n".join(table for table in (*found, self.exponents()) if table)
+
+    def exponents(self) -> str:
+        """Return the table of class tokens by the exponent of the sizes of pre-merge."""
+        found = []
+        for usual, every in rows.exponents().items():
+            means = [self.results.mean("views", row.key, "class_cosine") for row in every]
+            if None not in means:
+                found.append([usual.key, *map(_level, means)])
+        return markdown(["class token", *(f"exponent {e:g}" for e in rows.EXPONENTS)], found) if found else ""
 
     def _fidelity(self, name: str, chosen: Sequence[Row]) -> str:
         head = ["", "GMACs", "speed", *(column for word in FEATURE_NAMES for column in (word, OVER))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -181,6 +182,17 @@ def before_blocks(size: int = SIZE, smaller: tuple[int, ...] = SMALLER) -> tuple
         for then in ("tome", "atc"):
             rows += [Row(size, then, total=total, at=LATE, first=(name, keep)) for keep, total in ((0.8, 0.5), (0.6, 0.5))]
     return (*rows, *(Row(size, "tome", total=total, at=LATE) for total in (0.5, 0.35, 0.25)), *two_stage(size))
+
+
+EXPONENTS = (0.0, 0.5, 1.0)
+
+
+def exponents() -> dict[Row, tuple[Row, ...]]:
+    """Return rows with the usual exponent of sizes, and for each the same with every exponent."""
+    usual = (*(Row(method="pre-merge", keep=keep, at=(0,)) for keep in (0.7, 0.5, 0.3)), *two_stage(keeps=(0.3, 0.2)))
+    return {
+        row: tuple(row if e == 0.5 else dataclasses.replace(row, options={"exponent": e}) for e in EXPONENTS) for row in usual
+    }
 
 
 LARGE = 518  # pixels a side that the backbone was trained at: 37 x 37 patches

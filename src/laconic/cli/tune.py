@@ -116,7 +116,7 @@ def tune(
         measure: what is to be kept: the same-answer as the unreduced model, dense patch features, right labels (of the head
             or of the nearest image), pairs (images of one class find each other), or a function as MODULE:FUNCTION, which
             gets a model and images and returns a score of every image.
-        methods: a method to choose from (default: eight that need no training).
+        methods: a method to choose from (default: nine that need no training).
         minutes: time that may be spent; with less time, fewer images are used (default: as long as all images take).
         batch_size: images in a forward where time is measured.
         threads: CPU threads (default: as many as torch takes by itself).

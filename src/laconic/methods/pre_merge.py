@@ -53,7 +53,7 @@ class PreMerge(BeforeBlocks):
 
     Args:
         exponent: add exponent * log(size) to the attention logits towards a token. 1, as in ToMe, counts a token as often as
-            it has patches; but neighbours that look alike say the same, and the root of their number was better.
+            it has patches; but neighbours that look alike say the same, and their number's root was as good or better.
     """
 
     exponent: float = 0.5

@@ -231,8 +231,7 @@ class ChainSpace(ScheduleSpace):
     def __init__(self, model: nn.Module, first: Method, keep: float, config: Method) -> None:
         super().__init__(model, config)
         self.first, self.keep = first, keep
-        self.before = first.default_schedule(self.depth, keep, None)
-        self.entering = Stages(first, self.before, self.shapes).counts()[0]
+        self.entering = Stages(first, first.default_schedule(self.depth, keep, None), self.shapes).counts()[0]
 
     def chain(self, schedule: Schedule) -> Chain:
         """Return both methods with their schedules."""

@@ -102,7 +102,7 @@ def tune(
         measure: ``same-answer``, ``dense``, ``labels`` or ``pairs`` (see `laconic.planning.measures.Measure`), or a callable
             that returns a score of every image, [B], for a model and images [B, channels, height, width].
         labels: [N], for ``labels`` and ``pairs``.
-        methods: names or configs to choose from (default: eight that need no training).
+        methods: names or configs to choose from (default: nine that need no training).
         minutes: the time that may be spent: with less time, fewer images are used (default: as long as all images take).
         batch_size: images per forward where time is measured.
         record: a file for the scores, one JSON object a line. A run with the same model and images takes what it finds there,
