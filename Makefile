@@ -3,13 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow check docs bench bench-check evidence evidence-scenes methods compat clean
+.PHONY: demo front browser test test-slow check docs bench bench-check evidence evidence-scenes methods compat clean
 
 demo: $(VENV)/.demo
 	$(BIN)/laconic demo $(ARGS)
 
 # The shape checks of jaxtyping and beartype are on, except for torch.compile and for bad arguments.
-test: check
+test: check front browser
 	LACONIC_CHECK_SHAPES=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not unchecked and not slow"
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "unchecked and not slow"
 
@@ -22,6 +22,21 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check src tests benchmarks scripts
 	$(BIN)/ruff format --check src tests benchmarks scripts
 	$(BIN)/mypy
+
+# The front end of reports and of the playground, in TypeScript: lint, test, and build into the package. Its build is committed,
+# so that only who changes it needs npm.
+front:
+	@if command -v npm > /dev/null; then $(MAKE) --no-print-directory playground/node_modules && \
+		npm --prefix playground run --silent all; else echo "npm is missing: the committed build of the front end is used."; fi
+
+playground/node_modules: playground/package.json
+	npm --prefix playground install --silent --no-audit --no-fund
+	touch $@
+
+# The browser of the tests with the marker "browser"; without it, they are skipped.
+browser:
+	@command -v chromium > /dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } \
+		> /dev/null 2>&1 || echo "Chromium cannot be installed: tests in a browser are skipped."
 
 # The pages that need no measurement.
 docs: $(VENV)/.dev

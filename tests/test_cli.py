@@ -99,6 +99,10 @@ COMMANDS = {
         *("cutouts", "{tmp}/made", "--objects", "{tmp}/things", "--backgrounds", "{tmp}/grounds"),
         *("--views", "1", "1", "1", "--pixels", "32"),
     ],
+    "report": [
+        *("scenes_vit_small", "--data", "scenes", "--limit", "8", "--weights", str(WEIGHTS), "--method", "topk"),
+        *("--keep", "0.5", "--rounds", "1", "--threads", "1", "--pictures", "1", "--output", "{tmp}/report.html"),
+    ],
     "demo": [
         "--model",
         "scenes_vit_small",

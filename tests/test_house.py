@@ -34,6 +34,8 @@ OPTIONAL = {
     "onnxscript",
     "onnxruntime",
     "openvino",
+    "jinja2",
+    "vl_convert",
 }
 # the folders (and api.py) from the bottom up: each imports from itself and from those before it
 LAYERS = (
@@ -48,6 +50,7 @@ LAYERS = (
     "planning",
     "exporting",
     "training",
+    "report",
     "cli",
 )
 # imports inside of functions that go up: `reduce_` plans and times where it is asked to, and calibration reduces again

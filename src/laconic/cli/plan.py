@@ -156,15 +156,25 @@ def pixels_of(base: nn.Module, eval_input: EvalInput, reading: Reading) -> tuple
     Raises:
         Refusal: there are fewer than four.
     """
-    pixels, labels = list[Tensor](), list[Tensor]()
+    pixels, labels, _ = readable(base, eval_input, reading)
+    return pixels, labels
+
+
+def readable(base: nn.Module, eval_input: EvalInput, reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
+    """Return all images that can be read, as the model takes them, their labels, and their numbers in the set.
+
+    Raises:
+        Refusal: there are fewer than four.
+    """
+    pixels, labels, numbers = list[Tensor](), list[Tensor](), list[Tensor]()
     loader = make_loader(base, eval_input.images, reading.batch_size, reading.workers)
-    for batch, names, _, failed in read_batches(loader):
-        pixels.append(batch[failed < 0])
-        labels.append(names[failed < 0])
+    for batch, names, index, failed in read_batches(loader):
+        for found, values in ((pixels, batch), (labels, names), (numbers, index)):
+            found.append(values[failed < 0])
     whole = torch.cat(pixels)
     if len(whole) < 4:
         raise Refusal(f"{len(whole)} images can be read; a search and its test need four or more, and better some hundreds")
-    return whole, torch.cat(labels)
+    return whole, torch.cat(labels), torch.cat(numbers)
 
 
 def timed(plan: Plan, base: nn.Module, config: Method, measuring: Measuring) -> Plan:

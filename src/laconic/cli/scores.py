@@ -22,6 +22,7 @@ from laconic.cli.output import NONE, Table, csv_text
 from laconic.cli.variants import Kind, Variant, as_observed, label_of, size_of
 from laconic.core.token_reduction import find_reduction
 from laconic.data import ImageSet
+from laconic.report.chart import Chart, Point
 
 HEADER = ("", "top-1 %", "(95 %)", "change", "top-5 %", "agrees %", "KL", "GMACs", "patch tokens")
 
@@ -121,6 +122,23 @@ def table(rows: Sequence[Score], title: str) -> Table:
 
     header = (*HEADER, *(["measured"] if speed else []))
     return Table(title, header, tuple(map(cells, rows)), below=("patch tokens",), optional=("top-5 %", "KL", "agrees %"))
+
+
+def chart(rows: Sequence[Score]) -> Chart | None:
+    """Return accuracy against measured speed or, where that was not measured, multiply-adds; None for fewer than three rows."""
+    speed = any(row.ratio for row in rows)
+    points = list[Point]()
+    for row in rows:
+        x = (row.ratio[1] if row.ratio else None) if speed else (row.macs / 1e9 if row.macs else None)
+        if x is not None:
+            series = "smaller input" if row.kind == "resolution" else row.name
+            shares = (row.top1 * 100, row.interval[0] * 100, row.interval[1] * 100)
+            low, high = (row.ratio[0], row.ratio[2]) if speed and row.ratio else (None, None)
+            points.append(Point(row.label, series, x, *shares, low, high, row.kind != "method"))
+    if len(points) < 3:
+        return None
+    words = "measured speed (x the unreduced model)" if speed else "multiply-adds of one image (G)"
+    return Chart(f"Top-1 (95 % interval) against {words}", words, "top-1 (%)", tuple(points))
 
 
 def to_csv(model: str, rows: Sequence[Score]) -> str:

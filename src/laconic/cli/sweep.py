@@ -27,6 +27,7 @@ from laconic.cli.scores import Score, options_of, score
 from laconic.cli.variants import ALWAYS, Variant, alternatives, pairs, parse_methods, unreduced
 from laconic.cli.weights import load
 from laconic.core.files import Refusal
+from laconic.report.chart import Chart
 
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
 
@@ -41,8 +42,11 @@ class SweepReport(Report):
     computed: int  # rows that this run evaluated; the others were read from the files
     record: dict[str, Any]  # the content of the JSON file
 
-    def parts(self) -> Iterator[str | Table]:
+    def parts(self) -> Iterator[str | Table | Chart]:
         yield scores.table(self.rows, self.title)
+        chart = scores.chart(self.rows)
+        if chart is not None:
+            yield chart
         notes = [self.record["weights"], *self.record["notes"], *notes_on(self.rows)]
         yield " ".join([EXPLAINED, *(f"{note[0].upper()}{note[1:]}." for note in notes)])
         yield f"{self.computed} of {len(self.rows)} rows evaluated now. Written: {', '.join(map(str, self.files)) or 'nothing'}"

@@ -24,6 +24,7 @@ from laconic.core.files import Refusal, write_atomically
 from laconic.planning.measures import KINDS, WORDS, Kind, Scored
 from laconic.planning.tune import tune as tune_model
 from laconic.planning.tuned import Tuned, TunedRow
+from laconic.report.chart import Chart, Point
 
 EXPLAINED = (
     "Speed: time of the unreduced model divided by the row's, median of interleaved rounds. Over a smaller input: the "
@@ -39,13 +40,16 @@ class TuneReport(Report):
     about: Mapping[str, Any]
     saved: str = ""
 
-    def parts(self) -> Iterator[str | Table]:
+    def parts(self) -> Iterator[str | Table | Chart]:
         tuned, here = self.tuned, self.about["environment"]
         measure = WORDS.get(tuned.measure, tuned.measure)
         header = ("", "GMACs", "speed", measure, "(95 %)", "over a smaller input", "(95 %)")
         chosen, judging = tuned.images
         title = f"{self.about['model']}, {tuned.target.text}; {chosen} images chose, {judging} other images judge:"
         yield Table(title, header, tuple(cells(row) for row in tuned.rows), below=("over a smaller input", "(95 %)"))
+        yield Chart(
+            f"{measure.capitalize()} against measured speed", plots.LABELS["speed"], measure, tuple(map(point, tuned.rows))
+        )
         yield EXPLAINED
         yield f"Verdict: {verdict(tuned)}"
         notes = [note for note in (self.about["weights"], *tuned.notes, self.saved) if note]
@@ -57,6 +61,14 @@ class TuneReport(Report):
 
     def to_json(self) -> dict[str, Any]:
         return {**self.about, **self.tuned.to_json(), "saved": self.saved}
+
+
+def point(row: TunedRow) -> Point:
+    """Return the point of a row in the chart of a page."""
+    series = "smaller input" if row.method is None else str(row.method["name"])
+    score, speed = row.score, row.speed
+    facts = (row.name, series, speed.median, score.mean, score.low, score.high, speed.low, speed.high)
+    return Point(*facts, plain=row.method is None)
 
 
 def cells(row: TunedRow) -> tuple[str, ...]:

@@ -60,7 +60,7 @@ class Measure:
             raise ValueError(f"there are {len(images)} images and {len(labels)} labels; give a label of every image")
         self.base, self.images, self.labels, self.kind, self.batch_size = base, images, labels, kind, batch_size
         self.has_head = getattr(find_host(base)[0], "num_classes", 0) > 0 and kind != "pairs"
-        self.reference = self._run(base, images) if kind in ("same-answer", "dense") else None
+        self.reference = self.outputs(base) if kind in ("same-answer", "dense") else None
 
     def __call__(self, model: nn.Module, sides: tuple[int, int] | None = None, count: int | None = None) -> Float[Tensor, " N"]:
         """Return the scores of the first ``count`` images (default: all) under a model.
@@ -70,11 +70,14 @@ class Measure:
             sides: height and width of its input; None: that of the images.
             count: number of images.
         """
-        images = resized_images(self.images[:count], sides)
         if callable(self.kind):
+            images = resized_images(self.images[:count], sides)
             found = [self.kind(model, batch).double().cpu() for batch in torch.split(images, self.batch_size)]
             return torch.cat(found)
-        out = self._run(model, images)
+        return self.score(self.outputs(model, sides, count))
+
+    def score(self, out: Tensor) -> Float[Tensor, " N"]:
+        """Return the scores of the first images from what a model returned for them (see `outputs`)."""
         if self.kind == "dense":
             assert self.reference is not None
             return patch_cosine(self.reference[: len(out)], out).double()
@@ -89,9 +92,9 @@ class Measure:
         found_labels = out.argmax(1) if self.has_head else labels[nearest_other(out)]
         return (found_labels == labels).double()
 
-    def _run(self, model: nn.Module, images: Tensor) -> Tensor:
-        """Return features or logits [N, C], or patch features [N, P, C] for ``dense``, on the CPU."""
-        reference, found = next(model.parameters()), []
+    def outputs(self, model: nn.Module, sides: tuple[int, int] | None = None, count: int | None = None) -> Tensor:
+        """Return features or logits [N, C] of images, or patch features [N, P, C] for ``dense``, on the CPU."""
+        images, reference, found = resized_images(self.images[:count], sides), next(model.parameters()), []
         with torch.inference_mode():
             for batch in torch.split(images, self.batch_size):
                 batch = batch.to(reference.device, reference.dtype)
