@@ -3,10 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo front browser test test-slow check docs bench bench-check evidence evidence-scenes methods compat clean
+.PHONY: demo play front browser test test-slow check docs bench bench-check evidence evidence-scenes methods compat clean
 
 demo: $(VENV)/.demo
 	$(BIN)/laconic demo $(ARGS)
+
+# A model in the browser: http://127.0.0.1:8000. npm gets onnxruntime-web (33 MB) the first time.
+play: $(VENV)/.play
+	$(BIN)/laconic play $(ARGS)
 
 # The shape checks of jaxtyping and beartype are on, except for torch.compile and for bad arguments.
 test: check front browser
@@ -91,10 +95,15 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(get_model)
 	touch $@
 
+$(VENV)/.play: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --no-warn-conflicts --constraint constraints.txt --editable ".[play]"
+	$(get_model)
+	touch $@
+
 $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-warn-conflicts --constraint constraints.txt --editable ".[dev]"
 	$(get_model)
-	touch $(VENV)/.demo $@
+	touch $(VENV)/.demo $(VENV)/.play $@
 
 clean:
 	rm -rf $(VENV) .compat .pytest_cache .mypy_cache .ruff_cache build dist

@@ -1,12 +1,17 @@
 """A real browser for tests: Debian's Chromium under Playwright, and axe-core, which finds what is hard to read."""
 
+import functools
 import json
 import os
 import shutil
+import threading
 from contextlib import contextmanager
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+
+from laconic.cli.play import Quiet
 
 TOP = Path(__file__).parents[1]
 AXE = TOP / "playground" / "node_modules" / "axe-core" / "axe.min.js"
@@ -25,6 +30,18 @@ def browser():
         opened = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"] if os.geteuid() == 0 else [])
         yield opened
         opened.close()
+
+
+@contextmanager
+def served(folder):
+    """The address of a folder, as any server of static files shows it."""
+    handler = functools.partial(Quiet, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/"
+        server.shutdown()
+        thread.join()
 
 
 class Visit:

