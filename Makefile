@@ -30,8 +30,9 @@ check: $(VENV)/.dev
 # The front end of reports and of the playground, in TypeScript: lint, test, and build into the package. Its build is committed,
 # so that only who changes it needs npm.
 front:
-	@if command -v npm > /dev/null; then $(MAKE) --no-print-directory playground/node_modules && \
-		npm --prefix playground run --silent all; else echo "npm is missing: the committed build of the front end is used."; fi
+	@if command -v npm > /dev/null && $(MAKE) --no-print-directory playground/node_modules; then \
+		npm --prefix playground run --silent all; \
+	else echo "npm is missing, or cannot install: the committed build of the front end is used."; fi
 
 playground/node_modules: playground/package.json
 	npm --prefix playground install --silent --no-audit --no-fund
@@ -106,4 +107,4 @@ $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	touch $(VENV)/.demo $(VENV)/.play $@
 
 clean:
-	rm -rf $(VENV) .compat .pytest_cache .mypy_cache .ruff_cache build dist
+	rm -rf $(VENV) .compat playground/node_modules .screenshots .pytest_cache .mypy_cache .ruff_cache build dist

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -200,6 +201,21 @@ def test_every_command_writes_its_report_as_a_page(words, tmp_path, capsys):
     assert f"laconic {' '.join(words)}" in file.read_text()
     assert cli.main([*words, "--html", str(tmp_path / "none" / "page.html")]) == 1
     assert "there is no folder" in capsys.readouterr().err
+
+
+def test_a_page_next_to_the_files_of_a_command(tmp_path, capsys):
+    words = ["eval", "scenes_vit_small", "--data", "scenes", "--limit", "8", "--output", str(tmp_path / "eval.csv")]
+    assert cli.main([*words, "--html", str(tmp_path / "eval.html")]) == 0
+    assert {file.name for file in tmp_path.iterdir()} == {"eval.csv", "eval.json", "eval.html"}
+
+
+@pytest.mark.parametrize("module", ["jinja2", "vl_convert"])
+def test_a_missing_library_is_named_before_the_work(module, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    for words in (["list", "--html", str(tmp_path / "page.html")], [*WORDS, "--output", str(tmp_path / "report.html")]):
+        assert cli.main(words) == 1
+        assert 'pip install "laconic[report]"' in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_committed_build_is_that_of_the_sources():

@@ -140,17 +140,14 @@ def _print(report: Any, as_json: bool) -> None:
 
 
 def _with_page(file: Path, line: str, job: Callable[[], Any]) -> Any:
-    """Run a command's job and write its report as a page; a file that cannot be written is refused before the work."""
-    from laconic.cli.outputs import holds
-    from laconic.cli.page import write
+    """Run a command's job and write its report as a page; what would fail after the work is refused before it."""
+    from laconic.cli import page
 
-    @holds("html")
-    def both(html: Path) -> Any:
-        report = job()
-        write(html, report, line)
-        return report
-
-    return both(file)
+    page.check(file)
+    report = job()
+    if report is not None:  # of several processes that train, the main one reports
+        page.write(file, report, line)
+    return report
 
 
 def main_process() -> bool:

@@ -8,16 +8,28 @@ from typing import Any
 
 from laconic.cli.output import Report, Table, Verbatim
 from laconic.cli.outputs import reported
-from laconic.core.files import write_atomically
+from laconic.core.files import check_output_file, write_atomically
+from laconic.core.optional_deps import need
 from laconic.report.chart import Chart
 from laconic.report.page import Code, Grid, Part, Section, build
+
+
+def check(file: Path) -> None:
+    """Refuse a page that could not be written after the work.
+
+    Raises:
+        Refusal: the file cannot be written. ImportError: a library of the extra ``report`` is missing.
+    """
+    check_output_file(file, "--html")
+    for library in ("jinja2", "vl_convert"):
+        need(library, "report")
 
 
 def write(file: Path, report: Report, command: str) -> None:
     """Write the page of a report, and the command under it.
 
     Raises:
-        Refusal: the file cannot be written. ImportError: a library of the extra ``report`` is missing.
+        Refusal: the file cannot be written.
     """
     with reported(report):
         write_atomically(file, page(report, command))

@@ -184,7 +184,7 @@ def _written(
 
     def every() -> Iterator[Reduced]:
         rates = {config.info.name: keeps or (OWN_KEEPS if config.info.name == OWN else KEEPS) for config in configs}
-        pairs = [(config, keep) for config in configs for keep in rates[config.info.name]]
+        pairs = [(config, keep) for config in configs for keep in sorted(rates[config.info.name])]
         for config, keep in tqdm(pairs, desc="exporting", unit="graph", leave=False, disable=None):
             name = config.info.name
             if any(note.startswith(f"no {name}:") for note in notes):

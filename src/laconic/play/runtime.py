@@ -41,9 +41,9 @@ def find_runtime(given: Path | None = None) -> Path:
 
 def write_runtime(folder: Path, given: Path | None = None) -> int:
     """Write the files to a folder, the WebAssembly compressed; return their bytes. Errors as `find_runtime`."""
-    size = 0
+    size, place = 0, find_runtime(given)
     for name in FILES:
-        content = (find_runtime(given) / name).read_bytes()
+        content = (place / name).read_bytes()
         if name.endswith(".wasm"):
             name, content = f"{name}.gz", gzip.compress(content, 9, mtime=0)
         write_atomically(folder / name, content)
