@@ -165,7 +165,12 @@ async function update(fresh = true): Promise<void> {
   fields.block.value = String(rate.blocks.length);
   draw();
   shown = performance.now() - changed;
-  const whole = base ?? (await engine.run(engine.manifest.unreduced, image));
+  const { unreduced: plain } = engine.manifest;
+  if (!warmed.has(plain.graph)) {
+    warmed.add(plain.graph); // the browser compiles the runtime during the first runs: their time says nothing
+    await engine.run(plain, image);
+  }
+  const whole = base ?? (await engine.run(plain, image));
   if (mine !== wanted) return;
   base = whole;
   numbers();
