@@ -31,7 +31,8 @@ METHODS, KEEPS = ("tome", "etps", "bat"), (0.7, 0.5)
 EXPLAINED = (
     "measured: time of the unreduced model, before and after, divided by this row's; median and quartiles over the rounds. "
     "over a smaller input: the score less that of the unreduced model on smaller pictures that take as long (between the two "
-    "measured sizes next to it). 95 % intervals by the bootstrap, picture by picture. changed: pictures with another answer. "
+    "measured sizes next to it). 95 % intervals by the bootstrap, picture by picture. changed: pictures with another answer: "
+    "another class or, of a model without a head, another nearest picture. "
     "Nothing was trained for a row."
 )
 
