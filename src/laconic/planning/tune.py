@@ -4,11 +4,13 @@ Successive halving: all candidates are fitted to the target by their multiply-ad
 are timed, fitted again by what was measured, and scored on more images; a few remain. Half of the images choose, the other
 half judges: smaller inputs, random pruning and average pooling are judged with the best candidates, and each row is compared
 with a smaller input that takes as long. Scores can be kept in a file, so that a run that was stopped goes on; times are always
-measured again, because they are compared within one run.
+measured again, because they are compared within one run. A repair (`repair_`) is tried on the chosen row, and on the smaller
+input of nearly the same cost, in the same time.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -16,7 +18,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -38,7 +39,8 @@ from laconic.planning.budget import Target
 from laconic.planning.candidates import Candidate, Sizes, candidates, fitted
 from laconic.planning.measures import Kind, Measure, Scored
 from laconic.planning.progress import ticking
-from laconic.planning.scores import Scores, halves_of
+from laconic.planning.repair import HOWS, How, Repaired, repair_, scales_and_biases
+from laconic.planning.scores import Scores, Values, halves_of
 from laconic.planning.space import ChainSpace, ScheduleSpace
 from laconic.planning.tuned import Tuned, TunedRow
 
@@ -47,6 +49,7 @@ KEPT, FINAL = 10, 4  # candidates that are timed, and that are judged
 ROUNDS, FINAL_ROUNDS, LEAST_ROUNDS = 4, 10, 3  # of time measurements
 LEAST = 4  # images on which a candidate is scored, however short the time
 MET = 0.97  # share of a target that counts as met, since times are measured
+REPAIR: dict[How, float] = {"closed-form": 0.1, "distil": 0.5}  # share of the time that is reserved for repairs
 INPUTS = 3  # smaller inputs around the target that are judged
 
 
@@ -89,6 +92,7 @@ def tune(
     minutes: float | None = None,
     batch_size: int = 8,
     record: str | Path | None = None,
+    repair: How | None = None,
 ) -> Tuned:
     """Choose the input size, method and schedule that keep a measure best at a target of cost. The model is not changed.
 
@@ -107,6 +111,8 @@ def tune(
         batch_size: images per forward where time is measured.
         record: a file for the scores, one JSON object a line. A run with the same model and images takes what it finds there,
             so a run that was stopped goes on.
+        repair: ``closed-form`` or ``distil``: change scales and biases of the chosen row, see `laconic.repair_`. The images
+            that choose are fitted.
 
     Raises:
         ValueError: the target cannot be parsed or met, or the images or labels do not fit the measure.
@@ -114,7 +120,7 @@ def tune(
         OSError: the record cannot be read or written.
     """
     path = None if record is None else Path(record)
-    return Tuner(model, Target.parse(target), (measure, images, labels), batch_size, minutes, path).run(methods)
+    return Tuner(model, Target.parse(target), (measure, images, labels), batch_size, minutes, path, repair).run(methods)
 
 
 class Tuner:
@@ -128,7 +134,11 @@ class Tuner:
         batch_size: int,
         minutes: float | None,
         record: Path | None,
+        repair: How | None,
     ) -> None:
+        if repair is not None and repair not in HOWS:
+            raise ValueError(f"repair must be one of {', '.join(HOWS)}, not {repair!r}")
+        self.repair, self.reserved = repair, 0.0 if repair is None else 60 * (minutes or 0.0) * REPAIR[repair]
         self.begin, self.minutes, self.batch_size, self.target = time.monotonic(), minutes, batch_size, target
         base = shared_copy(model).eval()
         if find_reduction(base) is not None:
@@ -187,16 +197,46 @@ class Tuner:
         if count < enough:
             self.notes.append(f"the time was enough for {count} of {enough} images of each half")
         rows = [TunedRow("unreduced", None, None, None, self.whole, Quartiles(1.0, 1.0, 1.0), None, bootstrap(whole), None)]
-        for t in sorted(trials, key=lambda t: -t.score):
-            c, own = t.candidate, held[id(t)]
-            over = None if c.is_plain else over_smaller_input(own, inputs, t.cost)
-            config, schedule = t.applied()
-            described = None if config is None else config.describe()
-            speed = t.speed or Quartiles(1 / t.cost, 1 / t.cost, 1 / t.cost)
-            rows.append(TunedRow(c.name, c.sides, described, schedule, t.macs, speed, t.score, bootstrap(own), over))
+        rows += [_row(t, held[id(t)], inputs) for t in sorted(trials, key=lambda t: -t.score)]
+        chosen, parameters = best.candidate.name, dict[str, Tensor]()
+        worth = self._worth_repair(best, trials)
+        for number, t in enumerate(worth):
+            if (done := self._repaired(t, count, len(worth) - number)) is not None:
+                found, values, fitted = done
+                row = replace(_row(t, values, inputs), name=f"{t.candidate.name}, repaired", search=None, repaired=found)
+                rows.append(row)
+                chosen, parameters = (row.name, fitted) if t is best else (chosen, parameters)
         name = self.kind if isinstance(self.kind, str) else getattr(self.kind, "__name__", "callable")
         counts = (min(count, len(self.searching.images)), min(count, len(self.judging.images)))
-        return Tuned(self.target, str(name), self.sizes.own, counts, tuple(rows), best.candidate.name, tuple(self.notes))
+        return Tuned(self.target, str(name), self.sizes.own, counts, tuple(rows), chosen, tuple(self.notes), parameters)
+
+    def _worth_repair(self, best: Trial, trials: Sequence[Trial]) -> list[Trial]:
+        """Return the chosen candidate and the smaller input of the nearest cost, if there is to be a repair."""
+        if self.repair is None:
+            return []
+        inputs = [t for t in trials if t.candidate.is_plain and t is not best]
+        return [best, *sorted(inputs, key=lambda t: abs(math.log(t.cost / best.cost)))[:1]]
+
+    def _repaired(self, trial: Trial, count: int, repairs: int) -> tuple[Repaired, Values, dict[str, Tensor]] | None:
+        """Repair a candidate, in the time left for as many; return what was done, held-out scores, and fitted parameters."""
+        self.reserved = 0.0
+        base, judging, left = self.sizes.model, self.judging, self._left()
+        assert self.repair is not None
+        model = copy.deepcopy(self.reduced(trial))  # a copy with weights of its own
+        forwards = self._each() * (4 * count + len(self.searching.images))  # of images, to judge and for the targets
+        minutes = None if left is None else max(0.1, left / repairs - forwards) / 60
+        labels = None if judging.labels is None else judging.labels[:count]
+        given: dict[str, Any] = {"measure": self.kind, "base": base, "held_out": judging.images[:count], "labels": labels}
+        try:
+            found = repair_(model, self.searching.images, self.repair, minutes=minutes, **given)
+        except ValueError as error:  # closed-form needs a layer norm after the blocks
+            self.notes.append(f"{trial.candidate.name} was not repaired: {error}")
+            return None
+        if not found.kept:
+            self.notes.append(f"the repair of {trial.candidate.name} was undone: {found.gain.mean:+.4f} on held-out images")
+            return None
+        fitted = {name: one.detach().clone() for name, one in scales_and_biases(model, base).items()}
+        return found, judging(model, trial.candidate.sides, count).numpy(), fitted
 
     # -------------------------------------------------------------------------------------------- fitting
     def _fit(self, candidate: Candidate, limit: float) -> Trial | None:
@@ -267,7 +307,7 @@ class Tuner:
                 tick()
         return out
 
-    def _values(self, measure: Measure, trial: Trial | None, count: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    def _values(self, measure: Measure, trial: Trial | None, count: int) -> Values:
         """Return the scores of the first ``count`` images of a half under a candidate (None: unreduced)."""
         half = "searching" if measure is self.searching else "judging"
         described = None if trial is None else trial.described()
@@ -321,9 +361,12 @@ class Tuner:
         left = self._left()
         if left is None:
             return wanted
+        return max(LEAST, min(wanted, int(share * left / max(runs, 1) / self._each())))
+
+    def _each(self) -> float:
+        """Return the seconds that scoring an image takes."""
         seconds, images = (sum(column) for column in zip(*self.spent, strict=True)) if self.spent else (0.0, 0)
-        each = seconds / images if images else self.base_seconds / self.batch_size
-        return max(LEAST, min(wanted, int(share * left / max(runs, 1) / max(each, 1e-9))))
+        return max(seconds / images if images else self.base_seconds / self.batch_size, 1e-9)
 
     def _affordable_rounds(self, trials: int) -> int:
         """Return the number of rounds in which as many candidates may be timed, in a fourth of the time left."""
@@ -334,16 +377,23 @@ class Tuner:
         return max(LEAST_ROUNDS, min(FINAL_ROUNDS, int(left / 4 / each) - 1))
 
     def _left(self) -> float | None:
-        """Return the seconds that are left, or None if there is no limit."""
-        return None if self.minutes is None else max(0.0, 60 * self.minutes - (time.monotonic() - self.begin))
+        """Return the seconds that are left, less those reserved for the repair; None if there is no limit."""
+        return None if self.minutes is None else max(0.0, 60 * self.minutes - self.reserved - (time.monotonic() - self.begin))
+
+
+def _row(trial: Trial, values: Values, inputs: Sequence[tuple[float, Values]]) -> TunedRow:
+    c, (config, schedule) = trial.candidate, trial.applied()
+    over = None if c.is_plain else over_smaller_input(values, inputs, trial.cost)
+    described = None if config is None else config.describe()
+    speed = trial.speed or Quartiles(1 / trial.cost, 1 / trial.cost, 1 / trial.cost)
+    return TunedRow(c.name, c.sides, described, schedule, trial.macs, speed, trial.score, bootstrap(values), over)
 
 
 def space_of(model: nn.Module, candidate: Candidate) -> ScheduleSpace:
     """Return the schedules that a candidate can follow on a model of its input size."""
-    assert candidate.config is not None
-    if candidate.first is None:
-        return ScheduleSpace(model, candidate.config)
-    return ChainSpace(model, *candidate.first, candidate.config)
+    config, first = candidate.config, candidate.first
+    assert config is not None
+    return ScheduleSpace(model, config) if first is None else ChainSpace(model, *first, config)
 
 
 def _best(trials: Sequence[Trial], count: int) -> list[Trial]:
