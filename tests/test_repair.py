@@ -43,10 +43,14 @@ def distilled():
 
 def test_distillation_changes_scales_and_biases_only_and_helps(distilled):
     model, before, found = distilled
-    assert found.kept and found.gain.low > 0 and found.steps == 60 and found.images == (64, 16)
+    assert found.kept
+    assert found.gain.low > 0
+    assert found.steps == 60
+    assert found.images == (64, 16)
     assert found.after.mean - found.before.mean == pytest.approx(found.gain.mean)
     changed = {name for name, one in model.named_parameters() if not torch.equal(one, before[name])}
-    assert changed and all(before[name].dim() == 1 for name in changed)
+    assert changed
+    assert all(before[name].dim() == 1 for name in changed)
     assert all(one.requires_grad and one.grad is None for one in model.parameters())
     measured = Measure(unreduced(), pictures(16, 1), None, "same-answer")
     assert float(measured(model).mean()) == pytest.approx(found.after.mean, abs=1e-6)
@@ -90,7 +94,8 @@ def test_the_closed_form_finds_a_scale_and_bias_that_were_changed(measure):
         model.norm.weight.mul_(1 + 0.3 * torch.randn(len(model.norm.weight)))
         model.norm.bias.add_(torch.randn(len(model.norm.bias)))
     found = laconic.repair_(model, pictures(), "closed-form", base=base, measure=measure)
-    assert found.kept and found.parameters == 2 * len(base.norm.bias)
+    assert found.kept
+    assert found.parameters == 2 * len(base.norm.bias)
     assert found.after.mean > 1 - 0.1 * (1 - found.before.mean)  # shrunk to the values it had, so not quite 1
 
 
@@ -104,7 +109,8 @@ def test_a_smaller_input_is_repaired_towards_the_larger():
 def test_the_mode_stays():
     model = reduced().train()
     laconic.repair_(model, pictures(8), steps=1)
-    assert model.training and model.blocks[0].training
+    assert model.training
+    assert model.blocks[0].training
 
 
 @pytest.mark.parametrize(
@@ -150,7 +156,8 @@ def tuned():
 
 def test_a_tuned_model_is_repaired_and_applied(tuned):
     found = tuned
-    assert found.best.repaired is not None and found.chosen.endswith(", repaired")
+    assert found.best.repaired is not None
+    assert found.chosen.endswith(", repaired")
     assert found.best.score.mean > found.best.repaired.before.mean
     again = Tuned.of_json(json.loads(json.dumps(found.to_json())))
     assert again == found

@@ -36,7 +36,7 @@ SHRINK, TINY = 0.1, 1e-12  # of the closed form: weight of leaving a channel as 
 
 @dataclass(frozen=True)
 class Repaired:
-    """What a repair did: scores of held-out images before and after it, and the mean difference of an image."""
+    """The effect of a repair: scores of held-out images before and after it, and the mean difference of an image."""
 
     how: How
     kept: bool
