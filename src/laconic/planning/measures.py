@@ -62,6 +62,11 @@ class Measure:
         self.has_head = getattr(find_host(base)[0], "num_classes", 0) > 0 and kind != "pairs"
         self.reference = self._run(base, images) if kind in ("same-answer", "dense") else None
 
+    @property
+    def name(self) -> str:
+        """The name of the measure, or of the callable."""
+        return self.kind if isinstance(self.kind, str) else str(getattr(self.kind, "__name__", "callable"))
+
     def __call__(self, model: nn.Module, sides: tuple[int, int] | None = None, count: int | None = None) -> Float[Tensor, " N"]:
         """Return the scores of the first ``count`` images (default: all) under a model.
 

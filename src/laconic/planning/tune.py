@@ -155,6 +155,7 @@ class Tuner:
         self.sizes, self.device = Sizes(base), next(base.parameters()).device
         self.spaces = dict[tuple[Any, ...], ScheduleSpace | None]()
         self.notes, self.spent = list[str](), list[tuple[float, int]]()
+        self.refused = dict[str, list[str]]()  # candidates by the reason for which the model refuses them
         self.whole = self._macs(None)
         self.base_seconds = self._seconds_of_base()
         whole = {"time": self.base_seconds, "macs": float(self.whole)}.get(target.kind, 1.0)
@@ -199,23 +200,22 @@ class Tuner:
         rows = [TunedRow("unreduced", None, None, None, self.whole, Quartiles(1.0, 1.0, 1.0), None, bootstrap(whole), None)]
         rows += [_row(t, held[id(t)], inputs) for t in sorted(trials, key=lambda t: -t.score)]
         chosen, parameters = best.candidate.name, dict[str, Tensor]()
-        worth = self._worth_repair(best, trials)
+        worth, reached = self._worth_repair(best, trials), -math.inf
         for number, t in enumerate(worth):
             if (done := self._repaired(t, count, len(worth) - number)) is not None:
                 found, values, fitted = done
                 row = replace(_row(t, values, inputs), name=f"{t.candidate.name}, repaired", search=None, repaired=found)
                 rows.append(row)
-                chosen, parameters = (row.name, fitted) if t is best else (chosen, parameters)
-        name = self.kind if isinstance(self.kind, str) else getattr(self.kind, "__name__", "callable")
+                if row.score.mean > max(reached, held[id(best)].mean()) and (t is best or t.cost <= self.limit / MET):
+                    chosen, parameters, reached = row.name, fitted, row.score.mean
+        self.notes += [f"{', '.join(names)}: left out, {reason}" for reason, names in self.refused.items()]
         counts = (min(count, len(self.searching.images)), min(count, len(self.judging.images)))
-        return Tuned(self.target, str(name), self.sizes.own, counts, tuple(rows), chosen, tuple(self.notes), parameters)
+        return Tuned(self.target, self.judging.name, self.sizes.own, counts, tuple(rows), chosen, tuple(self.notes), parameters)
 
     def _worth_repair(self, best: Trial, trials: Sequence[Trial]) -> list[Trial]:
-        """Return the chosen candidate and the smaller input of the nearest cost, if there is to be a repair."""
-        if self.repair is None:
-            return []
-        inputs = [t for t in trials if t.candidate.is_plain and t is not best]
-        return [best, *sorted(inputs, key=lambda t: abs(math.log(t.cost / best.cost)))[:1]]
+        """Return the chosen candidate, and the largest smaller input that meets the target, if there is to be a repair."""
+        inputs = [t for t in trials if t.candidate.is_plain and t is not best and t.cost <= self.limit / MET]
+        return [] if self.repair is None else [best, *sorted(inputs, key=lambda t: -t.cost)[:1]]
 
     def _repaired(self, trial: Trial, count: int, repairs: int) -> tuple[Repaired, Values, dict[str, Tensor]] | None:
         """Repair a candidate, in the time left for as many; return what was done, held-out scores, and fitted parameters."""
@@ -303,7 +303,7 @@ class Tuner:
                 try:
                     out.append(replace(trial, score=float(self._values(self.searching, trial, count).mean())))
                 except (ValueError, LookupError) as error:  # the method refuses this model
-                    self.notes.append(f"{trial.candidate.name} was left out: {str(error).partition(';')[0]}")
+                    self.refused.setdefault(str(error).partition(";")[0], []).append(trial.candidate.name)
                 tick()
         return out
 
