@@ -14,7 +14,7 @@ import copy
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from laconic.analysis.break_even import quiet
 from laconic.analysis.diagnose import shared_copy
-from laconic.analysis.equal_time import bootstrap, over_smaller_input
+from laconic.analysis.equal_time import bootstrap
 from laconic.analysis.input_size import InputSize
 from laconic.analysis.macs import estimate
 from laconic.analysis.stopwatch import stopwatch
@@ -32,16 +32,15 @@ from laconic.api import reduce_, restore_
 from laconic.core.backbone import find_host
 from laconic.core.method import Method
 from laconic.core.patching import apply_settings
-from laconic.core.schedule import Schedule
 from laconic.core.token_reduction import find_reduction
-from laconic.methods.chain import Chain
 from laconic.planning.budget import Target
 from laconic.planning.candidates import Candidate, Sizes, candidates, fitted
 from laconic.planning.measures import Kind, Measure, Scored
 from laconic.planning.progress import ticking
 from laconic.planning.repair import HOWS, How, Repaired, repair_, scales_and_biases
 from laconic.planning.scores import Scores, Values, halves_of
-from laconic.planning.space import ChainSpace, ScheduleSpace
+from laconic.planning.space import ScheduleSpace
+from laconic.planning.trials import Trial, best_of, named, row_of, space_of
 from laconic.planning.tuned import Tuned, TunedRow
 
 FEW, MORE = 16, 64  # images of the first rounds
@@ -51,34 +50,6 @@ LEAST = 4  # images on which a candidate is scored, however short the time
 MET = 0.97  # share of a target that counts as met, since times are measured
 REPAIR: dict[How, float] = {"closed-form": 0.1, "distil": 0.5}  # share of the time that is reserved for repairs
 INPUTS = 3  # smaller inputs around the target that are judged
-
-
-@dataclass
-class Trial:
-    """A candidate with its schedule, and what is known of it so far. ``cost`` is a share of the unreduced model's."""
-
-    candidate: Candidate
-    schedule: Schedule | None
-    macs: int
-    score: float = -math.inf
-    cost: float = math.nan
-    speed: Quartiles | None = None
-
-    def applied(self) -> tuple[Any, Schedule | None]:
-        """Return the method and schedule to reduce the model with; a chain holds its schedules itself."""
-        config, first = self.candidate.config, self.candidate.first
-        if first is None:
-            return config, self.schedule
-        return Chain((first[0], {"keep": first[1]}), (config, {"schedule": self.schedule})), None
-
-    def described(self) -> dict[str, Any]:
-        """Return what is run, as plain JSON."""
-        config, schedule = self.applied()
-        return {
-            "sides": self.candidate.sides,
-            "method": None if config is None else config.describe(),
-            "schedule": None if schedule is None else schedule.to_json(),
-        }
 
 
 def tune(
@@ -155,7 +126,7 @@ class Tuner:
         self.sizes, self.device = Sizes(base), next(base.parameters()).device
         self.spaces = dict[tuple[Any, ...], ScheduleSpace | None]()
         self.notes, self.spent = list[str](), list[tuple[float, int]]()
-        self.refused = dict[str, list[str]]()  # candidates by the reason for which the model refuses them
+        self.refused = dict[str, list[Candidate]]()  # candidates by the reason for which the model refuses them
         self.whole = self._macs(None)
         self.base_seconds = self._seconds_of_base()
         whole = {"time": self.base_seconds, "macs": float(self.whole)}.get(target.kind, 1.0)
@@ -170,15 +141,15 @@ class Tuner:
         if len(self.sizes.known) == 0 or not any(c.is_plain for c in found):
             self.notes.append("the model takes no other input size, so smaller inputs are not among the candidates")
         inputs = self._inputs([c for c in found if c.is_plain])
-        tried = [trial for c in found if not c.is_plain and (trial := self._fit(c, self.limit)) is not None]
+        tried = self._fitted([c for c in found if not c.is_plain])
         if not tried and not inputs:
             raise ValueError(f"target {self.target.text}: no method and no input size of this model meets it; ask for less")
-        tried = self._scored(tried, self._affordable(len(tried), FEW, 0.35), "trying")
-        tried = [*_best([t for t in tried if not t.candidate.baseline], KEPT), *(t for t in tried if t.candidate.baseline)]
+        tried = self._scored(tried, self._affordable(len(tried), FEW, 0.35), "trying", 0.5)
+        tried = [*best_of([t for t in tried if not t.candidate.baseline], KEPT), *(t for t in tried if t.candidate.baseline)]
         if self.target.measured:
             tried = self._refitted(tried, ROUNDS)
-        tried = self._scored(tried, self._affordable(len(tried), MORE, 0.35), "trying the better ones")
-        final = [*_best([t for t in tried if not t.candidate.baseline], FINAL), *(t for t in tried if t.candidate.baseline)]
+        tried = self._scored(tried, self._affordable(len(tried), MORE, 0.35), "trying the better ones", 0.5)
+        final = [*best_of([t for t in tried if not t.candidate.baseline], FINAL), *(t for t in tried if t.candidate.baseline)]
         final = self._refitted(final, ROUNDS) if self.target.measured else final
         return self._judged([*final, *inputs])
 
@@ -198,17 +169,17 @@ class Tuner:
         if count < enough:
             self.notes.append(f"the time was enough for {count} of {enough} images of each half")
         rows = [TunedRow("unreduced", None, None, None, self.whole, Quartiles(1.0, 1.0, 1.0), None, bootstrap(whole), None)]
-        rows += [_row(t, held[id(t)], inputs) for t in sorted(trials, key=lambda t: -t.score)]
+        rows += [row_of(t, held[id(t)], inputs) for t in sorted(trials, key=lambda t: -t.score)]
         chosen, parameters = best.candidate.name, dict[str, Tensor]()
         worth, reached = self._worth_repair(best, trials), -math.inf
         for number, t in enumerate(worth):
             if (done := self._repaired(t, count, len(worth) - number)) is not None:
                 found, values, fitted = done
-                row = replace(_row(t, values, inputs), name=f"{t.candidate.name}, repaired", search=None, repaired=found)
+                row = replace(row_of(t, values, inputs), name=f"{t.candidate.name}, repaired", search=None, repaired=found)
                 rows.append(row)
                 if row.score.mean > max(reached, held[id(best)].mean()) and (t is best or t.cost <= self.limit / MET):
                     chosen, parameters, reached = row.name, fitted, row.score.mean
-        self.notes += [f"{', '.join(names)}: left out, {reason}" for reason, names in self.refused.items()]
+        self.notes += [f"{named(group)}: left out, {reason}" for reason, group in self.refused.items()]
         counts = (min(count, len(self.searching.images)), min(count, len(self.judging.images)))
         return Tuned(self.target, self.judging.name, self.sizes.own, counts, tuple(rows), chosen, tuple(self.notes), parameters)
 
@@ -239,6 +210,17 @@ class Tuner:
         return found, judging(model, trial.candidate.sides, count).numpy(), fitted
 
     # -------------------------------------------------------------------------------------------- fitting
+    def _fitted(self, found: Sequence[Candidate]) -> list[Trial]:
+        """Fit candidates to the target by their multiply-adds; where a fourth of the time is over, the rest are left out."""
+        tried, end = list[Trial](), self._deadline(0.25)
+        for number, candidate in enumerate(found):
+            if time.monotonic() > end:
+                self.notes.append(f"the time was enough to fit {number} of {len(found)} candidates")
+                break
+            if (trial := self._fit(candidate, self.limit)) is not None:
+                tried.append(trial)
+        return tried
+
     def _fit(self, candidate: Candidate, limit: float) -> Trial | None:
         """Return the candidate with the schedule whose multiply-adds are this share of the unreduced model's, at most."""
         assert candidate.config is not None
@@ -296,14 +278,18 @@ class Tuner:
             config, schedule = trial.applied()
             return reduce_(shared_copy(base), config, schedule=schedule, restore=restore).eval()
 
-    def _scored(self, trials: list[Trial], count: int, title: str) -> list[Trial]:
-        out = []
+    def _scored(self, trials: list[Trial], count: int, title: str, share: float = math.inf) -> list[Trial]:
+        """Score candidates on images that choose; where a share of the time left is over, the rest are left out."""
+        out, end = list[Trial](), self._deadline(share)
         with ticking(len(trials), title, "candidate") as tick:
-            for trial in trials:
+            for number, trial in enumerate(trials):
+                if out and time.monotonic() > end:
+                    self.notes.append(f"the time was enough for {number} of {len(trials)} candidates ({title})")
+                    break
                 try:
                     out.append(replace(trial, score=float(self._values(self.searching, trial, count).mean())))
                 except (ValueError, LookupError) as error:  # the method refuses this model
-                    self.refused.setdefault(str(error).partition(";")[0], []).append(trial.candidate.name)
+                    self.refused.setdefault(str(error).partition(";")[0], []).append(trial.candidate)
                 tick()
         return out
 
@@ -376,25 +362,11 @@ class Tuner:
         each = self.base_seconds * (1 + trials * (self.limit + 1 / APART))
         return max(LEAST_ROUNDS, min(FINAL_ROUNDS, int(left / 4 / each) - 1))
 
+    def _deadline(self, share: float) -> float:
+        """Return the moment at which a share of the time left is over."""
+        left = self._left()
+        return math.inf if left is None else time.monotonic() + share * left
+
     def _left(self) -> float | None:
         """Return the seconds that are left, less those reserved for the repair; None if there is no limit."""
         return None if self.minutes is None else max(0.0, 60 * self.minutes - self.reserved - (time.monotonic() - self.begin))
-
-
-def _row(trial: Trial, values: Values, inputs: Sequence[tuple[float, Values]]) -> TunedRow:
-    c, (config, schedule) = trial.candidate, trial.applied()
-    over = None if c.is_plain else over_smaller_input(values, inputs, trial.cost)
-    described = None if config is None else config.describe()
-    speed = trial.speed or Quartiles(1 / trial.cost, 1 / trial.cost, 1 / trial.cost)
-    return TunedRow(c.name, c.sides, described, schedule, trial.macs, speed, trial.score, bootstrap(values), over)
-
-
-def space_of(model: nn.Module, candidate: Candidate) -> ScheduleSpace:
-    """Return the schedules that a candidate can follow on a model of its input size."""
-    config, first = candidate.config, candidate.first
-    assert config is not None
-    return ScheduleSpace(model, config) if first is None else ChainSpace(model, *first, config)
-
-
-def _best(trials: Sequence[Trial], count: int) -> list[Trial]:
-    return sorted(trials, key=lambda trial: -trial.score)[:count]
