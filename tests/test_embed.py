@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import laconic
+from benchmarks import embed as benchmark
 from laconic.cli import models
 from laconic.cli.app import main
 from laconic.cli.embed import embed
@@ -482,15 +483,40 @@ def test_a_saved_model_is_embedded_as_it_was_reduced(pictures, whole, tmp_path):
         embed(str(tmp_path / "saved"), data=pictures, output=tmp_path / "other", method="topk", **PLAIN)
 
 
+# ---------------------------------------------------------------------------------------------------- the benchmark
+def test_the_benchmark_writes_its_section(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "MODEL", MODEL)
+    page, results = tmp_path / "page.md", tmp_path / "embed.json"
+    page.write_text("# Page\n<!-- measured -->\nold\n<!-- /measured -->\nend\n")
+    words = ["--pictures", "20", "--size", "60", "50", "--rounds", "2", "--workers", "0", "--small", "30"]
+    benchmark.main(["--run", "--json", str(results), "--page", str(page), *words])
+    found, text = json.loads(results.read_text()), page.read_text()
+    assert len(found["throughput"]) == 5
+    assert found["throughput"][0]["ratio"] == {"low": 1, "median": 1, "high": 1}
+    assert all(row["rate"] > 0 for row in found["throughput"])
+    assert found["memory"][0]["pictures"] == 30
+    assert "old" not in text
+    assert all(f"| {row['name']} | {row['rate']:.1f} |" in text for row in found["throughput"])
+    before = text
+    benchmark.main(["--json", str(results), "--page", str(page)])
+    assert page.read_text() == before
+
+
+def test_the_page_has_the_committed_measurement():
+    results = benchmark.TOP / "results" / "embed.json"
+    if results.is_file():
+        assert benchmark.section(json.loads(results.read_text())) in benchmark.PAGE.read_text()
+
+
 # ---------------------------------------------------------------------------------------------------- memory
 MEMORY = """
-import resource, sys
+import re, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from laconic.cli.embed import embed
 embed("scenes_vit_tiny", data=Path(sys.argv[1]), output=Path(sys.argv[2]), workers=0, device="cpu", batch_size=16)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
 """
 
 

@@ -170,7 +170,8 @@ def embed(
     collection = open_collection(data)
     base, own, line = _models(model, asked)
     how: dict[str, Any] = {"features": features, "output": vectors, "device": device, "dtype": dtype}
-    embedder = Embedder(own, **how, forward_size=forward_size)
+    how |= {"forward_size": forward_size}
+    embedder = Embedder(own, **how)
     facts = question(embedder, collection, shard_size)
     folder, start = VectorFolder(output, facts), time.perf_counter()
     environment = machine.environment(Setting(rounds=1, device=device, dtype=dtype))
@@ -237,4 +238,4 @@ def _models(name: str, asked: dict[str, Any]) -> tuple[nn.Module, nn.Module, str
 def _checked(base: nn.Module, own: Embedder, collection: Any, how: dict[str, Any], count: int) -> Check:
     if own.reduction is None:
         raise Refusal("--check compares a reduced model with the unreduced one, and this model is not reduced; give --method")
-    return check(Embedder(base, **how, forward_size=own.forward_size), own, collection, count)
+    return check(Embedder(base, **how), own, collection, count)

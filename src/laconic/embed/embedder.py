@@ -180,8 +180,10 @@ class Embedder:
             yield pool.submit(self._forward, part)
 
     def shape(self) -> tuple[int, ...]:
-        """Return the shape of one vector; it takes a forward."""
-        return self.embed(torch.zeros(1, *self.prepare.config["input_size"])).shape[1:]
+        """Return the shape of one vector; it takes a forward of one picture."""
+        with torch.inference_mode():
+            pixels = torch.zeros(1, *self.prepare.config["input_size"], device=self.device, dtype=DTYPES[self.dtype])
+            return tuple(features_of(self.model, pixels, self.features).shape[1:])
 
     def close(self) -> None:
         """End the threads; the next batch begins them again."""
@@ -203,7 +205,7 @@ class Embedder:
             if missing:
                 pixels = torch.cat([pixels, pixels.new_zeros(missing, *pixels.shape[1:])])
             out = features_of(self.model, pixels.to(self.device, DTYPES[self.dtype]), self.features)
-            return out.to(DTYPES[self.output]).cpu().numpy()
+            return out.to(DTYPES[self.output]).cpu().numpy().copy()  # a class token is a view that holds all tokens
 
 
 def _one_thread() -> None:
