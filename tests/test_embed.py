@@ -126,6 +126,7 @@ def test_a_vector_does_not_depend_on_its_batch(method, options):
     embedder = Embedder(models.create(MODEL), method, **options)
     pixels = torch.nn.functional.interpolate(torch.randn(19, 3, 5, 5), size=(40, 40), mode="bilinear")
     expected, order = embedder.embed(pixels), torch.randperm(19)
+    assert embedder.forward_size == (1 if method in ("ats", "spvit") else 8)
     assert np.array_equal(embedder.embed(pixels[order]), expected[order])
     assert np.array_equal(np.concatenate([embedder.embed(part) for part in pixels.split(3)]), expected)
     threads = torch.get_num_threads()
