@@ -34,6 +34,10 @@ OPTIONAL = {
     "onnxscript",
     "onnxruntime",
     "openvino",
+    "pyarrow",
+    "ray",
+    "daft",
+    "fastapi",
 }
 # the folders (and api.py) from the bottom up: each imports from itself and from those before it
 LAYERS = (
@@ -48,6 +52,7 @@ LAYERS = (
     "planning",
     "exporting",
     "training",
+    "embed",
     "cli",
 )
 # imports inside of functions that go up: `reduce_` plans and times where it is asked to, and calibration reduces again

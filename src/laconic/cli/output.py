@@ -46,6 +46,11 @@ class Table:
 class Report(ABC):
     """The result of a command."""
 
+    @property
+    def exit_code(self) -> int:
+        """The exit code of the command."""
+        return 0
+
     @abstractmethod
     def parts(self) -> Iterator[str | Table]:
         """Yield paragraphs and tables, in the order in which a person reads them."""
