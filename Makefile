@@ -48,6 +48,7 @@ docs: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.tables docs/macs.md
 	$(BIN)/python -m benchmarks.backbones docs/backbones.md
 	$(BIN)/python -m benchmarks.plan_page docs/plan.md results/plan-*.json
+	$(BIN)/python -m benchmarks.tune_page docs/tune.md
 	$(BIN)/python -m benchmarks.methods_table docs/methods.md --page-only
 	$(BIN)/python -m benchmarks.readme
 

@@ -406,7 +406,10 @@ def clips_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def efficiency_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the section of the efficiency."""
-    lines = ["What is left of the multiply-adds saved. At batch 1 the method's own steps and fixed costs weigh more."]
+    lines = [
+        "Measured speed-up over the implied one; methods that decide per image run packed. What is lost are the method's own",
+        "steps, and that smaller matrices run at a lower rate; attention over fewer tokens can also run at a higher one.",
+    ]
     cells = [[row["images"], row["variant"], row["batch_size"], *speed_cells(row)] for row in rows]
     return section("Efficiency", lines, ["images", "", "batch", *SPEEDS], cells)
 

@@ -36,7 +36,7 @@ def measure(suite: Suite) -> dict[str, Any]:
         for name, pixels, batches in suite.models:
             for batch in batches:
                 made = variants(name, pixels, suite)
-                rows = compare.compare(made, batch, suite.setting)
+                rows = compare.with_peaks(compare.compare(made, batch, suite.setting), made, suite.setting)
                 found.append({"model": name, "pixels": pixels, "batch_size": batch, "rows": [row.to_json() for row in rows]})
                 if suite.setting.place.type == "cpu":
                     noise = torch.randn(batch, 3, pixels, pixels, generator=torch.Generator().manual_seed(0))

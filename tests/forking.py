@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 MODULES = ("accelerate", "timm", "tyro", "torchvision", "laconic.cli.train", "laconic.cli.sweep", "laconic.cli.export")
+MODULES += ("laconic.cli.embed", "pyarrow.parquet")
 
 
 class Job:

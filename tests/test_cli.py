@@ -82,6 +82,7 @@ COMMANDS = {
         *("scenes_vit_small", "--target", "1.3x-macs", "--data", "scenes", "--limit", "8"),
         *("--methods", "topk", "--batch-size", "2", "--threads", "1", "--weights", str(WEIGHTS)),
     ],
+    "embed": ["scenes_vit_small", "--data", "{tmp}/pictures", "--output", "{tmp}/vectors", "--workers", "0"],
     "export": [TINY, "--method", "topk", "--to", "torch-export", "--rounds", "0", "--output", "{tmp}"],
     "train": [
         *(
@@ -135,6 +136,9 @@ CASES = [pytest.param(command, marks=pytest.mark.slow if command in LONG else ()
 def test_json_is_all_there_is_on_stdout(laconic_, tmp_path, command):
     if command == "data":
         photographs(tmp_path)
+    if command == "embed":
+        (tmp_path / "pictures").mkdir()
+        Image.new("RGB", (50, 40), "purple").save(tmp_path / "pictures" / "fig.png")
     if command == "play":
         for name in runtime.FILES:
             (tmp_path / name).write_bytes(b"")

@@ -19,10 +19,11 @@ from laconic.analysis.diagnose import shared_copy
 from laconic.analysis.evaluate import Processes, answers, config_for, evaluate, make_loader, transform_for
 from laconic.analysis.intervals import wilson
 from laconic.analysis.timing import Setting
+from laconic.checkpoints.saved_files import digest
 from laconic.cli import plots, record
 from laconic.cli import sweep as sweep_job
 from laconic.cli.eval import eval_
-from laconic.cli.eval_input import Reading, command, digest, parse_args
+from laconic.cli.eval_input import Reading, command, parse_args
 from laconic.cli.scores import Score
 from laconic.cli.sweep import sweep
 from laconic.core.files import Refusal

@@ -34,6 +34,10 @@ OPTIONAL = {
     "onnxscript",
     "onnxruntime",
     "openvino",
+    "pyarrow",
+    "ray",
+    "daft",
+    "fastapi",
     "jinja2",
     "vl_convert",
 }
@@ -50,6 +54,7 @@ LAYERS = (
     "planning",
     "exporting",
     "training",
+    "embed",
     "report",
     "play",
     "cli",

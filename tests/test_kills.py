@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from PIL import Image
 
 from forking import Forking
 from laconic.core.files import PART, json_lines
@@ -46,7 +47,7 @@ def whole(forking, tmp_path_factory):
 
 
 def place(command, folder):
-    return folder / ("out" if command[0] in ("train", "export") else "out.csv")
+    return folder / ("out" if command[0] in ("train", "export", "embed") else "out.csv")
 
 
 def files(folder):
@@ -72,7 +73,7 @@ def check_between(command, folder, expected):
             assert expected[name].startswith(data[: data.rfind(b"\n") + 1])
         elif name.endswith(".pt2"):
             torch.export.load(folder / name)
-        elif name.startswith("out/model/") or (name.endswith(".csv") and command == EVAL):
+        elif name.startswith(("out/model/", "out/vectors-")) or (name.endswith(".csv") and command == EVAL):
             assert data == expected[name], name
 
 
@@ -98,11 +99,33 @@ def kill_often(forking, whole, command, kills, folder, number=signal.SIGKILL):
         found = files(round_)
         assert found.keys() == expected.keys()  # no leftovers either
         assert plain(found) == plain(expected)
+        assert found == expected or command[0] != "embed"
+
+
+@pytest.fixture(scope="module")
+def embed_command(tmp_path_factory):
+    """A command that embeds 96 pictures into 24 files."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in range(96):
+        Image.effect_noise((40, 40), number).save(folder / f"{number}.png")
+    words = ("embed", "scenes_vit_tiny", "--data", folder, "--device", "cpu", "--shard-size", "4", "--forward-size", "4")
+    return (*words, "--method", "tome")
 
 
 @pytest.mark.parametrize(("command", "kills"), [(TRAIN, 2), (SWEEP, 1), (EVAL, 1)], ids=lambda value: str(value)[:8])
 def test_a_few_kills(forking, whole, command, kills, tmp_path):
     kill_often(forking, whole, command, kills, tmp_path)
+
+
+def test_a_few_kills_of_embedding(forking, whole, embed_command, tmp_path):
+    kill_often(forking, whole, (*embed_command, "--workers", "0"), 3, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "kills"), [(0, 40), (2, 10)])
+def test_fifty_kills_of_embedding(forking, whole, embed_command, tmp_path, workers, kills):
+    """A killed process leaves workers, which hold its lock until they notice."""
+    kill_often(forking, whole, (*embed_command, "--workers", workers), kills, tmp_path)
 
 
 @pytest.mark.slow

@@ -14,7 +14,18 @@ from pathlib import Path
 import pytest
 
 import laconic
-from benchmarks import backbones, before_blocks, export_page, methods_table, performance, plan_page, readme, scaling, tables
+from benchmarks import (
+    backbones,
+    before_blocks,
+    export_page,
+    methods_table,
+    performance,
+    plan_page,
+    readme,
+    scaling,
+    tables,
+    tune_page,
+)
 from benchmarks.experiments import store
 from benchmarks.experiments.cells import fingerprint
 from benchmarks.experiments.tables import TABLES, Reader
@@ -60,6 +71,7 @@ MADE = {
     "before-blocks.md": lambda: before_blocks.text_of(before_blocks.committed()),
     "scaling.md": lambda: scaling.page(load("scaling.json")),
     "plan.md": lambda: plan_page.page(sorted(RESULTS.glob("plan-*.json"))),
+    "tune.md": tune_page.page,
     "export.md": lambda: export_page.page(load("export.json")),
     "evidence.md": real_model_page.page,
     "evidence-scenes.md": lambda: "\n".join(

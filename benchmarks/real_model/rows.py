@@ -83,6 +83,7 @@ class Row:
 
 
 BASE = Row()
+BOTH = Row(method="etps", keep=0.4, at=(6, 8, 10), first=("pre-merge", 0.7))  # fewer before the blocks, and the attended later
 
 
 def training_free() -> list[str]:
@@ -140,8 +141,7 @@ def late_selection() -> tuple[Row, ...]:
 
 def small() -> tuple[Row, ...]:
     """Return the rows that are compared on small things."""
-    both = Row(method="etps", keep=0.4, at=(6, 8, 10), first=("pre-merge", 0.7))
-    return (*every_method((0.5,)), *fewest(), *two_stage(keeps=(0.3, 0.2)), both)
+    return (*every_method((0.5,)), *fewest(), *two_stage(keeps=(0.3, 0.2)))
 
 
 def few() -> tuple[Row, ...]:
@@ -155,7 +155,7 @@ def few() -> tuple[Row, ...]:
         Row(182, "etps", keep=0.4, at=(6, 8, 10)),
         Row(182, "tome", total=0.25, at=LATE),
         *two_stage(keeps=(0.3, 0.2)),
-        Row(method="etps", keep=0.4, at=(6, 8, 10), first=("pre-merge", 0.7)),
+        BOTH,
     )
 
 
@@ -168,6 +168,8 @@ def fewest() -> tuple[Row, ...]:
         *(Row(method=name, keep=0.5) for name in ("etps", "tome", "random")),
         Row(method="etps", keep=0.4, at=(6, 8, 10)),
         Row(182, "tome", total=0.25, at=LATE),
+        Row(method="two-stage", keep=0.2, at=()),
+        BOTH,
     )
 
 

@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from laconic.methods.patch_slimming.calibration import calibrate as calibrate
     from laconic.planning import Plan as Plan
     from laconic.planning import plan as plan
+    from laconic.planning.repair import Repaired as Repaired
+    from laconic.planning.repair import repair_ as repair_
     from laconic.planning.tune import tune as tune
     from laconic.planning.tuned import Tuned as Tuned
     from laconic.training.sparsity import StructuredSparsity as StructuredSparsity
@@ -74,6 +76,7 @@ else:
         "exporting": ("ExportReport", "export"),
         "methods.patch_slimming.calibration": ("calibrate",),
         "planning": ("Plan", "plan"),
+        "planning.repair": ("Repaired", "repair_"),
         "planning.tune": ("tune",),
         "planning.tuned": ("Tuned",),
         "training.sparsity": ("StructuredSparsity", "UnstructuredSparsity"),

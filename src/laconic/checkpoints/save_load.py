@@ -135,6 +135,23 @@ def load(directory: Place, *, model: nn.Module | None = None, device: str | torc
     return _with_record(_filled(model, weights, directory), record).to(device).eval()
 
 
+def load_directory(directory: Place) -> nn.Module:
+    """Load the model that laconic or transformers' ``save_pretrained`` wrote to a directory, in eval mode.
+
+    Raises:
+        FileNotFoundError, LookupError, ValueError: as `load`; transformers cannot load it.
+    """
+    theirs = saved_by(directory) == "transformers"
+    model: nn.Module = transformers_spec.from_directory(str(directory)) if theirs else load(directory)
+    return model.eval()
+
+
+def saved_by(directory: Place) -> Literal["laconic", "transformers"]:
+    """Return the library that wrote a directory, by its files."""
+    theirs = Path(directory, "config.json").is_file() and not Path(directory, RECORD).exists()
+    return "transformers" if theirs else "laconic"
+
+
 def _load_unreduced(directory: Path, record: dict[str, Any], model: nn.Module | None, device: str | torch.device) -> nn.Module:
     """Load the model of a record without a method."""
     weights = read_safetensors(directory / WEIGHTS)

@@ -14,9 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from laconic.core import limits
 from laconic.core.arguments import check_compute, fill
@@ -55,6 +56,15 @@ def write_model(directory: Path, weights: Mapping[str, Tensor], record: Mapping[
         for file in (WEIGHTS, RECORD):  # in this order
             follow_umask(place / file)
             os.replace(place / file, directory / file)
+
+
+def digest(model: nn.Module) -> str:
+    """Return a hash of the weights of a model."""
+    out = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        out.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        out.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return out.hexdigest()[:16]
 
 
 # ------------------------------------------------------------------------------------------------ reading

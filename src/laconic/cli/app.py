@@ -4,7 +4,7 @@ Help, the version and errors of usage need the standard library alone; a command
 
 Reports go to stdout, as tables or with ``--json`` as pure JSON; progress and logs go to stderr. Exit codes: 0, 1 for a
 refusal (one paragraph on stderr), 2 for wrong usage, 128 and the signal's number where one stopped the command (130: Ctrl-C,
-141: the reader of stdout has closed it).
+141: the reader of stdout has closed it), and 3 where `laconic embed` could not read some pictures.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ EXTRAS = {
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime", "openvino"), "export"),
     **dict.fromkeys(("jinja2", "vl_convert"), "report"),
     "datasets": "datasets",
+    "pyarrow": "embed",
+    "ray": "ray",
     "webdataset": "webdataset",
 }
 
@@ -77,7 +79,7 @@ def run(program: str, command: Command, words: list[str]) -> int:
     logging.getLogger("laconic").setLevel(logging.INFO)
     with signals.interruptible() as noted:
         try:
-            _run(program, command, words)
+            return _run(program, command, words)
         except SystemExit as stop:
             return stop.code if isinstance(stop.code, int) else 2
         except signals.Stopped as stopped:
@@ -96,11 +98,10 @@ def run(program: str, command: Command, words: list[str]) -> int:
                 raise
             print(f"{program}: {message}", file=sys.stderr)
             return 1
-    return 0
 
 
-def _run(program: str, command: Command, words: list[str]) -> None:
-    """Run a command and print its report, also where only its files could not be written."""
+def _run(program: str, command: Command, words: list[str]) -> int:
+    """Run a command, print its report, also where only its files could not be written, and return the report's exit code."""
     job, as_json = parse(program, command, words)
     unwritten = None
     with contextlib.redirect_stdout(sys.stderr):  # prints of libraries are not the report
@@ -114,6 +115,7 @@ def _run(program: str, command: Command, words: list[str]) -> None:
         _print(report, as_json)
     if unwritten is not None:
         raise unwritten
+    return 0 if report is None else int(report.exit_code)
 
 
 def _print(report: Any, as_json: bool) -> None:

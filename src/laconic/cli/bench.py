@@ -117,7 +117,8 @@ def bench(
         variants, notes = collect(model, method, keep or (0.7,), options)
         files = None if exported is None else write(variants, exported, Path(place))
         for size in dict.fromkeys(batch_size or (8,)):
-            rows += compare.compare(variants, size, setting, exported=files)
+            found = compare.compare(variants, size, setting, exported=files)
+            rows += found if files is not None else compare.with_peaks(found, variants, setting)
         environment = {**machine.environment(setting), **({} if files is None else files.facts)}
     report = BenchReport(model, tuple(rows), environment, (*notes, *compare.busy(rows)))
     if output is not None:

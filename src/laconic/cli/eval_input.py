@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ast
-import hashlib
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from laconic.analysis.diagnose import shared_copy
@@ -151,15 +149,6 @@ def parse_args(texts: Sequence[str]) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             out[name] = value
     return out
-
-
-def digest(model: nn.Module) -> str:
-    """Return a hash of the weights of a model."""
-    out = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        out.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        out.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return out.hexdigest()[:16]
 
 
 def command(name: str, model: str, options: Mapping[str, Any]) -> str:

@@ -44,17 +44,12 @@ def open_model(name: str) -> nn.Module:
     """Open a model by timm name (random weights), or from a directory of laconic.save or transformers' save_pretrained."""
     if not Path(name).is_dir():
         return create(name)
-    from laconic.checkpoints.save_load import load
-    from laconic.checkpoints.saved_files import RECORD
-    from laconic.checkpoints.transformers_spec import from_directory
+    from laconic.checkpoints.save_load import load_directory, saved_by
 
-    theirs = Path(name, "config.json").is_file() and not Path(name, RECORD).exists()
     try:
-        model: nn.Module = from_directory(name) if theirs else load(name)
+        return load_directory(name)
     except (OSError, ValueError, TypeError, LookupError, RuntimeError) as error:
-        library = "transformers" if theirs else "laconic"
-        raise Refusal(f"{name} does not hold a model that {library} saved: {error}") from error
-    return model.eval()
+        raise Refusal(f"{name} does not hold a model that {saved_by(name)} saved: {error}") from error
 
 
 # ------------------------------------------------------------------------------------------------ the alternatives

@@ -47,6 +47,11 @@ class Table:
 class Report(ABC):
     """The result of a command."""
 
+    @property
+    def exit_code(self) -> int:
+        """The exit code of the command."""
+        return 0
+
     @abstractmethod
     def parts(self) -> Iterator[str | Table | Chart]:
         """Yield paragraphs, tables and charts (which only a page shows), in the order in which a person reads them."""

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from laconic.analysis import machine
 from laconic.analysis.evaluate import make_loader
 from laconic.analysis.timing import DTYPES, Setting
-from laconic.cli.eval_input import EvalInput, Reading, command, digest, open_eval_input, parse_args
+from laconic.checkpoints.saved_files import digest
+from laconic.cli.eval_input import EvalInput, Reading, command, open_eval_input, parse_args
 from laconic.cli.models import create, open_model
 from laconic.cli.outputs import holds, reported
 from laconic.cli.plan_report import CheckReport, PlanReport, checked

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from laconic.cli.scores import Score
 from laconic.core.files import Refusal, write_atomically
-from laconic.planning.tuned import Tuned
+from laconic.planning.tuned import Tuned, TunedRow
 
 Against = Literal["GMACs", "speed"]
 LABELS = {"GMACs": "multiply-adds of one image (G)", "speed": "measured speed (x the unreduced model, median)"}
@@ -71,13 +71,13 @@ def plot_tuned(path: Path, tuned: Tuned, measure: str, title: str) -> Path:
     """
     figure, axes = _figure()
     rows = sorted(tuned.rows, key=lambda row: row.speed.median)
-    inputs = [row for row in rows if row.method is None]
-    names = list(dict.fromkeys(row.method["name"] for row in rows if row.method is not None))
+    inputs = [row for row in rows if _series(row) == "smaller input"]
     groups = {"smaller input": inputs} | {
-        name: [row for row in rows if row.method is not None and row.method["name"] == name and row != tuned.best]
-        for name in names
+        name: [row for row in rows if _series(row) == name and row != tuned.best]
+        for name in dict.fromkeys(map(_series, rows))
+        if name != "smaller input"
     }
-    if tuned.best.method is not None:
+    if tuned.best not in inputs:
         groups[f"chosen: {tuned.best.name}"] = [tuned.best]
     for number, (name, group) in enumerate((name, group) for name, group in groups.items() if group):
         y = [row.score.mean for row in group]
@@ -90,6 +90,12 @@ def plot_tuned(path: Path, tuned: Tuned, measure: str, title: str) -> Path:
         axes.errorbar(x, y, yerr=yerr, xerr=xerr, color=colour, label=name, capsize=2, elinewidth=0.8, **look)
     axes.set(xlabel=LABELS["speed"], ylabel=measure, title=title)
     return _written(path, figure, axes)
+
+
+def _series(row: TunedRow) -> str:
+    """Return the name under which rows of one kind are drawn."""
+    name = "smaller input" if row.method is None else str(row.method["name"])
+    return name if row.repaired is None else f"{name}, repaired"
 
 
 def _figure() -> tuple[Any, Any]:

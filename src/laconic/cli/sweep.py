@@ -14,11 +14,12 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from laconic.analysis import machine
 from laconic.analysis.timing import Setting
+from laconic.checkpoints.saved_files import digest
 from laconic.cli import plots, scores
 from laconic.cli.bench import METHODS
 from laconic.cli.compare import compare
 from laconic.cli.eval import EXPLAINED, check_output, notes_on, reduced_of, saved_variant, scorer_notes
-from laconic.cli.eval_input import EvalInput, Reading, command, digest, open_eval_input
+from laconic.cli.eval_input import EvalInput, Reading, command, open_eval_input
 from laconic.cli.models import smaller_name
 from laconic.cli.output import Report, Table
 from laconic.cli.outputs import holds, reported

@@ -95,8 +95,10 @@ def check_room(path: Path, size: int) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ writing
-def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
+def write_atomically(path: Path, content: str | bytes | memoryview, *, sync: bool = False) -> None:
     """Write a file atomically: it is complete or, if anything fails, unchanged. Of a symbolic link, the target is written.
+
+    With ``sync``, this holds also if the machine stops: the bytes are on the disk before the file has its name.
 
     Raises:
         Unwritable: the file cannot be written.
@@ -109,6 +111,9 @@ def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
+                if sync:
+                    file.flush()
+                    os.fsync(file.fileno())
             follow_umask(Path(name))
             os.replace(name, target)
         except BaseException:

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from laconic.core.files import Refusal, remove_leftovers
+from laconic.core.files import Refusal, lives, remove_leftovers
 
 FOLDER_LOCK = ".laconic.lock"
+ORPHANS = 15.0  # seconds until the workers of a killed process, which hold its lock too, have noticed and ended
 
 
 @contextlib.contextmanager
@@ -60,7 +61,12 @@ def _locked(lock: Path, path: Path, wait: float) -> Iterator[None]:
 
     holder = FileLock(lock, timeout=wait)
     try:
-        holder.acquire(poll_interval=0.02)
+        try:
+            holder.acquire(poll_interval=0.02)
+        except Timeout:
+            if not _is_dead(lock):
+                raise
+            holder.acquire(timeout=ORPHANS, poll_interval=0.02)
     except Timeout as error:
         raise Refusal(
             f"{path}: {_owner(lock)} writes to it; wait until it has ended, stop it, or choose another --output"
@@ -73,6 +79,15 @@ def _locked(lock: Path, path: Path, wait: float) -> Iterator[None]:
         with contextlib.suppress(OSError):  # first removed, then released: who waits for the removed file takes a new one
             lock.unlink()
         holder.release()
+
+
+def _is_dead(lock: Path) -> bool:
+    """Return True if the process that noted that it holds a lock was on this machine and is gone."""
+    try:
+        note = json.loads(lock.read_text())
+        return note["host"] == platform.node() and not lives(int(note["pid"]))
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def _owner(lock: Path) -> str:

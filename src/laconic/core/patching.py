@@ -73,9 +73,9 @@ def attach(host: Any, entry: ModelSpec, reduction: TokenReduction) -> None:
         found = find_patch_layer(host, entry)
         link = PatchLink(reduction.ref, names_of(found.layer), found.size, found.layout)
         replace(found.layer, (("forward", run_patch_layer, None),), link)
-    reduction.known_readout = bool(entry.head_reads_prefix_only) and all(
-        getattr(type(host).laconic_base, name).__module__.startswith("timm.models.") for name in entry.head_reads_prefix_only
-    )
+    readers = [getattr(type(host).laconic_base, name, None) for name in entry.head_reads_prefix_only]
+    readers = [reader for reader in readers if reader is not None]  # Eva of timm 1.0.15 pools in its forward_head
+    reduction.known_readout = bool(readers) and all(reader.__module__.startswith("timm.models.") for reader in readers)
     host.laconic = reduction
 
 

@@ -169,7 +169,9 @@ def _in_onnx_export() -> bool:
 
 
 def _global_hooks() -> bool:
-    return bool(torch.nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
+    module: Any = torch.nn.modules.module  # torch 2.6 has no function for it
+    forward = module._global_forward_pre_hooks or module._global_forward_hooks
+    return bool(forward or module._global_backward_pre_hooks or module._global_backward_hooks)
 
 
 def _answers(host: Any, entry: ModelSpec, reduction: Any) -> bool:

@@ -62,6 +62,11 @@ class Measure:
         self.has_head = getattr(find_host(base)[0], "num_classes", 0) > 0 and kind != "pairs"
         self.reference = self.outputs(base) if kind in ("same-answer", "dense") else None
 
+    @property
+    def name(self) -> str:
+        """The name of the measure, or of the callable."""
+        return self.kind if isinstance(self.kind, str) else str(getattr(self.kind, "__name__", "callable"))
+
     def __call__(self, model: nn.Module, sides: tuple[int, int] | None = None, count: int | None = None) -> Float[Tensor, " N"]:
         """Return the scores of the first ``count`` images (default: all) under a model.
 
@@ -126,6 +131,15 @@ def patch_features(model: nn.Module, images: Tensor) -> Float[Tensor, "B P C"]:
     Raises:
         ValueError: the model does not return its tokens.
     """
+    return token_features(model, images)[1]
+
+
+def token_features(model: nn.Module, images: Tensor) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B P C"]]:
+    """Return the features of the prefix tokens and of all patches; those of a reduced model are restored.
+
+    Raises:
+        ValueError: the model does not return its tokens.
+    """
     host, entry = find_host(model)
     run: Any = getattr(host, "forward_features", host)
     out = run(images)
@@ -135,8 +149,8 @@ def patch_features(model: nn.Module, images: Tensor) -> Float[Tensor, "B P C"]:
         raise ValueError(f"expected the tokens [B, N, C] of the model, got {found}; give measure='same-answer' or a callable")
     reduction, prefix = find_reduction(model), entry.shapes(host)[-1].prefix
     if reduction is None or reduction.restore:
-        return out[:, prefix:]
-    return restore_dense(model, out, fill="nearest")
+        return out[:, :prefix], out[:, prefix:]
+    return out[:, :prefix], restore_dense(model, out, fill="nearest")
 
 
 def nearest_other(features: Float[Tensor, "N C"]) -> Int[Tensor, " N"]:

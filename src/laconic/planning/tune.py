@@ -4,25 +4,26 @@ Successive halving: all candidates are fitted to the target by their multiply-ad
 are timed, fitted again by what was measured, and scored on more images; a few remain. Half of the images choose, the other
 half judges: smaller inputs, random pruning and average pooling are judged with the best candidates, and each row is compared
 with a smaller input that takes as long. Scores can be kept in a file, so that a run that was stopped goes on; times are always
-measured again, because they are compared within one run.
+measured again, because they are compared within one run. A repair (`repair_`) is tried on the chosen row, and on the smaller
+input of nearly the same cost, in the same time.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from laconic.analysis.break_even import quiet
 from laconic.analysis.diagnose import shared_copy
-from laconic.analysis.equal_time import bootstrap, over_smaller_input
+from laconic.analysis.equal_time import bootstrap
 from laconic.analysis.input_size import InputSize
 from laconic.analysis.macs import estimate
 from laconic.analysis.stopwatch import stopwatch
@@ -31,15 +32,15 @@ from laconic.api import reduce_, restore_
 from laconic.core.backbone import find_host
 from laconic.core.method import Method
 from laconic.core.patching import apply_settings
-from laconic.core.schedule import Schedule
 from laconic.core.token_reduction import find_reduction
-from laconic.methods.chain import Chain
 from laconic.planning.budget import Target
 from laconic.planning.candidates import Candidate, Sizes, candidates, fitted
 from laconic.planning.measures import Kind, Measure, Scored
 from laconic.planning.progress import ticking
-from laconic.planning.scores import Scores, halves_of
-from laconic.planning.space import ChainSpace, ScheduleSpace
+from laconic.planning.repair import HOWS, How, Repaired, repair_, scales_and_biases
+from laconic.planning.scores import Scores, Values, halves_of
+from laconic.planning.space import ScheduleSpace
+from laconic.planning.trials import Trial, best_of, named, row_of, space_of
 from laconic.planning.tuned import Tuned, TunedRow
 
 FEW, MORE = 16, 64  # images of the first rounds
@@ -47,35 +48,8 @@ KEPT, FINAL = 10, 4  # candidates that are timed, and that are judged
 ROUNDS, FINAL_ROUNDS, LEAST_ROUNDS = 4, 10, 3  # of time measurements
 LEAST = 4  # images on which a candidate is scored, however short the time
 MET = 0.97  # share of a target that counts as met, since times are measured
+REPAIR: dict[How, float] = {"closed-form": 0.1, "distil": 0.5}  # share of the time that is reserved for repairs
 INPUTS = 3  # smaller inputs around the target that are judged
-
-
-@dataclass
-class Trial:
-    """A candidate with its schedule, and what is known of it so far. ``cost`` is a share of the unreduced model's."""
-
-    candidate: Candidate
-    schedule: Schedule | None
-    macs: int
-    score: float = -math.inf
-    cost: float = math.nan
-    speed: Quartiles | None = None
-
-    def applied(self) -> tuple[Any, Schedule | None]:
-        """Return the method and schedule to reduce the model with; a chain holds its schedules itself."""
-        config, first = self.candidate.config, self.candidate.first
-        if first is None:
-            return config, self.schedule
-        return Chain((first[0], {"keep": first[1]}), (config, {"schedule": self.schedule})), None
-
-    def described(self) -> dict[str, Any]:
-        """Return what is run, as plain JSON."""
-        config, schedule = self.applied()
-        return {
-            "sides": self.candidate.sides,
-            "method": None if config is None else config.describe(),
-            "schedule": None if schedule is None else schedule.to_json(),
-        }
 
 
 def tune(
@@ -89,6 +63,7 @@ def tune(
     minutes: float | None = None,
     batch_size: int = 8,
     record: str | Path | None = None,
+    repair: How | None = None,
 ) -> Tuned:
     """Choose the input size, method and schedule that keep a measure best at a target of cost. The model is not changed.
 
@@ -107,6 +82,8 @@ def tune(
         batch_size: images per forward where time is measured.
         record: a file for the scores, one JSON object a line. A run with the same model and images takes what it finds there,
             so a run that was stopped goes on.
+        repair: ``closed-form`` or ``distil``: change scales and biases of the chosen row, see `laconic.repair_`. The images
+            that choose are fitted.
 
     Raises:
         ValueError: the target cannot be parsed or met, or the images or labels do not fit the measure.
@@ -114,7 +91,7 @@ def tune(
         OSError: the record cannot be read or written.
     """
     path = None if record is None else Path(record)
-    return Tuner(model, Target.parse(target), (measure, images, labels), batch_size, minutes, path).run(methods)
+    return Tuner(model, Target.parse(target), (measure, images, labels), batch_size, minutes, path, repair).run(methods)
 
 
 class Tuner:
@@ -128,7 +105,11 @@ class Tuner:
         batch_size: int,
         minutes: float | None,
         record: Path | None,
+        repair: How | None,
     ) -> None:
+        if repair is not None and repair not in HOWS:
+            raise ValueError(f"repair must be one of {', '.join(HOWS)}, not {repair!r}")
+        self.repair, self.reserved = repair, 0.0 if repair is None else 60 * (minutes or 0.0) * REPAIR[repair]
         self.begin, self.minutes, self.batch_size, self.target = time.monotonic(), minutes, batch_size, target
         base = shared_copy(model).eval()
         if find_reduction(base) is not None:
@@ -145,6 +126,7 @@ class Tuner:
         self.sizes, self.device = Sizes(base), next(base.parameters()).device
         self.spaces = dict[tuple[Any, ...], ScheduleSpace | None]()
         self.notes, self.spent = list[str](), list[tuple[float, int]]()
+        self.refused = dict[str, list[Candidate]]()  # candidates by the reason for which the model refuses them
         self.whole = self._macs(None)
         self.base_seconds = self._seconds_of_base()
         whole = {"time": self.base_seconds, "macs": float(self.whole)}.get(target.kind, 1.0)
@@ -159,15 +141,15 @@ class Tuner:
         if len(self.sizes.known) == 0 or not any(c.is_plain for c in found):
             self.notes.append("the model takes no other input size, so smaller inputs are not among the candidates")
         inputs = self._inputs([c for c in found if c.is_plain])
-        tried = [trial for c in found if not c.is_plain and (trial := self._fit(c, self.limit)) is not None]
+        tried = self._fitted([c for c in found if not c.is_plain])
         if not tried and not inputs:
             raise ValueError(f"target {self.target.text}: no method and no input size of this model meets it; ask for less")
-        tried = self._scored(tried, self._affordable(len(tried), FEW, 0.35), "trying")
-        tried = [*_best([t for t in tried if not t.candidate.baseline], KEPT), *(t for t in tried if t.candidate.baseline)]
+        tried = self._scored(tried, self._affordable(len(tried), FEW, 0.35), "trying", 0.5)
+        tried = [*best_of([t for t in tried if not t.candidate.baseline], KEPT), *(t for t in tried if t.candidate.baseline)]
         if self.target.measured:
             tried = self._refitted(tried, ROUNDS)
-        tried = self._scored(tried, self._affordable(len(tried), MORE, 0.35), "trying the better ones")
-        final = [*_best([t for t in tried if not t.candidate.baseline], FINAL), *(t for t in tried if t.candidate.baseline)]
+        tried = self._scored(tried, self._affordable(len(tried), MORE, 0.35), "trying the better ones", 0.5)
+        final = [*best_of([t for t in tried if not t.candidate.baseline], FINAL), *(t for t in tried if t.candidate.baseline)]
         final = self._refitted(final, ROUNDS) if self.target.measured else final
         return self._judged([*final, *inputs])
 
@@ -187,18 +169,58 @@ class Tuner:
         if count < enough:
             self.notes.append(f"the time was enough for {count} of {enough} images of each half")
         rows = [TunedRow("unreduced", None, None, None, self.whole, Quartiles(1.0, 1.0, 1.0), None, bootstrap(whole), None)]
-        for t in sorted(trials, key=lambda t: -t.score):
-            c, own = t.candidate, held[id(t)]
-            over = None if c.is_plain else over_smaller_input(own, inputs, t.cost)
-            config, schedule = t.applied()
-            described = None if config is None else config.describe()
-            speed = t.speed or Quartiles(1 / t.cost, 1 / t.cost, 1 / t.cost)
-            rows.append(TunedRow(c.name, c.sides, described, schedule, t.macs, speed, t.score, bootstrap(own), over))
-        name = self.kind if isinstance(self.kind, str) else getattr(self.kind, "__name__", "callable")
+        rows += [row_of(t, held[id(t)], inputs) for t in sorted(trials, key=lambda t: -t.score)]
+        chosen, parameters = best.candidate.name, dict[str, Tensor]()
+        worth, reached = self._worth_repair(best, trials), -math.inf
+        for number, t in enumerate(worth):
+            if (done := self._repaired(t, count, len(worth) - number)) is not None:
+                found, values, fitted = done
+                row = replace(row_of(t, values, inputs), name=f"{t.candidate.name}, repaired", search=None, repaired=found)
+                rows.append(row)
+                if row.score.mean > max(reached, held[id(best)].mean()) and (t is best or t.cost <= self.limit / MET):
+                    chosen, parameters, reached = row.name, fitted, row.score.mean
+        self.notes += [f"{named(group)}: left out, {reason}" for reason, group in self.refused.items()]
         counts = (min(count, len(self.searching.images)), min(count, len(self.judging.images)))
-        return Tuned(self.target, str(name), self.sizes.own, counts, tuple(rows), best.candidate.name, tuple(self.notes))
+        return Tuned(self.target, self.judging.name, self.sizes.own, counts, tuple(rows), chosen, tuple(self.notes), parameters)
+
+    def _worth_repair(self, best: Trial, trials: Sequence[Trial]) -> list[Trial]:
+        """Return the chosen candidate, and the largest smaller input that meets the target, if there is to be a repair."""
+        inputs = [t for t in trials if t.candidate.is_plain and t is not best and t.cost <= self.limit / MET]
+        return [] if self.repair is None else [best, *sorted(inputs, key=lambda t: -t.cost)[:1]]
+
+    def _repaired(self, trial: Trial, count: int, repairs: int) -> tuple[Repaired, Values, dict[str, Tensor]] | None:
+        """Repair a candidate, in the time left for as many; return what was done, held-out scores, and fitted parameters."""
+        self.reserved = 0.0
+        base, judging, left = self.sizes.model, self.judging, self._left()
+        assert self.repair is not None
+        model = copy.deepcopy(self.reduced(trial))  # a copy with weights of its own
+        forwards = self._each() * (4 * count + len(self.searching.images))  # of images, to judge and for the targets
+        minutes = None if left is None else max(0.1, left / repairs - forwards) / 60
+        labels = None if judging.labels is None else judging.labels[:count]
+        given: dict[str, Any] = {"measure": self.kind, "base": base, "held_out": judging.images[:count], "labels": labels}
+        try:
+            found = repair_(model, self.searching.images, self.repair, minutes=minutes, **given)
+        except ValueError as error:  # closed-form needs a layer norm after the blocks
+            self.notes.append(f"{trial.candidate.name} was not repaired: {error}")
+            return None
+        if not found.kept:
+            self.notes.append(f"the repair of {trial.candidate.name} was undone: {found.gain.mean:+.4f} on held-out images")
+            return None
+        fitted = {name: one.detach().clone() for name, one in scales_and_biases(model, base).items()}
+        return found, judging(model, trial.candidate.sides, count).numpy(), fitted
 
     # -------------------------------------------------------------------------------------------- fitting
+    def _fitted(self, found: Sequence[Candidate]) -> list[Trial]:
+        """Fit candidates to the target by their multiply-adds; where a fourth of the time is over, the rest are left out."""
+        tried, end = list[Trial](), self._deadline(0.25)
+        for number, candidate in enumerate(found):
+            if time.monotonic() > end:
+                self.notes.append(f"the time was enough to fit {number} of {len(found)} candidates")
+                break
+            if (trial := self._fit(candidate, self.limit)) is not None:
+                tried.append(trial)
+        return tried
+
     def _fit(self, candidate: Candidate, limit: float) -> Trial | None:
         """Return the candidate with the schedule whose multiply-adds are this share of the unreduced model's, at most."""
         assert candidate.config is not None
@@ -256,18 +278,22 @@ class Tuner:
             config, schedule = trial.applied()
             return reduce_(shared_copy(base), config, schedule=schedule, restore=restore).eval()
 
-    def _scored(self, trials: list[Trial], count: int, title: str) -> list[Trial]:
-        out = []
+    def _scored(self, trials: list[Trial], count: int, title: str, share: float = math.inf) -> list[Trial]:
+        """Score candidates on images that choose; where a share of the time left is over, the rest are left out."""
+        out, end = list[Trial](), self._deadline(share)
         with ticking(len(trials), title, "candidate") as tick:
-            for trial in trials:
+            for number, trial in enumerate(trials):
+                if out and time.monotonic() > end:
+                    self.notes.append(f"the time was enough for {number} of {len(trials)} candidates ({title})")
+                    break
                 try:
                     out.append(replace(trial, score=float(self._values(self.searching, trial, count).mean())))
                 except (ValueError, LookupError) as error:  # the method refuses this model
-                    self.notes.append(f"{trial.candidate.name} was left out: {str(error).partition(';')[0]}")
+                    self.refused.setdefault(str(error).partition(";")[0], []).append(trial.candidate)
                 tick()
         return out
 
-    def _values(self, measure: Measure, trial: Trial | None, count: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    def _values(self, measure: Measure, trial: Trial | None, count: int) -> Values:
         """Return the scores of the first ``count`` images of a half under a candidate (None: unreduced)."""
         half = "searching" if measure is self.searching else "judging"
         described = None if trial is None else trial.described()
@@ -321,9 +347,12 @@ class Tuner:
         left = self._left()
         if left is None:
             return wanted
+        return max(LEAST, min(wanted, int(share * left / max(runs, 1) / self._each())))
+
+    def _each(self) -> float:
+        """Return the seconds that scoring an image takes."""
         seconds, images = (sum(column) for column in zip(*self.spent, strict=True)) if self.spent else (0.0, 0)
-        each = seconds / images if images else self.base_seconds / self.batch_size
-        return max(LEAST, min(wanted, int(share * left / max(runs, 1) / max(each, 1e-9))))
+        return max(seconds / images if images else self.base_seconds / self.batch_size, 1e-9)
 
     def _affordable_rounds(self, trials: int) -> int:
         """Return the number of rounds in which as many candidates may be timed, in a fourth of the time left."""
@@ -333,18 +362,11 @@ class Tuner:
         each = self.base_seconds * (1 + trials * (self.limit + 1 / APART))
         return max(LEAST_ROUNDS, min(FINAL_ROUNDS, int(left / 4 / each) - 1))
 
+    def _deadline(self, share: float) -> float:
+        """Return the moment at which a share of the time left is over."""
+        left = self._left()
+        return math.inf if left is None else time.monotonic() + share * left
+
     def _left(self) -> float | None:
-        """Return the seconds that are left, or None if there is no limit."""
-        return None if self.minutes is None else max(0.0, 60 * self.minutes - (time.monotonic() - self.begin))
-
-
-def space_of(model: nn.Module, candidate: Candidate) -> ScheduleSpace:
-    """Return the schedules that a candidate can follow on a model of its input size."""
-    assert candidate.config is not None
-    if candidate.first is None:
-        return ScheduleSpace(model, candidate.config)
-    return ChainSpace(model, *candidate.first, candidate.config)
-
-
-def _best(trials: Sequence[Trial], count: int) -> list[Trial]:
-    return sorted(trials, key=lambda trial: -trial.score)[:count]
+        """Return the seconds that are left, less those reserved for the repair; None if there is no limit."""
+        return None if self.minutes is None else max(0.0, 60 * self.minutes - self.reserved - (time.monotonic() - self.begin))

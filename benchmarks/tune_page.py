@@ -1,0 +1,107 @@
+"""``python -m benchmarks.tune_page docs/tune.md``: write the page of what `laconic tune` chose, from results/tune-*.json.
+
+The runs were made on an otherwise idle machine, by the commands on the page, after
+``laconic data cutouts cutouts --views 0 2 0 --pixels 224``. The plot docs/tune.png is made of the first run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from laconic.cli import plots
+from laconic.cli.output import markdown
+from laconic.cli.tune import cells, verdict
+from laconic.core.files import write_atomically
+from laconic.planning.measures import WORDS
+from laconic.planning.tuned import Tuned
+
+RESULTS = Path("results")
+FIRST = "tune-1.6x"  # the run that the README shows
+HEAD = """# Let it choose
+
+```bash
+laconic data cutouts cutouts --views 0 2 0 --pixels 224     # or pictures of your own, in a folder
+{command}
+```
+
+`laconic tune` reduces the model in every way that may meet the target: merging and selecting methods, at their usual blocks,
+late and in small steps, before the first block, in chains, and on smaller inputs. All are fitted to the target by measured
+time and scored by your measure on some of the pictures; the best remain, and are judged on the others. Smaller inputs, random
+pruning and average pooling are always in the table. `--repair distil` trains scales and biases of the choice to meet the
+unreduced model's answers, and those of the smaller input, and keeps what held-out pictures confirm. [The guide](guide.md)
+says more.
+
+```python
+import json, laconic, safetensors.torch
+
+tuned = laconic.Tuned.of_json(json.load(open("tuned.json")), safetensors.torch.load_file("tuned.safetensors"))
+tuned.apply(model)      # the input size, the repaired parameters and the reduction, in place
+```
+
+![Score against measured speed of the rows that were judged](tune.png)
+
+Over a smaller input: the difference to the unreduced model on smaller pictures that takes as long, by measured time, with a
+95 % interval over the pictures. {machine}
+
+"""
+COLUMNS = ("", "GMACs", "speed", "score", "(95 %)", "over a smaller input", "(95 %)")
+
+
+def read(path: Path) -> tuple[dict[str, Any], Tuned]:
+    """Return a run: its JSON, and the result in it."""
+    fields = json.loads(path.read_text())
+    return fields, Tuned.of_json(fields)
+
+
+def table(tuned: Tuned) -> str:
+    """Return the rows of a run as a table, the chosen one in bold."""
+    rows = []
+    for row in tuned.rows:
+        name, *others = cells(row)
+        rows.append([f"**{name}**" if row.name == tuned.chosen else name, *others])
+    return markdown(COLUMNS, rows)
+
+
+def section(fields: dict[str, Any], tuned: Tuned) -> str:
+    """Return the section of a run."""
+    chosen, judging = tuned.images
+    said = verdict(tuned)
+    lines = [
+        f"## {tuned.target.text}, {WORDS[tuned.measure]}",
+        f"`{fields['command']}`",
+        f"{chosen} pictures chose, {judging} judge.",
+        table(tuned),
+        f"**{said[0].upper()}{said[1:]}**",
+    ]
+    return "\n\n".join(lines)
+
+
+def page(paths: Sequence[Path] | None = None) -> str:
+    """Return the page of the committed runs, or of other files."""
+    runs = [
+        read(path) for path in paths or sorted(RESULTS.glob("tune-*.json"), key=lambda path: (path.stem != FIRST, path.stem))
+    ]
+    here = runs[0][0]["environment"]
+    machine = f"{here['device']}, {here['threads']} threads, torch {here['torch']}, {here['date'][:10]}."
+    return (
+        "\n\n".join([HEAD.format(command=runs[0][0]["command"], machine=machine).rstrip(), *(section(*run) for run in runs)])
+        + "\n"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the page and its plot."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("output", type=Path)
+    output = parser.parse_args(arguments).output
+    write_atomically(output, page())
+    fields, tuned = read(RESULTS / f"{FIRST}.json")
+    plots.plot_tuned(output.with_suffix(".png"), tuned, WORDS[tuned.measure], f"{fields['model']}, {tuned.target.text}")
+
+
+if __name__ == "__main__":
+    main()
