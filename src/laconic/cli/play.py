@@ -15,9 +15,10 @@ import numpy as np
 from torch import nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from laconic.checkpoints.saved_files import digest
 from laconic.cli import image_io
 from laconic.cli.demo_photographs import OWN, OWN_KEEPS, available
-from laconic.cli.eval_input import GENERATED, Reading, digest, open_eval_input
+from laconic.cli.eval_input import GENERATED, Reading, open_eval_input
 from laconic.cli.models import open_model
 from laconic.cli.output import Report, Table
 from laconic.cli.variants import parse_methods, reduced

@@ -363,7 +363,7 @@ class Tuner:
         return max(LEAST_ROUNDS, min(FINAL_ROUNDS, int(left / 4 / each) - 1))
 
     def _deadline(self, share: float) -> float:
-        """Return the moment at which a share of the time left is over."""
+        """Return the time at which a share of the time left is over."""
         left = self._left()
         return math.inf if left is None else time.monotonic() + share * left
 
