@@ -1,7 +1,7 @@
 """``python -m benchmarks.tune_page docs/tune.md``: write the page of what `laconic tune` chose, from results/tune-*.json.
 
 The runs were made on an otherwise idle machine, by the commands on the page, after
-``laconic data cutouts cutouts --views 0 2 0 --pixels 224``. The plot docs/tune.png is made of the first run.
+``laconic data cutouts pictures --views 0 2 0 --pixels 224``. The plot docs/tune.png is made of the first run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FIRST = "tune-1.6x"  # the run that the README shows
 HEAD = """# Let it choose
 
 ```bash
-laconic data cutouts cutouts --views 0 2 0 --pixels 224     # or pictures of your own, in a folder
+laconic data cutouts pictures --views 0 2 0 --pixels 224     # or pictures of your own, in a folder
 {command}
 ```
 

@@ -56,6 +56,7 @@ def code(engine, table):
         .replace("keep=0.7", "keep=0.5")
         .replace('"keep": 0.7', '"keep": 0.5')
         .replace("pictures.parquet", str(table / "pictures.parquet"))
+        .replace('"vectors', f'"{table}/vectors')
         .replace('"rows")', f'"{table}/rows")')
     )
 
@@ -109,6 +110,14 @@ def test_daft(table, vectors):
     names = {}
     exec(code("daft", table), names)
     check_rows(names["rows"].to_pylist(), vectors)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.unchecked
+def test_lance(table, vectors):
+    lance = pytest.importorskip("lance")
+    exec(code("lance", table), {})
+    check_rows(lance.dataset(str(table / "vectors.lance")).to_table().to_pylist(), vectors)
 
 
 @pytest.mark.filterwarnings("ignore")
