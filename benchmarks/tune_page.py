@@ -32,7 +32,8 @@ laconic data cutouts pictures --views 0 2 0 --pixels 224     # or pictures of yo
 late and in small steps, before the first block, in chains, and on smaller inputs. All are fitted to the target by measured
 time and scored by your measure on some of the pictures; the best remain, and are judged on the others. Smaller inputs, random
 pruning and average pooling are always in the table. `--repair distil` trains scales and biases of the choice to meet the
-unreduced model's answers, and those of the smaller input, and keeps what held-out pictures confirm. [The guide](guide.md)
+unreduced model's answers, and those of the smaller input, and keeps what held-out pictures confirm. In these runs repair
+moves a smaller input further than a method, so compare the choice with the repaired smaller input too. [The guide](guide.md)
 says more.
 
 ```python
