@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import laconic
 from families import make
+from laconic.analysis.diagnose import shared_copy
 from laconic.planning.measures import Measure
 from laconic.planning.repair import Repaired, scales_and_biases
 from laconic.planning.tuned import Tuned
@@ -119,6 +120,8 @@ def test_the_mode_stays():
         ({"images": pictures(6)}, "1 judge"),
         ({"minutes": 1.0, "steps": 1}, "minutes or steps"),
         ({"labels": torch.zeros(4)}, "held_out"),
+        ({"steps": 0}, "steps must be more than 0"),
+        ({"steps": None, "minutes": -1.0}, "minutes must be more than 0"),
     ],
 )
 def test_mistakes_are_named(change, named):
@@ -131,6 +134,15 @@ def test_models_that_cannot_be_repaired_are_refused():
         laconic.repair_(make("plain"), pictures(), steps=1)
     with pytest.raises(ValueError, match="float32"):
         laconic.repair_(reduced().to(torch.bfloat16), pictures(), steps=1)
+
+
+def test_a_base_that_shares_parameters_is_refused():
+    base = unreduced()
+    before = parameters(base)
+    model = laconic.reduce_(shared_copy(base), "topk", keep=0.3)
+    with pytest.raises(ValueError, match="share parameters"):
+        laconic.repair_(model, pictures(), base=base, steps=1)
+    assert all(torch.equal(one, before[name]) for name, one in base.named_parameters())
 
 
 def test_scales_and_biases_are_the_models_own():

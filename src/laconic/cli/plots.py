@@ -71,10 +71,10 @@ def plot_tuned(path: Path, tuned: Tuned, measure: str, title: str) -> Path:
     """
     figure, axes = _figure()
     rows = sorted(tuned.rows, key=lambda row: row.speed.median)
-    inputs = [row for row in rows if _series(row) == "smaller input"]
+    inputs = [row for row in rows if series_of(row) == "smaller input"]
     groups = {"smaller input": inputs} | {
-        name: [row for row in rows if _series(row) == name and row != tuned.best]
-        for name in dict.fromkeys(map(_series, rows))
+        name: [row for row in rows if series_of(row) == name and row != tuned.best]
+        for name in dict.fromkeys(map(series_of, rows))
         if name != "smaller input"
     }
     if tuned.best not in inputs:
@@ -92,7 +92,7 @@ def plot_tuned(path: Path, tuned: Tuned, measure: str, title: str) -> Path:
     return _written(path, figure, axes)
 
 
-def _series(row: TunedRow) -> str:
+def series_of(row: TunedRow) -> str:
     """Return the name under which rows of one kind are drawn."""
     name = "smaller input" if row.method is None else str(row.method["name"])
     return name if row.repaired is None else f"{name}, repaired"

@@ -67,9 +67,8 @@ class TuneReport(Report):
 
 def point(row: TunedRow) -> Point:
     """Return the point of a row in the chart of a page."""
-    series = "smaller input" if row.method is None else str(row.method["name"])
     score, speed = row.score, row.speed
-    facts = (row.name, series, speed.median, score.mean, score.low, score.high, speed.low, speed.high)
+    facts = (row.name, plots.series_of(row), speed.median, score.mean, score.low, score.high, speed.low, speed.high)
     return Point(*facts, plain=row.method is None)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -25,6 +25,7 @@ from laconic.core.backbone import find_host
 from laconic.core.token_reduction import find_reduction
 from laconic.planning.measures import Kind, Measure, Scored, answer_of, resized_images, token_features
 from laconic.planning.progress import ticking
+from laconic.planning.scores import Values
 
 How = Literal["closed-form", "distil"]
 HOWS: tuple[How, ...] = get_args(How)
@@ -96,6 +97,9 @@ def repair_(
         raise ValueError(f"how must be one of {', '.join(HOWS)}, not {how!r}")
     if minutes is not None and steps is not None:
         raise ValueError("give minutes or steps, not both")
+    for name, value in (("minutes", minutes), ("steps", steps)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be more than 0, not {value}")
     if held_out is None:
         if labels is not None:
             raise ValueError("labels belong to held_out; give both")
@@ -105,30 +109,56 @@ def repair_(
         raise ValueError(f"{len(images)} images fit and {len(held_out)} judge; give two or more of both")
     given = restore_(shared_copy(model)).eval() if base is None else base
     fitted = scales_and_biases(model, given)
-    dense = measure == "dense"
-    begin, was_training = time.monotonic(), model.training
+    if base is not None and any(one is fitted.get(name) for name, one in base.named_parameters()):
+        raise ValueError(
+            "model and base share parameters, so the repair would change both; give a copy.deepcopy of one of them"
+        )
+    held_out_measure, was_training = Measure(given, held_out, labels, measure), model.training
+    until = Until(minutes, steps or passes(len(images)))
     model.eval()
-    judge = Measure(given, held_out, labels, measure)
-    before = judge(model, _sides(model)).numpy()
+    try:
+        return repair_by(lambda: held_out_measure(model, _sides(model)).numpy(), model, given, images, (how, measure), until)[0]
+    finally:
+        model.train(was_training)
+
+
+def repair_by(
+    judge: Callable[[], Values],
+    model: nn.Module,
+    base: nn.Module,
+    images: Tensor,
+    asked: tuple[How, Kind | Scored],
+    until: Until,
+) -> tuple[Repaired, Values]:
+    """Repair a model in evaluation mode, see `repair_`; return what was done and the held-out scores after it.
+
+    Args:
+        judge: scores the held-out images under ``model``.
+        model: a reduced model.
+        base: the unreduced model.
+        images: that fit.
+        asked: how to repair, and the measure.
+        until: the end of a distillation.
+    """
+    (how, measure), begin, fitted = asked, time.monotonic(), scales_and_biases(model, base)
+    dense, before = measure == "dense", judge()
     kept = {name: parameter.detach().clone() for name, parameter in fitted.items()}
     try:
         if how == "closed-form":
-            count, done = fit_last_norm(model, given, images, dense=dense), 0
+            count, done = fit_last_norm(model, base, images, dense=dense), 0
         else:
-            until = Until(minutes, steps or EPOCHS * max(1, len(images) // BATCH))
-            done = distil(model, given, images, list(fitted.values()), until, dense=dense)
+            done = distil(model, base, images, list(fitted.values()), until, dense=dense)
             count = sum(parameter.numel() for parameter in fitted.values())
-        after = judge(model, _sides(model)).numpy()
+        after = judge()
     except BaseException:
         _put_back(fitted, kept)
         raise
-    finally:
-        model.train(was_training)
     gain = bootstrap(after - before)
     if not gain.low > 0:
         _put_back(fitted, kept)
     scores = (bootstrap(before), bootstrap(after), gain)
-    return Repaired(how, gain.low > 0, *scores, count, (len(images), len(held_out)), done, time.monotonic() - begin)
+    used, seconds = (len(images), len(before)), time.monotonic() - begin
+    return Repaired(how, gain.low > 0, *scores, count, used, done, seconds), after
 
 
 def scales_and_biases(model: nn.Module, base: nn.Module) -> dict[str, nn.Parameter]:
@@ -156,7 +186,7 @@ def _put_back(fitted: Mapping[str, nn.Parameter], kept: Mapping[str, Tensor]) ->
 def _sides(model: nn.Module) -> tuple[int, int]:
     """Return height and width of the images that a model takes."""
     host, entry = find_host(model)
-    height, width = entry.example(host).shape[2:]
+    height, width = entry.sides(entry.example(host))
     return height, width
 
 
@@ -245,6 +275,11 @@ class Until:
     def reached(self, step: int, seconds: float) -> float:
         """Return the share that is done, 1 or more at the end."""
         return step / self.steps if self.minutes is None else seconds / (60 * max(self.minutes, TINY))
+
+
+def passes(images: int) -> int:
+    """Return the number of steps of a distillation without a limit."""
+    return EPOCHS * max(1, images // BATCH)
 
 
 def distil(

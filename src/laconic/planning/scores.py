@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from laconic.checkpoints.saved_files import digest
 from laconic.core.files import append_line, json_lines
 from laconic.planning.measures import Kind, Scored
 
@@ -42,10 +43,10 @@ class Scores:
             return cls()
         if not isinstance(kind, str):
             raise ValueError("record needs a measure by name: whether a callable has changed since then cannot be known")
-        digest = hashlib.sha256(f"{kind} {model!r}".encode())
-        for tensor in (*model.state_dict().values(), images, *(() if labels is None else (labels,))):
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        subject = digest.hexdigest()
+        found = hashlib.sha256(f"{kind} {model!r} {digest(model)}".encode())
+        for tensor in (images, *(() if labels is None else (labels,))):
+            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        subject = found.hexdigest()
         return cls(path, subject, {line["run"]: line["scores"] for line in json_lines(path) if line.get("subject") == subject})
 
     def find(self, half: str, described: Mapping[str, Any] | None, count: int) -> Values | None:

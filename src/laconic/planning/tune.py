@@ -37,7 +37,7 @@ from laconic.planning.budget import Target
 from laconic.planning.candidates import Candidate, Sizes, candidates, fitted
 from laconic.planning.measures import Kind, Measure, Scored
 from laconic.planning.progress import ticking
-from laconic.planning.repair import HOWS, How, Repaired, repair_, scales_and_biases
+from laconic.planning.repair import HOWS, How, Repaired, Until, passes, repair_by, scales_and_biases
 from laconic.planning.scores import Scores, Values, halves_of
 from laconic.planning.space import ScheduleSpace
 from laconic.planning.trials import Trial, best_of, named, row_of, space_of
@@ -191,23 +191,24 @@ class Tuner:
     def _repaired(self, trial: Trial, count: int, repairs: int) -> tuple[Repaired, Values, dict[str, Tensor]] | None:
         """Repair a candidate, in the time left for as many; return what was done, held-out scores, and fitted parameters."""
         self.reserved = 0.0
-        base, judging, left = self.sizes.model, self.judging, self._left()
         assert self.repair is not None
-        model = copy.deepcopy(self.reduced(trial))  # a copy with weights of its own
-        forwards = self._each() * (4 * count + len(self.searching.images))  # of images, to judge and for the targets
+        model, base, images = copy.deepcopy(self.reduced(trial)), self.sizes.model, self.searching.images  # own weights
+        left, forwards = self._left(), self._each() * (2 * count + len(images))  # of images, to judge and for the targets
         minutes = None if left is None else max(0.1, left / repairs - forwards) / 60
-        labels = None if judging.labels is None else judging.labels[:count]
-        given: dict[str, Any] = {"measure": self.kind, "base": base, "held_out": judging.images[:count], "labels": labels}
+
+        def judge() -> Values:
+            return self.judging(model, trial.candidate.sides, count).numpy()
+
         try:
-            found = repair_(model, self.searching.images, self.repair, minutes=minutes, **given)
+            until = Until(minutes, passes(len(images)))
+            found, values = repair_by(judge, model, base, images, (self.repair, self.kind), until)
         except ValueError as error:  # closed-form needs a layer norm after the blocks
             self.notes.append(f"{trial.candidate.name} was not repaired: {error}")
             return None
         if not found.kept:
             self.notes.append(f"the repair of {trial.candidate.name} was undone: {found.gain.mean:+.4f} on held-out images")
             return None
-        fitted = {name: one.detach().clone() for name, one in scales_and_biases(model, base).items()}
-        return found, judging(model, trial.candidate.sides, count).numpy(), fitted
+        return found, values, {name: one.detach().clone() for name, one in scales_and_biases(model, base).items()}
 
     # -------------------------------------------------------------------------------------------- fitting
     def _fitted(self, found: Sequence[Candidate]) -> list[Trial]:
