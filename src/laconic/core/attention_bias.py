@@ -58,7 +58,7 @@ def bias_of(tokens: Tokens) -> Tensor | None:
     """
     bias = None
     if tokens.attn_scale is not None:
-        bias = F.pad(tokens.attn_scale.log(), (tokens.prefix, 0)).unsqueeze(1).unsqueeze(1)
+        bias = F.pad(tokens.attn_scale.log().reshape(tokens.shape[0], 1, 1, -1), (tokens.prefix, 0))
     alive = shown_of(tokens)
     if alive is not None:
         itself = torch.eye(alive.shape[1], dtype=torch.bool, device=alive.device)

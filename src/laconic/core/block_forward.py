@@ -191,7 +191,7 @@ def _by_steps(run: BlockRun, steps: AttentionSteps, between: Reducer | None, tok
         x = tokens.x + attend(block, steps, q, k, v, bias)
         return tokens.replace(x=x + mlp(block, x))
     q, k, v = steps.project(block, h)
-    bias = None if bias is None else bias.to(k.dtype)
+    bias = bias if bias is None or bias.dtype == k.dtype else bias.to(k.dtype)
     tokens = tokens.replace(x=tokens.x + attend(block, steps, q, k, v, bias))
     if between is not None:
         seen = AttentionView.of([{"query": q, "key": k, "value": v, "attn_mask": bias}], tokens, run.link.name)
@@ -226,14 +226,14 @@ def prefix_only(run: BlockRun, tokens: Tokens) -> Tokens | None:
     x = first + attend(block, steps, q, k, v, bias)
     if reducer is not None:
         seen = AttentionView.of([{"query": q, "key": k, "value": v, "attn_mask": bias}], tokens, run.link.name)
-        # the features in ``tokens`` are those before the block; such a reducer does not read them
-        tokens = apply(reduction, reducer, "between", tokens, seen, run.n)
+        # such a reducer reads no features, and nobody reads the merged ones: merge features of width 0
+        tokens = apply(reduction, reducer, "between", tokens.replace(x=tokens.x[..., :0]), seen, run.n)
     return tokens.replace(x=x + spec.mlp(block, x))
 
 
 def attend(block: Any, steps: AttentionSteps, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """Return the attention output for the rows of the queries, as it is added to x."""
-    bias = None if bias is None else bias.to(k.dtype)
+    bias = bias if bias is None or bias.dtype == k.dtype else bias.to(k.dtype)
     return steps.added(block, F.scaled_dot_product_attention(q, k, v, attn_mask=bias))
 
 

@@ -205,7 +205,7 @@ class Tokens:
             weight = weight.masked_fill(gone, 0.0)
         new = add_rows(self.patches * weight.unsqueeze(-1), into, count).to(self.x.dtype)
         x = torch.cat([self.x[:, : self.prefix], new], 1)
-        return self._follow(lead, dst, x, size, complete).replace(merged=True)
+        return self._follow(lead, dst, x, size, complete, merged=True)
 
     def merge_max(self, dst: Int[Tensor, "B L"], lead: Int[Tensor, "B M"]) -> Tokens:
         """Merge tokens by the maximum of each channel over ``dst[i] == m``, without weights; otherwise as `merge`."""
@@ -214,7 +214,7 @@ class Tokens:
         new = patches.new_zeros(lead.shape[0], lead.shape[1], patches.shape[2])
         new = new.scatter_reduce(1, into.unsqueeze(-1).expand_as(patches), patches, "amax", include_self=False)
         x = torch.cat([self.x[:, : self.prefix], new], 1)
-        return self._follow(lead, dst, x, add_rows(size, into, lead.shape[1]), False).replace(merged=True)
+        return self._follow(lead, dst, x, add_rows(size, into, lead.shape[1]), False, merged=True)
 
     def mix(self, matrix: Float[Tensor, "B M L"]) -> Tokens:
         """Merge softly, ``x' = matrix @ x``. Each column divides its token's size; a patch goes with its largest share."""
@@ -222,7 +222,7 @@ class Tokens:
         mixed = (matrix @ self.patches.to(matrix.dtype)).to(self.x.dtype)
         size = (mass @ self.size.to(mass.dtype).unsqueeze(-1)).squeeze(-1).to(self.size.dtype)
         x = torch.cat([self.x[:, : self.prefix], mixed], 1)
-        return self._follow(matrix.argmax(2), matrix.argmax(1), x, size, True).replace(merged=True)
+        return self._follow(matrix.argmax(2), matrix.argmax(1), x, size, True, merged=True)
 
     def join(self, other: Tokens) -> Tokens:
         """Append the patch tokens of ``other``, which holds patches that this set has dropped."""
@@ -301,7 +301,7 @@ class Tokens:
         out = gather_rows(values, self.token_of_patch.clamp_min(0))
         return out.masked_fill((self.token_of_patch < 0).unsqueeze(-1), fill)
 
-    def _follow(self, lead: Tensor, dst: Tensor, x: Tensor, size: Tensor, complete: bool) -> Tokens:
+    def _follow(self, lead: Tensor, dst: Tensor, x: Tensor, size: Tensor, complete: bool, *, merged: bool = False) -> Tokens:
         still = self.origin is None and not self.merged  # every token still holds exactly its own patch
         dropped, similar = self._of_dropped(dst, lead, self.size)
         return self.replace(
@@ -311,6 +311,7 @@ class Tokens:
             size=size,
             token_of_patch=dst if still else remap(self.token_of_patch, dst, complete=self.complete),
             complete=self.complete and complete,
+            merged=self.merged or merged,
             origin=lead if self.origin is None else gather_rows(self.origin, lead),
             attn_scale=None if self.attn_scale is None else gather_rows(self.attn_scale, lead),
             keep_mask=None if self.keep_mask is None else gather_rows(self.keep_mask, lead),

@@ -25,12 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from laconic.core.attention import AttentionView
-from laconic.core.gather import arange_like, in_parts
+from laconic.core.gather import in_parts
 from laconic.core.method import BlockContext, Reducer, method
 from laconic.core.schedule import Schedule
 from laconic.core.shape_types import Float
 from laconic.core.tokens import Tokens
-from laconic.methods.ops import Pairing, cosine, scatter_back, soft_matching, topk_split
+from laconic.methods.ops import Pairing, cosine, soft_matching, topk_split
 
 
 class PiToMeReducer(Reducer):
@@ -47,10 +47,8 @@ class PiToMeReducer(Reducer):
         energy = energies(keys, self.margin)
         r = len(tokens) - n
         line, protected = topk_split(energy, len(tokens) if self.early else min(2 * r, len(tokens)))
-        merged, stay, into = soft_matching(keys, line[:, ::2], line[:, 1::2], r, "similarity")
-        lead = torch.cat([protected, stay], 1)
-        dst = scatter_back(lead, merged, arange_like(lead), into + protected.shape[1])
-        tokens = tokens.merge(dst, None, lead, complete=True)
+        dst, stay = soft_matching(keys, line[:, ::2], line[:, 1::2], r, "similarity", protected)
+        tokens = tokens.merge(dst, None, stay, complete=True)
         return tokens.replace(attn_scale=tokens.size) if self.proportional else tokens
 
 

@@ -26,12 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from laconic.core.attention import AttentionView
-from laconic.core.gather import arange_like
 from laconic.core.method import BlockContext, Reducer, method
 from laconic.core.schedule import Schedule
 from laconic.core.shape_types import Float
 from laconic.core.tokens import Tokens
-from laconic.methods.ops import Pairing, group_normalize, parity, require, scatter_back, soft_matching
+from laconic.methods.ops import Pairing, group_normalize, parity, require, soft_matching
 
 Norm = Literal["host", "mean", "none"]
 
@@ -46,10 +45,10 @@ class ToFuReducer(Reducer):
         self.prune, self.norm = prune, norm
 
     def between(self, tokens: Tokens, seen: AttentionView, n: int) -> Tokens:
-        merged, stay, into = soft_matching(seen.keys, *parity(tokens), len(tokens) - n)
+        dst, stay = soft_matching(seen.keys, *parity(tokens), len(tokens) - n)
         if self.prune:
             return tokens.keep(stay)
-        dst, before = scatter_back(stay, merged, arange_like(stay), into), _lengths(tokens)
+        before = _lengths(tokens)
         longest = torch.zeros_like(tokens.size[:, :n]).scatter_reduce(1, dst, before, "amax", include_self=False)
         tokens = tokens.merge(dst, group_normalize(torch.ones_like(tokens.size), dst, n), stay, complete=True)
         if self.norm == "none":

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from laconic.core.attention import AttentionView
-from laconic.core.gather import arange_like
 from laconic.core.method import BlockContext, Reducer, method
 from laconic.core.schedule import Schedule, cumulative, of_the_initial
 from laconic.core.shape_types import Int
 from laconic.core.tokens import Tokens
-from laconic.methods.ops import Pairing, parity, require, scatter_back, soft_matching
+from laconic.methods.ops import Pairing, parity, require, soft_matching
 
 
 class ToMeReducer(Reducer):
@@ -41,8 +40,7 @@ class ToMeReducer(Reducer):
 
 def merging(tokens: Tokens, seen: AttentionView, n: int) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B R"]]:
     """Return the new token that each token becomes, and the old tokens that stay, if ``n`` are to be left."""
-    merged, stay, into = soft_matching(seen.keys, *parity(tokens), len(tokens) - n)
-    return scatter_back(stay, merged, arange_like(stay), into), stay
+    return soft_matching(seen.keys, *parity(tokens), len(tokens) - n)
 
 
 @method(

@@ -10,8 +10,8 @@ from torch import Tensor
 from laconic.core.gather import arange_like, gather_rows
 from laconic.core.shape_types import Float, Int
 from laconic.core.tokens import Tokens
-from laconic.methods.ops.matching import topk_split
-from laconic.methods.ops.nearest import nearest
+from laconic.methods.ops.matching import length, topk_split
+from laconic.methods.ops.nearest import best_of_rows
 
 
 def parity(tokens: Tokens) -> tuple[slice, slice]:
@@ -40,25 +40,31 @@ def soft_matching(
     b: Int[Tensor, "B K"] | slice,
     count: int,
     order: Literal["sequence", "similarity"] = "sequence",
-) -> tuple[Int[Tensor, "B Q"], Int[Tensor, "B R"], Int[Tensor, "B Q"]]:
+    first: Int[Tensor, "B Q"] | None = None,
+) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B R"]]:
     """Match the tokens ``a`` to the tokens ``b`` by the cosine of their features (ToMe's bipartite matching).
 
-    The ``count`` tokens of ``a`` with the most similar match are merged. Return (merged tokens, kept tokens, index among the
-    kept tokens of the match of each merged one). Of the kept tokens the unmatched of ``a`` come first, then all of ``b``. The
-    former are in their order (``order="sequence"``), or by falling similarity.
+    The ``count`` tokens of ``a`` with the most similar match are merged with it. Return the new token of every token, and the
+    tokens that are kept: those of ``first``, which are in neither set, then the unmatched of ``a``, in their order
+    (``order="sequence"``) or by falling similarity, then all of ``b``.
 
     Raises:
         ValueError: ``count`` is more than the number of tokens in ``a``, or ``b`` is empty.
     """
-    features, every = features.detach(), arange_like(features)
+    features, every = features.detach().float(), arange_like(features)
+    features = features / length(features).unsqueeze(2)
     (of_a, a), (of_b, b) = _of(a, features, every), _of(b, features, every)
     if count > a.shape[1] or not b.shape[1]:
         raise ValueError(
             f"one matching can merge away at most half of the tokens; got {count} of {a.shape[1] + b.shape[1]}; keep "
             "more in one block, or spread the reduction over more blocks"
         )
-    best, match = nearest(of_a, of_b)
+    other = of_b.transpose(1, 2)
+    best, match = best_of_rows(of_a, b.shape[1], lambda part: torch.bmm(part, other))
     chosen, others = topk_split(best, count)
     others = others.sort(1).values if order == "sequence" else others
-    stay = torch.cat([a.gather(1, others), b], 1)
-    return a.gather(1, chosen), stay, match.gather(1, chosen) + others.shape[1]
+    left = every.shape[1] - count
+    parts = [a.gather(1, others), b, a.gather(1, chosen)]
+    line = torch.cat(parts if first is None else [first, *parts], 1)
+    new = torch.cat([every[:, :left], match.gather(1, chosen) + (left - b.shape[1])], 1)
+    return new.scatter(1, line, new), line[:, :left]
