@@ -20,6 +20,7 @@ from laconic.planning.measures import WORDS
 from laconic.planning.tuned import Tuned
 
 RESULTS = Path("results")
+EXPORTS = RESULTS / "exports-tuned.json"  # of benchmarks/tuned_exports.py
 FIRST = "tune-1.6x"  # the run that the README shows
 HEAD = """# Let it choose
 
@@ -81,15 +82,43 @@ def section(fields: dict[str, Any], tuned: Tuned) -> str:
     return "\n\n".join(lines)
 
 
+def exported(found: dict[str, Any]) -> str:
+    """Return the section of the choices as exported files."""
+    rows = []
+    for run in found["runs"]:
+        speeds = [(row["ratio"]["median"], row["kept"]) for row in run["rows"]]
+        cells = [f"{speed:.2f}x" if kept is None else f"{speed:.2f}x ({kept:.2f})" for speed, kept in speeds]
+        rows.append(
+            [run["run"].removeprefix("tune-"), run["chosen"].removesuffix(", repaired"), str(run["batch_size"]), *cells]
+        )
+    header = ("run", "chosen", "images", *(row["runtime"] for row in found["runs"][0]["rows"]))
+    here = found["environment"]
+    return "\n\n".join(
+        [
+            "## Exported",
+            "`python -m benchmarks.tuned_exports` exports each choice and times it in turns with the unreduced model in the "
+            "same runtime; in brackets the share of PyTorch's speed-up that is kept. "
+            f"{here['device']}, {here['threads']} thread.",
+            markdown(header, rows),
+        ]
+    )
+
+
+def runs_of() -> list[Path]:
+    """Return the committed runs, in the order of the page."""
+    return sorted(RESULTS.glob("tune-*.json"), key=lambda path: (path.stem != FIRST, path.stem))
+
+
 def page(paths: Sequence[Path] | None = None) -> str:
     """Return the page of the committed runs, or of other files."""
-    runs = [
-        read(path) for path in paths or sorted(RESULTS.glob("tune-*.json"), key=lambda path: (path.stem != FIRST, path.stem))
-    ]
+    runs = [read(path) for path in paths or runs_of()]
+    more = [exported(json.loads(EXPORTS.read_text()))] if paths is None and EXPORTS.exists() else []
     here = runs[0][0]["environment"]
     machine = f"{here['device']}, {here['threads']} threads, torch {here['torch']}, {here['date'][:10]}."
     return (
-        "\n\n".join([HEAD.format(command=runs[0][0]["command"], machine=machine).rstrip(), *(section(*run) for run in runs)])
+        "\n\n".join(
+            [HEAD.format(command=runs[0][0]["command"], machine=machine).rstrip(), *(section(*run) for run in runs), *more]
+        )
         + "\n"
     )
 
