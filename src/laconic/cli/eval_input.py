@@ -15,7 +15,7 @@ from laconic.analysis.diagnose import shared_copy
 from laconic.analysis.evaluate import config_for
 from laconic.api import restore_
 from laconic.cli.models import create, open_model
-from laconic.cli.weights import Loaded, fill, load
+from laconic.cli.weights import Loaded, fill, load_with_args
 from laconic.core.files import Refusal
 from laconic.core.token_reduction import find_reduction
 from laconic.data import ImageSet, Labelling, find_data, open_images
@@ -112,10 +112,7 @@ def open_eval_input(model: str, data: str, reading: Reading, weights: Path | Non
 
 def _with_weights(name: str, path: Path | None, args: dict[str, Any], classes: int) -> Loaded:
     if path is None:
-        if not args:
-            return load(name)
-        line = "weights are RANDOM (seed 0), as with --model-args and without --weights: accuracy and agreement mean nothing"
-        return Loaded(create(name, **args), line, True)
+        return load_with_args(name, args)
     if not path.is_file():
         raise Refusal(f"--weights {path}: there is no such file; give a .safetensors file or a checkpoint of torch")
     record = record_in(path)

@@ -13,9 +13,9 @@ from laconic.analysis.diagnose import shared_copy
 from laconic.analysis.evaluate import make_loader
 from laconic.api import restore_
 from laconic.cli.eval_input import parse_args
-from laconic.cli.models import create, open_model
+from laconic.cli.models import open_model
 from laconic.cli.variants import Variant, as_reduced, pairs, parse_methods, reduced, unreduced
-from laconic.cli.weights import Loaded, load
+from laconic.cli.weights import Loaded, load, load_with_args
 from laconic.core.files import Refusal
 from laconic.core.method import METHODS
 from laconic.core.token_reduction import find_reduction
@@ -57,10 +57,7 @@ def open_weights(name: str, weights: Path | None, model_args: Sequence[str]) -> 
             raise Refusal(f"{name} is a directory with weights and arguments of its own; leave out --weights and --model-args")
         return Loaded(open_model(name), f"the weights come from {name}", False)
     args = parse_args(model_args)
-    if weights is None and args:
-        line = f"weights are {RANDOM} (seed 0), as with --model-args and without --weights: the answers mean nothing"
-        return Loaded(create(name, **args), line, True)
-    return load(name, weights, **args)
+    return load_with_args(name, args) if weights is None else load(name, weights, **args)
 
 
 def open_export_input(

