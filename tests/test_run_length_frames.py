@@ -14,7 +14,7 @@ import families
 import host_laws
 import laconic
 import test_transformers
-from laconic.analysis.macs import counted, summary
+from laconic.analysis.macs import _NoModules, counted, summary
 from laconic.core.token_reduction import reduction_of
 from test_before_blocks_hosts import REFUSED
 from zoo import ZOO
@@ -28,7 +28,7 @@ every_kind = pytest.mark.parametrize("name", KINDS)
 
 
 def close(out, expected):
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4 * float(expected.detach().abs().max()))
 
 
 def video(size=96):
@@ -105,7 +105,7 @@ def test_a_clip_without_static_patches_is_answered_bit_for_bit(name):
     kind = ZOO[name]
     model, x = kind.make(), kind.images(2 * FRAMES)
     expected = host_laws.run(kind, model, x)
-    laconic.reduce_(model, "run-length", frames=FRAMES, threshold=0)
+    laconic.reduce_(model, "run-length", frames=FRAMES, threshold=0.0)
     assert torch.equal(host_laws.run(kind, model, x), expected)
     assert reduction_of(model).entry(1).is_plain  # the blocks run unchanged
     host_laws.run(kind, model, video(kind.size))
@@ -209,7 +209,7 @@ def alone(model, x, block):
 
 
 # ------------------------------------------------------------------------------------------------ cost
-@pytest.mark.parametrize("name", ["dinov2-reg", "beit", "gap"])
+@pytest.mark.parametrize("name", ["dinov2-reg", "beit", "siglip"])
 def test_observed_macs_are_those_that_run(name):
     model, x = families.make(name), video(84 if name == "dinov2-reg" else 96)
     laconic.reduce_(model, "run-length", frames=FRAMES, compute="all")
@@ -228,7 +228,9 @@ def test_the_last_block_computes_what_is_read():
     model, x = laconic.reduce_(families.make("plain"), "run-length", frames=FRAMES), video()
     found = []
     for run in (model, model.forward_features):
-        with FlopCounterMode(display=False) as counter:
+        counter = FlopCounterMode(display=False)
+        counter.mod_tracker = _NoModules()
+        with counter:
             out = run(x)
         found.append(counter.get_total_flops())
     assert found[0] < found[1]
