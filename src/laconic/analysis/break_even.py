@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from laconic.analysis.input_size import InputSize, batch_for
+from laconic.analysis.input_size import InputSize, batch_for, whole_batch
 from laconic.analysis.macs import CONVENTIONS, block_cost
 from laconic.analysis.stopwatch import Run, Stopwatch, stopwatch
 from laconic.analysis.summary import TimeBalance
@@ -122,7 +122,7 @@ def timed(reduction: TokenReduction, example: Tensor | None, macs: Balance | Non
         return found if known is not None and known[1:] == (schedule, device) else None
     if device.type == "meta":
         return None
-    batch = entry.example(host) if example is None else batch_for(host, entry, example)
+    batch = whole_batch(host, entry.example(host) if example is None else batch_for(host, entry, example))
     key = (batch.shape, schedule, device)
     known, found = _measured.get(reduction, (None, None))
     if known == key:

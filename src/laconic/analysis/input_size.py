@@ -15,6 +15,7 @@ from laconic.core.arguments import not_a_batch, unusable
 from laconic.core.backbone import ModelSpec, StageSpec
 from laconic.core.eval_mode import without_recording
 from laconic.core.text_table import by
+from laconic.core.token_reduction import find_reduction
 
 
 class _StopForward(Exception):
@@ -64,6 +65,16 @@ def batch_for(host: nn.Module, entry: ModelSpec, example: Any) -> Tensor:
     return example.to(reference.device, reference.dtype)
 
 
+def whole_batch(host: nn.Module, batch: Tensor) -> Tensor:
+    """Return a batch with as many images as a reduced model takes at once (`laconic.core.method.Method.batch_multiple`).
+
+    Where images are missing, they are the last one shifted, so that no patch repeats the one before it.
+    """
+    reduction = find_reduction(host)
+    missing = 0 if reduction is None else -len(batch) % reduction.config.batch_multiple
+    return torch.cat([batch, *(batch[-1:].roll(shift, -1) for shift in range(1, missing + 1))]) if missing else batch
+
+
 def _tokens(host: nn.Module, entry: ModelSpec, image: Tensor) -> list[int]:
     """Run the model up to the first block of its last stage; return the token count at the first block of each stage."""
     blocks, starts, found = entry.blocks(host), [0], list[int]()
@@ -79,7 +90,7 @@ def _tokens(host: nn.Module, entry: ModelSpec, image: Tensor) -> list[int]:
     hooks = [blocks[start].register_forward_pre_hook(enter, with_kwargs=True) for start in starts]
     try:
         with without_recording(host), torch.no_grad():
-            host(image)
+            host(whole_batch(host, image))
     except _StopForward:
         pass
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:

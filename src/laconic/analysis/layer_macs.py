@@ -65,8 +65,11 @@ def attention_in(block: nn.Module) -> Any:
     return [m for m in block.modules() if hasattr(m, "num_heads") or hasattr(m, "num_attention_heads")][-1]
 
 
-def block(module: Any, at_attention: int, at_mlp: int, shape: StageSpec | None = None) -> Work:
-    """Return the work of a block for its token counts, prefix tokens included; the block's own method ``work`` comes first."""
+def block(module: Any, at_attention: int, at_mlp: int, shape: StageSpec | None = None, keys: int | None = None) -> Work:
+    """Return the work of a block for its token counts, prefix tokens included; the block's own method ``work`` comes first.
+
+    ``keys`` is the number of tokens that are attended to; by default, those at the attention.
+    """
     if hasattr(module, "work"):
         return Work(module.work(at_attention, at_mlp, shape))
     attn, spec = attention_in(module), block_spec(module)
@@ -80,7 +83,7 @@ def block(module: Any, at_attention: int, at_mlp: int, shape: StageSpec | None =
         tokens = at_mlp if name.partition(".")[0] in spec.after else at_attention
         return tokens * per_head.get(name.rpartition(".")[2], 1)
 
-    return layers(module, rows) + attention(attn, at_attention, at_attention)
+    return layers(module, rows) + attention(attn, at_attention, at_attention if keys is None else keys)
 
 
 def pooling(pool: Any, tokens: int) -> Work:

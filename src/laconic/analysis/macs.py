@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from laconic.analysis import layer_macs as work
-from laconic.analysis.input_size import InputSize, batch_for
+from laconic.analysis.input_size import InputSize, batch_for, whole_batch
 from laconic.analysis.summary import BlockCost, Summary
 from laconic.core.backbone import StageSpec, block_spec, find_host, path_of
 from laconic.core.block_context import BlockContext
@@ -146,10 +146,15 @@ def block_cost(
     kept: int,
     weights: Mapping[str, int],
     batch_size: int = 1,
+    keys: int | None = None,
 ) -> BlockCost:
-    """Return the cost of a block and its reducer, for ``before`` patch tokens that come in and ``kept`` that remain."""
+    """Return the cost of a block and its reducer, for ``before`` patch tokens that come in and ``kept`` that remain.
+
+    ``keys`` is the number of patch tokens that are attended to, if it is not the number of those that attend.
+    """
     at_attention, at_mlp = (n + shape.prefix for n in _inside(block, config, site, before, kept))
-    own, reducer = weigh(work.block(block, at_attention, at_mlp, shape), weights), 0
+    attended = None if keys is None else keys + shape.prefix
+    own, reducer = weigh(work.block(block, at_attention, at_mlp, shape, attended), weights), 0
     works = kept < before or (config is not None and config.info.count == "variable")
     if config is not None and site is not None and (works or config.tokens_inside(before, kept, site) != (before, before)):
         reducer = weigh(config.macs(before, kept, site), weights)
@@ -173,8 +178,9 @@ def counted(model: nn.Module, compute: Compute = "all", example: Tensor | None =
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = _NoModules()  # type: ignore[assignment]
     with without_recording(host, compute), torch.inference_mode(False), torch.enable_grad(), counter:
-        host(entry.example(host) if example is None else batch_for(host, entry, example)[:1])
-    return counter.get_total_flops() // 2
+        batch = whole_batch(host, entry.example(host) if example is None else batch_for(host, entry, example)[:1])
+        host(batch)
+    return counter.get_total_flops() // 2 // len(batch)
 
 
 class _NoModules:

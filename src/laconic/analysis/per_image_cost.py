@@ -21,36 +21,43 @@ from laconic.core.tokens import Tokens
 
 
 class Observer:
-    """Record the patch tokens of every image after each block while a reduced model runs (see `observing`)."""
+    """Record the patch tokens of every image after each block while a reduced model runs (see `observing`).
+
+    Of tokens that share the features of others (`Tokens.shared_from`) those that are computed are counted. Their cost is that
+    of packed execution: the computed tokens attend to all of their image, and layers outside the blocks run on all.
+    """
 
     def __init__(self, model: nn.Module, convention: str = "matmul") -> None:
         self.reduction, self.weights = reduction_of(model), weights_of(convention)
         self.host, self.entry = find_host(model)
         self.counts = list[list[int]]()
-        self.known = dict[tuple[int, int, int], int]()
+        self.keys = list[int | None]()  # patch tokens of an image that are attended to, if tokens are shared
+        self.known = dict[tuple[int, int, int, int | None], int]()
 
     def record(self) -> None:
         """Add the images of the last forward."""
         entries = [self.reduction.entry(index) for index in range(self.reduction.depth + 1)]
         self.counts += torch.stack([_num_active(tokens) for tokens in entries], 1).tolist()
+        self.keys += [len(entries[-1]) if entries[-1].shared_from is not None else None] * entries[0].shape[0]
 
     @cached_property
     def _sites(self) -> dict[int, BlockContext]:
         return self.reduction.stages.sites()
 
-    def _cost(self, index: int, before: int, after: int) -> int:
+    def _cost(self, index: int, before: int, after: int, keys: int | None) -> int:
         """Return the MACs of a block; for index -1, of the layers outside the blocks."""
-        if (index, before, after) not in self.known:
+        if (index, before, after, keys) not in self.known:
             config, staging = self.reduction.config, self.reduction.stages
             if index < 0:
                 first, last = staging.shapes[0].prefix, staging.shapes[-1].prefix
                 macs = weigh(work.ends(self.host, self.entry, before + first, after + last), self.weights)
             else:
                 block, shape = self.entry.blocks(self.host)[index], staging.shapes[staging.stage(index)]
-                row = block_cost(index, block, shape, config, self._sites.get(index), before, after, self.weights)
+                site = self._sites.get(index)
+                row = block_cost(index, block, shape, config, site, before, after, self.weights, keys=keys)
                 macs = row.macs + row.reducer_macs
-            self.known[index, before, after] = macs
-        return self.known[index, before, after]
+            self.known[index, before, after, keys] = macs
+        return self.known[index, before, after, keys]
 
     @property
     def result(self) -> Observed:
@@ -66,9 +73,9 @@ class Observer:
             for start, shape in zip(self.reduction.stages.starts[1:], self.reduction.stages.shapes[1:], strict=True)
         }
         macs = [
-            self._cost(-1, row[0], row[-1])
-            + sum(self._cost(i, starts.get(i, before), after) for i, (before, after) in enumerate(pairwise(row)))
-            for row in self.counts
+            self._cost(-1, row[0], row[-1] if keys is None else keys, None)
+            + sum(self._cost(i, starts.get(i, before), after, keys) for i, (before, after) in enumerate(pairwise(row)))
+            for row, keys in zip(self.counts, self.keys, strict=True)
         ]
         kept = zip(*(row[1:] for row in self.counts), strict=True)
         return Observed(len(macs), tuple(Spread.of(column) for column in kept), Spread.of(macs))
@@ -101,6 +108,8 @@ def observe(model: nn.Module, images: Iterable[Tensor] | Tensor, convention: str
 
 def _num_active(tokens: Tokens) -> Tensor:
     """Return the number of patch tokens of each image that the following blocks process, [B]."""
+    if tokens.shared_from is not None:
+        return (tokens.shared_from == 0).sum(1)
     if tokens.keep_mask is None:
         return torch.full_like(tokens.origin_index[:, 0], len(tokens))
     return (tokens.keep_mask > 0).sum(1)

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from laconic.analysis.diagnose import shared_copy
+from laconic.analysis.input_size import whole_batch
 from laconic.analysis.macs import counted, summary
 from laconic.analysis.per_image_cost import observe
 from laconic.analysis.summary import Observed
@@ -186,7 +187,7 @@ def as_reduced(name: str, model: nn.Module, keep: float | None, kind: Kind = "me
     variant = Variant(name, kind, model, cost.macs, cost.parameters, (), _image(model), keep)
     if reduction.config.info.count == "variable":
         host, entry = find_host(model)
-        return as_observed(variant, observe(model, entry.example(host)))
+        return as_observed(variant, observe(model, whole_batch(host, entry.example(host))))
     start = math.prod(reduction.grid)
     return dataclasses.replace(variant, tokens=(start, *(cost.tokens[block] for block in reduction.schedule.at)))
 

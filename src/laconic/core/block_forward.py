@@ -8,6 +8,9 @@
 3. Prefix tokens only: the last block, if the model's output reads no other rows. Keys and values are computed for all tokens.
 4. Packed: if every image has its own number of tokens, the tokens of all images run as one row (`laconic.core.packing`).
 
+Tokens that share the features of others (`Tokens.shared_from`) are not in that row; on the other paths all tokens run, and
+then get the features that they share.
+
 All paths give the same output up to rounding; `laconic.core.verify` compares them on the user's model. Hooks, adapters and
 overrides inside a block are detected at each forward, and a path that would skip them is not used.
 """
@@ -78,6 +81,8 @@ def pass_block(run: BlockRun, tokens: Tokens) -> Tokens:
     if reducer is not None and "ahead" in phases:
         tokens = _look_ahead(run, reducer, tokens)
     tokens = _run(run, reducer if "between" in phases else None, tokens)
+    if tokens.shared_from is not None and not packs(reduction, run.spec, tokens):
+        tokens = tokens.share(tokens.shared_from)
     if reducer is not None and "after" in phases:
         tokens = apply(reduction, reducer, "after", tokens, run.n)
     return tokens
@@ -102,7 +107,7 @@ def apply(reduction: Any, reducer: Reducer, phase: str, tokens: Tokens, *argumen
 def _run(run: BlockRun, between: Reducer | None, tokens: Tokens) -> Tokens:
     """Run the block untouched, by known steps, or with its attention tapped; ``between`` is applied after the attention."""
     block, spec, reduction = run.block, run.link.spec, run.reduction
-    packing = Packing.of(tokens) if reduction.adaptive and packs(reduction, spec) else None
+    packing = Packing.of(tokens) if packs(reduction, spec, tokens) else None
     rows = _bias_rows(spec, tokens) if spec.relative else None
     # transformers checkpoints a block inside its class's forward; here `patching.checkpointed` already wraps the whole run
     checkpointing = block.training and getattr(block, "gradient_checkpointing", False)
@@ -150,7 +155,7 @@ def _tapped(
 
 def _mlp(block: Any, spec: BlockSpec, reduction: Any, tokens: Tokens) -> Tensor:
     mlp: Any = spec.mlp
-    packing, half = Packing.of(tokens) if packs(reduction, spec) else None, partial(mlp, block)
+    packing, half = Packing.of(tokens) if packs(reduction, spec, tokens) else None, partial(mlp, block)
     if packing is None:
         return tokens.x + switched(tokens, None, "mlp", half, tokens.x)
     row = packing.pack(tokens.x)
@@ -215,13 +220,17 @@ def prefix_only(run: BlockRun, tokens: Tokens) -> Tokens | None:
     steps = known_steps(run._replace(kwargs=kwargs), tokens)
     first = tokens.x[:, : tokens.prefix]
     if steps is None:
-        if reducer is not None:
+        if reducer is not None or tokens.shared_from is not None:
             return None
         with AttentionTap([], bias):
             x = first + spec.attention(block, tokens.x, **kwargs)[:, : tokens.prefix]
         return tokens.replace(x=x + spec.mlp(block, x))
-    h = steps.norm(block, tokens.x)
-    q, (k, v) = steps.queries(block, h[:, : tokens.prefix]), steps.keys_values(block, h)
+    packing = Packing.of(tokens) if tokens.shared_from is not None and packs(reduction, run.spec, tokens) else None
+    h = steps.norm(block, tokens.x if packing is None else packing.pack(tokens.x))
+    k, v = steps.keys_values(block, h)
+    if packing is not None:
+        h, k, v = steps.norm(block, first), packing.heads(k), packing.heads(v)
+    q = steps.queries(block, h[:, : tokens.prefix])
     bias = None if bias is None else bias.to(k.dtype)
     x = first + attend(block, steps, q, k, v, bias)
     if reducer is not None:
@@ -269,9 +278,9 @@ def first_of(output: Any) -> Tensor:
     return features
 
 
-def packs(reduction: Any, spec: BlockSpec) -> bool:
-    """Return True if the block may run packed; False if it uses a pairwise bias or a grid, made for the whole batch."""
-    return reduction.adaptive and reduction.packed and not spec.relative and spec.grid is None
+def packs(reduction: Any, spec: BlockSpec, tokens: Tokens) -> bool:
+    """Return True if the block may run packed; False if it uses a grid, or a bias for pairs of tokens some of which left."""
+    return reduction.packed and spec.grid is None and (not spec.relative or tokens.shared_from is not None)
 
 
 def _only_gated(tokens: Tokens) -> bool:

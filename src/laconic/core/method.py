@@ -151,6 +151,11 @@ class Method:
         return False
 
     @property
+    def batch_multiple(self) -> int:
+        """The number that batch sizes must be a multiple of: more than 1 if consecutive images belong together (a clip)."""
+        return 1
+
+    @property
     def reads_positions(self) -> bool:
         """True if the method needs the model's absolute position embeddings (`Tokens.positions`)."""
         return False
@@ -242,7 +247,7 @@ class MethodInfo:
     score_detail: str = ""  # in words, if ``score`` does not say enough
     rest_detail: str = ""
     full_attention: bool = False  # True if it needs the whole matrix of attention weights
-    clips: bool = False  # True if it compares the frames of clips, so that models for images refuse it
+    clips: bool = False  # True if it compares the frames of clips, so that models for images refuse its default options
 
 
 METHODS: dict[str, MethodInfo] = {}

@@ -27,7 +27,8 @@ GROUP = "group"  # the name of the groups in `Tokens.per_token`
 class PatchInput:
     """The patches of a batch at the patch embedding, in raster order.
 
-    ``group`` [B, P] is the first patch of the group that a patch belongs to (itself: it is the first); -1: it is dropped.
+    ``group`` [B, P] is the first patch of the group that a patch belongs to (itself: it is the first); -1: it is dropped. A
+    method that makes no groups may put other numbers of the patches there, for its phase ``before``.
     ``grid`` are the rows and columns of the patches (of a clip: tubelets in time, rows, columns), or None if not known.
     """
 
@@ -102,7 +103,8 @@ class PatchInput:
         """
         if self.grid is None or len(self.grid) != 3:
             raise ValueError(
-                f"{owner} compares patches with those of the frames before, and this model takes single images; use dedup, "
+                f"{owner} compares patches with those of the frames before, and this model takes single images; if its batches "
+                "are clips, frame after frame, pass frames= (the frames of a clip, e.g. frames=8). Otherwise use dedup, "
                 "pre-merge or adaptive-patch, or a model that takes clips [B, frames, channels, height, width]"
             )
         return self.grid

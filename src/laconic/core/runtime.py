@@ -80,11 +80,12 @@ def _empty(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tenso
 
 
 def _of_no_images(method: str, module: Any, own: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Return the result for an empty batch: that for one black image, sliced to zero images."""
+    """Return the result for an empty batch: that for the smallest batch, of black images, sliced to zero images."""
     x = _empty(module, args, kwargs)
     assert x is not None
-    one, name = x.new_zeros(1, *x.shape[1:]), module._laconic.names[0]
-    out, call = call_method(method, module, own, (one, *args[1:]) if args else (), kwargs if args else {**kwargs, name: one})
+    host, name = module if "laconic" in module._modules else module._laconic.ref(), module._laconic.names[0]
+    few = x.new_zeros(reduction_in(host).config.batch_multiple, *x.shape[1:])
+    out, call = call_method(method, module, own, (few, *args[1:]) if args else (), kwargs if args else {**kwargs, name: few})
     if call.begun:
         call.reduction.complete(call.history.images(0, 0, 1))  # type: ignore[union-attr]
     return _none_of(out)
@@ -258,7 +259,7 @@ def run_block(block: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
     last = link.index + 1 == reduction.depth
     reads: Reads = "all"
     options = call if call is not None else history if _recomputing() else None
-    reduces = not reduction.adaptive or reducer is not None or tokens.origin is not None
+    reduces = not reduction.adaptive or reducer is not None or tokens.origin is not None or tokens.shared_from is not None
     if options is not None and options.fast and not block.training and reduces:  # else the output stays the model's own
         reads = "prefix" if last and options.answers else "needed"
     tokens = pass_block(BlockRun(block, own, link, reduction, named, reducer, watcher, n, reads), tokens)

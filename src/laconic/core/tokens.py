@@ -72,6 +72,9 @@ class Tokens:
     dropped: Tensor | None = None  # [B, P, C] features of dropped patches when they were dropped; None unless tracked
     # [B, P] the token that holds a patch or, for a dropped patch, the most similar token; None unless tracked
     similar: Tensor | None = None
+    # a patch token has the features of the token at its place this many images before it in the batch, which is computed for
+    # both (0: it is computed itself); None: all are computed
+    shared_from: Int[Tensor, "B L"] | None = None
 
     @classmethod
     def start(
@@ -113,7 +116,7 @@ class Tokens:
 
     @property
     def is_plain(self) -> bool:
-        """True if a block may run unchanged on these tokens: none has a factor, is hidden or is parked."""
+        """True if a block may run unchanged on these tokens: none has a factor, is hidden, parked or shared."""
         return (
             self.attn_scale is None
             and self.keep_mask is None
@@ -121,10 +124,15 @@ class Tokens:
             and self.attention is None
             and self.switches is None
             and self.parked is None
+            and self.shared_from is None
         )
 
     def images(self, chosen: slice) -> Tokens:
-        """Return the same tokens for some images of the batch."""
+        """Return the same tokens for some images of the batch.
+
+        Tokens that share the features of one that is not among these images share those of the first image that has them; if
+        images are left out in between (a step), no token is shared. All have features, so either is right.
+        """
 
         def some(value: Any) -> Any:
             return None if value is None else value[chosen]
@@ -146,7 +154,15 @@ class Tokens:
             per_token={name: column[chosen] for name, column in self.per_token.items()},
             per_image={name: note[chosen] for name, note in self.per_image.items()},
             parked=None if self.parked is None else self.parked.images(chosen),
+            shared_from=self._shared_in(chosen),
         )
+
+    def _shared_in(self, chosen: slice) -> Tensor | None:
+        if self.shared_from is None or chosen.step not in (None, 1):
+            return None
+        shared = self.shared_from[chosen]
+        number = torch.arange(len(shared), device=shared.device).unsqueeze(1)
+        return torch.minimum(shared, number) if len(shared) else None
 
     @property
     def patches(self) -> Float[Tensor, "B L C"]:
@@ -171,6 +187,13 @@ class Tokens:
     def origin_index(self) -> Int[Tensor, "B L"]:
         """The patch whose position each token has."""
         return self.origin if self.origin is not None else arange_like(self.size)
+
+    @property
+    def source(self) -> Int[Tensor, "B N"]:
+        """The token whose features each token has (see ``shared_from``), as a row of the batch's tokens in one row [B N, C]."""
+        images, count = self.shape
+        own = torch.arange(images * count, device=self.size.device).view(images, count)
+        return own if self.shared_from is None else own - F.pad(self.shared_from * count, (self.prefix, 0))
 
     # ------------------------------------------------------------------------------------------------ verbs
     def keep(self, index: Int[Tensor, "B K"]) -> Tokens:
@@ -240,6 +263,14 @@ class Tokens:
             per_token={name: torch.cat([c, other.per_token[name]], 1) for name, c in self.per_token.items()},
             merged=self.merged or other.merged,
         )
+
+    def share(self, back: Int[Tensor, "B L"]) -> Tokens:
+        """Give each patch token the features of the one at its place ``back`` images before it in the batch (0: its own).
+
+        All tokens are kept, and each still holds its own patch. Blocks need to compute those of 0 only.
+        """
+        tokens = self.replace(shared_from=back)
+        return tokens.replace(x=self.x.flatten(0, 1).index_select(0, tokens.source.flatten()).view(self.x.shape))
 
     def soft_drop(self, alive: Float[Tensor, "B L"], dst: Int[Tensor, "B L"]) -> Tokens:
         """Drop tokens softly: all stay in the set, and a token with ``alive == 0`` gives its patches to ``dst`` (-1: none)."""

@@ -136,6 +136,12 @@ class Chain(Method):
         return hash(json.dumps(self.describe(), sort_keys=True, default=repr))
 
     def _check(self) -> None:
+        for member in self.members:
+            if member.batch_multiple > 1:
+                raise ValueError(
+                    f"chain: {member.info.name} on single frames lets tokens of later frames share those of earlier ones, and "
+                    "another method would drop or merge them in each frame separately; use it alone"
+                )
         for first, second in zip(self.members, self.members[1:], strict=False):
             if first.info.rest in RETURNING:
                 raise ValueError(f"chain: {first.info.name} brings its tokens back later, so it can only be the last method")

@@ -14,6 +14,12 @@ with the last frame of the other (``ends``), which also notices movement inside 
 Departures: the paper adds a learned embedding of the length of a run to its token. It has to be trained with the model, so it
 is left out; instead the logarithm of the length is added to the attention logits towards the token, as in ToMe
 (``proportional``).
+
+``frames`` is for models of single images that see a video frame by frame: a batch is then clips of that many consecutive
+frames, one clip after the other. Only the first patch of a run is computed in the blocks, and the patches after it share its
+features; prefix tokens of all frames are computed. A computed token of a frame attends to all patches of its frame: keys and
+values of a shared patch are those of the first one of its run. So every patch has features, and holds itself; a clip of equal
+frames gets the unreduced model's output for every frame. This use of runs is Laconic's own.
 """
 
 from __future__ import annotations
@@ -28,29 +34,15 @@ from laconic.core.adaptive import AdaptiveReducer, is_static
 from laconic.core.gather import arange_like
 from laconic.core.method import BlockContext, Reducer, method
 from laconic.core.patch_input import GROUP, PatchInput
-from laconic.core.shape_types import Float, Int
+from laconic.core.shape_types import Bool, Int
 from laconic.core.tokens import Tokens
-from laconic.methods.ops import BeforeBlocks, NoKeepRate, hide_groups, require, taken
+from laconic.methods.ops import BeforeBlocks, FramesReducer, NoKeepRate, change, hide_groups, require, starts_of, taken
 
 
-def change(tubelets: Float[Tensor, "B T S Z *size"], compare: str) -> Float[Tensor, "B U S"]:
-    """Return the mean absolute difference of each tubelet, from the second in time on, and the one before it.
-
-    Tubelets are [B, times, places, channels, frames, height, width].
-    """
-    before, after = tubelets[:, :-1], tubelets[:, 1:]
-    if compare == "ends":
-        before, after = before[:, :, :, :, 0], after[:, :, :, :, -1]
-    return (after - before).abs().flatten(3).mean(3)
-
-
-def runs_of(static: Tensor) -> Int[Tensor, "B P"]:
-    """Return the first tubelet of the run of each tubelet; ``static`` [B, T - 1, S] says which repeat the one before them."""
-    batch, _, places = static.shape
-    begins = torch.cat([torch.ones_like(static[:, :1]), ~static], 1)
-    time = torch.arange(begins.shape[1], device=static.device).view(1, -1, 1)
-    first = (time * begins).cummax(1).values  # the time at which each run begins
-    return (first * places + torch.arange(places, device=static.device)).view(batch, -1)
+def runs_of(static: Bool[Tensor, "B U S"]) -> Int[Tensor, "B P"]:
+    """Return the first tubelet of the run of each tubelet."""
+    places = static.shape[2]
+    return (starts_of(static)[1] * places + torch.arange(places, device=static.device)).flatten(1)
 
 
 class RunLengthReducer(AdaptiveReducer):
@@ -96,27 +88,46 @@ class RunLength(BeforeBlocks, NoKeepRate):
             drops equal tubelets only.
         compare: all pixels of two ``tubelets``, or the first frame of one and the last of the other (``ends``).
         proportional: add log(size) to the attention logits towards a token, as ToMe does.
+        frames: for models of images: the number of consecutive frames of a clip, 2 or more. A batch is then B * frames images.
+            ``compare`` and ``proportional`` have no meaning there. None: the model takes clips.
     """
 
     threshold: float = 0.1
     compare: Literal["tubelets", "ends"] = "tubelets"
     proportional: bool = True
+    frames: int | None = None
 
     tuning_hint: ClassVar[str] = "a higher threshold drops more tubelets"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require("run-length", "threshold", self.threshold, self.threshold >= 0, "must be 0 or more")
+        if self.frames is not None:
+            require("run-length", "frames", self.frames, self.frames >= 2, "must be 2 or more, or None")
+            for option, value, right in (
+                ("compare", self.compare, "tubelets"),
+                ("proportional", self.proportional, True),
+                ("execution", self.execution, self.execution if self.execution != "padded" else "packed"),
+            ):
+                require("run-length", option, value, value == right, f"must be {right!r} with frames={self.frames}")
+
+    @property
+    def batch_multiple(self) -> int:
+        return self.frames or 1
 
     def blocks(self, depth: int) -> tuple[int, ...]:
         """Return the first block."""
         return (0,)
 
     def build(self, site: BlockContext) -> Reducer:
-        return RunLengthReducer(self)
+        return RunLengthReducer(self) if self.frames is None else FramesReducer(self.threshold, self.frames)
 
     def trial(self, image: Tensor) -> Tensor:
-        """Return the clip with a still second half, so that there are runs."""
+        """Return the clip with a still second half, so that there are runs; of an image, a clip whose upper half changes."""
+        if self.frames is not None and image.dim() == 4:
+            clip = image[:1].repeat(self.frames, 1, 1, 1)
+            clip[self.frames // 2 :, :, : image.shape[2] // 2] = image[:1, :, : image.shape[2] // 2].flip(3)
+            return clip
         if image.dim() != 5:
             return image  # an image: `embed` refuses it
         half = image.shape[1] // 2

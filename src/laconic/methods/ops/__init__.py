@@ -7,6 +7,7 @@ from laconic.methods.ops.alone import NoKeepRate
 from laconic.methods.ops.checks import require, require_class_token
 from laconic.methods.ops.clustering import density_peaks, precise, squared_distances
 from laconic.methods.ops.everywhere import EveryBlock
+from laconic.methods.ops.frames import FramesReducer, change, starts_of
 from laconic.methods.ops.fuser import HIDDEN, Fused, learned_at, learning, mapping
 from laconic.methods.ops.fusing import both_ways, fuse, soften
 from laconic.methods.ops.grouped import BeforeBlocks, hide_groups, merge_groups, taken
@@ -50,6 +51,7 @@ __all__ = [
     "BeforeBlocks",
     "ClassHead",
     "EveryBlock",
+    "FramesReducer",
     "Fused",
     "Level",
     "Mixer",
@@ -74,6 +76,7 @@ __all__ = [
     "by_place",
     "by_stage",
     "cells",
+    "change",
     "cheapest",
     "class_attention",
     "cosine",
@@ -127,6 +130,7 @@ __all__ = [
     "square",
     "squared_distances",
     "start_small",
+    "starts_of",
     "strided",
     "taken",
     "topk_split",
