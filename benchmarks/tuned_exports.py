@@ -1,4 +1,4 @@
-"""Measure what `laconic tune` chose as exported files: the speed-up in ONNX Runtime and in OpenVINO beside that in PyTorch.
+"""Measure the choices of `laconic tune` in PyTorch, ONNX Runtime and OpenVINO.
 
     python -m benchmarks.tuned_exports
 

@@ -334,3 +334,23 @@ def test_arguments_are_checked():
         laconic.RunLength(frames=1)
     with pytest.raises(ValueError, match="chain: run-length on single frames .* use it alone"):
         laconic.Chain(("run-length", {"frames": 4}), ("ats", {}))
+
+
+@pytest.mark.parametrize("execution", ["packed", "masked"])
+def test_features_that_a_hook_changes_are_not_shared(execution):
+    """A hook may change each frame in its own way: the blocks after it compute every token of its output."""
+    base, x = families.make("plain"), video()
+    model = laconic.reduce_(copy.deepcopy(base), "run-length", frames=FRAMES, execution=execution)
+    other = torch.randn(8, 37, 1, generator=torch.Generator().manual_seed(5))
+    seen = list[torch.Tensor]()
+
+    def steer(block, args, out):
+        seen.append(out + other)
+        return seen[0]
+
+    model.blocks[1].register_forward_hook(steer)
+    with torch.no_grad():
+        out, features = model.forward_features(x), seen[0]
+        for block in base.blocks[2:]:
+            features = block(features)
+        close(out, base.norm(features))

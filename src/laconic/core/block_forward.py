@@ -235,7 +235,7 @@ def prefix_only(run: BlockRun, tokens: Tokens) -> Tokens | None:
     x = first + attend(block, steps, q, k, v, bias)
     if reducer is not None:
         seen = AttentionView.of([{"query": q, "key": k, "value": v, "attn_mask": bias}], tokens, run.link.name)
-        # such a reducer reads no features, and nobody reads the merged ones: merge features of width 0
+        # such a reducer reads no features, and its merged ones are not read: give it features of width 0
         tokens = apply(reduction, reducer, "between", tokens.replace(x=tokens.x[..., :0]), seen, run.n)
     return tokens.replace(x=x + spec.mlp(block, x))
 

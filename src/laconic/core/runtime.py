@@ -249,6 +249,8 @@ def run_block(block: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
     if kwargs or len(args) != 1:
         x, named = by_name(link.names, args, kwargs, link.spec.own_mask)
     reduction, tokens = history.reduction, history.tokens.replace(x=x)
+    if tokens.shared_from is not None and not (call is not None and call.tracing) and find(tokens.x) is None:
+        tokens = tokens.replace(shared_from=None)  # a hook has changed the features, perhaps those of each image in its own way
     if block.training:
         reduction.refuse_lost(history, tokens)
     count, n = len(tokens), history.counts[link.index - history.start]
