@@ -31,7 +31,8 @@ laconic data cutouts pictures --views 0 2 0 --pixels 224     # or pictures of yo
 
 `laconic tune` reduces the model in every way that may meet the target: merging and selecting methods, at their usual blocks,
 late and in small steps, before the first block, in chains, and on smaller inputs. All are fitted to the target by measured
-time and scored by your measure on some of the pictures; the best remain, and are judged on the others. Smaller inputs, random
+time and scored by your measure on some of the pictures; the best remain, blocks and counts of the very best are searched, and all
+are judged on the other pictures. Smaller inputs, random
 pruning and average pooling are always in the table. `--repair distil` trains scales and biases of the choice to meet the
 unreduced model's answers, and those of the smaller input, and keeps what held-out pictures confirm. In these runs repair
 moves a smaller input further than a method, so compare the choice with the repaired smaller input too. [The guide](guide.md)

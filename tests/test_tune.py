@@ -10,9 +10,12 @@ import torch.nn.functional as F
 import laconic
 from families import make
 from laconic.cli import app as cli
-from laconic.planning.candidates import Sizes, candidates
+from laconic.planning.candidates import Candidate, Sizes, candidates, fitted
 from laconic.planning.measures import Measure, nearest_other
+from laconic.planning.refine import refined
 from laconic.planning.scores import halves_of
+from laconic.planning.space import ScheduleSpace
+from laconic.planning.trials import Trial
 from laconic.planning.tuned import Tuned
 
 METHODS = ("tome",)
@@ -138,6 +141,34 @@ def test_measures_of_the_unreduced_model():
 def test_nearest_others():
     features = torch.tensor([[1.0, 0.0], [0.9, 0.1], [-1.0, 0.0], [-0.9, -0.1]])
     assert nearest_other(features).tolist() == [1, 0, 3, 2]
+
+
+def a_trial():
+    config = laconic.ToMe()
+    space = ScheduleSpace(make("plain"), config)
+    candidate = Candidate("96 px, tome, blocks 1 2", None, config, (1, 2))
+    whole = space.unreduced().macs
+    schedule = fitted(space, candidate, 0.88 * whole)
+    macs = space.summary(schedule).macs
+    return space, Trial(candidate, schedule, macs, cost=macs / whole)
+
+
+def test_a_search_finds_what_the_measure_prefers():
+    space, trial = a_trial()
+    found = refined(space, trial, lambda t: float(min(t.schedule.at)), 30)
+    assert found.schedule.at[0] > 1
+    assert found.score == found.schedule.at[0]
+    assert 0.95 * trial.macs <= found.macs <= trial.macs
+    assert found.macs == space.summary(found.schedule).macs
+    assert found.cost == pytest.approx(trial.cost * found.macs / trial.macs)
+    assert found.candidate.name.startswith("96 px, tome, searched blocks")
+    assert fitted(space, found.candidate, float(trial.macs)) == found.schedule
+
+
+def test_a_search_that_finds_nothing_better_returns_nothing():
+    space, trial = a_trial()
+    assert refined(space, trial, lambda t: 1.0, 10) is None
+    assert refined(space, trial, lambda t: -float(t.schedule != trial.schedule), 10) is None
 
 
 def test_sizes_are_whole_patches_and_run():

@@ -31,7 +31,8 @@ Sides = tuple[int, int]
 class Candidate:
     """An input size and, with ``config``, a method and the blocks at which it reduces (None: its usual ones).
 
-    With ``first`` it follows another method, in a `laconic.Chain`.
+    With ``first`` it follows another method, in a `laconic.Chain`. ``weights`` replace ``at`` after a search: how strongly each
+    block reduces (see `laconic.planning.search`).
     """
 
     name: str
@@ -39,6 +40,7 @@ class Candidate:
     config: Method | None = None
     at: tuple[int, ...] | None = None
     first: tuple[Method, float] | None = None  # a method that reduces before the first block, and its keep rate
+    weights: tuple[tuple[int, float], ...] | None = None
     baseline: bool = False  # True for smaller inputs, random pruning and average pooling
 
     @property
@@ -157,15 +159,17 @@ def shapes_of(config: Method, depth: int) -> list[tuple[str, tuple[int, ...] | N
     return [(found[at], at) for at in wanted if at in found]
 
 
-def family_of(space: ScheduleSpace, at: tuple[int, ...] | None) -> ScheduleFamily:
-    """Return the schedules of a candidate by a rate: equal keep rates, or equal steps over the blocks ``at``."""
-    return space.usual() if at is None else space.weighted(dict.fromkeys(at, 1.0))
+def family_of(space: ScheduleSpace, candidate: Candidate) -> ScheduleFamily:
+    """Return the schedules of a candidate by a rate: equal keep rates, equal steps over its blocks, or those of a search."""
+    if candidate.weights is not None:
+        return space.weighted(dict(candidate.weights))
+    return space.usual() if candidate.at is None else space.weighted(dict.fromkeys(candidate.at, 1.0))
 
 
-def fitted(space: ScheduleSpace, at: tuple[int, ...] | None, limit: float) -> Schedule | None:
+def fitted(space: ScheduleSpace, candidate: Candidate, limit: float) -> Schedule | None:
     """Return the schedule of a candidate that just meets a limit of multiply-adds; None if it cannot, or needs no reduction."""
     try:
-        family = family_of(space, at)
+        family = family_of(space, candidate)
         if space.cost(family(1.0)) <= limit:
             return None  # the smaller input alone meets the limit
         schedule = space.fit(family, limit)

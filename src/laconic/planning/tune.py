@@ -37,6 +37,7 @@ from laconic.planning.budget import Target
 from laconic.planning.candidates import Candidate, Sizes, candidates, fitted
 from laconic.planning.measures import Kind, Measure, Scored
 from laconic.planning.progress import ticking
+from laconic.planning.refine import refined
 from laconic.planning.repair import HOWS, How, Repaired, Until, passes, repair_by, scales_and_biases
 from laconic.planning.scores import Scores, Values, halves_of
 from laconic.planning.space import ScheduleSpace
@@ -46,6 +47,7 @@ from laconic.planning.tuned import Tuned, TunedRow
 FEW, MORE = 16, 64  # images of the first rounds
 KEPT, FINAL = 10, 4  # candidates that are timed, and that are judged
 ROUNDS, FINAL_ROUNDS, LEAST_ROUNDS = 4, 10, 3  # of time measurements
+SEARCHED, SEARCH = 40, 0.3  # schedules that are searched, and the share of the time left that they may take
 LEAST = 4  # images on which a candidate is scored, however short the time
 MET = 0.97  # share of a target that counts as met, since times are measured
 REPAIR: dict[How, float] = {"closed-form": 0.1, "distil": 0.5}  # share of the time that is reserved for repairs
@@ -149,9 +151,25 @@ class Tuner:
         if self.target.measured:
             tried = self._refitted(tried, ROUNDS)
         tried = self._scored(tried, self._affordable(len(tried), MORE, 0.35), "trying the better ones", 0.5)
+        tried += self._searched(tried)
         final = [*best_of([t for t in tried if not t.candidate.baseline], FINAL), *(t for t in tried if t.candidate.baseline)]
         final = self._refitted(final, ROUNDS) if self.target.measured else final
         return self._judged([*final, *inputs])
+
+    def _searched(self, trials: Sequence[Trial]) -> list[Trial]:
+        """Search the blocks and counts of the best candidate so far; return what is better."""
+        best = best_of([t for t in trials if t.schedule is not None and not t.candidate.baseline], 1)
+        space = self._space(best[0].candidate) if best else None
+        if space is None:
+            return []
+        count = self._affordable(SEARCHED, MORE, SEARCH)
+        steps = SEARCHED if self._left() is None else min(SEARCHED, self._affordable(count, SEARCHED, SEARCH))
+
+        def score(trial: Trial) -> float:
+            return float(self._values(self.searching, trial, count).mean())
+
+        found = refined(space, best[0], score, steps)
+        return [] if found is None else [found]
 
     def _judged(self, trials: list[Trial]) -> Tuned:
         """Time all in one run, judge them on the held-out images, and choose by the searched ones."""
@@ -226,7 +244,7 @@ class Tuner:
         """Return the candidate with the schedule whose multiply-adds are this share of the unreduced model's, at most."""
         assert candidate.config is not None
         space = self._space(candidate)
-        schedule = None if space is None else fitted(space, candidate.at, limit * self.whole)
+        schedule = None if space is None else fitted(space, candidate, limit * self.whole)
         if space is None or schedule is None:
             return None
         summary = space.summary(schedule)
