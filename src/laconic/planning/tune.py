@@ -47,7 +47,7 @@ from laconic.planning.tuned import Tuned, TunedRow
 FEW, MORE = 16, 64  # images of the first rounds
 KEPT, FINAL = 10, 4  # candidates that are timed, and that are judged
 ROUNDS, FINAL_ROUNDS, LEAST_ROUNDS = 4, 10, 3  # of time measurements
-SEARCHED, SEARCH = 40, 0.3  # schedules that are searched, and the share of the time left that they may take
+SEARCHED, SEARCH = 40, 0.2  # schedules that are searched, and the share of the time left that they may take
 LEAST = 4  # images on which a candidate is scored, however short the time
 MET = 0.97  # share of a target that counts as met, since times are measured
 REPAIR: dict[How, float] = {"closed-form": 0.1, "distil": 0.5}  # share of the time that is reserved for repairs
@@ -146,11 +146,11 @@ class Tuner:
         tried = self._fitted([c for c in found if not c.is_plain])
         if not tried and not inputs:
             raise ValueError(f"target {self.target.text}: no method and no input size of this model meets it; ask for less")
-        tried = self._scored(tried, self._affordable(len(tried), FEW, 0.35), "trying", 0.5)
+        tried = self._scored(tried, self._affordable(len(tried), FEW, 0.25), "trying", 0.4)
         tried = [*best_of([t for t in tried if not t.candidate.baseline], KEPT), *(t for t in tried if t.candidate.baseline)]
         if self.target.measured:
             tried = self._refitted(tried, ROUNDS)
-        tried = self._scored(tried, self._affordable(len(tried), MORE, 0.35), "trying the better ones", 0.5)
+        tried = self._scored(tried, self._affordable(len(tried), MORE, 0.25), "trying the better ones", 0.4)
         tried += self._searched(tried)
         final = [*best_of([t for t in tried if not t.candidate.baseline], FINAL), *(t for t in tried if t.candidate.baseline)]
         final = self._refitted(final, ROUNDS) if self.target.measured else final
