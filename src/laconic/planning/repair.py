@@ -2,7 +2,7 @@
 
 ``closed-form`` fits the scale and bias of the last layer norm, one channel at a time, by least squares. ``distil`` trains the
 scales and biases of all layers (the parameters with one dimension) for some minutes, so that the answer (or the restored patch
-features) and the prefix tokens after every block meet those of the unreduced model. Held-out images decide whether the change
+features) and the prefix tokens after the blocks meet those of the unreduced model. Held-out images decide whether the change
 stays.
 """
 
@@ -83,7 +83,8 @@ def repair_(
         model: a reduced model in float32, or one with smaller images, if ``base`` is given.
         images: [N, channels, height, width], preprocessed for ``base``; they need no labels.
         how: ``closed-form`` (seconds) or ``distil`` (minutes).
-        measure: as in `laconic.tune`; it judges. With ``dense``, patch features are trained, else the answer.
+        measure: as in `laconic.tune`; it judges. With ``dense``, patch features are trained, else the answer; prefix tokens
+            after the blocks are trained with either.
         base: the unreduced model (default: ``model`` without its reduction). It must not share parameters with ``model``.
         held_out: images that judge (default: every fourth of ``images``, which then does not fit).
         labels: [N] of ``held_out``, if the measure needs them.
