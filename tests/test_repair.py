@@ -1,6 +1,5 @@
 """Repair of a reduced model: scales and biases meet the unreduced model's answers, and held-out images decide."""
 
-import contextlib
 import copy
 import json
 
@@ -11,9 +10,8 @@ import torch.nn.functional as F
 import laconic
 from families import make
 from laconic.analysis.diagnose import shared_copy
-from laconic.planning import repair
 from laconic.planning.measures import Measure
-from laconic.planning.repair import Repaired, prefix_tokens, scales_and_biases
+from laconic.planning.repair import Repaired, scales_and_biases
 from laconic.planning.tuned import Tuned
 
 
@@ -63,68 +61,6 @@ def test_the_same_steps_give_the_same_parameters(distilled):
     model = reduced()
     laconic.repair_(model, pictures(64), held_out=pictures(16, 1), steps=60)
     assert all(torch.equal(one, two) for one, two in zip(model.parameters(), distilled[0].parameters(), strict=True))
-
-
-def of_blocks(model, images):
-    with torch.no_grad(), prefix_tokens(model) as read:
-        answer = model(images)
-        return answer, *read()
-
-
-def test_prefix_tokens_after_the_blocks_come_nearer(distilled, monkeypatch):
-    held_out = pictures(16, 1)
-    _, wanted = of_blocks(unreduced(), held_out)
-    monkeypatch.setattr(repair, "prefix_tokens", lambda model: contextlib.nullcontext(lambda: ()))
-    by_answers = reduced()
-    laconic.repair_(by_answers, pictures(64), held_out=held_out, steps=60)
-    models = (reduced(), by_answers, distilled[0])
-    before, by_answer, after = (float(F.cosine_similarity(of_blocks(one, held_out)[1], wanted, dim=2).mean()) for one in models)
-    assert after > before
-    assert 1 - after < 0.9 * (1 - by_answer)
-
-
-@pytest.mark.parametrize("family", ["plain", "dinov2-reg", "gap"])
-def test_prefix_tokens_are_those_of_timms_intermediates(family):
-    model = make(family).eval()
-    side = model.patch_embed.img_size[0]
-    images = F.interpolate(pictures(2), size=(side, side))
-    found = of_blocks(model, images)[1:]
-    count = model.num_prefix_tokens
-    if not count:
-        assert found == ()
-        return
-    blocks = range(len(model.blocks) - 1)
-    wanted = model.forward_intermediates(
-        images, list(blocks), return_prefix_tokens=True, intermediates_only=True, output_fmt="NLC"
-    )
-    assert torch.allclose(found[0], torch.cat([prefix for _, prefix in wanted], 1), atol=1e-6)
-    assert not any(block._forward_hooks for block in model.blocks)
-
-
-def trained_on(monkeypatch):
-    """Collect the images of all distillations."""
-    seen, own = [], repair.distil
-
-    def spy(model, base, images, *others, **named):
-        seen.append(images)
-        return own(model, base, images, *others, **named)
-
-    monkeypatch.setattr(repair, "distil", spy)
-    return seen
-
-
-def test_images_that_judge_are_not_trained_on(monkeypatch):
-    seen, images = trained_on(monkeypatch), pictures(8)
-    judged = []
-
-    def measure(model, batch):
-        judged.append(batch)
-        return torch.zeros(len(batch))
-
-    laconic.repair_(reduced(), images, steps=1, measure=measure)
-    used, held_out = seen[0], judged[0]
-    assert len(used) + len(held_out) == len(images)
-    assert not any(torch.equal(one, other) for one in used for other in held_out)
 
 
 def test_a_repair_that_does_not_help_is_undone():
@@ -220,7 +156,6 @@ def test_scales_and_biases_are_the_models_own():
 @pytest.fixture(scope="module")
 def tuned():
     with pytest.MonkeyPatch.context() as patch:
-        seen = trained_on(patch)
         patch.setattr("laconic.planning.candidates.SHARES", (1.0, 0.84, 0.5))
         patch.setattr("laconic.planning.candidates.REDUCED", 0)
         patch.setattr("laconic.planning.tune.FINAL", 1)
@@ -228,8 +163,6 @@ def tuned():
         before = copy.deepcopy(base.state_dict())
         found = laconic.tune(base, pictures(96), "1.6x-macs", methods=("topk",), repair="distil", batch_size=1)
         assert all(torch.equal(before[name], value) for name, value in base.state_dict().items())
-        assert seen
-        assert all(torch.equal(used, pictures(96)[::2]) for used in seen)  # the others judge
         return found
 
 

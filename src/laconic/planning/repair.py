@@ -1,9 +1,8 @@
 """`repair_`: bring the answer of a reduced model nearer to the unreduced model's, on images without labels.
 
 ``closed-form`` fits the scale and bias of the last layer norm, one channel at a time, by least squares. ``distil`` trains the
-scales and biases of all layers (the parameters with one dimension) for some minutes, so that the answer (or the restored patch
-features) and the prefix tokens after the blocks meet those of the unreduced model. Held-out images decide whether the change
-stays.
+scales and biases of all layers (the parameters with one dimension) for some minutes, so that the answer and the restored patch
+features meet those of the unreduced model. Held-out images decide whether the change stays.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -83,8 +81,7 @@ def repair_(
         model: a reduced model in float32, or one with smaller images, if ``base`` is given.
         images: [N, channels, height, width], preprocessed for ``base``; they need no labels.
         how: ``closed-form`` (seconds) or ``distil`` (minutes).
-        measure: as in `laconic.tune`; it judges. With ``dense``, patch features are trained, else the answer; prefix tokens
-            after the blocks are trained with either.
+        measure: as in `laconic.tune`; it judges. With ``dense``, patch features are trained, else the answer.
         base: the unreduced model (default: ``model`` without its reduction). It must not share parameters with ``model``.
         held_out: images that judge (default: every fourth of ``images``, which then does not fit).
         labels: [N] of ``held_out``, if the measure needs them.
@@ -290,13 +287,15 @@ def distil(
 ) -> int:
     """Train parameters with AdamW so that answers (or features of prefix and patches) meet the unreduced model's.
 
-    The loss is 1 - cosine; of logits, the cross-entropy with the unreduced model's probabilities. 1 - cosine of the prefix
-    tokens, mean over the blocks, is added to it. The learning rate rises over the first tenth, and falls as a cosine.
+    The loss is 1 - cosine; of logits, the cross-entropy with the unreduced model's probabilities. The learning rate rises over
+    the first tenth, and falls as a cosine.
 
     Returns:
         The number of steps that were made.
     """
-    targets = _targets(base, images, dense=dense)
+    with torch.no_grad():
+        parts = [_outputs(base, batch, dense=dense) for batch in _batches(base, images)]
+    targets = [torch.cat(column).cpu() for column in zip(*parts, strict=True)]
     has_head = not dense and getattr(find_host(base)[0], "num_classes", 0) > 0
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     optimizer = torch.optim.AdamW(fitted, lr=RATE, weight_decay=0.0)
@@ -306,13 +305,11 @@ def distil(
             parameter.requires_grad_(False)
         for parameter in fitted:
             parameter.requires_grad_(True)
-        ticks = ticking(until.steps if until.minutes is None else 0, "distilling", "step")
-        with torch.enable_grad(), prefix_tokens(model) as read, ticks as tick:
+        with torch.enable_grad(), ticking(until.steps if until.minutes is None else 0, "distilling", "step") as tick:
             while (done := until.reached(step, time.monotonic() - begin)) < 1:
                 chosen = torch.randperm(len(images), generator=order)[:BATCH]
                 batch = next(_batches(model, images[chosen]))
-                outputs = (*_outputs(model, batch, dense=dense), *read())
-                loss = _loss(outputs, [one[chosen] for one in targets], has_head=has_head)
+                loss = _loss(_outputs(model, batch, dense=dense), [one[chosen] for one in targets], has_head=has_head)
                 optimizer.param_groups[0]["lr"] = RATE * (done / RISE if done < RISE else (1 + math.cos(math.pi * done)) / 2)
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -327,48 +324,15 @@ def distil(
     return step
 
 
-def _targets(base: nn.Module, images: Tensor, *, dense: bool) -> list[Tensor]:
-    """Return what the outputs of all images, and the prefix tokens after the blocks, are to meet."""
-    with torch.no_grad(), prefix_tokens(base) as read:
-        parts = [(*_outputs(base, batch, dense=dense), *read()) for batch in _batches(base, images)]
-    return [torch.cat(column).cpu() for column in zip(*parts, strict=True)]
-
-
-@contextmanager
-def prefix_tokens(model: nn.Module) -> Iterator[Callable[[], tuple[Tensor, ...]]]:
-    """Give a function that returns what the blocks but the last made of the prefix tokens in the last forward.
-
-    It returns them as one tensor [B, blocks * prefix, C], or nothing for a model without prefix tokens or with several stages.
-    """
-    host, entry = find_host(model)
-    shapes, blocks, seen = entry.shapes(host), entry.blocks(host)[:-1], dict[int, Tensor]()
-    prefix = shapes[0].prefix if len(shapes) == 1 else 0
-
-    def noting(number: int) -> Any:
-        def note(block: nn.Module, inputs: Any, out: Any) -> None:
-            seen[number] = (out[0] if isinstance(out, tuple) else out)[:, :prefix]
-
-        return note
-
-    handles = [block.register_forward_hook(noting(number)) for number, block in enumerate(blocks) if prefix]
-    try:
-        yield lambda: (torch.cat([seen[number] for number in range(len(blocks))], dim=1),) if handles else ()
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _loss(outputs: Sequence[Tensor], targets: Sequence[Tensor], *, has_head: bool) -> Tensor:
-    """Return the sum of the losses of all parts; the first one is logits if ``has_head``."""
+    """Return the sum of the losses of all parts."""
     total = torch.zeros((), device=outputs[0].device)
-    for number, (out, target) in enumerate(zip(outputs, targets, strict=True)):
+    for out, target in zip(outputs, targets, strict=True):
         if out.shape[1] == 0:
             continue
         target = target.to(out.device)
-        if has_head and number == 0:
-            total = total + F.cross_entropy(out, target.softmax(1))
-            continue
         if target.shape[1] != out.shape[1]:
             target = resized(target, out.shape[1])
-        total = total + (1 - F.cosine_similarity(out, target, dim=-1)).mean()
+        one = F.cross_entropy(out, target.softmax(1)) if has_head else (1 - F.cosine_similarity(out, target, dim=-1)).mean()
+        total = total + one
     return total
