@@ -112,7 +112,7 @@ def _resized(model: nn.Module, sides: Sides) -> nn.Module | None:
 
 
 def candidates(sizes: Sizes, methods: Sequence[str | Method] | None = None) -> list[Candidate]:
-    """Return all candidates on a model: methods at their usual blocks, late, and in small steps, at several input sizes.
+    """Return all candidates on a model, the baselines first and then those that are often good: methods at their usual blocks, late, and in small steps, at several input sizes.
 
     Methods that do not work on the model are left out when their schedule is fitted.
 
@@ -138,7 +138,7 @@ def candidates(sizes: Sizes, methods: Sequence[str | Method] | None = None) -> l
                 for first, keep in itertools.product(firsts[:1], FIRST):
                     name = f"{first.info.name} to {keep:.0%}, {config.info.name}, {words}"
                     out.append(Candidate(name, None, config, at, (first, keep)))
-    return out
+    return sorted(out, key=lambda candidate: -1 if candidate.baseline else likelihood(candidate, smaller))
 
 
 def shapes_of(config: Method, depth: int) -> list[tuple[str, tuple[int, ...] | None]]:
@@ -157,6 +157,18 @@ def shapes_of(config: Method, depth: int) -> list[tuple[str, tuple[int, ...] | N
     merging = config.info.rest == "merged" and config.info.score == "similarity"
     wanted = (None, run, early) if merging else (None, late, run)
     return [(found[at], at) for at in wanted if at in found]
+
+
+def likelihood(candidate: Candidate, sizes: Sequence[Sides]) -> int:
+    """Return a rank that is lower for candidates that are often good: of the method, plus that of the input size.
+
+    Methods that merge and methods that select take turns, since the measure decides between them.
+    """
+    assert candidate.config is not None
+    turns = [name for pair in itertools.zip_longest(MERGING, SELECTING) for name in pair if name is not None]
+    name = candidate.config.info.name
+    method = turns.index(name) if name in turns else len(turns)
+    return method + (0 if candidate.sides is None else 1 + sizes.index(candidate.sides))
 
 
 def family_of(space: ScheduleSpace, candidate: Candidate) -> ScheduleFamily:

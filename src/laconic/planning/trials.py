@@ -68,6 +68,18 @@ def best_of(trials: Sequence[Trial], count: int) -> list[Trial]:
     return sorted(trials, key=lambda trial: -trial.score)[:count]
 
 
+def likeliest(trials: Sequence[Trial], number: int) -> list[Trial]:
+    """Return the first ``number`` candidates (see `laconic.planning.candidates.candidates`) and all baselines."""
+    others = [trial for trial in trials if not trial.candidate.baseline]
+    return [*others[:number], *(trial for trial in trials if trial.candidate.baseline)]
+
+
+def worth_repair(best: Trial, trials: Sequence[Trial], limit: float) -> list[Trial]:
+    """Return the chosen candidate, and the largest smaller input that costs at most ``limit``."""
+    inputs = [t for t in trials if t.candidate.is_plain and t is not best and t.cost <= limit]
+    return [best, *sorted(inputs, key=lambda t: -t.cost)[:1]]
+
+
 def named(group: Sequence[Candidate]) -> str:
     """Return candidates in words: their methods, and their number if there are several."""
     known = [(c.config.info.name, c.first) for c in group if c.config is not None]

@@ -41,10 +41,11 @@ from laconic.planning.refine import refined
 from laconic.planning.repair import HOWS, How, Repaired, Until, passes, repair_by, scales_and_biases
 from laconic.planning.scores import Scores, Values, halves_of
 from laconic.planning.space import ScheduleSpace
-from laconic.planning.trials import Trial, best_of, named, row_of, space_of
+from laconic.planning.trials import Trial, best_of, likeliest, named, row_of, space_of, worth_repair
 from laconic.planning.tuned import Tuned, TunedRow
 
 FEW, MORE = 16, 64  # images of the first rounds
+TRIED, ENOUGH = 8, 24  # images that a candidate is at least tried on, and judged on: with less time, there are fewer candidates
 KEPT, FINAL = 10, 4  # candidates that are timed, and that are judged
 ROUNDS, FINAL_ROUNDS, LEAST_ROUNDS = 4, 10, 3  # of time measurements
 SEARCHED, SEARCH = 40, 0.2  # schedules that are searched, and the share of the time left that they may take
@@ -146,23 +147,36 @@ class Tuner:
         tried = self._fitted([c for c in found if not c.is_plain])
         if not tried and not inputs:
             raise ValueError(f"target {self.target.text}: no method and no input size of this model meets it; ask for less")
+        tried = self._likely(tried)
         tried = self._scored(tried, self._affordable(len(tried), FEW, 0.25), "trying", 0.4)
         tried = [*best_of([t for t in tried if not t.candidate.baseline], KEPT), *(t for t in tried if t.candidate.baseline)]
         if self.target.measured:
             tried = self._refitted(tried, ROUNDS)
         tried = self._scored(tried, self._affordable(len(tried), MORE, 0.25), "trying the better ones", 0.4)
         tried += self._searched(tried)
-        final = [*best_of([t for t in tried if not t.candidate.baseline], FINAL), *(t for t in tried if t.candidate.baseline)]
+        baselines = [t for t in tried if t.candidate.baseline]
+        short = self._affordable(2 * (FINAL + len(baselines) + len(inputs)), ENOUGH, 0.7) < ENOUGH
+        if short:  # fewer rows, judged on more images
+            inputs = [t for t in inputs if t.cost > self.limit][-1:] + [t for t in inputs if t.cost <= self.limit]
+        final = [*best_of([t for t in tried if not t.candidate.baseline], 2 if short else FINAL), *baselines]
         final = self._refitted(final, ROUNDS) if self.target.measured else final
         return self._judged([*final, *inputs])
+
+    def _likely(self, trials: list[Trial]) -> list[Trial]:
+        """Leave out the candidates least likely to be good, if the time is not enough to try each on some images."""
+        number = max(KEPT, self._affordable(TRIED, len(trials), 0.25))
+        chosen = likeliest(trials, number)
+        if len(chosen) < len(trials):
+            self.notes.append(f"the time was enough to try {len(chosen)} of {len(trials)} candidates")
+        return chosen
 
     def _searched(self, trials: Sequence[Trial]) -> list[Trial]:
         """Search the blocks and counts of the best candidate so far; return what is better."""
         best = best_of([t for t in trials if t.schedule is not None and not t.candidate.baseline], 1)
         space = self._space(best[0].candidate) if best else None
-        if space is None:
-            return []
         count = self._affordable(SEARCHED, MORE, SEARCH)
+        if space is None or count < min(TRIED, len(self.searching.images)):
+            return []  # the best of many on a few images is the luckiest one
         steps = SEARCHED if self._left() is None else min(SEARCHED, self._affordable(count, SEARCHED, SEARCH))
 
         def score(trial: Trial) -> float:
@@ -189,7 +203,7 @@ class Tuner:
         rows = [TunedRow("unreduced", None, None, None, self.whole, Quartiles(1.0, 1.0, 1.0), None, bootstrap(whole), None)]
         rows += [row_of(t, held[id(t)], inputs) for t in sorted(trials, key=lambda t: -t.score)]
         chosen, parameters = best.candidate.name, dict[str, Tensor]()
-        worth, reached = self._worth_repair(best, trials), -math.inf
+        worth, reached = [] if self.repair is None else worth_repair(best, trials, self.limit / MET), -math.inf
         for number, t in enumerate(worth):
             if (done := self._repaired(t, count, len(worth) - number)) is not None:
                 found, values, fitted = done
@@ -200,11 +214,6 @@ class Tuner:
         self.notes += [f"{named(group)}: left out, {reason}" for reason, group in self.refused.items()]
         counts = (min(count, len(self.searching.images)), min(count, len(self.judging.images)))
         return Tuned(self.target, self.judging.name, self.sizes.own, counts, tuple(rows), chosen, tuple(self.notes), parameters)
-
-    def _worth_repair(self, best: Trial, trials: Sequence[Trial]) -> list[Trial]:
-        """Return the chosen candidate, and the largest smaller input that meets the target, if there is to be a repair."""
-        inputs = [t for t in trials if t.candidate.is_plain and t is not best and t.cost <= self.limit / MET]
-        return [] if self.repair is None else [best, *sorted(inputs, key=lambda t: -t.cost)[:1]]
 
     def _repaired(self, trial: Trial, count: int, repairs: int) -> tuple[Repaired, Values, dict[str, Tensor]] | None:
         """Repair a candidate, in the time left for as many; return what was done, held-out scores, and fitted parameters."""
