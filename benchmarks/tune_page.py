@@ -1,6 +1,6 @@
 """``python -m benchmarks.tune_page docs/tune.md``: write the page of what `laconic tune` chose, from results/tune-*.json.
 
-The runs were made on an otherwise idle machine, by the commands on the page, after
+The runs were made by the commands on the page, after
 ``laconic data cutouts pictures --views 0 2 0 --pixels 224``. The plot docs/tune.png is made of the first run.
 """
 
@@ -31,12 +31,11 @@ laconic data cutouts pictures --views 0 2 0 --pixels 224     # or pictures of yo
 
 `laconic tune` reduces the model in every way that may meet the target: merging and selecting methods, at their usual blocks,
 late and in small steps, before the first block, in chains, and on smaller inputs. All are fitted to the target by measured
-time and scored by your measure on some of the pictures; the best remain, blocks and counts of the very best are searched, and all
-are judged on the other pictures. Smaller inputs, random
-pruning and average pooling are always in the table. `--repair distil` trains scales and biases of the choice to meet the
-unreduced model's answers, and those of the smaller input, and keeps what held-out pictures confirm. In these runs repair
-moves a smaller input further than a method, so compare the choice with the repaired smaller input too. [The guide](guide.md)
-says more.
+time and scored by your measure on some of the pictures; the best remain, blocks and counts of the very best are searched, and
+the other pictures judge. Smaller inputs, random pruning and average pooling are always in the table. `--repair distil` trains
+scales and biases of the choice to meet the unreduced model's answers, and those of the smaller input, and keeps what held-out
+pictures confirm. Repair moves a smaller input further than a method, so compare the choice with the repaired smaller input too.
+[The guide](guide.md) says more.
 
 ```python
 import json, laconic, safetensors.torch
@@ -48,7 +47,7 @@ tuned.apply(model)      # the input size, the repaired parameters and the reduct
 ![Score against measured speed of the rows that were judged](tune.png)
 
 Over a smaller input: the difference to the unreduced model on smaller pictures that takes as long, by measured time, with a
-95 % interval over the pictures. {machine}
+95 % interval over the pictures.
 
 """
 COLUMNS = ("", "GMACs", "speed", "score", "(95 %)", "over a smaller input", "(95 %)")
@@ -72,11 +71,12 @@ def table(tuned: Tuned) -> str:
 def section(fields: dict[str, Any], tuned: Tuned) -> str:
     """Return the section of a run."""
     chosen, judging = tuned.images
-    said = verdict(tuned)
+    said, here = verdict(tuned), fields["environment"]
     lines = [
         f"## {tuned.target.text}, {WORDS[tuned.measure]}",
         f"`{fields['command']}`",
-        f"{chosen} pictures chose, {judging} judge.",
+        f"{chosen} pictures chose, {judging} judge. {here['device']}, {here['threads']} "
+        f"thread{'s' if here['threads'] != 1 else ''}, torch {here['torch']}, {here['date'][:10]}.",
         table(tuned),
         f"**{said[0].upper()}{said[1:]}**",
     ]
@@ -114,14 +114,8 @@ def page(paths: Sequence[Path] | None = None) -> str:
     """Return the page of the committed runs, or of other files."""
     runs = [read(path) for path in paths or runs_of()]
     more = [exported(json.loads(EXPORTS.read_text()))] if paths is None and EXPORTS.exists() else []
-    here = runs[0][0]["environment"]
-    machine = f"{here['device']}, {here['threads']} threads, torch {here['torch']}, {here['date'][:10]}."
-    return (
-        "\n\n".join(
-            [HEAD.format(command=runs[0][0]["command"], machine=machine).rstrip(), *(section(*run) for run in runs), *more]
-        )
-        + "\n"
-    )
+    head = HEAD.format(command=runs[0][0]["command"]).rstrip()
+    return "\n\n".join([head, *(section(*run) for run in runs), *more]) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -112,7 +112,9 @@ def _resized(model: nn.Module, sides: Sides) -> nn.Module | None:
 
 
 def candidates(sizes: Sizes, methods: Sequence[str | Method] | None = None) -> list[Candidate]:
-    """Return all candidates on a model, the baselines first and then those that are often good: methods at their usual blocks, late, and in small steps, at several input sizes.
+    """Return all candidates on a model: methods at their usual blocks, late, and in small steps, at several input sizes.
+
+    Baselines come first, then the candidates that are often good.
 
     Methods that do not work on the model are left out when their schedule is fitted.
 
