@@ -161,7 +161,8 @@ def tuned():
         patch.setattr("laconic.planning.tune.FINAL", 1)
         base = unreduced()
         before = copy.deepcopy(base.state_dict())
-        found = laconic.tune(base, pictures(96), "1.6x-macs", methods=("topk",), repair="distil", batch_size=1)
+        given = {"methods": ("topk",), "repair": "distil", "batch_size": 1}
+        found = laconic.tune(base, pictures(96), "1.6x-macs", repair_images=pictures(32, 7), **given)
         assert all(torch.equal(before[name], value) for name, value in base.state_dict().items())
         return found
 
@@ -170,6 +171,7 @@ def test_a_tuned_model_is_repaired_and_applied(tuned):
     found = tuned
     assert found.best.repaired is not None
     assert found.chosen.endswith(", repaired")
+    assert found.best.repaired.images == (48 + 32, 48)
     assert found.best.score.mean > found.best.repaired.before.mean
     again = Tuned.of_json(json.loads(json.dumps(found.to_json())))
     assert again == found

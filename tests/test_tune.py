@@ -1,6 +1,7 @@
 """Choosing input size, method and schedule: the measures, the choice at equal cost, and what the result can do."""
 
 import copy
+import importlib
 import json
 
 import pytest
@@ -274,6 +275,18 @@ def test_the_command_writes_numbers_and_a_plot(tmp_path, monkeypatch, capsys):
     assert Tuned.of_json(found).best.sides is None
     assert (tmp_path / "out.png").stat().st_size > 10_000
     assert not (tmp_path / "out.scores.jsonl").exists()
+    assert cli.main([*COMMAND, "--repair-split", "train"]) != 0
+    assert "--repair closed-form or distil" in capsys.readouterr().err
     for wrong in ("beauty", "my_measure:beauty", "no_module:large"):
         assert cli.main([*COMMAND, "--measure", wrong]) != 0
         assert f"--measure {wrong}" in capsys.readouterr().err
+
+
+def test_the_command_repairs_with_images_of_another_split(tmp_path, monkeypatch):
+    monkeypatch.setattr("laconic.cli.tune.REPAIR_IMAGES", 12)
+    given = ("--repair", "closed-form", "--repair-split", "train", "--output", str(tmp_path / "out.json"))
+    seen, module = [], importlib.import_module("laconic.planning.tune")
+    run = module.repair_by
+    monkeypatch.setattr(module, "repair_by", lambda *args: (seen.append(len(args[3])), run(*args))[1])
+    assert cli.main([*COMMAND, "--batch-size", "2", "--threads", "1", *given]) == 0
+    assert set(seen) == {4 + 12}

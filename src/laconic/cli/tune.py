@@ -28,6 +28,7 @@ from laconic.planning.tune import tune as tune_model
 from laconic.planning.tuned import Tuned, TunedRow
 from laconic.report.chart import Chart, Point
 
+REPAIR_IMAGES = 1024  # of --repair-split
 EXPLAINED = (
     "Speed: time of the unreduced model divided by the row's, median of interleaved rounds. Over a smaller input: the "
     "difference to the unreduced model on smaller images that takes as long. 95 % intervals by the bootstrap, image by image."
@@ -114,6 +115,7 @@ def tune(
     methods: tuple[str, ...] = (),
     minutes: float | None = None,
     repair: Literal["none", "closed-form", "distil"] = "none",
+    repair_split: str | None = None,
     batch_size: int = 8,
     threads: int | None = None,
     split: str = "val",
@@ -141,6 +143,7 @@ def tune(
         minutes: time that may be spent; with less time, fewer images are used (default: as long as all images take).
         repair: fit scales and biases of the chosen row to the unreduced model: closed-form (seconds) or distil (minutes).
             It stays if held-out images say so.
+        repair_split: another split of the data, up to 1024 images of which are fitted too; they need no labels.
         batch_size: images in a forward where time is measured.
         threads: CPU threads (default: as many as torch takes by itself).
         split: of the data.
@@ -162,6 +165,8 @@ def tune(
     if output is not None:
         plots.check_matplotlib()
     kind = _measure(measure)
+    if repair_split is not None and (repair == "none" or repair_split == split):
+        raise Refusal(f"--repair-split {repair_split}: give another split than {split}, and --repair closed-form or distil")
     setting = Setting(rounds=1, threads=threads, device=device, dtype=dtype)
     reading = Reading(split=split, limit=limit, workers=workers)
     eval_input = open_eval_input(model, data, reading, weights, model_args)
@@ -169,6 +174,10 @@ def tune(
         raise Refusal(f"{eval_input.weights}; fidelity to random weights means nothing. Give --weights")
     base = eval_input.base.to(setting.place, DTYPES[setting.dtype]).eval()
     images, labels = pixels_of(base, eval_input, reading)
+    more = None
+    if repair_split is not None:
+        further = Reading(split=repair_split, limit=REPAIR_IMAGES, workers=workers)
+        more, _ = pixels_of(base, open_eval_input(model, data, further, weights, model_args), further)
     record = None if output is None or callable(kind) else output.with_suffix(".scores.jsonl")
     facts: dict[str, Any] = {
         "measure": kind,
@@ -177,6 +186,7 @@ def tune(
         "minutes": minutes,
         "record": record,
         "repair": None if repair == "none" else repair,
+        "repair_images": more,
     }
     with machine.prepared(setting):
         tuned = tune_model(base, images, target, batch_size=batch_size, **facts)

@@ -41,6 +41,7 @@ from laconic.planning.refine import refined
 from laconic.planning.repair import HOWS, How, Repaired, Until, passes, repair_by, scales_and_biases
 from laconic.planning.scores import Scores, Values, halves_of
 from laconic.planning.space import ScheduleSpace
+from laconic.planning.time_limit import TimeLimit
 from laconic.planning.trials import Trial, best_of, likeliest, named, row_of, space_of, worth_repair
 from laconic.planning.tuned import Tuned, TunedRow
 
@@ -49,7 +50,6 @@ TRIED, ENOUGH = 8, 24  # images that a candidate is at least tried on, and judge
 KEPT, FINAL = 10, 4  # candidates that are timed, and that are judged
 ROUNDS, FINAL_ROUNDS, LEAST_ROUNDS = 4, 10, 3  # of time measurements
 SEARCHED, SEARCH = 40, 0.2  # schedules that are searched, and the share of the time left that they may take
-LEAST = 4  # images on which a candidate is scored, however short the time
 MET = 0.97  # share of a target that counts as met, since times are measured
 REPAIR: dict[How, float] = {"closed-form": 0.1, "distil": 0.5}  # share of the time that is reserved for repairs
 INPUTS = 3  # smaller inputs around the target that are judged
@@ -67,6 +67,7 @@ def tune(
     batch_size: int = 8,
     record: str | Path | None = None,
     repair: How | None = None,
+    repair_images: Tensor | None = None,
 ) -> Tuned:
     """Choose the input size, method and schedule that keep a measure best at a target of cost. The model is not changed.
 
@@ -87,6 +88,7 @@ def tune(
             so a run that was stopped goes on.
         repair: ``closed-form`` or ``distil``: change scales and biases of the chosen row, see `laconic.repair_`. The images
             that choose are fitted.
+        repair_images: [N, channels, height, width], further images for the repair; they need no labels. The more, the better.
 
     Raises:
         ValueError: the target cannot be parsed or met, or the images or labels do not fit the measure.
@@ -94,7 +96,8 @@ def tune(
         OSError: the record cannot be read or written.
     """
     path = None if record is None else Path(record)
-    return Tuner(model, Target.parse(target), (measure, images, labels), batch_size, minutes, path, repair).run(methods)
+    asked = (measure, images, labels)
+    return Tuner(model, Target.parse(target), asked, batch_size, minutes, path, repair, repair_images).run(methods)
 
 
 class Tuner:
@@ -109,11 +112,12 @@ class Tuner:
         minutes: float | None,
         record: Path | None,
         repair: How | None,
+        repair_images: Tensor | None = None,
     ) -> None:
         if repair is not None and repair not in HOWS:
             raise ValueError(f"repair must be one of {', '.join(HOWS)}, not {repair!r}")
-        self.repair, self.reserved = repair, 0.0 if repair is None else 60 * (minutes or 0.0) * REPAIR[repair]
-        self.begin, self.minutes, self.batch_size, self.target = time.monotonic(), minutes, batch_size, target
+        self.clock = TimeLimit(minutes, 0.0 if repair is None else 60 * (minutes or 0.0) * REPAIR[repair])
+        self.repair, self.repair_images, self.batch_size, self.target = repair, repair_images, batch_size, target
         base = shared_copy(model).eval()
         if find_reduction(base) is not None:
             restore_(base)
@@ -128,10 +132,11 @@ class Tuner:
         self.kind, self.dense = kind, kind == "dense"
         self.sizes, self.device = Sizes(base), next(base.parameters()).device
         self.spaces = dict[tuple[Any, ...], ScheduleSpace | None]()
-        self.notes, self.spent = list[str](), list[tuple[float, int]]()
+        self.notes = list[str]()
         self.refused = dict[str, list[Candidate]]()  # candidates by the reason for which the model refuses them
         self.whole = self._macs(None)
         self.base_seconds = self._seconds_of_base()
+        self.clock.first_each = self.base_seconds / batch_size
         whole = {"time": self.base_seconds, "macs": float(self.whole)}.get(target.kind, 1.0)
         self.limit = target.limit(whole) / whole  # as a share of the unreduced model's cost
         if self.limit >= 1:
@@ -148,14 +153,14 @@ class Tuner:
         if not tried and not inputs:
             raise ValueError(f"target {self.target.text}: no method and no input size of this model meets it; ask for less")
         tried = self._likely(tried)
-        tried = self._scored(tried, self._affordable(len(tried), FEW, 0.25), "trying", 0.4)
+        tried = self._scored(tried, self.clock.affordable(len(tried), FEW, 0.25), "trying", 0.4)
         tried = [*best_of([t for t in tried if not t.candidate.baseline], KEPT), *(t for t in tried if t.candidate.baseline)]
         if self.target.measured:
             tried = self._refitted(tried, ROUNDS)
-        tried = self._scored(tried, self._affordable(len(tried), MORE, 0.25), "trying the better ones", 0.4)
+        tried = self._scored(tried, self.clock.affordable(len(tried), MORE, 0.25), "trying the better ones", 0.4)
         tried += self._searched(tried)
         baselines = [t for t in tried if t.candidate.baseline]
-        short = self._affordable(2 * (FINAL + len(baselines) + len(inputs)), ENOUGH, 0.7) < ENOUGH
+        short = self.clock.affordable(2 * (FINAL + len(baselines) + len(inputs)), ENOUGH, 0.7) < ENOUGH
         if short:  # fewer rows, judged on more images
             inputs = [t for t in inputs if t.cost > self.limit][-1:] + [t for t in inputs if t.cost <= self.limit]
         final = [*best_of([t for t in tried if not t.candidate.baseline], 2 if short else FINAL), *baselines]
@@ -164,7 +169,7 @@ class Tuner:
 
     def _likely(self, trials: list[Trial]) -> list[Trial]:
         """Leave out the candidates least likely to be good, if the time is not enough to try each on some images."""
-        number = max(KEPT, self._affordable(TRIED, len(trials), 0.25))
+        number = max(KEPT, self.clock.affordable(TRIED, len(trials), 0.25))
         chosen = likeliest(trials, number)
         if len(chosen) < len(trials):
             self.notes.append(f"the time was enough to try {len(chosen)} of {len(trials)} candidates")
@@ -174,10 +179,10 @@ class Tuner:
         """Search the blocks and counts of the best candidate so far; return what is better."""
         best = best_of([t for t in trials if t.schedule is not None and not t.candidate.baseline], 1)
         space = self._space(best[0].candidate) if best else None
-        count = self._affordable(SEARCHED, MORE, SEARCH)
+        count = self.clock.affordable(SEARCHED, MORE, SEARCH)
         if space is None or count < min(TRIED, len(self.searching.images)):
             return []  # the best of many on a few images is the luckiest one
-        steps = SEARCHED if self._left() is None else min(SEARCHED, self._affordable(count, SEARCHED, SEARCH))
+        steps = SEARCHED if self.clock.left() is None else min(SEARCHED, self.clock.affordable(count, SEARCHED, SEARCH))
 
         def score(trial: Trial) -> float:
             return float(self._values(self.searching, trial, count).mean())
@@ -189,7 +194,7 @@ class Tuner:
         """Time all in one run, judge them on the held-out images, and choose by the searched ones."""
         self._timed(trials, self._affordable_rounds(len(trials)))
         enough = max(len(self.searching.images), len(self.judging.images))
-        count = self._affordable(2 * len(trials) + 1, enough, 0.95)
+        count = self.clock.affordable(2 * len(trials) + 1, enough, 0.95)
         trials = self._scored(trials, count, "choosing")
         held = {id(t): self._values(self.judging, t, count) for t in trials}
         whole = self._values(self.judging, None, count)
@@ -217,10 +222,12 @@ class Tuner:
 
     def _repaired(self, trial: Trial, count: int, repairs: int) -> tuple[Repaired, Values, dict[str, Tensor]] | None:
         """Repair a candidate, in the time left for as many; return what was done, held-out scores, and fitted parameters."""
-        self.reserved = 0.0
+        self.clock.reserved = 0.0
         assert self.repair is not None
-        model, base, images = copy.deepcopy(self.reduced(trial)), self.sizes.model, self.searching.images  # own weights
-        left, forwards = self._left(), self._each() * (2 * count + len(images))  # of images, to judge and for the targets
+        model, base = copy.deepcopy(self.reduced(trial)), self.sizes.model  # own weights
+        more = [] if self.repair_images is None else [self.repair_images]
+        images = torch.cat([self.searching.images, *more])
+        left, forwards = self.clock.left(), self.clock.each * (2 * count + len(images))  # to judge, and for the targets
         minutes = None if left is None else max(0.1, left / repairs - forwards) / 60
 
         def judge() -> Values:
@@ -240,7 +247,7 @@ class Tuner:
     # -------------------------------------------------------------------------------------------- fitting
     def _fitted(self, found: Sequence[Candidate]) -> list[Trial]:
         """Fit candidates to the target by their multiply-adds; where a fourth of the time is over, the rest are left out."""
-        tried, end = list[Trial](), self._deadline(0.25)
+        tried, end = list[Trial](), self.clock.deadline(0.25)
         for number, candidate in enumerate(found):
             if time.monotonic() > end:
                 self.notes.append(f"the time was enough to fit {number} of {len(found)} candidates")
@@ -308,7 +315,7 @@ class Tuner:
 
     def _scored(self, trials: list[Trial], count: int, title: str, share: float = math.inf) -> list[Trial]:
         """Score candidates on images that choose; where a share of the time left is over, the rest are left out."""
-        out, end = list[Trial](), self._deadline(share)
+        out, end = list[Trial](), self.clock.deadline(share)
         with ticking(len(trials), title, "candidate") as tick:
             for number, trial in enumerate(trials):
                 if out and time.monotonic() > end:
@@ -331,7 +338,7 @@ class Tuner:
         begin = time.monotonic()
         sides = None if trial is None else trial.candidate.sides
         found = measure(self.sizes.model if trial is None else self.reduced(trial), sides, count).numpy()
-        self.spent.append((time.monotonic() - begin, len(found)))
+        self.clock.spend(time.monotonic() - begin, len(found))
         self.scores.add(half, described, count, found)
         return found
 
@@ -370,31 +377,10 @@ class Tuner:
             run()
             return min(watch.time(run).wall for _ in range(3))
 
-    def _affordable(self, runs: int, wanted: int, share: float) -> int:
-        """Return on how many images each of these runs may be: ``wanted``, or what a share of the time left is enough for."""
-        left = self._left()
-        if left is None:
-            return wanted
-        return max(LEAST, min(wanted, int(share * left / max(runs, 1) / self._each())))
-
-    def _each(self) -> float:
-        """Return the seconds that scoring an image takes."""
-        seconds, images = (sum(column) for column in zip(*self.spent, strict=True)) if self.spent else (0.0, 0)
-        return max(seconds / images if images else self.base_seconds / self.batch_size, 1e-9)
-
     def _affordable_rounds(self, trials: int) -> int:
         """Return the number of rounds in which as many candidates may be timed, in a fourth of the time left."""
-        left = self._left()
+        left = self.clock.left()
         if left is None:
             return FINAL_ROUNDS
         each = self.base_seconds * (1 + trials * (self.limit + 1 / APART))
         return max(LEAST_ROUNDS, min(FINAL_ROUNDS, int(left / 4 / each) - 1))
-
-    def _deadline(self, share: float) -> float:
-        """Return the time at which a share of the time left is over."""
-        left = self._left()
-        return math.inf if left is None else time.monotonic() + share * left
-
-    def _left(self) -> float | None:
-        """Return the seconds that are left, less those reserved for the repair; None if there is no limit."""
-        return None if self.minutes is None else max(0.0, 60 * self.minutes - self.reserved - (time.monotonic() - self.begin))
