@@ -1,7 +1,7 @@
 """``python -m benchmarks.tune_page docs/tune.md``: write the page of what `laconic tune` chose, from results/tune-*.json.
 
 The runs were made by the commands on the page, after
-``laconic data cutouts pictures --views 0 2 0 --pixels 224``. The plot docs/tune.png is made of the first run.
+``laconic data cutouts pictures --views 4 2 0 --pixels 224``. The plot docs/tune.png is made of the first run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FIRST = "tune-1.6x"  # the run that the README shows
 HEAD = """# Let it choose
 
 ```bash
-laconic data cutouts pictures --views 0 2 0 --pixels 224     # or pictures of your own, in a folder
+laconic data cutouts pictures --views 4 2 0 --pixels 224     # or pictures of your own, in a folder
 {command}
 ```
 
@@ -34,7 +34,9 @@ late and in small steps, before the first block, in chains, and on smaller input
 time and scored by your measure on some of the pictures; the best remain, blocks and counts of the very best are searched, and
 the other pictures judge. Smaller inputs, random pruning and average pooling are always in the table. `--repair distil` trains
 scales and biases of the choice to meet the unreduced model's answers, and those of the smaller input, and keeps what held-out
-pictures confirm. Repair moves a smaller input further than a method, so compare the choice with the repaired smaller input too.
+pictures confirm; `--repair-split train` adds pictures of another split, which need no labels. Repair moves a smaller input
+further than a method, so compare the choice with the repaired smaller input too. Low-rank updates and training of all weights
+were tried as well: on some hundreds of pictures they fit these and do worse on others.
 [The guide](guide.md) says more.
 
 ```python

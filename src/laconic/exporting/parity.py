@@ -46,7 +46,10 @@ def compare(batch: int, found: Sequence[Tensor], expected: Sequence[Tensor]) -> 
     return Parity(batch, worst if worst == worst else float("inf"), agreement)
 
 
-OPSETS_DIFFER = "Try another opset, or a larger tolerance if you know why they differ"
+OPSETS_DIFFER = (
+    "Scores that are almost equal may choose other tokens in another runtime, on single images: allow a larger tolerance after "
+    "comparing the file on images of yours; otherwise try another opset"
+)
 HALF_DIFFERS = (
     "In fp16 numbers above 65504 overflow, and scores that are almost equal may choose other tokens: export float32, or allow "
     "a larger tolerance after measuring the accuracy of the file"
