@@ -1,7 +1,8 @@
 """``python -m benchmarks.tune_page docs/tune.md``: write the page of what `laconic tune` chose, from results/tune-*.json.
 
 The runs were made by the commands on the page, after
-``laconic data cutouts pictures --views 4 2 0 --pixels 224``. The plot docs/tune.png is made of the first run.
+``laconic data cutouts pictures --views 4 2 0 --pixels 224`` (2x and 3x at 224 px: ``--views 0 2 0``; at 518 px: ``pictures518
+--views 0 2 0 --pixels 518``). The plot docs/tune.png is made of the first run.
 """
 
 from __future__ import annotations
@@ -48,8 +49,9 @@ tuned.apply(model)      # the input size, the repaired parameters and the reduct
 
 ![Score against measured speed of the rows that were judged](tune.png)
 
-Over a smaller input: the difference to the unreduced model on smaller pictures that takes as long, by measured time, with a
-95 % interval over the pictures.
+The first run's pictures are those of the first command; for the others it was `--views 0 2 0`, at 518 px `--pixels 518` and the
+folder `pictures518`. *Over a smaller input*: the difference to the unreduced model on smaller pictures that takes as long, by
+measured time, with a 95 % interval over the pictures.
 
 """
 COLUMNS = ("", "GMACs", "speed", "score", "(95 %)", "over a smaller input", "(95 %)")
@@ -75,7 +77,7 @@ def section(fields: dict[str, Any], tuned: Tuned) -> str:
     chosen, judging = tuned.images
     said, here = verdict(tuned), fields["environment"]
     lines = [
-        f"## {tuned.target.text}, {WORDS[tuned.measure]}",
+        f"## {tuned.target.text}, {WORDS[tuned.measure]}, {tuned.own[0]} px",
         f"`{fields['command']}`",
         f"{chosen} pictures chose, {judging} judge. {here['device']}, {here['threads']} "
         f"thread{'s' if here['threads'] != 1 else ''}, torch {here['torch']}, {here['date'][:10]}.",
