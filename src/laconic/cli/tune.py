@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import safetensors.torch
+from torch import Tensor, nn
 
 from laconic.analysis import machine
 from laconic.analysis.equal_time import Interval
@@ -162,11 +163,11 @@ def tune(
         LookupError, TypeError, ValueError, OSError: as `laconic.tune` and `laconic.data.open_images`.
     """
     asked = {name: value for name, value in locals().items() if name != "model"}
+    if repair_split is not None and (repair == "none" or repair_split == split):
+        raise Refusal(f"--repair-split {repair_split}: give another split than {split}, and --repair closed-form or distil")
     if output is not None:
         plots.check_matplotlib()
     kind = _measure(measure)
-    if repair_split is not None and (repair == "none" or repair_split == split):
-        raise Refusal(f"--repair-split {repair_split}: give another split than {split}, and --repair closed-form or distil")
     setting = Setting(rounds=1, threads=threads, device=device, dtype=dtype)
     reading = Reading(split=split, limit=limit, workers=workers)
     eval_input = open_eval_input(model, data, reading, weights, model_args)
@@ -174,10 +175,6 @@ def tune(
         raise Refusal(f"{eval_input.weights}; fidelity to random weights means nothing. Give --weights")
     base = eval_input.base.to(setting.place, DTYPES[setting.dtype]).eval()
     images, labels = pixels_of(base, eval_input, reading)
-    more = None
-    if repair_split is not None:
-        further = Reading(split=repair_split, limit=REPAIR_IMAGES, workers=workers)
-        more, _ = pixels_of(base, open_eval_input(model, data, further, weights, model_args), further)
     record = None if output is None or callable(kind) else output.with_suffix(".scores.jsonl")
     facts: dict[str, Any] = {
         "measure": kind,
@@ -186,7 +183,7 @@ def tune(
         "minutes": minutes,
         "record": record,
         "repair": None if repair == "none" else repair,
-        "repair_images": more,
+        "repair_images": _of_split(model, base, asked),
     }
     with machine.prepared(setting):
         tuned = tune_model(base, images, target, batch_size=batch_size, **facts)
@@ -210,6 +207,15 @@ def tune(
     if record is not None:
         record.unlink(missing_ok=True)
     return report
+
+
+def _of_split(model: str, base: nn.Module, asked: Mapping[str, Any]) -> Tensor | None:
+    """Return images of ``--repair-split``, as the model takes them; None without that option."""
+    if asked["repair_split"] is None:
+        return None
+    reading = Reading(split=asked["repair_split"], limit=REPAIR_IMAGES, workers=asked["workers"])
+    found = open_eval_input(model, asked["data"], reading, asked["weights"], asked["model_args"])
+    return pixels_of(base, found, reading)[0]
 
 
 def _measure(name: Any) -> Kind | Scored:

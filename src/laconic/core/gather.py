@@ -59,14 +59,14 @@ def add_rows(values: Tensor, dst: Tensor, count: int) -> Tensor:
     batch, here = values.shape[0], values.device.type == "cpu" and not _exporting()
     if values.dim() == 2:
         if here:
-            return values.new_zeros(batch, count).scatter_add_(1, dst, values)
+            return values.new_zeros(batch, count).scatter_add(1, dst, values)
         return add_rows(values.unsqueeze(2), dst, count).squeeze(2)
     if here and batch == 1:
-        return values.new_zeros(1, count, values.shape[2]).index_add_(1, dst[0], values)
+        return values.new_zeros(1, count, values.shape[2]).index_add(1, dst[0], values)
     if here:
         start = torch.arange(batch, device=dst.device).unsqueeze(1) * count
         out = values.new_zeros(batch * count, values.shape[2])
-        return out.index_add_(0, (dst + start).flatten(), values.flatten(0, 1)).view(batch, count, -1)
+        return out.index_add(0, (dst + start).flatten(), values.flatten(0, 1)).view(batch, count, -1)
     # index_add is atomic, hence not deterministic, on other devices, so a one-hot product replaces it there; in exported files
     # too, since index_add becomes a ScatterND with a reduction, which some runtimes ignore
     new, old = torch.arange(count, device=dst.device).unsqueeze(0), dst.unsqueeze(1)

@@ -20,7 +20,7 @@ class TimeLimit:
         self.seconds, self.images = 0.0, 0
 
     def spend(self, seconds: float, images: int) -> None:
-        """Note that scoring so many images took so long."""
+        """Record the time that scoring these images took."""
         self.seconds, self.images = self.seconds + seconds, self.images + images
 
     @property
