@@ -68,6 +68,12 @@ def best_of(trials: Sequence[Trial], count: int) -> list[Trial]:
     return sorted(trials, key=lambda trial: -trial.score)[:count]
 
 
+def finalists(trials: Sequence[Trial], count: int) -> list[Trial]:
+    """Return the ``count`` candidates with the highest scores, and all baselines."""
+    baselines = [trial for trial in trials if trial.candidate.baseline]
+    return [*best_of([trial for trial in trials if not trial.candidate.baseline], count), *baselines]
+
+
 def likeliest(trials: Sequence[Trial], number: int) -> list[Trial]:
     """Return the first ``number`` candidates (see `laconic.planning.candidates.candidates`) and all baselines."""
     others = [trial for trial in trials if not trial.candidate.baseline]

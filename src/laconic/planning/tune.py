@@ -42,7 +42,7 @@ from laconic.planning.repair import HOWS, How, Repaired, Until, passes, repair_b
 from laconic.planning.scores import Scores, Values, halves_of
 from laconic.planning.space import ScheduleSpace
 from laconic.planning.time_limit import TimeLimit
-from laconic.planning.trials import Trial, best_of, likeliest, named, row_of, space_of, worth_repair
+from laconic.planning.trials import Trial, best_of, finalists, likeliest, named, row_of, space_of, worth_repair
 from laconic.planning.tuned import Tuned, TunedRow
 
 FEW, MORE = 16, 64  # images of the first rounds
@@ -154,16 +154,16 @@ class Tuner:
             raise ValueError(f"target {self.target.text}: no method and no input size of this model meets it; ask for less")
         tried = self._likely(tried)
         tried = self._scored(tried, self.clock.affordable(len(tried), FEW, 0.25), "trying", 0.4)
-        tried = [*best_of([t for t in tried if not t.candidate.baseline], KEPT), *(t for t in tried if t.candidate.baseline)]
+        tried = finalists(tried, KEPT)
         if self.target.measured:
             tried = self._refitted(tried, ROUNDS)
         tried = self._scored(tried, self.clock.affordable(len(tried), MORE, 0.25), "trying the better ones", 0.4)
         tried += self._searched(tried)
-        baselines = [t for t in tried if t.candidate.baseline]
-        short = self.clock.affordable(2 * (FINAL + len(baselines) + len(inputs)), ENOUGH, 0.7) < ENOUGH
+        final = finalists(tried, FINAL)
+        short = self.clock.affordable(2 * (len(final) + len(inputs)), ENOUGH, 0.7) < ENOUGH
         if short:  # fewer rows, judged on more images
             inputs = [t for t in inputs if t.cost > self.limit][-1:] + [t for t in inputs if t.cost <= self.limit]
-        final = [*best_of([t for t in tried if not t.candidate.baseline], 2 if short else FINAL), *baselines]
+            final = finalists(tried, 2)
         final = self._refitted(final, ROUNDS) if self.target.measured else final
         return self._judged([*final, *inputs])
 

@@ -26,7 +26,11 @@ def best_of_rows(
 
     ``similar`` computes the part [B, m, width] of the matrix for some of the ``rows`` [B, M, ...].
     """
-    best = [similar(part).max(2) for part in in_parts(rows, width)]
+    parts = in_parts(rows, width)
+    if len(parts) == 1:
+        whole = similar(rows).max(2)
+        return whole.values, whole.indices
+    best = [similar(part).max(2) for part in parts]
     return joined_parts([b.values for b in best]), joined_parts([b.indices for b in best])
 
 
@@ -45,10 +49,7 @@ def nearest(
         similarity = cosine(part, y)
         return similarity if hidden is None else similarity.masked_fill(hidden.unsqueeze(1), NO_MATCH)
 
-    if len(in_parts(x, y.shape[1])) == 1:
-        best = similar(x).max(2)
-        return best.values, best.indices
-    if not torch.is_grad_enabled():
+    if len(in_parts(x, y.shape[1])) == 1 or not torch.is_grad_enabled():
         return best_of_rows(x, y.shape[1], similar)
     # backward would keep all parts in memory: find the matches without a gradient, and recompute only their cosines
     with torch.no_grad():

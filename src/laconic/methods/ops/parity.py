@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from laconic.core.gather import arange_like, gather_rows, in_parts
+from laconic.core.gather import arange_like, gather_rows
 from laconic.core.shape_types import Float, Int
 from laconic.core.tokens import Tokens
 from laconic.methods.ops.matching import length, topk_split
@@ -60,10 +60,7 @@ def soft_matching(
             "more in one block, or spread the reduction over more blocks"
         )
     other = of_b.transpose(1, 2)
-    if len(in_parts(of_a, b.shape[1])) == 1:
-        best, match = torch.bmm(of_a, other).max(2)
-    else:
-        best, match = best_of_rows(of_a, b.shape[1], lambda part: torch.bmm(part, other))
+    best, match = best_of_rows(of_a, b.shape[1], lambda part: torch.bmm(part, other))
     chosen, others = topk_split(best, count)
     others = others.sort(1).values if order == "sequence" else others
     left = every.shape[1] - count
