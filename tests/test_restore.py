@@ -4,8 +4,10 @@ import pytest
 import torch
 
 import laconic
-from families import AT, images, make, options, reduced
+from families import AT, METHODS, images, make, options, reduced
 from families import fill as fill_parameters
+from laconic.core.dense import FILLS
+from laconic.core.tokens import Tokens
 
 
 @pytest.mark.parametrize("method", ["etps", "bat", "topk", "diffrate"])
@@ -29,6 +31,26 @@ def test_a_patch_has_the_features_of_the_token_it_went_to():
     with torch.no_grad():
         dense = laconic.restore_dense(other, other.forward_features(x))
         torch.testing.assert_close(model.forward_features(x)[:, 1:], dense)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tokens_that_are_said_to_hold_every_patch_do(method):
+    x, model = images("plain"), reduced(method, "plain")
+    with torch.no_grad():
+        model(x)
+    for block in range(model.laconic.depth + 1):
+        tokens = model.laconic.entry(block)
+        assert not tokens.complete or bool((tokens.token_of_patch >= 0).all())
+
+
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("method", ["tome", "pitome", "two-stage", "etps", "evit"])
+def test_where_no_patch_is_dropped_no_similarity_is_computed(method, fill, monkeypatch):
+    x, plain = images("plain"), laconic.reduce_(make("plain"), method, keep=0.6)
+    expected = laconic.restore_dense(plain, plain.forward_features(x))
+    filled = laconic.reduce_(make("plain"), method, keep=0.6, restore=fill)
+    monkeypatch.setattr(Tokens, "_most_similar", None)
+    torch.testing.assert_close(filled.forward_features(x)[:, 1:], expected)
 
 
 def test_it_is_saved_with_the_model(tmp_path):

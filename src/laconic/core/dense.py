@@ -44,9 +44,15 @@ def restored(
     """
     if isinstance(fill, str) and fill not in FILLS:
         raise ValueError(f"fill must be a number or one of {', '.join(map(repr, FILLS))}, not {fill!r}")
+    tracked = {"similar": tokens.similar, "last": tokens.dropped}
+    if isinstance(fill, str) and tracked.get(fill, tokens.size) is None:
+        raise ValueError(
+            f"fill={fill!r} must be tracked from the first block on, which is done only in a model reduced with "
+            f"restore={fill!r}"
+        )
     full = GridMap.of(tokens)
     dense = features if full is None else full.fill(features)
-    if fill == "zeros" or (not isinstance(fill, str) and fill == 0):
+    if tokens.complete or fill == "zeros" or (not isinstance(fill, str) and fill == 0):
         return dense
     absent = (tokens.token_of_patch < 0).unsqueeze(-1)
     if not isinstance(fill, str):
@@ -56,13 +62,10 @@ def restored(
         return torch.where(absent, dense.sum(1, keepdim=True) / held.sum(1, keepdim=True).clamp_min(1), dense)
     if fill == "nearest":
         return gather_rows(dense, nearest_held(tokens))
-    if fill == "similar" and tokens.similar is not None:
+    if fill == "similar":
+        assert tokens.similar is not None
         return torch.where(absent, gather_rows(features, tokens.similar), dense)
-    if fill == "similar" or tokens.dropped is None:
-        raise ValueError(
-            f"fill={fill!r} must be tracked from the first block on, which is done only in a model reduced with "
-            f"restore={fill!r}"
-        )
+    assert tokens.dropped is not None
     last = tokens.dropped.to(dense.dtype)
     return torch.where(absent, last if norm is None else norm(last).to(dense.dtype), dense)
 

@@ -276,7 +276,7 @@ class Tokens:
         """Drop tokens softly: all stay in the set, and a token with ``alive == 0`` gives its patches to ``dst`` (-1: none)."""
         into = dst.clamp_min(0)
         size = add_rows(self.size.masked_fill(dst < 0, 0.0), into, len(self))
-        dropped, similar = self._of_dropped(dst, arange_like(dst), size)
+        dropped, similar = self._of_dropped(dst, arange_like(dst), size, False)
         where = remap(self.token_of_patch, dst, complete=self.complete)
         return self.replace(
             keep_mask=alive, size=size, token_of_patch=where, complete=False, merged=True, dropped=dropped, similar=similar
@@ -334,7 +334,7 @@ class Tokens:
 
     def _follow(self, lead: Tensor, dst: Tensor, x: Tensor, size: Tensor, complete: bool, *, merged: bool = False) -> Tokens:
         still = self.origin is None and not self.merged  # every token still holds exactly its own patch
-        dropped, similar = self._of_dropped(dst, lead, self.size)
+        dropped, similar = self._of_dropped(dst, lead, self.size, complete)
         return self.replace(
             x=x,
             dropped=dropped,
@@ -349,12 +349,15 @@ class Tokens:
             per_token={name: gather_rows(c, lead) for name, c in self.per_token.items()} if self.per_token else {},
         )
 
-    def _of_dropped(self, dst: Tensor, lead: Tensor, size: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def _of_dropped(self, dst: Tensor, lead: Tensor, size: Tensor, complete: bool) -> tuple[Tensor | None, Tensor | None]:
         """Return ``dropped`` and ``similar`` after each token i is moved to ``dst[i]`` (-1: dropped); None if not tracked.
 
-        ``lead`` are the kept tokens. One that holds no patch by ``size`` [B, L] is never the most similar one.
+        ``lead`` are the kept tokens. One that holds no patch by ``size`` [B, L] is never the most similar one. ``complete``
+        promises that no ``dst`` is -1, so that no similarities are needed.
         """
         dropped, similar = self.dropped, self.similar
+        if complete:
+            return dropped, None if similar is None else dst.gather(1, similar)
         if dropped is not None:
             now = ((self.token_of_patch >= 0) & (dst.gather(1, self.token_of_patch.clamp_min(0)) < 0)).unsqueeze(-1)
             dropped = torch.where(now, gather_rows(self.patches, self.token_of_patch.clamp_min(0)).to(dropped.dtype), dropped)
