@@ -23,6 +23,7 @@ from laconic.cli.export_speed import EAGER, Speed
 from laconic.cli.weights import Loaded
 from laconic.core.files import Refusal
 from laconic.exporting import graph, inspect, openvino, proof, runner, trace, write
+from laconic.exporting.trace import Traced
 from zoo import ZOO
 
 FAMILIES = {
@@ -207,6 +208,24 @@ def test_comparing():
     assert proof.compare(2, [a.flip(1)], [a]) == proof.Parity(2, 0.25, 0.0)
     assert proof.compare(2, [a[:1]], [a]).difference == float("inf")
     assert proof.compare(2, [a * float("nan")], [a]).difference == float("inf")
+
+
+def test_images_without_a_stable_answer_are_replaced():
+    """A runtime may choose other tokens where scores are equal up to rounding; everywhere else its answer counts."""
+    traced = Traced(None, None, (1, 4, 4), 3)
+    means = traced.images(3).mean((1, 2, 3))
+
+    class Above(torch.nn.Module):
+        def forward(self, x):
+            return (x.mean((1, 2, 3)) > means[1]).float().unsqueeze(1)
+
+    traced = dataclasses.replace(traced, model=Above())
+    tie = lambda x: [(x.mean((1, 2, 3)) >= means[1]).float().unsqueeze(1)]  # noqa: E731
+    assert proof.prove(traced, tie, "a runtime", 1e-4) == [proof.Parity(3, 0.0, None, 1)]
+    wrong = lambda x: [traced.model(x) + (x.mean((1, 2, 3)) == means[0]).unsqueeze(1)]  # noqa: E731
+    for run in (wrong, lambda x: [tie(x)[0] + wrong(x)[0]], lambda x: [tie(x)[0] * float("nan")], lambda x: [x]):
+        with pytest.raises(ValueError, match="in a runtime the exported model differs"):
+            proof.prove(traced, run, "a runtime", 1e-4)
 
 
 def test_what_tensorrt_would_trip_on_is_found(tmp_path):

@@ -20,7 +20,7 @@ from laconic.exporting.graph import OPSET, TOPK_LIMIT, Graph, inspect, write_onn
 from laconic.exporting.half import HALF_TOLERANCE, halve
 from laconic.exporting.int8 import quantize
 from laconic.exporting.openvino import write_openvino
-from laconic.exporting.parity import HALF_DIFFERS, OPSETS_DIFFER, TOLERANCE, Parity, prove, prove_arithmetic
+from laconic.exporting.parity import HALF_DIFFERS, HALF_NUDGE, NUDGE, OPSETS_DIFFER, TOLERANCE, Parity, prove, prove_arithmetic
 from laconic.exporting.reading import ExportedFile, open_exported
 from laconic.exporting.record import ExportReport
 from laconic.exporting.runtimes import RUNTIMES, runner
@@ -130,7 +130,8 @@ def write(
         else:
             _convert(traced, file, to, opset, source, size)
         graph = inspect(file) if to == "onnx" else None
-        parities = prove(traced, runner(file, to), RUNTIMES[to], tolerance, HALF_DIFFERS if half else OPSETS_DIFFER)
+        advice, nudge = (HALF_DIFFERS, HALF_NUDGE) if half else (OPSETS_DIFFER, NUDGE)
+        parities = prove(traced, runner(file, to), RUNTIMES[to], tolerance, advice, nudge)
         written = sorted(place.iterdir(), key=lambda file: file.name == path.name)  # ``path`` last
         for part in written:
             follow_umask(part)

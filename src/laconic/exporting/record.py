@@ -61,6 +61,8 @@ class ExportReport:
         any_ = "any batch" if self.batch is None else f"batch {self.batch}"
         agreed = "" if self.agreement is None else f", the same top class for {self.agreement:.0%} of the images"
         proof = f"verified at batch {sizes}: difference {self.difference:.1e} (at most {self.tolerance:g}){agreed}"
+        replaced = sum(parity.replaced for parity in self.parities)
+        proof += f"; {replaced} image(s) replaced, on which PyTorch's own answer depends on rounding" if replaced else ""
         opset = "" if self.opset is None else f", opset {self.opset}"
         precision = f", {self.metadata['precision']}" if "precision" in self.metadata else ""
         random = f", {RANDOM} weights" if self.random else ""
