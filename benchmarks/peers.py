@@ -1,7 +1,7 @@
 """Compare the speed of tome with the official patch of its authors, and of etps and bat with the unreduced model.
 
     git clone https://github.com/facebookresearch/ToMe
-    python -m benchmarks.peers --tome ToMe --json results/peers.json
+    python -m benchmarks.peers --tome ToMe --json results/peers-machine-1.json
 
 All rows run in one process and alternate; a row gives the ratio of the unreduced model's CPU time to its own (median and
 quartiles over the rounds). DeiT-S with random weights, 224 px, float32, eager, one thread: the speed of methods with constant

@@ -73,8 +73,8 @@ aims at. Weights are random; they do not affect the speed.
 """
 
 
-def page(results: dict[str, dict[str, Any]]) -> str:
-    """Return the text of the page, for all suites that have results."""
+def page(results: dict[str, dict[str, Any]], peers: Sequence[dict[str, Any]] = ()) -> str:
+    """Return the text of the page, for all suites that have results, and for the runs of benchmarks/peers.py."""
     parts = [HEAD]
     for found in results.values():
         here = found["environment"]
@@ -82,7 +82,28 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         where = f"{here['device']}, {compare.threads(here)}, {kind}, torch {here['torch']}, timm {here['timm']}"
         where = f"{where}, {here['rounds']} rounds, {here['date'][:10]}"
         parts += [section(run, where, ", compiled" * here["compiled"]) for run in found["runs"]]
-    return "\n".join(parts)
+    return "\n".join([*parts, *([beside_official(peers)] if peers else [])])
+
+
+def beside_official(runs: Sequence[dict[str, Any]]) -> str:
+    """Return the section of the runs of benchmarks/peers.py, one column a machine."""
+    rows: dict[tuple[int, str], list[str]] = {}
+    for run in runs:
+        for row in run["rows"]:
+            cell = "1" if row["name"] == "unreduced" else f"{row['speed']:.2f}× ({row['low']:.2f}-{row['high']:.2f})"
+            rows.setdefault((row["batch_size"], row["name"]), []).append(cell)
+    where = "; ".join(
+        f"{run['environment']['device']}, torch {run['environment']['torch']}, {run['environment']['rounds']} rounds, "
+        f"{run['environment']['date'][:10]}"
+        for run in runs
+    )
+    header = ["batch", "", *(f"machine {number + 1}" for number in range(len(runs)))]
+    return (
+        "## Beside the official patch of ToMe\n\n"
+        "`python -m benchmarks.peers --tome ToMe`: deit_small_patch16_224, r=13, keep 0.7 (etps, bat), eager, one thread; CPU "
+        f"time, median (quartiles) of rounds in turns, in one process. {where}.\n\n"
+        f"{markdown(header, [[str(batch), name, *cells] for (batch, name), cells in rows.items()])}\n"
+    )
 
 
 def section(run: dict[str, Any], where: str, way: str = "") -> str:
@@ -123,6 +144,11 @@ def slower(committed: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return said
 
 
+def peers_of(folder: Path) -> list[dict[str, Any]]:
+    """Return the committed runs of benchmarks/peers.py."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("peers-*.json"))]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the page, after a measurement with ``--run``; return 1 if ``--check`` found a slower row, else 0."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.performance", description=__doc__)
@@ -140,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         said = slower(read[given.check], measure(SUITES[given.check]))
         print("\n".join(said) if said else "nothing has become slower")
         return 1 if said else 0
-    write_atomically(given.path, page(read))
+    write_atomically(given.path, page(read, peers_of(RESULTS)))
     return 0
 
 

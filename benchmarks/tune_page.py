@@ -1,8 +1,8 @@
 """``python -m benchmarks.tune_page docs/tune.md``: write the page of what `laconic tune` chose, from results/tune-*.json.
 
-The runs were made by the commands on the page, after
-``laconic data cutouts pictures --views 4 2 0 --pixels 224`` (2x and 3x at 224 px: ``--views 0 2 0``; at 518 px: ``pictures518
---views 0 2 0 --pixels 518``). The plot docs/tune.png is made of the first run.
+The runs were made by the commands on the page, after ``laconic data cutouts FOLDER --views 4 2 0 --pixels 224`` for the folder
+``pictures`` (2x and 3x same answer: ``--views 0 2 0``), ``--views 0 4 0`` for ``cutouts224``, ``--views 0 2 0 --pixels 518``
+for ``pictures518``. The plot docs/tune.png is made of the first run.
 """
 
 from __future__ import annotations
@@ -49,9 +49,10 @@ tuned.apply(model)      # the input size, the repaired parameters and the reduct
 
 ![Score against measured speed of the rows that were judged](tune.png)
 
-The first run's pictures are those of the first command; for the others it was `--views 0 2 0`, at 518 px `--pixels 518` and the
-folder `pictures518`. *Over a smaller input*: the difference to the unreduced model on smaller pictures that takes as long, by
-measured time, with a 95 % interval over the pictures.
+The pictures are made by the first command, for folders other than `pictures` with these options: `cutouts224` `--views 0 4 0`,
+`pictures518` `--views 0 2 0 --pixels 518` (same answer at 2x and 3x, 224 px: `pictures` with `--views 0 2 0`). *Over a smaller
+input*: the difference to the unreduced model on smaller pictures that takes as long, by measured time, with a 95 % interval
+over the pictures.
 
 """
 COLUMNS = ("", "GMACs", "speed", "score", "(95 %)", "over a smaller input", "(95 %)")

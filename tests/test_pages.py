@@ -66,7 +66,8 @@ MADE = {
             name: load(f"performance-{name}.json")
             for name in performance.SUITES
             if (RESULTS / f"performance-{name}.json").is_file()
-        }
+        },
+        performance.peers_of(RESULTS),
     ),
     "before-blocks.md": lambda: before_blocks.text_of(before_blocks.committed()),
     "scaling.md": lambda: scaling.page(load("scaling.json")),

@@ -102,7 +102,12 @@ def verdict(tuned: Tuned) -> str:
         return f"{best.name}, {best.speed.median:.2f}x. No smaller input takes as long, so there is no comparison with one."
     shift = f"{best.over.mean:+.3f} ({between(best.over, signed=True)})"
     words = "ahead of" if best.over.low > 0 else "behind" if best.over.high < 0 else "not distinguishable from"
-    return f"{best.name}, {best.speed.median:.2f}x: {words} a smaller input that takes as long, {shift}."
+    own = (
+        ""
+        if tuned.measure in ("same-answer", "dense")
+        else f"; {best.score.mean:.3f}, unreduced {tuned.rows[0].score.mean:.3f}"
+    )
+    return f"{best.name}, {best.speed.median:.2f}x: {words} a smaller input that takes as long, {shift}{own}."
 
 
 @holds("output")
