@@ -10,9 +10,12 @@ import torch.nn.functional as F
 
 import laconic
 from families import make
+from laconic import api
 from laconic.cli import app as cli
+from laconic.core.method import resolve
 from laconic.planning.candidates import Candidate, Sizes, candidates, fitted
 from laconic.planning.measures import Measure, nearest_other
+from laconic.planning.reduced_models import ReducedModels
 from laconic.planning.refine import refined
 from laconic.planning.scores import halves_of
 from laconic.planning.space import ScheduleSpace
@@ -152,6 +155,33 @@ def a_trial():
     schedule = fitted(space, candidate, 0.88 * whole)
     macs = space.summary(schedule).macs
     return space, Trial(candidate, schedule, macs, cost=macs / whole)
+
+
+@pytest.mark.parametrize("restore", [False, "similar"])
+@pytest.mark.parametrize(
+    ("method", "first"), [("tome", None), ("etps", None), ("two-stage", None), ("topk", None), ("etps", "pre-merge")]
+)
+def test_a_method_is_verified_once_at_a_size_and_its_models_answer_as_those_of_reduce(method, first, restore, monkeypatch):
+    """Only their schedules differ."""
+    config, first = resolve(method, {}), None if first is None else (resolve(first, {}), 0.85)
+    base, images, verified = make("plain"), pictures(2), []
+    models = ReducedModels(Sizes(base), restore)
+    original = api.verify
+    monkeypatch.setattr(api, "verify", lambda *given: verified.append(given) or original(*given))
+    for keep in (0.5, 0.7, 0.5):
+        schedule = config.default_schedule(4, keep, None)
+        trial = Trial(Candidate(method, None, config, None, first), schedule, 0)
+        model = models.of(trial)
+        assert models.of(trial) is model
+        expected = laconic.reduce_(copy.deepcopy(base), trial.applied()[0], schedule=trial.applied()[1], restore=restore)
+        with torch.no_grad():
+            for name in ("forward", "forward_features"):
+                assert torch.equal(getattr(model, name)(images), getattr(expected, name)(images))
+        assert model.laconic.skip_unused == expected.laconic.skip_unused
+        assert not model.training
+    assert len(verified) == 1 + 3  # and those of ``expected``
+    models.of(Trial(Candidate("smaller", (80, 80), config, None, first), config.default_schedule(4, 0.6, None), 0))
+    assert len(verified) == 1 + 3 + 1
 
 
 def test_a_search_finds_what_the_measure_prefers():

@@ -74,6 +74,14 @@ def verify(host: nn.Module, entry: ModelSpec, reduction: TokenReduction, example
     reduction.train(host.training)
 
 
+def attach_like(host: nn.Module, entry: ModelSpec, reduction: TokenReduction, verified: TokenReduction) -> None:
+    """Attach ``reduction`` as ``verified``, which differs in its schedule only, was attached to a copy of the same model."""
+    reduction.old_settings = apply_settings(host, entry)
+    reduction.in_tuples, reduction.merges, reduction.skip_unused = verified.in_tuples, verified.merges, verified.skip_unused
+    attach(host, entry, reduction)
+    reduction.train(host.training)
+
+
 def tolerance(dtype: torch.dtype) -> float:
     """Return the relative difference allowed between two computations of the same value, given the precision of products."""
     eps = torch.finfo(dtype).eps

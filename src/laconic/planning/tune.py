@@ -21,14 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laconic.analysis.break_even import quiet
 from laconic.analysis.diagnose import shared_copy
 from laconic.analysis.equal_time import bootstrap
 from laconic.analysis.input_size import InputSize
 from laconic.analysis.macs import estimate
 from laconic.analysis.stopwatch import stopwatch
 from laconic.analysis.timing import APART, Quartiles, interleave, ratios
-from laconic.api import reduce_, restore_
+from laconic.api import restore_
 from laconic.core.backbone import find_host
 from laconic.core.method import Method
 from laconic.core.patching import apply_settings
@@ -37,6 +36,7 @@ from laconic.planning.budget import Target
 from laconic.planning.candidates import Candidate, Sizes, candidates, fitted
 from laconic.planning.measures import Kind, Measure, Scored
 from laconic.planning.progress import ticking
+from laconic.planning.reduced_models import ReducedModels
 from laconic.planning.refine import refined
 from laconic.planning.repair import HOWS, How, Repaired, Until, passes, repair_by, scales_and_biases
 from laconic.planning.scores import Scores, Values, halves_of
@@ -129,8 +129,8 @@ class Tuner:
         halves = ((images[part], None if labels is None else labels[part]) for part in halves_of(len(images), labels, kind))
         self.searching, self.judging = (Measure(base, part, names, kind) for part, names in halves)
         self.scores = Scores.read(record, base, images, labels, kind)
-        self.kind, self.dense = kind, kind == "dense"
-        self.sizes, self.device = Sizes(base), next(base.parameters()).device
+        self.kind, self.sizes, self.device = kind, Sizes(base), next(base.parameters()).device
+        self.models = ReducedModels(self.sizes, "similar" if kind == "dense" else False)
         self.spaces = dict[tuple[Any, ...], ScheduleSpace | None]()
         self.notes = list[str]()
         self.refused = dict[str, list[Candidate]]()  # candidates by the reason for which the model refuses them
@@ -153,11 +153,11 @@ class Tuner:
         if not tried and not inputs:
             raise ValueError(f"target {self.target.text}: no method and no input size of this model meets it; ask for less")
         tried = self._likely(tried)
-        tried = self._scored(tried, self.clock.affordable(len(tried), FEW, 0.25), "trying", 0.4)
+        tried = self._scored(tried, self.clock.affordable(len(tried), FEW, 0.25), "trying", 0.3)
         tried = finalists(tried, KEPT)
         if self.target.measured:
             tried = self._refitted(tried, ROUNDS)
-        tried = self._scored(tried, self.clock.affordable(len(tried), MORE, 0.25), "trying the better ones", 0.4)
+        tried = self._scored(tried, self.clock.affordable(len(tried), MORE, 0.25), "trying the better ones", 0.3)
         tried += self._searched(tried)
         final = finalists(tried, FINAL)
         short = self.clock.affordable(2 * (len(final) + len(inputs)), ENOUGH, 0.7) < ENOUGH
@@ -224,7 +224,7 @@ class Tuner:
         """Repair a candidate, in the time left for as many; return what was done, held-out scores, and fitted parameters."""
         self.clock.reserved = 0.0
         assert self.repair is not None
-        model, base = copy.deepcopy(self.reduced(trial)), self.sizes.model  # own weights
+        model, base = copy.deepcopy(self.models.of(trial)), self.sizes.model  # own weights
         more = [] if self.repair_images is None else [self.repair_images]
         images = torch.cat([self.searching.images, *more])
         left, forwards = self.clock.left(), self.clock.each * (2 * count + len(images))  # to judge, and for the targets
@@ -301,18 +301,6 @@ class Tuner:
         return out
 
     # -------------------------------------------------------------------------------------------- scores and times
-    def reduced(self, trial: Trial) -> nn.Module:
-        """Return the model of a candidate; it shares the weights of the user's."""
-        base = self.sizes.at(trial.candidate.sides)
-        assert base is not None
-        if trial.candidate.config is None:
-            return base
-        with quiet(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            restore: Any = "similar" if self.dense else False
-            config, schedule = trial.applied()
-            return reduce_(shared_copy(base), config, schedule=schedule, restore=restore).eval()
-
     def _scored(self, trials: list[Trial], count: int, title: str, share: float = math.inf) -> list[Trial]:
         """Score candidates on images that choose; where a share of the time left is over, the rest are left out."""
         out, end = list[Trial](), self.clock.deadline(share)
@@ -337,7 +325,7 @@ class Tuner:
             return known
         begin = time.monotonic()
         sides = None if trial is None else trial.candidate.sides
-        found = measure(self.sizes.model if trial is None else self.reduced(trial), sides, count).numpy()
+        found = measure(self.sizes.model if trial is None else self.models.of(trial), sides, count).numpy()
         self.clock.spend(time.monotonic() - begin, len(found))
         self.scores.add(half, described, count, found)
         return found
@@ -346,7 +334,7 @@ class Tuner:
         """Time candidates in turn with the unreduced model; set their speed, and their cost if the target is a time."""
         watch = stopwatch(self.device)
         runs: dict[str, Any] = {"": self._run(self.sizes.model, None)}
-        runs |= {str(n): self._run(self.reduced(trial), trial.candidate.sides) for n, trial in enumerate(trials)}
+        runs |= {str(n): self._run(self.models.of(trial), trial.candidate.sides) for n, trial in enumerate(trials)}
         with torch.inference_mode(), ticking(rounds, "timing", "round") as tick:
             interleave(runs, 1, watch.time)
             samples: Mapping[str, list[Any]] = {name: [] for name in runs}
