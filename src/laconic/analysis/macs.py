@@ -94,12 +94,13 @@ def estimate(
     batch_size: int = 1,
     *,
     example: Tensor | InputSize | None = None,
+    baseline: int | None = None,
 ) -> Summary:
     """Return the cost of ``model`` under this method and schedule, without reducing it or running a complete forward.
 
     Costs are at the size of ``example``: an input, or the result of `InputSize.of` (default: the model's own size). The model
     may be on the meta device. It may be reduced already; its own reduction is ignored. Without config and schedule the result
-    is the cost of the unreduced model.
+    is the cost of the unreduced model. ``baseline`` are the multiply-adds of the unreduced model, if they are known already.
 
     Raises:
         TypeError: the model is not supported. ValueError: as `summary`; config without schedule, or the reverse; a schedule
@@ -130,7 +131,8 @@ def estimate(
         before = kept
     ends = weigh(work.ends(host, entry, shapes[0].patches + shapes[0].prefix, before + shape.prefix, size), weights)
     macs = ends * batch_size + sum(row.macs + row.reducer_macs for row in rows)
-    baseline = macs if config is None else estimate(model, None, None, convention, batch_size, example=size).macs
+    if baseline is None:
+        baseline = macs if config is None else estimate(model, None, None, convention, batch_size, example=size).macs
     method, parameters = None if config is None else config.describe(), _parameters(model, config, own_sites)
     facts = (type(host).__name__, method, convention, batch_size, parameters, macs, baseline, tokens, tuple(rows))
     return Summary(*facts, image_size=size.sides)

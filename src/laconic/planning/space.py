@@ -59,6 +59,7 @@ class ScheduleSpace:
         self.shapes = self.size.shapes
         self.depth = sum(shape.depth for shape in self.shapes)
         self.known: dict[Schedule, Summary | None] = {}
+        self._unreduced: Summary | None = None
 
     def priced(self, price: Price) -> ScheduleSpace:
         """Return the same schedules with another cost function."""
@@ -71,7 +72,8 @@ class ScheduleSpace:
         """Return tokens and multiply-adds under a schedule; None if the method cannot follow it."""
         if schedule not in self.known:
             try:
-                self.known[schedule] = estimate(self.host, self.config, schedule, example=self.size)
+                whole = self.unreduced().macs
+                self.known[schedule] = estimate(self.host, self.config, schedule, example=self.size, baseline=whole)
             except ValueError:
                 self.known[schedule] = None
         return self.known[schedule]
@@ -83,7 +85,9 @@ class ScheduleSpace:
 
     def unreduced(self) -> Summary:
         """Return tokens and multiply-adds of the unreduced model."""
-        return estimate(self.host, example=self.size)
+        if self._unreduced is None:
+            self._unreduced = estimate(self.host, example=self.size)
+        return self._unreduced
 
     def batch(self, count: int) -> Tensor:
         """Return ``count`` images to measure with: the example, or noise of the model's own size, repeated as needed."""
@@ -242,7 +246,8 @@ class ChainSpace(ScheduleSpace):
             try:
                 chain = self.chain(schedule)
                 joined = chain.default_schedule(self.depth, None, None)
-                self.known[schedule] = estimate(self.host, chain, joined, example=self.size)
+                whole = self.unreduced().macs
+                self.known[schedule] = estimate(self.host, chain, joined, example=self.size, baseline=whole)
             except ValueError:
                 self.known[schedule] = None
         return self.known[schedule]
