@@ -82,10 +82,10 @@ def page(results: dict[str, dict[str, Any]], peers: Sequence[dict[str, Any]] = (
         where = f"{here['device']}, {compare.threads(here)}, {kind}, torch {here['torch']}, timm {here['timm']}"
         where = f"{where}, {here['rounds']} rounds, {here['date'][:10]}"
         parts += [section(run, where, ", compiled" * here["compiled"]) for run in found["runs"]]
-    return "\n".join([*parts, *([beside_official(peers)] if peers else [])])
+    return "\n".join([*parts, *([official_patch(peers)] if peers else [])])
 
 
-def beside_official(runs: Sequence[dict[str, Any]]) -> str:
+def official_patch(runs: Sequence[dict[str, Any]]) -> str:
     """Return the section of the runs of benchmarks/peers.py, one column a machine."""
     rows: dict[tuple[int, str], list[str]] = {}
     for run in runs:
@@ -99,7 +99,7 @@ def beside_official(runs: Sequence[dict[str, Any]]) -> str:
     )
     header = ["batch", "", *(f"machine {number + 1}" for number in range(len(runs)))]
     return (
-        "## Beside the official patch of ToMe\n\n"
+        "## The official patch of ToMe\n\n"
         "`python -m benchmarks.peers --tome ToMe`: deit_small_patch16_224, r=13, keep 0.7 (etps, bat), eager, one thread; CPU "
         f"time, median (quartiles) of rounds in turns, in one process. {where}.\n\n"
         f"{markdown(header, [[str(batch), name, *cells] for (batch, name), cells in rows.items()])}\n"

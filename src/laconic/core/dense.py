@@ -45,7 +45,8 @@ def restored(
     if isinstance(fill, str) and fill not in FILLS:
         raise ValueError(f"fill must be a number or one of {', '.join(map(repr, FILLS))}, not {fill!r}")
     tracked = {"similar": tokens.similar, "last": tokens.dropped}
-    if isinstance(fill, str) and tracked.get(fill, tokens.size) is None:
+    source = tracked.get(fill) if isinstance(fill, str) else None
+    if fill in tracked and source is None:
         raise ValueError(
             f"fill={fill!r} must be tracked from the first block on, which is done only in a model reduced with "
             f"restore={fill!r}"
@@ -57,17 +58,15 @@ def restored(
     absent = (tokens.token_of_patch < 0).unsqueeze(-1)
     if not isinstance(fill, str):
         return dense.masked_fill(absent, fill)
+    if source is not None and fill == "similar":
+        return torch.where(absent, gather_rows(features, source), dense)
+    if source is not None:
+        last = source.to(dense.dtype)
+        return torch.where(absent, last if norm is None else norm(last).to(dense.dtype), dense)
     if fill == "mean":
         held = (~absent).to(dense.dtype)
         return torch.where(absent, dense.sum(1, keepdim=True) / held.sum(1, keepdim=True).clamp_min(1), dense)
-    if fill == "nearest":
-        return gather_rows(dense, nearest_held(tokens))
-    if fill == "similar":
-        assert tokens.similar is not None
-        return torch.where(absent, gather_rows(features, tokens.similar), dense)
-    assert tokens.dropped is not None
-    last = tokens.dropped.to(dense.dtype)
-    return torch.where(absent, last if norm is None else norm(last).to(dense.dtype), dense)
+    return gather_rows(dense, nearest_held(tokens))
 
 
 def nearest_held(tokens: Tokens) -> Tensor:
