@@ -78,11 +78,15 @@ def page(results: dict[str, dict[str, Any]], peers: Sequence[dict[str, Any]] = (
     parts = [HEAD]
     for found in results.values():
         here = found["environment"]
-        kind = f"{here['dtype']}{', compiled' if here['compiled'] else ', eager'}"
-        where = f"{here['device']}, {compare.threads(here)}, {kind}, torch {here['torch']}, timm {here['timm']}"
-        where = f"{where}, {here['rounds']} rounds, {here['date'][:10]}"
-        parts += [section(run, where, ", compiled" * here["compiled"]) for run in found["runs"]]
+        parts += [section(run, where_of(here), ", compiled" * here["compiled"]) for run in found["runs"]]
     return "\n".join([*parts, *([official_patch(peers)] if peers else [])])
+
+
+def where_of(here: dict[str, Any]) -> str:
+    """Return the environment of a run in words."""
+    kind = f"{here['dtype']}{', compiled' if here['compiled'] else ', eager'}"
+    where = f"{here['device']}, {compare.threads(here)}, {kind}, torch {here['torch']}, timm {here['timm']}"
+    return f"{where}, {here['rounds']} rounds, {here['date'][:10]}"
 
 
 def official_patch(runs: Sequence[dict[str, Any]]) -> str:
@@ -92,15 +96,11 @@ def official_patch(runs: Sequence[dict[str, Any]]) -> str:
         for row in run["rows"]:
             cell = "1" if row["name"] == "unreduced" else f"{row['speed']:.2f}× ({row['low']:.2f}-{row['high']:.2f})"
             rows.setdefault((row["batch_size"], row["name"]), []).append(cell)
-    where = "; ".join(
-        f"{run['environment']['device']}, torch {run['environment']['torch']}, {run['environment']['rounds']} rounds, "
-        f"{run['environment']['date'][:10]}"
-        for run in runs
-    )
+    where = "; ".join(where_of(run["environment"]) for run in runs)
     header = ["batch", "", *(f"machine {number + 1}" for number in range(len(runs)))]
     return (
         "## The official patch of ToMe\n\n"
-        "`python -m benchmarks.peers --tome ToMe`: deit_small_patch16_224, r=13, keep 0.7 (etps, bat), eager, one thread; CPU "
+        "`python -m benchmarks.peers --tome ToMe`: deit_small_patch16_224, r=13, keep 0.7 (etps, bat); CPU "
         f"time, median (quartiles) of rounds in turns, in one process. {where}.\n\n"
         f"{markdown(header, [[str(batch), name, *cells] for (batch, name), cells in rows.items()])}\n"
     )
