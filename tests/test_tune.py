@@ -4,6 +4,7 @@ import copy
 import importlib
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from laconic.planning.candidates import Candidate, Sizes, candidates, fitted
 from laconic.planning.measures import Measure, nearest_other
 from laconic.planning.reduced_models import ReducedModels
 from laconic.planning.refine import refined
-from laconic.planning.scores import halves_of
+from laconic.planning.scores import Scores, halves_of
 from laconic.planning.space import ScheduleSpace
 from laconic.planning.trials import Trial
 from laconic.planning.tuned import Tuned
@@ -61,6 +62,9 @@ def test_the_chosen_row_meets_the_target_and_alternatives_are_there(tuned):
     assert any(name.startswith("avg-pool") for name in names)
     meeting = [row for row in tuned.rows[1:] if row.macs <= base / 1.4 / 0.97]
     assert tuned.best.search == max(row.search for row in meeting)
+    assert all(row.search is None for row in tuned.rows if row not in meeting)
+    means = [row.score.mean for row in tuned.rows[1:]]
+    assert means == sorted(means, reverse=True)
     assert tuned.images == (6, 6)
 
 
@@ -120,7 +124,7 @@ def test_the_measure_decides():
 def test_a_measured_target():
     found = laconic.tune(make("plain"), pictures(8), "1.05x", methods=("topk",), batch_size=2)
     assert found.best.speed.median > 0
-    assert all(row.search is not None for row in found.rows[1:])
+    assert found.best.search == max(row.search for row in found.rows if row.search is not None)
 
 
 def test_measures_of_the_unreduced_model():
@@ -132,14 +136,28 @@ def test_measures_of_the_unreduced_model():
         restore = "similar" if kind == "dense" else False
         reduced = laconic.reduce_(copy.deepcopy(model), "topk", keep=0.5, restore=restore)
         assert (measure(reduced) < 1 - 1e-4).all()
-        assert len(measure(reduced, count=5)) == 5
+        torch.testing.assert_close(measure(reduced, count=7, start=2), measure(reduced)[2:7])
     model = make("plain")
     with torch.no_grad():
         right = model(x).argmax(1)
     assert Measure(model, x, right, "labels")(model).tolist() == [1.0] * 12
+    assert Measure(model, x, right, "labels")(model, None, 7, 2).tolist() == [1.0] * 5
     assert Measure(model, x, (right + 1) % 10, "labels")(model).tolist() == [0.0] * 12
     assert Measure(model, torch.cat([x, x + 1e-4]), torch.arange(24) % 12, "pairs")(model).tolist() == [1.0] * 24
     assert Measure(model, x, labels, "pairs")(model).mean() < 1
+
+
+@pytest.mark.parametrize("kind", ["same-answer", "dense"])
+def test_the_unreduced_model_runs_once_on_each_image_and_on_no_more_than_are_asked_for(kind):
+    base, seen = make("plain"), []
+    base.patch_embed.register_forward_pre_hook(lambda module, args: seen.extend(args[0][:, 0, 0, 0].tolist()))
+    x, reduced = pictures(12), laconic.reduce_(make("plain"), "topk", keep=0.5, restore="similar")
+    measure = Measure(base, x, None, kind, 2)
+    for count in (3, 7, 5):
+        measure(reduced, None, count)
+        assert seen == x[: max(count, len(seen)), 0, 0, 0].tolist()
+    assert len(seen) == 7
+    assert len(measure.references()) == 12
 
 
 def test_nearest_others():
@@ -283,6 +301,19 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
     other = laconic.tune(make("plain"), pictures(seed=1), TARGET, **asked)
     assert len(ran) > 7  # other images
     assert other.rows[1].score != again.rows[1].score
+
+
+@pytest.mark.parametrize(("kind", "labels"), [("same-answer", None), ("pairs", torch.arange(12) // 2)])
+def test_only_scores_that_do_not_depend_on_other_images_are_used_for_more_images(kind, labels, tmp_path):
+    images, record = pictures(), tmp_path / "scores.jsonl"
+    measure = Measure(make("plain"), images, labels, kind)
+    scores = Scores.read(record, measure, images, labels)
+    scores.add("judging", None, 4, np.arange(4.0))
+    for found in (scores, Scores.read(record, measure, images, labels)):
+        assert found.find("judging", None, 4).tolist() == [0, 1, 2, 3]
+        assert found.find("judging", None, 3).tolist() == ([0, 1, 2] if kind == "same-answer" else [])
+        assert found.find("judging", None, 6).tolist() == ([0, 1, 2, 3] if kind == "same-answer" else [])
+        assert found.find("searching", None, 4).tolist() == []
 
 
 def test_less_time_means_fewer_images():

@@ -138,8 +138,7 @@ def measure(
     base = variants[0].model.to(setting.place, DTYPES[setting.dtype])
     judge = Measure(base, images, labels, kind)
     answers = judge if kind == "same-answer" else Measure(base, images, labels, "same-answer")
-    assert answers.reference is not None
-    seen = Answers(answers.reference, answers.has_head, [names[label] for label in labels.tolist()], names)
+    seen = Answers(answers.references(), answers.has_head, [names[label] for label in labels.tolist()], names)
     scores, changes = list[Values](), list[tuple[float | None, tuple[Change, ...]]]()
     for variant in tqdm(variants, desc="scoring", unit="row", leave=False, disable=None):
         model, sides = variant.model.to(setting.place, DTYPES[setting.dtype]), variant.image

@@ -76,7 +76,7 @@ def point(row: TunedRow) -> Point:
 
 def cells(row: TunedRow) -> tuple[str, ...]:
     """Return the cells of a row."""
-    speed = "1" if row.search is None and row.repaired is None else f"{row.speed.median:.2f}x"
+    speed = "1" if row.sides is None and row.method is None else f"{row.speed.median:.2f}x"
     over = ("", "") if row.over is None else (f"{row.over.mean:+.3f}", between(row.over, signed=True))
     return (row.name, f"{row.macs / 1e9:.2f}", speed, f"{row.score.mean:.3f}", between(row.score), *over)
 

@@ -36,7 +36,7 @@ class Measure:
     images that belong together share a label. A callable gets a model and a batch of images that fit its input size.
 
     Args:
-        base: the unreduced model, in evaluation mode.
+        base: the unreduced model, in evaluation mode. It runs when its outputs are first needed, so it must not change before.
         images: [N, channels, height, width], preprocessed for ``base``; resized for models of another input size.
         labels: [N], for ``labels`` and ``pairs``.
         kind: a name above, or a callable.
@@ -60,46 +60,64 @@ class Measure:
             raise ValueError(f"there are {len(images)} images and {len(labels)} labels; give a label of every image")
         self.base, self.images, self.labels, self.kind, self.batch_size = base, images, labels, kind, batch_size
         self.has_head = getattr(find_host(base)[0], "num_classes", 0) > 0 and kind != "pairs"
-        self.reference = self.outputs(base) if kind in ("same-answer", "dense") else None
+        self.compares = kind in ("same-answer", "dense")  # scores compare outputs with the unreduced model's
+        # the score of an image does not depend on the other images, as it does where the nearest other image counts
+        self.by_image = self.compares or (kind == "labels" and self.has_head)
+        self.known: Tensor | None = None  # outputs of the unreduced model for the first images
+        if self.compares:
+            self.references(batch_size)  # an output of another kind is refused here
+
+    def references(self, count: int | None = None) -> Tensor:
+        """Return the outputs of the unreduced model for the first ``count`` images (default: all), each computed once."""
+        count = len(self.images) if count is None else min(count, len(self.images))
+        start = 0 if self.known is None else len(self.known)
+        if start < count:
+            more = self.outputs(self.base, None, count, start)
+            self.known = more if self.known is None else torch.cat([self.known, more])
+        assert self.known is not None
+        return self.known[:count]
 
     @property
     def name(self) -> str:
         """The name of the measure, or of the callable."""
         return self.kind if isinstance(self.kind, str) else str(getattr(self.kind, "__name__", "callable"))
 
-    def __call__(self, model: nn.Module, sides: tuple[int, int] | None = None, count: int | None = None) -> Float[Tensor, " N"]:
-        """Return the scores of the first ``count`` images (default: all) under a model.
+    def __call__(
+        self, model: nn.Module, sides: tuple[int, int] | None = None, count: int | None = None, start: int = 0
+    ) -> Float[Tensor, " N"]:
+        """Return the scores of the images ``start`` to ``count`` (default: all) under a model.
 
         Args:
             model: a reduced or unreduced model, in evaluation mode.
             sides: height and width of its input; None: that of the images.
-            count: number of images.
+            count: number of images, counted from the first.
+            start: the images to leave out; 0 if the score of an image depends on the others (`by_image` is False).
         """
         if callable(self.kind):
-            images = resized_images(self.images[:count], sides)
+            images = resized_images(self.images[start:count], sides)
             found = [self.kind(model, batch).double().cpu() for batch in torch.split(images, self.batch_size)]
             return torch.cat(found)
-        return self.score(self.outputs(model, sides, count))
+        return self.score(self.outputs(model, sides, count, start), start)
 
-    def score(self, out: Tensor) -> Float[Tensor, " N"]:
-        """Return the scores of the first images from what a model returned for them (see `outputs`)."""
-        if self.kind == "dense":
-            assert self.reference is not None
-            return patch_cosine(self.reference[: len(out)], out).double()
-        if self.kind == "same-answer":
-            assert self.reference is not None
-            base = self.reference[: len(out)]
+    def score(self, out: Tensor, start: int = 0) -> Float[Tensor, " N"]:
+        """Return the scores of the images from ``start`` on from what a model returned for them (see `outputs`)."""
+        if self.compares:
+            base = self.references(start + len(out))[start:]
+            if self.kind == "dense":
+                return patch_cosine(base, out).double()
             if self.has_head:
                 return 1 - (base.softmax(1) - out.softmax(1)).abs().sum(1) / 2
             return class_cosine(base, out).double()
         assert self.labels is not None
-        labels = self.labels[: len(out)].cpu()
+        labels = self.labels[start : start + len(out)].cpu()
         found_labels = out.argmax(1) if self.has_head else labels[nearest_other(out)]
         return (found_labels == labels).double()
 
-    def outputs(self, model: nn.Module, sides: tuple[int, int] | None = None, count: int | None = None) -> Tensor:
+    def outputs(
+        self, model: nn.Module, sides: tuple[int, int] | None = None, count: int | None = None, start: int = 0
+    ) -> Tensor:
         """Return features or logits [N, C] of images, or patch features [N, P, C] for ``dense``, on the CPU."""
-        images, reference, found = resized_images(self.images[:count], sides), next(model.parameters()), []
+        images, reference, found = resized_images(self.images[start:count], sides), next(model.parameters()), []
         with torch.inference_mode():
             for batch in torch.split(images, self.batch_size):
                 batch = batch.to(reference.device, reference.dtype)

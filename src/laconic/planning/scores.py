@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from laconic.checkpoints.saved_files import digest
 from laconic.core.files import append_line, json_lines
-from laconic.planning.measures import Kind, Scored
+from laconic.planning.measures import Kind, Measure, Scored
 
 Values = NDArray[np.float64]
 
@@ -26,44 +26,45 @@ class Scores:
     """The scores of candidates that were computed, in a file if there is one.
 
     ``subject`` identifies weights, images, labels and measure; lines of other subjects stay in the file and are not used.
+    With ``by_image`` the score of an image does not depend on the others, so that scores of fewer or more images are used.
     """
 
     path: Path | None = None
     subject: str = ""
+    by_image: bool = False
     known: dict[str, list[float]] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, path: Path | None, model: nn.Module, images: Tensor, labels: Tensor | None, kind: Kind | Scored) -> Scores:
-        """Read the scores of a subject.
+    def read(cls, path: Path | None, measure: Measure, images: Tensor, labels: Tensor | None) -> Scores:
+        """Read the scores of all images and labels by a measure of some of them.
 
         Raises:
             ValueError: the measure is a callable, which may have changed since the file was written.
         """
         if path is None:
-            return cls()
-        if not isinstance(kind, str):
+            return cls(by_image=measure.by_image)
+        if not isinstance(measure.kind, str):
             raise ValueError("record needs a measure by name: whether a callable has changed since then cannot be known")
-        found = hashlib.sha256(f"{kind} {model!r} {digest(model)}".encode())
+        found = hashlib.sha256(f"{measure.kind} {measure.base!r} {digest(measure.base)}".encode())
         for tensor in (images, *(() if labels is None else (labels,))):
             found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         subject = found.hexdigest()
-        return cls(path, subject, {line["run"]: line["scores"] for line in json_lines(path) if line.get("subject") == subject})
+        known = {line["run"]: line["scores"] for line in json_lines(path) if line.get("subject") == subject}
+        return cls(path, subject, measure.by_image, known)
 
-    def find(self, half: str, described: Mapping[str, Any] | None, count: int) -> Values | None:
-        """Return the scores of the first ``count`` images of a half under a candidate; None if they are not known."""
-        found = self.known.get(_run(half, described, count))
-        return None if found is None else np.array(found)
+    def find(self, half: str, described: Mapping[str, Any] | None, count: int) -> Values:
+        """Return the known scores of the first ``count`` images of a half under a candidate: all, fewer, or none."""
+        return np.array(self.known.get(self._run(half, described, count), ())[:count])
 
     def add(self, half: str, described: Mapping[str, Any] | None, count: int, scores: Values) -> None:
-        """Keep scores, also in the file."""
-        run = _run(half, described, count)
+        """Keep the scores of the first ``count`` images, also in the file."""
+        run = self._run(half, described, count)
         self.known[run] = scores.tolist()
         if self.path is not None:
             append_line(self.path, json.dumps({"subject": self.subject, "run": run, "scores": self.known[run]}))
 
-
-def _run(half: str, described: Mapping[str, Any] | None, count: int) -> str:
-    return json.dumps([half, count, described], sort_keys=True)
+    def _run(self, half: str, described: Mapping[str, Any] | None, count: int) -> str:
+        return json.dumps([half, None if self.by_image else count, described], sort_keys=True)
 
 
 def halves_of(count: int, labels: Tensor | None, kind: Kind | Scored) -> tuple[Tensor, Tensor]:

@@ -52,8 +52,9 @@ def row_of(trial: Trial, values: Values, inputs: Sequence[tuple[float, Values]])
     c, (config, schedule) = trial.candidate, trial.applied()
     over = None if c.is_plain else over_smaller_input(values, inputs, trial.cost)
     described = None if config is None else config.describe()
+    search = trial.score if math.isfinite(trial.score) else None
     speed = trial.speed or Quartiles(1 / trial.cost, 1 / trial.cost, 1 / trial.cost)
-    return TunedRow(c.name, c.sides, described, schedule, trial.macs, speed, trial.score, bootstrap(values), over)
+    return TunedRow(c.name, c.sides, described, schedule, trial.macs, speed, search, bootstrap(values), over)
 
 
 def space_of(model: nn.Module, candidate: Candidate) -> ScheduleSpace:

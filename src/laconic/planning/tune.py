@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -128,7 +129,7 @@ class Tuner:
             raise ValueError(f"there are {len(images)} images and {len(labels)} labels; give a label of every image")
         halves = ((images[part], None if labels is None else labels[part]) for part in halves_of(len(images), labels, kind))
         self.searching, self.judging = (Measure(base, part, names, kind) for part, names in halves)
-        self.scores = Scores.read(record, base, images, labels, kind)
+        self.scores = Scores.read(record, self.searching, images, labels)
         self.kind, self.sizes, self.device = kind, Sizes(base), next(base.parameters()).device
         self.models = ReducedModels(self.sizes, "similar" if kind == "dense" else False)
         self.spaces = dict[tuple[Any, ...], ScheduleSpace | None]()
@@ -194,19 +195,22 @@ class Tuner:
         """Time all in one run, judge them on the held-out images, and choose by the searched ones."""
         self._timed(trials, self._affordable_rounds(len(trials)))
         enough = max(len(self.searching.images), len(self.judging.images))
-        count = self.clock.affordable(2 * len(trials) + 1, enough, 0.95)
-        trials = self._scored(trials, count, "choosing")
+        meeting = [t for t in trials if t.cost <= self.limit / MET] or trials
+        missing = [replace(t, score=-math.inf) for t in trials if t not in meeting]  # not scored on images that choose
+        wholes = (2 if self.judging.compares else 1) / self.limit  # the unreduced model takes longer
+        count = self.clock.affordable(len(meeting) + len(trials) + math.ceil(wholes), enough, 0.95)
+        meeting = self._scored(meeting, count, "choosing")
+        trials = [*meeting, *missing]
         held = {id(t): self._values(self.judging, t, count) for t in trials}
         whole = self._values(self.judging, None, count)
         inputs = [(t.cost, held[id(t)]) for t in trials if t.candidate.is_plain] + [(1.0, whole)]
-        meeting = [t for t in trials if t.cost <= self.limit / MET]
-        best = max(meeting or trials, key=lambda t: t.score)
-        if not meeting:
+        best = max(meeting, key=lambda t: t.score)
+        if best.cost > self.limit / MET:
             self.notes.append("no row meets the target by the last measurement; the nearest in score was chosen")
         if count < enough:
             self.notes.append(f"the time was enough for {count} of {enough} images of each half")
         rows = [TunedRow("unreduced", None, None, None, self.whole, Quartiles(1.0, 1.0, 1.0), None, bootstrap(whole), None)]
-        rows += [row_of(t, held[id(t)], inputs) for t in sorted(trials, key=lambda t: -t.score)]
+        rows += [row_of(t, held[id(t)], inputs) for t in sorted(trials, key=lambda t: -held[id(t)].mean())]
         chosen, parameters = best.candidate.name, dict[str, Tensor]()
         worth, reached = [] if self.repair is None else worth_repair(best, trials, self.limit / MET), -math.inf
         for number, t in enumerate(worth):
@@ -318,15 +322,20 @@ class Tuner:
 
     def _values(self, measure: Measure, trial: Trial | None, count: int) -> Values:
         """Return the scores of the first ``count`` images of a half under a candidate (None: unreduced)."""
-        half = "searching" if measure is self.searching else "judging"
+        half, count = "searching" if measure is self.searching else "judging", min(count, len(measure.images))
         described = None if trial is None else trial.described()
         known = self.scores.find(half, described, count)
-        if known is not None:
+        if len(known) == count:
             return known
+        if measure.compares:
+            outputs = measure.references(count)  # before the clock starts, since all candidates use them
+            if trial is None:
+                return measure.score(outputs).numpy()
         begin = time.monotonic()
         sides = None if trial is None else trial.candidate.sides
-        found = measure(self.sizes.model if trial is None else self.models.of(trial), sides, count).numpy()
-        self.clock.spend(time.monotonic() - begin, len(found))
+        more = measure(self.sizes.model if trial is None else self.models.of(trial), sides, count, len(known)).numpy()
+        self.clock.spend(time.monotonic() - begin, len(more))
+        found = np.concatenate([known, more])
         self.scores.add(half, described, count, found)
         return found
 

@@ -26,7 +26,8 @@ M = TypeVar("M", bound=nn.Module)
 class TunedRow:
     """An input size, and a method with its schedule (None: unreduced), and how it was judged.
 
-    ``search`` is the mean score on the images that chose, ``score`` on the held-out ones; ``over`` is the difference to a
+    ``search`` is the mean score on the images that chose (None for rows that miss the target and cannot be chosen), ``score``
+    that on the held-out ones; ``over`` is the difference to a
     smaller input that takes as long (None for smaller inputs, and outside of their range). ``repaired`` says what a repair of
     this row did, if there was one.
     """
