@@ -221,6 +221,7 @@ def test_the_second_process_is_refused_and_a_dead_one_is_not_waited_for(forking,
     command = (*TRAIN, "--set", "optimization.epochs=50", "--output", tmp_path / "out")
     first = forking.start(*command)
     begun(tmp_path / "out", 1)
+    wait_for(tmp_path / "out" / "checkpoint.pt")  # else there is nothing to resume
     second = forking.run(*command, "--resume")
     assert second.code == 1
     assert f"process {first.pid} (laconic train" in second.err
