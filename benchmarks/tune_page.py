@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from laconic.cli import plots
+from laconic.cli import compare, plots
 from laconic.cli.output import markdown
 from laconic.cli.tune import cells, verdict
 from laconic.core.files import write_atomically
@@ -80,8 +80,8 @@ def section(fields: dict[str, Any], tuned: Tuned) -> str:
     lines = [
         f"## {tuned.target.text}, {WORDS[tuned.measure]}, {tuned.own[0]} px",
         f"`{fields['command']}`",
-        f"{chosen} pictures chose, {judging} judge. {here['device']}, {here['threads']} "
-        f"thread{'s' if here['threads'] != 1 else ''}, torch {here['torch']}, {here['date'][:10]}.",
+        f"{chosen} pictures chose, {judging} judge. {here['device']}, {compare.threads(here)}, torch {here['torch']}, "
+        f"{here['date'][:10]}.",
         table(tuned),
         f"**{said[0].upper()}{said[1:]}**",
     ]
@@ -98,13 +98,13 @@ def exported(found: dict[str, Any]) -> str:
             [run["run"].removeprefix("tune-"), run["chosen"].removesuffix(", repaired"), str(run["batch_size"]), *cells]
         )
     header = ("run", "chosen", "images", *(row["runtime"] for row in found["runs"][0]["rows"]))
-    here = found["environment"]
+    devices = sorted({f"{run['environment']['device']}, {compare.threads(run['environment'])}" for run in found["runs"]})
     return "\n\n".join(
         [
             "## Exported",
             "`python -m benchmarks.tuned_exports` exports each choice and times it in turns with the unreduced model in the "
             "same runtime; in brackets the share of PyTorch's speed-up that is kept. "
-            f"{here['device']}, {here['threads']} thread.",
+            f"{'; '.join(devices)}.",
             markdown(header, rows),
         ]
     )

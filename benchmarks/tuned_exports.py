@@ -4,7 +4,8 @@
 
 For each run of results/tune-*.json the chosen input size and reduction are applied to the model of its command, which is
 exported and timed in each runtime in turns with the unreduced model. Repaired parameters are left out: they change the values
-of weights, not the graph. Writes results/exports-tuned.json, which benchmarks/tune_page.py shows.
+of weights, not the graph. Writes results/exports-tuned.json, which benchmarks/tune_page.py shows. It can be interrupted and
+resumed: a run that the file holds is not measured again, unless it chose something else since.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from laconic.cli.export import write_all
 from laconic.cli.export_speed import measure_formats
 from laconic.cli.models import create
 from laconic.cli.variants import as_reduced, unreduced
+from laconic.core.files import write_atomically
 from laconic.core.token_reduction import find_reduction
-from laconic.exporting import OPSET
+from laconic.exporting import OPSET, TOLERANCE
 from laconic.planning.tuned import Tuned
 
 FORMATS = ("onnx", "openvino")
 PIXELS = 8 * 224 * 224  # of a batch
-TOLERANCE = 0.1  # on noise, scores that are almost equal choose other tokens in another runtime on one image of some dozens
 
 
 def plain(tuned: Tuned) -> Tuned:
@@ -66,13 +67,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     given = parser.parse_args()
     setting = Setting(rounds=given.rounds, threads=1, device="cpu")
-    with machine.prepared(setting):
-        runs = [measure(path, setting) for path in runs_of()]
-        found = {"environment": machine.environment(setting), "runs": runs}
-    EXPORTS.write_text(json.dumps(found, indent=1) + "\n")
-    for run in runs:
-        for row in run["rows"]:
-            print(f"{run['run']:<16} {row['runtime']:<14} {row['ratio']['median']:.2f}x  kept {row['kept'] or 1:.2f}")
+    runs = dict[str, dict[str, Any]]()
+    if EXPORTS.exists():
+        runs = {run["run"]: run for run in json.loads(EXPORTS.read_text())["runs"]}
+    for path in runs_of():
+        if path.stem not in runs or runs[path.stem]["chosen"] != read(path)[1].chosen:
+            with machine.prepared(setting):
+                runs[path.stem] = {**measure(path, setting), "environment": machine.environment(setting)}
+            ordered = [runs[one.stem] for one in runs_of() if one.stem in runs]
+            write_atomically(EXPORTS, json.dumps({"runs": ordered}, indent=1) + "\n")
+        for row in runs[path.stem]["rows"]:
+            speed, kept = row["ratio"]["median"], row["kept"] or 1
+            print(f"{path.stem:<16} {row['runtime']:<14} {speed:.2f}x  kept {kept:.2f}", flush=True)
 
 
 if __name__ == "__main__":
