@@ -181,7 +181,7 @@ def test_a_tuned_model_is_repaired_and_applied(tuned):
     assert not laconic.is_reduced(model)
     whole = Tuned.of_json(found.to_json(), found.parameters)
     model = whole.apply(model)
-    judged = Measure(unreduced(), pictures(96)[1::2], None, "same-answer")(model.eval(), found.best.sides)
+    judged = Measure(unreduced(), held_out, None, "same-answer")(model.eval(), found.best.sides)
     assert float(judged.mean()) == pytest.approx(found.best.score.mean, abs=1e-6)
 
 

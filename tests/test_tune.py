@@ -20,6 +20,7 @@ from laconic.planning.reduced_models import ReducedModels
 from laconic.planning.refine import refined
 from laconic.planning.scores import Scores, halves_of
 from laconic.planning.space import ScheduleSpace
+from laconic.planning.time_limit import TimeLimit
 from laconic.planning.trials import Trial
 from laconic.planning.tuned import Tuned
 
@@ -276,6 +277,19 @@ def test_halves_are_balanced():
     assert abs(len(one) - len(other)) <= 2
 
 
+def test_the_first_images_are_of_many_labels_with_two_of_each():
+    labels = torch.arange(6).repeat_interleave(10)  # sorted, as the folders of a data set are
+    for kind in ("labels", "pairs"):
+        for half in halves_of(60, labels, kind):
+            known = len(labels[half].unique())
+            counts = labels[half[: 2 * known]].bincount(minlength=6)
+            assert counts[counts > 0].tolist() == [2] * known
+            assert labels[half].tolist() != sorted(labels[half].tolist())
+    one, other = halves_of(60, None, "dense")
+    assert sorted([*one.tolist(), *other.tolist()]) == list(range(60))
+    assert one.tolist() != sorted(one.tolist())
+
+
 def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
     record, ran = tmp_path / "scores.jsonl", []
     run = Measure.__call__
@@ -320,6 +334,15 @@ def test_less_time_means_fewer_images():
     found = laconic.tune(make("plain"), pictures(40), TARGET, methods=METHODS, batch_size=1, minutes=1e-4)
     assert found.images == (4, 4)
     assert any("4 of 20 images" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(("kind", "labels", "judged"), [("same-answer", None, 6), ("pairs", torch.arange(24) // 2, 3)])
+def test_time_that_is_left_is_used_for_more_images_where_scores_of_fewer_are_kept(kind, labels, judged, monkeypatch):
+    monkeypatch.setattr(TimeLimit, "affordable", lambda self, runs, wanted, share: min(wanted, 3))
+    asked = dict(methods=("topk",), batch_size=1, minutes=60, measure=kind, labels=labels)
+    found = laconic.tune(make("plain"), pictures(24), TARGET, **asked)
+    assert found.images == (judged, judged)
+    assert f"the time was enough for {judged} of 12 images of each half" in found.notes
 
 
 # ------------------------------------------------------------------------------------------------ the command

@@ -19,6 +19,7 @@ from laconic.core.files import append_line, json_lines
 from laconic.planning.measures import Kind, Measure, Scored
 
 Values = NDArray[np.float64]
+ORDER = "two by two"  # of the images in `halves_of`: scores that were kept in another order are not used
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Scores:
             return cls(by_image=measure.by_image)
         if not isinstance(measure.kind, str):
             raise ValueError("record needs a measure by name: whether a callable has changed since then cannot be known")
-        found = hashlib.sha256(f"{measure.kind} {measure.base!r} {digest(measure.base)}".encode())
+        found = hashlib.sha256(f"{ORDER} {measure.kind} {measure.base!r} {digest(measure.base)}".encode())
         for tensor in (images, *(() if labels is None else (labels,))):
             found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         subject = found.hexdigest()
@@ -68,13 +69,14 @@ class Scores:
 
 
 def halves_of(count: int, labels: Tensor | None, kind: Kind | Scored) -> tuple[Tensor, Tensor]:
-    """Return the indices of the images that choose, and of those that judge.
+    """Return the indices of the images that choose, and of those that judge, in the order in which they are used.
 
-    Without labels every other image chooses. With labels, each half gets every other image of each label; for ``pairs``, all
-    images of every other label, so that images that belong together stay together.
+    With labels, each half gets every other image of each label; for ``pairs``, all images of every other label, so that images
+    that belong together stay together. The order is random but always the same, since the first images of a folder may be of
+    one kind.
     """
     if labels is None:
-        order = torch.arange(count)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
         return order[::2], order[1::2]
     names, number = torch.unique(labels.cpu(), return_inverse=True)
     if kind == "pairs":
@@ -85,4 +87,20 @@ def halves_of(count: int, labels: Tensor | None, kind: Kind | Scored) -> tuple[T
         for i, name in enumerate(number.tolist()):
             rank[i], place[name] = place[name], place[name] + 1
         first = (rank + number) % 2 == 0  # the label's number is added, so that single images do not all get into one half
-    return first.nonzero().flatten(), (~first).nonzero().flatten()
+    return two_by_two(first.nonzero().flatten(), number), two_by_two((~first).nonzero().flatten(), number)
+
+
+def two_by_two(chosen: Tensor, number: Tensor) -> Tensor:
+    """Return images in random order, two of each label in turn: the first images have many labels, and pairs of each.
+
+    Args:
+        chosen: [M], indices of images.
+        number: [N], the label of every image.
+    """
+    shuffled: list[int] = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))].tolist()
+    ranks, key = dict[int, int](), dict[int, tuple[int, int]]()
+    for image in shuffled:
+        label = int(number[image])
+        ranks[label] = ranks.get(label, -1) + 1
+        key[image] = (ranks[label] // 2, list(ranks).index(label))
+    return torch.tensor(sorted(shuffled, key=key.__getitem__), dtype=torch.long)

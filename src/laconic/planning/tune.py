@@ -47,6 +47,7 @@ from laconic.planning.trials import Trial, best_of, finalists, likeliest, named,
 from laconic.planning.tuned import Tuned, TunedRow
 
 FEW, MORE = 16, 64  # images of the first rounds
+ONE_BIT = 4  # times as many where an image is only right or wrong
 TRIED, ENOUGH = 8, 24  # images that a candidate is at least tried on, and judged on: with less time, there are fewer candidates
 KEPT, FINAL = 10, 4  # candidates that are timed, and that are judged
 ROUNDS, FINAL_ROUNDS, LEAST_ROUNDS = 4, 10, 3  # of time measurements
@@ -130,6 +131,7 @@ class Tuner:
         halves = ((images[part], None if labels is None else labels[part]) for part in halves_of(len(images), labels, kind))
         self.searching, self.judging = (Measure(base, part, names, kind) for part, names in halves)
         self.scores = Scores.read(record, self.searching, images, labels)
+        self.few, self.more = (n * (ONE_BIT if kind in ("labels", "pairs") else 1) for n in (FEW, MORE))
         self.kind, self.sizes, self.device = kind, Sizes(base), next(base.parameters()).device
         self.models = ReducedModels(self.sizes, "similar" if kind == "dense" else False)
         self.spaces = dict[tuple[Any, ...], ScheduleSpace | None]()
@@ -154,11 +156,11 @@ class Tuner:
         if not tried and not inputs:
             raise ValueError(f"target {self.target.text}: no method and no input size of this model meets it; ask for less")
         tried = self._likely(tried)
-        tried = self._scored(tried, self.clock.affordable(len(tried), FEW, 0.25), "trying", 0.3)
+        tried = self._scored(tried, self.clock.affordable(len(tried), self.few, 0.25), "trying", 0.3)
         tried = finalists(tried, KEPT)
         if self.target.measured:
             tried = self._refitted(tried, ROUNDS)
-        tried = self._scored(tried, self.clock.affordable(len(tried), MORE, 0.25), "trying the better ones", 0.3)
+        tried = self._scored(tried, self.clock.affordable(len(tried), self.more, 0.25), "trying the better ones", 0.3)
         tried += self._searched(tried)
         final = finalists(tried, FINAL)
         short = self.clock.affordable(2 * (len(final) + len(inputs)), ENOUGH, 0.7) < ENOUGH
@@ -180,7 +182,7 @@ class Tuner:
         """Search the blocks and counts of the best candidate so far; return what is better."""
         best = best_of([t for t in trials if t.schedule is not None and not t.candidate.baseline], 1)
         space = self._space(best[0].candidate) if best else None
-        count = self.clock.affordable(SEARCHED, MORE, SEARCH)
+        count = self.clock.affordable(SEARCHED, self.more, SEARCH)
         if space is None or count < min(TRIED, len(self.searching.images)):
             return []  # the best of many on a few images is the luckiest one
         steps = SEARCHED if self.clock.left() is None else min(SEARCHED, self.clock.affordable(count, SEARCHED, SEARCH))
@@ -194,21 +196,11 @@ class Tuner:
     def _judged(self, trials: list[Trial]) -> Tuned:
         """Time all in one run, judge them on the held-out images, and choose by the searched ones."""
         self._timed(trials, self._affordable_rounds(len(trials)))
-        enough = max(len(self.searching.images), len(self.judging.images))
-        meeting = [t for t in trials if t.cost <= self.limit / MET] or trials
-        missing = [replace(t, score=-math.inf) for t in trials if t not in meeting]  # not scored on images that choose
-        wholes = (2 if self.judging.compares else 1) / self.limit  # the unreduced model takes longer
-        count = self.clock.affordable(len(meeting) + len(trials) + math.ceil(wholes), enough, 0.95)
-        meeting = self._scored(meeting, count, "choosing")
-        trials = [*meeting, *missing]
-        held = {id(t): self._values(self.judging, t, count) for t in trials}
-        whole = self._values(self.judging, None, count)
+        trials, held, whole, count = self._held_out(trials)
         inputs = [(t.cost, held[id(t)]) for t in trials if t.candidate.is_plain] + [(1.0, whole)]
-        best = max(meeting, key=lambda t: t.score)
+        best = max(trials, key=lambda t: t.score)
         if best.cost > self.limit / MET:
             self.notes.append("no row meets the target by the last measurement; the nearest in score was chosen")
-        if count < enough:
-            self.notes.append(f"the time was enough for {count} of {enough} images of each half")
         rows = [TunedRow("unreduced", None, None, None, self.whole, Quartiles(1.0, 1.0, 1.0), None, bootstrap(whole), None)]
         rows += [row_of(t, held[id(t)], inputs) for t in sorted(trials, key=lambda t: -held[id(t)].mean())]
         chosen, parameters = best.candidate.name, dict[str, Tensor]()
@@ -223,6 +215,28 @@ class Tuner:
         self.notes += [f"{named(group)}: left out, {reason}" for reason, group in self.refused.items()]
         counts = (min(count, len(self.searching.images)), min(count, len(self.judging.images)))
         return Tuned(self.target, self.judging.name, self.sizes.own, counts, tuple(rows), chosen, tuple(self.notes), parameters)
+
+    def _held_out(self, trials: list[Trial]) -> tuple[list[Trial], dict[int, Values], Values, int]:
+        """Score candidates on both halves: on images that choose only those that meet the target, if there are any.
+
+        Returns:
+            the candidates, their held-out scores by identity, those of the unreduced model, and the images of each half.
+        """
+        meeting = [t for t in trials if t.cost <= self.limit / MET] or trials
+        missing = [replace(t, score=-math.inf) for t in trials if t not in meeting]
+        runs = len(meeting) + len(trials) + math.ceil((2 if self.judging.compares else 1) / self.limit)  # and the unreduced
+        count, enough = 0, max(len(self.searching.images), len(self.judging.images))
+        # by then it is better known how long an image takes, and a second part uses the rest of the time
+        for share in (0.6, 0.95) if self.judging.by_image else (0.95,):
+            count = min(enough, count + self.clock.affordable(runs, enough - count, share))
+            meeting = self._scored(meeting, count, "choosing")
+            held = {id(t): self._values(self.judging, t, count) for t in (*meeting, *missing)}
+            whole = self._values(self.judging, None, count)
+            if count == enough or not self.clock.left():
+                break
+        if count < enough:
+            self.notes.append(f"the time was enough for {count} of {enough} images of each half")
+        return [*meeting, *missing], held, whole, count
 
     def _repaired(self, trial: Trial, count: int, repairs: int) -> tuple[Repaired, Values, dict[str, Tensor]] | None:
         """Repair a candidate, in the time left for as many; return what was done, held-out scores, and fitted parameters."""
@@ -331,9 +345,9 @@ class Tuner:
             outputs = measure.references(count)  # before the clock starts, since all candidates use them
             if trial is None:
                 return measure.score(outputs).numpy()
+        sides, model = (None, self.sizes.model) if trial is None else (trial.candidate.sides, self.models.of(trial))
         begin = time.monotonic()
-        sides = None if trial is None else trial.candidate.sides
-        more = measure(self.sizes.model if trial is None else self.models.of(trial), sides, count, len(known)).numpy()
+        more = measure(model, sides, count, len(known)).numpy()
         self.clock.spend(time.monotonic() - begin, len(more))
         found = np.concatenate([known, more])
         self.scores.add(half, described, count, found)
