@@ -12,6 +12,7 @@ from families import make
 from laconic.analysis.diagnose import shared_copy
 from laconic.planning.measures import Measure
 from laconic.planning.repair import Repaired, scales_and_biases
+from laconic.planning.scores import halves_of
 from laconic.planning.tuned import Tuned
 
 
@@ -181,6 +182,7 @@ def test_a_tuned_model_is_repaired_and_applied(tuned):
     assert not laconic.is_reduced(model)
     whole = Tuned.of_json(found.to_json(), found.parameters)
     model = whole.apply(model)
+    held_out = pictures(96)[halves_of(96, None, "same-answer")[1]]
     judged = Measure(unreduced(), held_out, None, "same-answer")(model.eval(), found.best.sides)
     assert float(judged.mean()) == pytest.approx(found.best.score.mean, abs=1e-6)
 
