@@ -339,7 +339,7 @@ def test_less_time_means_fewer_images():
 @pytest.mark.parametrize(("kind", "labels", "judged"), [("same-answer", None, 6), ("pairs", torch.arange(24) // 2, 3)])
 def test_time_that_is_left_is_used_for_more_images_where_scores_of_fewer_are_kept(kind, labels, judged, monkeypatch):
     monkeypatch.setattr(TimeLimit, "affordable", lambda self, runs, wanted, share: min(wanted, 3))
-    asked = dict(methods=("topk",), batch_size=1, minutes=60, measure=kind, labels=labels)
+    asked = dict(methods=("topk",), batch_size=1, minutes=60.0, measure=kind, labels=labels)
     found = laconic.tune(make("plain"), pictures(24), TARGET, **asked)
     assert found.images == (judged, judged)
     assert f"the time was enough for {judged} of 12 images of each half" in found.notes
