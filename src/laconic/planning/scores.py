@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,15 +78,11 @@ def halves_of(count: int, labels: Tensor | None, kind: Kind | Scored) -> tuple[T
     if labels is None:
         order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
         return order[::2], order[1::2]
-    names, number = torch.unique(labels.cpu(), return_inverse=True)
+    number = torch.unique(labels.cpu(), return_inverse=True)[1]
     if kind == "pairs":
         first = number % 2 == 0
-    else:
-        place = torch.zeros(len(names), dtype=torch.long)
-        rank = torch.empty(count, dtype=torch.long)
-        for i, name in enumerate(number.tolist()):
-            rank[i], place[name] = place[name], place[name] + 1
-        first = (rank + number) % 2 == 0  # the label's number is added, so that single images do not all get into one half
+    else:  # the label's number is added, so that single images do not all get into one half
+        first = (torch.tensor(ranks(number.tolist())) + number) % 2 == 0
     return two_by_two(first.nonzero().flatten(), number), two_by_two((~first).nonzero().flatten(), number)
 
 
@@ -97,10 +93,17 @@ def two_by_two(chosen: Tensor, number: Tensor) -> Tensor:
         chosen: [M], indices of images.
         number: [N], the label of every image.
     """
-    shuffled: list[int] = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))].tolist()
-    ranks, key = dict[int, int](), dict[int, tuple[int, int]]()
-    for image in shuffled:
-        label = int(number[image])
-        ranks[label] = ranks.get(label, -1) + 1
-        key[image] = (ranks[label] // 2, list(ranks).index(label))
-    return torch.tensor(sorted(shuffled, key=key.__getitem__), dtype=torch.long)
+    shuffled = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))]
+    labels: list[int] = number[shuffled].tolist()
+    turn = {label: i for i, label in enumerate(dict.fromkeys(labels))}
+    keys = [(rank // 2, turn[label]) for rank, label in zip(ranks(labels), labels, strict=True)]
+    return shuffled[sorted(range(len(keys)), key=keys.__getitem__)]
+
+
+def ranks(labels: Sequence[int]) -> list[int]:
+    """Return for every label how often it occurs before."""
+    seen, out = dict[int, int](), list[int]()
+    for label in labels:
+        out.append(seen.get(label, 0))
+        seen[label] = out[-1] + 1
+    return out

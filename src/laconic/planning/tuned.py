@@ -27,9 +27,8 @@ class TunedRow:
     """An input size, and a method with its schedule (None: unreduced), and how it was judged.
 
     ``search`` is the mean score on the images that chose (None for rows that miss the target and cannot be chosen), ``score``
-    that on the held-out ones; ``over`` is the difference to a
-    smaller input that takes as long (None for smaller inputs, and outside of their range). ``repaired`` says what a repair of
-    this row did, if there was one.
+    that on the held-out ones; ``over`` is the difference to a smaller input that takes as long (None for smaller inputs, and
+    outside of their range). ``repaired`` says what a repair of this row did, if there was one.
     """
 
     name: str
