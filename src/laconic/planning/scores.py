@@ -79,10 +79,9 @@ def halves_of(count: int, labels: Tensor | None, kind: Kind | Scored) -> tuple[T
         order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
         return order[::2], order[1::2]
     number = torch.unique(labels.cpu(), return_inverse=True)[1]
-    if kind == "pairs":
-        first = number % 2 == 0
-    else:  # the label's number is added, so that single images do not all get into one half
-        first = (torch.tensor(ranks(number.tolist())) + number) % 2 == 0
+    # the label's number is added to the rank, so that single images do not all get into one half
+    turn = number if kind == "pairs" else torch.tensor(ranks(number.tolist())) + number
+    first = turn % 2 == 0
     return two_by_two(first.nonzero().flatten(), number), two_by_two((~first).nonzero().flatten(), number)
 
 

@@ -68,12 +68,16 @@ class ScheduleSpace:
         return other
 
     # -------------------------------------------------------------------------------------------- costs
+    def applied(self, schedule: Schedule) -> tuple[Method, Schedule]:
+        """Return the method and schedule that the model is reduced with."""
+        return self.config, schedule
+
     def summary(self, schedule: Schedule) -> Summary | None:
         """Return tokens and multiply-adds under a schedule; None if the method cannot follow it."""
         if schedule not in self.known:
             try:
                 whole = self.unreduced().macs
-                self.known[schedule] = estimate(self.host, self.config, schedule, example=self.size, baseline=whole)
+                self.known[schedule] = estimate(self.host, *self.applied(schedule), example=self.size, baseline=whole)
             except ValueError:
                 self.known[schedule] = None
         return self.known[schedule]
@@ -237,20 +241,9 @@ class ChainSpace(ScheduleSpace):
         self.first, self.keep = first, keep
         self.entering = Stages(first, first.default_schedule(self.depth, keep, None), self.shapes).counts()[0]
 
-    def chain(self, schedule: Schedule) -> Chain:
-        """Return both methods with their schedules."""
-        return Chain((self.first, {"keep": self.keep}), (self.config, {"schedule": schedule}))
-
-    def summary(self, schedule: Schedule) -> Summary | None:
-        if schedule not in self.known:
-            try:
-                chain = self.chain(schedule)
-                joined = chain.default_schedule(self.depth, None, None)
-                whole = self.unreduced().macs
-                self.known[schedule] = estimate(self.host, chain, joined, example=self.size, baseline=whole)
-            except ValueError:
-                self.known[schedule] = None
-        return self.known[schedule]
+    def applied(self, schedule: Schedule) -> tuple[Method, Schedule]:
+        chain = Chain((self.first, {"keep": self.keep}), (self.config, {"schedule": schedule}))
+        return chain, chain.default_schedule(self.depth, None, None)
 
     @property
     def starts(self) -> dict[int, int]:
