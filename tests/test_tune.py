@@ -284,6 +284,7 @@ def test_the_first_images_are_of_many_labels_with_two_of_each():
             known = len(labels[half].unique())
             counts = labels[half[: 2 * known]].bincount(minlength=6)
             assert counts[counts > 0].tolist() == [2] * known
+            assert labels[half[:4]].bincount().sort(descending=True).values[:2].tolist() == [2, 2]
             assert labels[half].tolist() != sorted(labels[half].tolist())
     one, other = halves_of(60, None, "dense")
     assert sorted([*one.tolist(), *other.tolist()]) == list(range(60))
