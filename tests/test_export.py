@@ -91,6 +91,36 @@ def test_a_method_on_a_host(tmp_path, method, family):
     assert set(report.graph.domains) == {"ai.onnx"}
 
 
+class Sorts(torch.nn.Module):
+    """Give the order of scores, and of scores by images, rising and falling."""
+
+    def forward(self, x):
+        orders = [y.sort(dim=d, descending=d == 2, stable=True).indices for y in (x, x.square()) for d in (1, 2)]
+        return torch.cat([order.flatten(1) for order in orders], 1)
+
+
+@pytest.mark.parametrize("length", [1, 36, 300])
+def test_sorts_in_openvino_are_stable(tmp_path, length):
+    x = torch.randint(-2, 3, (2, length, 4), generator=torch.Generator().manual_seed(0)).float()
+    traced = Traced(Sorts(), torch.export.export(Sorts(), (x,)), (length, 4), 2)
+    graph.write_onnx(traced, tmp_path / "m.onnx")
+    openvino.write_openvino(traced, tmp_path / "m.onnx", tmp_path / "m.xml", 20)
+    assert torch.equal(runner(tmp_path / "m.xml", "openvino", 1)(x)[0], Sorts()(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["pre-merge", "adaptive-patch"])
+def test_equal_scores_are_decided_as_in_eager_mode(tmp_path, method):
+    """Positions of tokens matter on this host; the patches of both halves score the same."""
+    model, x = small(method, "dinov3"), images("dinov3")[..., :48]
+    x = torch.cat([x, x], -1)
+    expected = model(x).detach()
+    traced = trace(model)
+    for to, name in (("openvino", "m.xml"), ("onnx", "m.onnx")):
+        write(traced, tmp_path / name, to)
+        same(runner(tmp_path / name, to, 1)(x)[0], expected)
+
+
 @pytest.mark.parametrize("method", sorted(CLASS_SCORED & set(CONSTANT)))
 def test_class_attention_needs_a_class_token(method):
     with pytest.raises((LookupError, ValueError), match="class token"):

@@ -29,9 +29,11 @@ from families import (
     rate,
     reduced,
 )
+from laconic.core import gather
 from laconic.core.attention import AttentionTap
 from laconic.core.gather import arange_like
 from laconic.core.method import Reducer
+from laconic.core.tokens import Tokens
 from laconic.methods import dynamicvit
 from laconic.methods.ops import arbitrary, class_attention, mean_query_attention, topk_split
 
@@ -62,6 +64,23 @@ def test_keep_1_is_the_identity(method, family):
     expected = run(model, x)
     laconic.reduce_(model, method, keep=1.0, at=at(method), **options(method, family))
     assert torch.equal(run(model, x), expected)
+
+
+@every_pair
+def test_sums_by_products_are_the_same(method, family, monkeypatch):
+    """Exported files, and devices other than the CPU, add the rows of merged tokens by a matrix product."""
+    model, x = reduced(method, family), images(family)[:1]
+    x = torch.cat([x, torch.ones_like(x), torch.cat([x[..., : x.shape[-1] // 2]] * 2, -1)])  # tokens that are equal too
+    expected = run(model, x)
+    merge = Tokens.merge
+
+    def checked(tokens, dst, weight, lead, *, complete=False):
+        assert not complete or torch.equal(dst.gather(1, lead), arange_like(lead))
+        return merge(tokens, dst, weight, lead, complete=complete)
+
+    monkeypatch.setattr(Tokens, "merge", checked)
+    monkeypatch.setattr(gather, "_exporting", lambda: True)
+    torch.testing.assert_close(run(model, x), expected, rtol=1e-4, atol=1e-5)
 
 
 @more_pairs

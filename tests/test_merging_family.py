@@ -376,7 +376,7 @@ def test_mctf_by_hand(direction, tau, r):
 def test_merged_attention_is_attention():
     attention = torch.randn(2, 3, 7, 7).softmax(-1)
     dst, weight = torch.tensor([[0, 1, 0, 2, 0]] * 2), torch.tensor([[0.5, 1.0, 0.2, 1.0, 0.3]] * 2)
-    merged = fuse(attention, dst, weight, 3)
+    merged = fuse(attention, dst, weight, torch.tensor([[0, 1, 3]] * 2))
     assert merged.shape == (2, 3, 5, 5)
     torch.testing.assert_close(merged.sum(-1), torch.ones(2, 3, 5))
     assert torch.equal(merged[:, :, :2, :2], attention[:, :, :2, :2])  # prefix tokens keep to themselves

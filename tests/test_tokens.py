@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from laconic.core import gather
 from laconic.core.gather import add_rows, gather_rows
 from laconic.core.tokens import Tokens
 
@@ -125,6 +126,20 @@ def test_add_rows_is_the_same_by_product_and_by_index():
     torch.testing.assert_close(add_rows(values, dst, 4), chosen.float() @ values)
     meta = add_rows(values.to("meta"), dst.to("meta"), 4)  # the way of every device but the CPU
     assert meta.shape == (2, 4, 3)
+
+
+@pytest.mark.parametrize("limits", [{}, {"WHOLE": 4, "ROWS": 2}])
+def test_add_rows_by_product_is_the_same_with_a_row_of_each_sum(limits, monkeypatch):
+    values, dst = torch.randn(2, 6, 3), torch.tensor([[0, 1, 0, 2, 1, 0], [2, 2, 0, 1, 2, 2]])
+    lead = torch.tensor([[5, 1, 3], [2, 3, 4]])
+    expected = add_rows(values, dst, 3)
+    for name, value in {"_exporting": lambda: True, **limits}.items():
+        monkeypatch.setattr(gather, name, value)
+    torch.testing.assert_close(add_rows(values, dst, 3, lead), expected)
+    torch.testing.assert_close(add_rows(values[..., 0], dst, 3, lead), expected[..., 0])
+    order = torch.tensor([[2, 0, 1]] * 2)
+    same = add_rows(values[:, :3], order, 3, order.argsort(1))  # nothing to add
+    assert torch.equal(same, gather_rows(values[:, :3], order.argsort(1)))
 
 
 def test_take_is_a_gather():

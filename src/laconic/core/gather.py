@@ -17,6 +17,15 @@ def arange_like(like: Tensor) -> Tensor:
     return torch.arange(like.shape[1], device=like.device).expand(like.shape[0], -1)
 
 
+def places(mask: Tensor, count: int) -> Tensor:
+    """Return the indices of the first ``count`` true entries of each row of ``mask`` [B, L], in order (then of false ones).
+
+    Not every runtime of exported files sorts stably, so equal keys are avoided.
+    """
+    own = arange_like(mask)
+    return torch.where(mask, own, own + mask.shape[1]).sort(dim=1).indices[:, :count]
+
+
 def remap(where: Tensor, dst: Tensor, *, complete: bool = False) -> Tensor:
     """Update the token of every patch: ``where`` [B, P] is the old one, ``dst`` [B, L] the new index of each old token.
 
@@ -54,13 +63,16 @@ def joined_parts(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def add_rows(values: Tensor, dst: Tensor, count: int) -> Tensor:
-    """Sum the rows of ``values`` [B, L, C] or [B, L] into ``count`` rows by ``dst`` [B, L], deterministically."""
+def add_rows(values: Tensor, dst: Tensor, count: int, lead: Tensor | None = None) -> Tensor:
+    """Sum the rows of ``values`` [B, L, C] or [B, L] into ``count`` rows by ``dst`` [B, L], deterministically.
+
+    ``lead`` [B, count], a row of each sum (``dst[lead[m]] == m``), saves time where the sums are a matrix product.
+    """
     batch, here = values.shape[0], values.device.type == "cpu" and not _exporting()
     if values.dim() == 2:
         if here:
             return values.new_zeros(batch, count).scatter_add(1, dst, values)
-        return add_rows(values.unsqueeze(2), dst, count).squeeze(2)
+        return add_rows(values.unsqueeze(2), dst, count, lead).squeeze(2)
     if here and batch == 1:
         return values.new_zeros(1, count, values.shape[2]).index_add(1, dst[0], values)
     if here:
@@ -69,6 +81,17 @@ def add_rows(values: Tensor, dst: Tensor, count: int) -> Tensor:
         return out.index_add(0, (dst + start).flatten(), values.flatten(0, 1)).view(batch, count, -1)
     # index_add is atomic, hence not deterministic, on other devices, so a one-hot product replaces it there; in exported files
     # too, since index_add becomes a ScatterND with a reduction, which some runtimes ignore
+    if lead is None:
+        return _product(values, dst, count)
+    # most sums have one row: take a row of each, and let the product add the others, which are few
+    first = gather_rows(values, lead)
+    if count == values.shape[1]:
+        return first
+    others = torch.ones_like(dst).scatter(1, lead, 0).topk(values.shape[1] - count, dim=1).indices
+    return first + _product(gather_rows(values, others), dst.gather(1, others), count)
+
+
+def _product(values: Tensor, dst: Tensor, count: int) -> Tensor:
     new, old = torch.arange(count, device=dst.device).unsqueeze(0), dst.unsqueeze(1)
     return torch.cat([(old == part.unsqueeze(2)).to(values.dtype) @ values for part in in_parts(new, dst.shape[1])], 1)
 

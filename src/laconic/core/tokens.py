@@ -214,19 +214,20 @@ class Tokens:
         """Sum tokens into new ones: ``x'[m] = sum of weight[i] * x[i] over dst[i] == m``; ``dst[i] == -1`` drops token i.
 
         The caller chooses the weights (and whether they sum to one); None means the mean, weighted by size. ``lead[m]`` is
-        the old token whose position and per-token data new token m inherits. ``complete`` promises that no ``dst`` is -1,
-        which saves the operations that handle it.
+        the old token whose position and per-token data new token m inherits. ``complete`` promises that no ``dst`` is -1 and
+        that ``dst[lead[m]] == m``, which saves the operations that handle other cases.
         """
         count, old, into = lead.shape[1], self.size, dst
         if not complete:
             gone, into = dst < 0, dst.clamp_min(0)
             old = old.masked_fill(gone, 0.0)
-        size = add_rows(old, into, count)
+        row = lead if complete else None
+        size = add_rows(old, into, count, row)
         if weight is None:
             weight = old / size.gather(1, into).clamp_min(torch.finfo(size.dtype).tiny)
         elif not complete:
             weight = weight.masked_fill(gone, 0.0)
-        new = add_rows(self.patches * weight.unsqueeze(-1), into, count).to(self.x.dtype)
+        new = add_rows(self.patches * weight.unsqueeze(-1), into, count, row).to(self.x.dtype)
         x = torch.cat([self.x[:, : self.prefix], new], 1)
         return self._follow(lead, dst, x, size, complete, merged=True)
 

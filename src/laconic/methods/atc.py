@@ -41,7 +41,8 @@ class ATCReducer(Reducer):
         # a cluster takes the position of its member nearest to all tokens, which does not depend on the order of the tokens
         lead = cheapest(distance.sum(2), cluster, n)
         if not self.proportional:
-            return tokens.merge(cluster, group_normalize(torch.ones_like(tokens.size), cluster, n), lead)
+            equal = group_normalize(torch.ones_like(tokens.size), cluster, n, complete=True)
+            return tokens.merge(cluster, equal, lead, complete=True)
         tokens = tokens.merge(cluster, None, lead, complete=True)
         return tokens.replace(attn_scale=tokens.size)
 

@@ -51,8 +51,8 @@ class ConvPoolReducer(Reducer):
             )
         run, first = runs(rest, count)
         dst, lead = set_out(kept, rest, run, first)
-        weight = group_normalize(tokens.size, dst, n)
-        left = tokens.merge(dst, weight, lead)
+        weight = group_normalize(tokens.size, dst, n, complete=True)
+        left = tokens.merge(dst, weight, lead, complete=True)
         place = (first.unsqueeze(2) + torch.arange(self.taps, device=first.device)).flatten(1)  # [B, M * taps]
         at = place.clamp_max(rest.shape[1] - 1)
         inside = (place == at) & (run.gather(1, at) == torch.arange(count, device=at.device).repeat_interleave(self.taps))

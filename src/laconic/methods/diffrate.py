@@ -56,8 +56,8 @@ class DiffRateReducer(Reducer):
         dst = torch.cat([head, match], 1)
         gate = tokens.attn_scale_or_ones
         grown = gate * torch.cat([torch.ones_like(gate[:, :n]), similarity], 1)
-        tokens = tokens.merge(dst, group_normalize(torch.ones_like(tokens.size), dst, n), head)
-        return tokens.replace(attn_scale=add_rows(grown, dst, n).clamp_min(MIN_ATTN_SCALE))
+        tokens = tokens.merge(dst, group_normalize(torch.ones_like(tokens.size), dst, n, complete=True), head, complete=True)
+        return tokens.replace(attn_scale=add_rows(grown, dst, n, head).clamp_min(MIN_ATTN_SCALE))
 
 
 @method(

@@ -40,7 +40,8 @@ class DPCKNNReducer(Reducer):
     def before(self, tokens: Tokens, n: int) -> Tokens:
         x = precise(tokens.patches.detach())  # densities are close: float32 would change the order of some centres
         cluster, centres = density_peaks(x, n, assign="nearest", farthest="sample", neighbours=self.neighbours)
-        return tokens.merge(cluster, group_normalize(self.weight(tokens, cluster, n), cluster, n), centres)
+        weight = group_normalize(self.weight(tokens, cluster, n), cluster, n, complete=True)
+        return tokens.merge(cluster, weight, centres, complete=True)
 
     def weight(self, tokens: Tokens, cluster: Tensor, n: int) -> Tensor:
         """Return e^{s_i} divided by the largest of the cluster (which cancels, and avoids overflow)."""

@@ -44,7 +44,7 @@ class KMeansReducer(Reducer):
         first = arange_like(rest[:, :clusters]) if options.init == "top-score" else strided(rest, clusters)
         found = lloyd(tokens.rows(rest), weight.gather(1, rest), first, options.iterations)
         dst, lead = set_out(kept, rest, *found)
-        return tokens.merge(dst, group_normalize(weight, dst, n), lead)
+        return tokens.merge(dst, group_normalize(weight, dst, n, complete=True), lead, complete=True)
 
 
 @method(

@@ -73,7 +73,7 @@ class EqualKMedoidsReducer(Reducer):
 def stand_for(tokens: Tokens, distance: Tensor, medoids: Tensor) -> Tokens:
     """Keep the medoids unchanged; each takes over the patches of the tokens nearest to it."""
     itself = torch.zeros_like(tokens.size).scatter(1, medoids, 1.0)
-    return tokens.merge(nearest_medoid(distance, medoids), itself, medoids)
+    return tokens.merge(nearest_medoid(distance, medoids), itself, medoids, complete=True)
 
 
 @method(

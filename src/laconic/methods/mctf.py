@@ -56,7 +56,7 @@ class Fusion(Reducer):
             raise ValueError(f"mctf can merge away at most half of the tokens of a block; got {r} of {len(tokens)}")
         forward = r // 2 if self.direction == "both" else r
         dst, lead = both_ways(self.score(tokens, received, a, b), a, b, forward, r - forward)
-        return dst, group_normalize(received * tokens.size, dst, n), lead
+        return dst, group_normalize(received * tokens.size, dst, n, complete=True), lead
 
     def score(self, tokens: Tokens, received: Tensor, a: Tensor, b: Tensor) -> Float[Tensor, "B M K"]:
         """Return the score for merging each token of ``a`` with each of ``b``."""
@@ -76,7 +76,7 @@ class MCTFReducer(Fusion):
         attention = seen.matrix
         dst, weight, lead = self.groups(tokens, attention.mean((1, 2))[:, tokens.prefix :], n)
         tokens = tokens.merge(dst, weight, lead, complete=True)
-        return tokens.replace(attn_scale=tokens.size, attention=fuse(attention, dst, weight, n))
+        return tokens.replace(attn_scale=tokens.size, attention=fuse(attention, dst, weight, lead))
 
 
 class LateMCTFReducer(Fusion):

@@ -32,7 +32,7 @@ class SpatialPoolReducer(Reducer):
         kept, rest = self.options.part(tokens, seen, n, "raster")
         group, first = cells(tokens.origin_index.gather(1, rest), grid, n - int(kept.shape[1]))
         dst, lead = set_out(kept, rest, group, first)
-        return tokens.merge(dst, None, lead)
+        return tokens.merge(dst, None, lead, complete=True)
 
 
 @method(

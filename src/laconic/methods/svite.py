@@ -75,7 +75,7 @@ def zero(tokens: Tokens, kept: Int[Tensor, "B K"], rest: Int[Tensor, "B R"], mas
     many = gate.gather(1, rest).sum(1, keepdim=True)
     dst = torch.full_like(tokens.origin_index, kept.shape[1]).scatter(1, kept, arange_like(kept))
     share = (gate / many).scatter(1, kept, 1.0)  # the zero tokens have equal shares in the features of the single token
-    out = tokens.merge(dst, mask * share, torch.cat([kept, rest[:, :1]], 1))
+    out = tokens.merge(dst, mask * share, torch.cat([kept, rest[:, :1]], 1), complete=True)
     return out.replace(attn_scale=torch.cat([gate.gather(1, kept), many], 1))
 
 

@@ -50,7 +50,7 @@ class ToFuReducer(Reducer):
             return tokens.keep(stay)
         before = _lengths(tokens)
         longest = torch.zeros_like(tokens.size[:, :n]).scatter_reduce(1, dst, before, "amax", include_self=False)
-        tokens = tokens.merge(dst, group_normalize(torch.ones_like(tokens.size), dst, n), stay, complete=True)
+        tokens = tokens.merge(dst, group_normalize(torch.ones_like(tokens.size), dst, n, complete=True), stay, complete=True)
         if self.norm == "none":
             return tokens
         now = before.gather(1, stay) if self.norm == "host" else _lengths(tokens)

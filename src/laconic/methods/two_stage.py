@@ -44,7 +44,7 @@ class LateReducer(Reducer):
 
     def between(self, tokens: Tokens, seen: AttentionView, n: int) -> Tokens:
         dst, stay = merging(tokens, seen, n)
-        scale = add_rows(tokens.attn_scale_or_ones, dst, n)
+        scale = add_rows(tokens.attn_scale_or_ones, dst, n, stay)
         return tokens.merge(dst, None, stay, complete=True).replace(attn_scale=scale)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -63,8 +64,8 @@ class ScheduleSpace:
 
     def priced(self, price: Price) -> ScheduleSpace:
         """Return the same schedules with another cost function."""
-        other = object.__new__(ScheduleSpace)
-        other.__dict__.update(self.__dict__, price=price)
+        other = copy.copy(self)
+        other.price = price
         return other
 
     # -------------------------------------------------------------------------------------------- costs

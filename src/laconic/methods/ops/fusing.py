@@ -30,15 +30,19 @@ def both_ways(
 
 
 def fuse(
-    attention: Float[Tensor, "B H N N"], dst: Int[Tensor, "B L"], weight: Float[Tensor, "B L"], count: int
+    attention: Float[Tensor, "B H N N"], dst: Int[Tensor, "B L"], weight: Float[Tensor, "B L"], lead: Int[Tensor, "B M"]
 ) -> Float[Tensor, "B H M M"]:
-    """Return the attention among merged tokens: rows averaged by ``weight``, columns summed; prefix tokens are unchanged."""
+    """Return the attention among merged tokens: rows averaged by ``weight``, columns summed; prefix tokens are unchanged.
+
+    ``dst`` and ``lead`` are those of `Tokens.merge`, complete.
+    """
     batch, heads, before, _ = attention.shape
-    prefix, total = before - dst.shape[1], before - dst.shape[1] + count
-    every = torch.cat([torch.arange(prefix, device=dst.device).expand(batch, -1), dst + prefix], 1)
+    prefix = before - dst.shape[1]
+    own, total = torch.arange(prefix, device=dst.device).expand(batch, -1), prefix + lead.shape[1]
+    every, first = torch.cat([own, dst + prefix], 1), torch.cat([own, lead + prefix], 1)
     rows = attention * F.pad(weight, (prefix, 0), value=1.0).unsqueeze(1).unsqueeze(3)
-    rows = add_rows(rows.transpose(1, 2).flatten(2), every, total).view(batch, total, heads, before)
-    columns = add_rows(rows.permute(0, 3, 2, 1).flatten(2), every, total)
+    rows = add_rows(rows.transpose(1, 2).flatten(2), every, total, first).view(batch, total, heads, before)
+    columns = add_rows(rows.permute(0, 3, 2, 1).flatten(2), every, total, first)
     return columns.view(batch, total, heads, total).permute(0, 2, 3, 1)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from laconic.core.adaptive import AdaptiveReducer
-from laconic.core.gather import add_rows, arange_like
+from laconic.core.gather import add_rows, arange_like, places
 from laconic.core.method import Method
 from laconic.core.patch_input import GROUP
 from laconic.core.schedule import Schedule
@@ -50,9 +50,8 @@ def taken(tokens: Tokens) -> tuple[Int[Tensor, "B P"], Tokens]:
 def merge_groups(tokens: Tokens, n: int) -> Tokens:
     """Merge each group of patches into its mean; every image has exactly ``n`` groups. Tokens are in raster order."""
     group, tokens = taken(tokens)
-    firsts = (group == arange_like(group)).long()
-    lead = (1 - firsts).sort(dim=1, stable=True).indices[:, :n]
-    return tokens.merge((firsts.cumsum(1) - 1).gather(1, group), None, lead, complete=True)
+    firsts = group == arange_like(group)
+    return tokens.merge((firsts.cumsum(1) - 1).gather(1, group), None, places(firsts, n), complete=True)
 
 
 def hide_groups(tokens: Tokens, *, mean: bool) -> Tokens:

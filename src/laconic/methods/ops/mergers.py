@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from laconic.core.gather import arange_like
+from laconic.core.gather import arange_like, places
 from laconic.core.shape_types import Float, Int
 from laconic.core.tokens import Tokens
 from laconic.methods.ops.clustering import density_peaks
@@ -37,8 +37,7 @@ def pair_up(
         first, second = even * 2, odd * 2 + 1
     gone = torch.zeros_like(rank).scatter(1, second, 1)
     slot = rank - gone.cumsum(1)  # new index of a kept row
-    lead = gone.sort(dim=1, stable=True).indices[:, : x.shape[1] - pairs]
-    return slot.scatter(1, second, slot.gather(1, first)), lead
+    return slot.scatter(1, second, slot.gather(1, first)), places(gone == 0, x.shape[1] - pairs)
 
 
 def grouped(

@@ -7,7 +7,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from laconic.core.gather import add_rows, arange_like, first_least, gather_rows
+from laconic.core.gather import add_rows, arange_like, first_least, gather_rows, places
 from laconic.core.shape_types import Float, Int
 
 SHARE = 0.25  # of its tokens that a round merges away at most: fewer rounds are worse, more take longer
@@ -38,20 +38,20 @@ def merge_neighbours(features: Float[Tensor, "B P D"], grid: tuple[int, ...], co
     while x.shape[1] > count:
         length = x.shape[1]
         removed = min(length - count, max(1, int(length * SHARE)))
-        dst, kept = _round(x, size, lead, (token[:, one], token[:, other]), grid[-1], removed)
-        total = add_rows(size, dst, length - removed)
-        x = add_rows(x * size.unsqueeze(2), dst, length - removed) / total.unsqueeze(2)
+        dst, row, kept = _round(x, size, lead, (token[:, one], token[:, other]), grid[-1], removed)
+        total = add_rows(size, dst, length - removed, row)
+        x = add_rows(x * size.unsqueeze(2), dst, length - removed, row) / total.unsqueeze(2)
         size, token, lead = total, dst.gather(1, token), kept
     return lead.gather(1, token)
 
 
 def _round(
     x: Tensor, size: Tensor, lead: Int[Tensor, "B L"], ends: tuple[Tensor, Tensor], columns: int, removed: int
-) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B M"]]:
-    """Return the new index of each token, and the first patch of each new token; ``ends`` are the tokens of edges."""
+) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B M"], Int[Tensor, "B M"]]:
+    """Return the new index of each token, and a token and the first patch of each new one; ``ends`` are the tokens of edges."""
     length, own = x.shape[1], arange_like(lead)
     colour = (own + lead // columns * (columns + 1)) % 2
-    first = colour.sort(dim=1, stable=True).indices[:, : (length + 1) // 2]
+    first = places(colour == 0, (length + 1) // 2)
     moves = torch.zeros_like(lead).scatter(1, first, 1)  # 1 for the tokens of the first set
     a, b = ends
     from_a, from_b = moves.gather(1, a) > 0, moves.gather(1, b) > 0
@@ -62,11 +62,11 @@ def _round(
     best = first_least(cost, source, length)
     least = cost.gather(1, best).masked_fill(source.gather(1, best) != own, torch.inf)
     alone = least == torch.inf  # no neighbour in the other set: it merges with any token of it, but last
-    into = torch.where(alone, moves.sort(dim=1, stable=True).indices[:, :1], target.gather(1, best))
+    into = torch.where(alone, places(moves == 0, 1), target.gather(1, best))
     price = least.clamp_max(FAR).masked_fill(moves == 0, torch.inf)
     merged = price.sort(dim=1, stable=True).indices[:, :removed]
     group = own.scatter(1, merged, into.gather(1, merged))
     firsts = torch.full_like(lead, 2**31 - 1).scatter_reduce(1, group, lead, "amin")
     kept, order = firsts.sort(dim=1, stable=True)  # tokens that were merged away have no first patch, and come last
     new = torch.empty_like(order).scatter(1, order, own)
-    return new.gather(1, group), kept[:, : length - removed]
+    return new.gather(1, group), order[:, : length - removed], kept[:, : length - removed]
