@@ -1,8 +1,10 @@
 """Choosing input size, method and schedule: the measures, the choice at equal cost, and what the result can do."""
 
 import copy
+import dataclasses
 import importlib
 import json
+import math
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from laconic.planning.refine import refined
 from laconic.planning.scores import Scores, halves_of
 from laconic.planning.space import ScheduleSpace
 from laconic.planning.time_limit import TimeLimit
-from laconic.planning.trials import Trial
+from laconic.planning.trials import Trial, refitted
 from laconic.planning.tuned import Tuned
 
 METHODS = ("tome",)
@@ -201,6 +203,17 @@ def test_a_method_is_verified_once_at_a_size_and_its_models_answer_as_those_of_r
     assert len(verified) == 1 + 3  # and those of ``expected``
     models.of(Trial(Candidate("smaller", (80, 80), config, None, first), config.default_schedule(4, 0.6, None), 0))
     assert len(verified) == 1 + 3 + 1
+
+
+def test_candidates_that_no_schedule_makes_fast_enough_are_left_out():
+    _, other = a_trial()
+    fast, slow, fitted_again = (dataclasses.replace(other, cost=cost, score=1.0) for cost in (0.6, 0.9, 0.8))
+    random = dataclasses.replace(slow, candidate=dataclasses.replace(other.candidate, baseline=True))
+    new = dataclasses.replace(fitted_again, macs=1)
+    left, out = refitted([slow, fast, random, fitted_again], [None, None, None, new], 0.7)
+    assert left == [fast, random, dataclasses.replace(new, score=-math.inf)]
+    assert out == [slow]
+    assert refitted([slow, random], [None, None], 0.7) == ([slow, random], [])
 
 
 def test_a_search_finds_what_the_measure_prefers():

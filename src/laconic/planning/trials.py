@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -79,6 +79,18 @@ def likeliest(trials: Sequence[Trial], number: int) -> list[Trial]:
     """Return the first ``number`` candidates (see `laconic.planning.candidates.candidates`) and all baselines."""
     others = [trial for trial in trials if not trial.candidate.baseline]
     return [*others[:number], *(trial for trial in trials if trial.candidate.baseline)]
+
+
+def refitted(trials: Sequence[Trial], again: Sequence[Trial | None], limit: float) -> tuple[list[Trial], list[Trial]]:
+    """Return the candidates, those fitted ``again`` without a score, and apart from them those that cannot meet the limit.
+
+    These cost more than ``limit`` and have no other schedule. All stay if only baselines would.
+    """
+    slow = [t for t, new in zip(trials, again, strict=True) if new is None and t.cost > limit and not t.candidate.baseline]
+    if len(slow) == sum(not t.candidate.baseline for t in trials):
+        slow = []
+    left = [t if new is None else replace(new, score=-math.inf) for t, new in zip(trials, again, strict=True) if t not in slow]
+    return left, slow
 
 
 def worth_repair(best: Trial, trials: Sequence[Trial], limit: float) -> list[Trial]:

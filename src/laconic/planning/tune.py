@@ -43,7 +43,7 @@ from laconic.planning.repair import HOWS, How, Repaired, Until, passes, repair_b
 from laconic.planning.scores import Scores, Values, halves_of
 from laconic.planning.space import ScheduleSpace
 from laconic.planning.time_limit import TimeLimit
-from laconic.planning.trials import Trial, best_of, finalists, likeliest, named, row_of, space_of, worth_repair
+from laconic.planning.trials import Trial, best_of, finalists, likeliest, named, refitted, row_of, space_of, worth_repair
 from laconic.planning.tuned import Tuned, TunedRow
 
 FEW, MORE = 16, 64  # images of the first rounds
@@ -311,12 +311,15 @@ class Tuner:
     def _refitted(self, trials: list[Trial], rounds: int) -> list[Trial]:
         """Time the candidates, and fit those that miss the target again, in proportion to what they took."""
         self._timed(trials, rounds)
-        out = []
-        for trial in trials:
+
+        def fit(trial: Trial) -> Trial | None:
             asked = self.limit * (trial.macs / self.whole) / trial.cost
-            again = self._fit(trial.candidate, min(asked, 0.999)) if abs(trial.cost / self.limit - 1) > 1 - MET else None
-            out.append(trial if again is None else replace(again, score=-math.inf))
-        return out
+            return self._fit(trial.candidate, min(asked, 0.999)) if abs(trial.cost / self.limit - 1) > 1 - MET else None
+
+        left, slow = refitted(trials, [fit(trial) for trial in trials], self.limit / MET)
+        for trial in slow:
+            self.refused.setdefault("slower than the target with any schedule", []).append(trial.candidate)
+        return left
 
     # -------------------------------------------------------------------------------------------- scores and times
     def _scored(self, trials: list[Trial], count: int, title: str, share: float = math.inf) -> list[Trial]:
