@@ -68,7 +68,7 @@ def test_keep_1_is_the_identity(method, family):
 
 @every_pair
 def test_sums_by_products_are_the_same(method, family, monkeypatch):
-    """Exported files, and devices other than the CPU, add the rows of merged tokens by a matrix product."""
+    """Exported files add the rows of merged tokens by a matrix product."""
     model, x = reduced(method, family), images(family)[:1]
     x = torch.cat([x, torch.ones_like(x), torch.cat([x[..., : x.shape[-1] // 2]] * 2, -1)])  # tokens that are equal too
     expected = run(model, x)

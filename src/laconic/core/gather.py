@@ -23,7 +23,7 @@ def places(mask: Tensor, count: int) -> Tensor:
     Not every runtime of exported files sorts stably, so equal keys are avoided.
     """
     own = arange_like(mask)
-    return torch.where(mask, own, own + mask.shape[1]).sort(dim=1).indices[:, :count]
+    return torch.where(mask, own, own + mask.shape[1]).sort(dim=1).values[:, :count] % mask.shape[1]
 
 
 def remap(where: Tensor, dst: Tensor, *, complete: bool = False) -> Tensor:
@@ -66,7 +66,7 @@ def joined_parts(parts: list[Tensor]) -> Tensor:
 def add_rows(values: Tensor, dst: Tensor, count: int, lead: Tensor | None = None) -> Tensor:
     """Sum the rows of ``values`` [B, L, C] or [B, L] into ``count`` rows by ``dst`` [B, L], deterministically.
 
-    ``lead`` [B, count], a row of each sum (``dst[lead[m]] == m``), saves time where the sums are a matrix product.
+    ``lead`` [B, count], a row of each sum (``dst[lead[m]] == m``), makes exported files faster.
     """
     batch, here = values.shape[0], values.device.type == "cpu" and not _exporting()
     if values.dim() == 2:
@@ -81,13 +81,14 @@ def add_rows(values: Tensor, dst: Tensor, count: int, lead: Tensor | None = None
         return out.index_add(0, (dst + start).flatten(), values.flatten(0, 1)).view(batch, count, -1)
     # index_add is atomic, hence not deterministic, on other devices, so a one-hot product replaces it there; in exported files
     # too, since index_add becomes a ScatterND with a reduction, which some runtimes ignore
-    if lead is None:
+    if lead is None or not _exporting():
         return _product(values, dst, count)
-    # most sums have one row: take a row of each, and let the product add the others, which are few
+    # Most sums have one row: take a row of each, and let the product add the others, which are few. Not in eager mode, where
+    # several times as many operations would be launched.
     first = gather_rows(values, lead)
     if count == values.shape[1]:
         return first
-    others = torch.ones_like(dst).scatter(1, lead, 0).topk(values.shape[1] - count, dim=1).indices
+    others = places(torch.ones_like(dst).scatter(1, lead, 0) > 0, values.shape[1] - count)
     return first + _product(gather_rows(values, others), dst.gather(1, others), count)
 
 
