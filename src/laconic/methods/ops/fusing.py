@@ -30,7 +30,7 @@ def both_ways(
 
 
 def fuse(
-    attention: Float[Tensor, "B H N N"], dst: Int[Tensor, "B L"], weight: Float[Tensor, "B L"], lead: Int[Tensor, "B M"]
+    attention: Float[Tensor, "B H N N"], dst: Int[Tensor, "B L"], weight: Float[Tensor, "B L"], lead: Int[Tensor, "B Q"]
 ) -> Float[Tensor, "B H M M"]:
     """Return the attention among merged tokens: rows averaged by ``weight``, columns summed; prefix tokens are unchanged.
 
