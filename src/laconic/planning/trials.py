@@ -18,6 +18,8 @@ from laconic.planning.scores import Values
 from laconic.planning.space import ChainSpace, ScheduleSpace
 from laconic.planning.tuned import TunedRow
 
+TOO_SLOW = 1.25  # times the target: a candidate that costs less is shown, since it nearly meets it
+
 
 @dataclass
 class Trial:
@@ -84,10 +86,11 @@ def likeliest(trials: Sequence[Trial], number: int) -> list[Trial]:
 def refitted(trials: Sequence[Trial], again: Sequence[Trial | None], limit: float) -> tuple[list[Trial], list[Trial]]:
     """Return the candidates, those fitted ``again`` without a score, and apart from them those that cannot meet the limit.
 
-    These cost more than ``limit`` and have no other schedule. All stay if only baselines would.
+    These cost more than `TOO_SLOW` times ``limit`` and have no other schedule. All stay if only baselines would.
     """
-    slow = [t for t, new in zip(trials, again, strict=True) if new is None and t.cost > limit and not t.candidate.baseline]
-    if len(slow) == sum(not t.candidate.baseline for t in trials):
+    others = [(t, new) for t, new in zip(trials, again, strict=True) if not t.candidate.baseline]
+    slow = [t for t, new in others if new is None and t.cost > TOO_SLOW * limit]
+    if len(slow) == len(others):
         slow = []
     left = [t if new is None else replace(new, score=-math.inf) for t, new in zip(trials, again, strict=True) if t not in slow]
     return left, slow

@@ -316,9 +316,9 @@ class Tuner:
             asked = self.limit * (trial.macs / self.whole) / trial.cost
             return self._fit(trial.candidate, min(asked, 0.999)) if abs(trial.cost / self.limit - 1) > 1 - MET else None
 
-        left, slow = refitted(trials, [fit(trial) for trial in trials], self.limit / MET)
+        left, slow = refitted(trials, [fit(trial) for trial in trials], self.limit)
         for trial in slow:
-            self.refused.setdefault("slower than the target with any schedule", []).append(trial.candidate)
+            self.refused.setdefault("much slower than the target with any schedule", []).append(trial.candidate)
         return left
 
     # -------------------------------------------------------------------------------------------- scores and times
