@@ -93,6 +93,7 @@ def add_rows(values: Tensor, dst: Tensor, count: int, lead: Tensor | None = None
 
 
 def _product(values: Tensor, dst: Tensor, count: int) -> Tensor:
+    """Sum rows as `add_rows` does, by a product with a one-hot matrix."""
     new, old = torch.arange(count, device=dst.device).unsqueeze(0), dst.unsqueeze(1)
     return torch.cat([(old == part.unsqueeze(2)).to(values.dtype) @ values for part in in_parts(new, dst.shape[1])], 1)
 

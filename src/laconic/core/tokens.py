@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from laconic.core.block_gates import Switches
-from laconic.core.gather import add_rows, arange_like, gather_rows, in_parts, remap
+from laconic.core.gather import add_rows, arange_like, gather_rows, in_parts, places, remap
 from laconic.core.shape_types import Float, Int
 
 OLD_NAMES = {  # fields and verbs of version 0.1
@@ -325,7 +325,7 @@ class Tokens:
         seen = (self.keep_mask > 0).sum(1)
         longest, shortest = int(seen.max()), int(seen.min())
         length = max(1, -(-longest // bucket) * bucket)
-        out = self.keep((self.keep_mask <= 0).sort(dim=1, stable=True).indices[:, :length])
+        out = self.keep(places(self.keep_mask > 0, length))
         return out.replace(keep_mask=None) if out.size.shape[1] == shortest else out
 
     def dense(self, values: Float[Tensor, "B L C"], fill: float = 0.0) -> Float[Tensor, "B P C"]:

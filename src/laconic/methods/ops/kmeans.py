@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from laconic.core.gather import add_rows, arange_like, first_least, gather_rows
+from laconic.core.gather import add_rows, arange_like, first_least, gather_rows, places
 from laconic.core.shape_types import Float, Int
 from laconic.methods.ops.matching import group_normalize
 from laconic.methods.ops.nearest import best_of_rows
@@ -55,6 +55,6 @@ def _fill(distance: Tensor, cluster: Tensor, count: int) -> Tensor:
     held = torch.zeros_like(distance[:, :count]).scatter(1, cluster, 1.0)
     stays = first_least(distance, cluster, count).gather(1, cluster) == arange_like(cluster)
     far = distance.masked_fill(stays, -1.0).sort(dim=1, descending=True, stable=True).indices[:, :count]
-    vacant = held.sort(dim=1, stable=True).indices  # the empty clusters, then the others
+    vacant = places(held == 0, count)  # the empty clusters, then the others
     due = arange_like(vacant) < (held == 0).sum(1, keepdim=True)
     return cluster.scatter(1, far, torch.where(due, vacant, cluster.gather(1, far)))

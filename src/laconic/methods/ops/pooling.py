@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from laconic.core.gather import add_rows, arange_like
+from laconic.core.gather import add_rows, arange_like, places
 from laconic.core.shape_types import Int
 from laconic.core.tokens import Tokens
 from laconic.methods.ops.matching import scatter_back, topk_split
@@ -39,7 +39,7 @@ def cells(place: Int[Tensor, "B L"], grid: tuple[int, int], count: int) -> tuple
     parts = in_cells(torch.zeros_like(cell).scatter(1, due, 1))
     group = (parts.cumsum(1) - parts).gather(1, cell) + rank * parts.gather(1, cell) // tokens
     new = torch.cat([torch.ones_like(group[:, :1]), group[:, 1:] - group[:, :-1]], 1)  # 1 where a group begins, else 0
-    first = order.gather(1, new.sort(dim=1, descending=True, stable=True).indices[:, :count])
+    first = order.gather(1, places(new > 0, count))
     lead, by = first.sort(dim=1)
     group = by.argsort(dim=1).gather(1, group)
     return torch.empty_like(group).scatter(1, order, group), lead
